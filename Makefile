@@ -1,0 +1,34 @@
+# Each target builds .venv first if it is missing or out of date.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test lint format ui clean
+.DEFAULT_GOAL := demo
+
+.venv/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/.complete
+	$(BIN)/python jobs/demo.py
+
+test: .venv/.complete
+	$(BIN)/python -m pytest
+
+lint: .venv/.complete
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.complete
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+ui: .venv/.complete
+	$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
+
+clean:
+	rm -rf .venv .cache runs mlruns mlflow.db

@@ -1,0 +1,94 @@
+"""An exported model -> answers about videos."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.progress import track
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import crosslmm.model  # noqa: F401  registers the model with the Auto classes
+from crosslmm.config import validate_run
+from crosslmm.data.decode import Decoder, Unreadable
+from crosslmm.data.manifest import Manifest
+
+CONFIG = "run.yaml"
+"""Beside the weights: the configuration that they were trained with, frames per video included."""
+
+
+class Answerer:
+    """Loads a folder that `crosslmm.train.checkpoint.export` wrote, and answers questions about videos.
+
+    Args:
+        folder: local folder with weights, processor and `run.yaml`.
+        device: where to compute; default a GPU if there is one.
+    """
+
+    def __init__(self, folder: str | Path, device: str | None = None) -> None:
+        self.config = validate_run(yaml.safe_load((Path(folder) / CONFIG).read_text()))
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.processor = AutoProcessor.from_pretrained(folder)
+        # Flash attention is a matter of the machine that trained, not of the one that answers.
+        model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
+        self.model: Any = model.eval().to(self.device)  # type: ignore[arg-type]
+        data = self.config.data
+        self.decoder = Decoder(data.num_frames, self.processor.image_size, data.decoder, data.decode_timeout_s)
+
+    def __call__(self, videos: Sequence[str], questions: Sequence[str], max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers, one for each pair of video (path or s3:// URI) and question.
+
+        Raises:
+            ValueError: a video that cannot be read; the message names it and says why.
+        """
+        frames = self.decoder(videos)
+        for uri, video in zip(videos, frames, strict=True):
+            if isinstance(video, Unreadable):
+                raise ValueError(f"{uri}: {video.reason}")
+        conversations = [
+            [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+            for question in questions
+        ]
+        prompts = self.processor(conversations, frames, answer=True).to(self.device)
+        tokens = self.model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
+        new = tokens[:, prompts["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model did on a manifest."""
+
+    accuracy: float
+    """Share of rows whose greedy answer matches exactly."""
+    accuracy_by_kind: dict[str, float]
+    asked: list[tuple[str, str, str, str]]
+    """(video, question, answer, expected) of every row."""
+
+
+def score(predict: Callable[[list[str], list[str]], list[str]], manifest: Manifest, batch_size: int = 16) -> Score:
+    """Ask each row's first question and compare with the answer in the manifest. Rows without a video are left out."""
+    rows = [row for row in manifest.rows if row["video"]]
+    questions = [_first_question(row["messages"]) for row in rows]
+    expected = [next(m["content"] for m in row["messages"] if m["role"] == "assistant").strip() for row in rows]
+    videos, answers = [row["video"] for row in rows], []
+    for start in track(range(0, len(rows), batch_size), description="asking", transient=True):
+        part = slice(start, start + batch_size)
+        answers += predict(videos[part], questions[part])
+    right = [said == wanted for said, wanted in zip(answers, expected, strict=True)]
+    by_kind: dict[str, list[bool]] = defaultdict(list)
+    for row, is_right in zip(rows, right, strict=True):
+        by_kind[row["kind"] or "all"].append(is_right)
+    return Score(
+        accuracy=sum(right) / len(right),
+        accuracy_by_kind={kind: sum(r) / len(r) for kind, r in sorted(by_kind.items())},
+        asked=list(zip(videos, questions, answers, expected, strict=True)),
+    )
+
+
+def _first_question(messages: list[dict[str, Any]]) -> str:
+    content = next(m["content"] for m in messages if m["role"] == "user")
+    return content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")

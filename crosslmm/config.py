@@ -1,0 +1,301 @@
+"""The one schema of a run: typed, validated, with units; YAML presets and dotted overrides on top of it."""
+
+import re
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from typing import Annotated, Any, Literal, NoReturn
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRESETS = resources.files("crosslmm") / "presets"
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values never change after the checks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """What is trained."""
+
+    vision: dict[str, Any]
+    """Fields of Transformers' `SiglipVisionConfig`: hidden_size, image_size [px], patch_size [px], ..."""
+    language: dict[str, Any]
+    """`model_type` (qwen2, llama, ...) and the fields of that decoder's configuration."""
+    vision_weights: str | None = None
+    """Hub name or local directory of a SigLIP checkpoint; null starts from random weights."""
+    vision_revision: str | None = None
+    """Commit of `vision_weights` on the hub."""
+    language_weights: str | None = None
+    """Hub name or local directory of a decoder checkpoint; null starts from random weights."""
+    language_revision: str | None = None
+    """Commit of `language_weights` and `tokenizer` on the hub."""
+    init_from: str | None = None
+    """Folder (path or s3:// URI) of a whole exported CrossLMM to start from, such as stage 1's `model`; null: none."""
+    tokenizer: str = "tiny"
+    """Hub name or local directory of a fast tokenizer; "tiny" is built on the spot, without a download."""
+    pool_stride: Count = 9
+    """s: a frame of g x g patches sends ceil(g/s)^2 tokens through the decoder [patches]."""
+    cross_attention_every: Annotated[int, Field(ge=0)] = 4
+    """K: every K-th decoder layer carries the dual cross-attention; 0 for none [layers]."""
+    v2v: bool = True
+    """Visual positions look back at all original visual tokens."""
+    t2v: bool = True
+    """Text positions look back at all original visual tokens."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernels; flash_attention_2 needs a GPU, bf16 and the `flash` extra."""
+
+
+class DataConfig(Section):
+    """What it is trained on."""
+
+    manifest: str = "sample"
+    """JSONL manifest, path or s3:// URI; "sample" generates the sample set (with its held-out manifest) if missing."""
+    validation_manifest: str | None = None
+    """Held-out manifest, path or URI; null validates nothing (with "sample": the sample set's own)."""
+    num_frames: Count = 64
+    """Frames sampled evenly from a video, fewer where it has fewer [frames]."""
+    decoder: Literal["pyav", "decord"] = "pyav"
+    """Which library decodes; docs/decisions.md has the measurements."""
+    decode_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Wall clock for one video, after which its decoder is killed and the row is counted as unreadable [s]."""
+
+
+class LearningRates(Section):
+    """Peak learning rate of each component (Table 3); 0 freezes it."""
+
+    vision: Rate = 0.0
+    """The vision encoder."""
+    projector: Rate = 1e-3
+    """The projector."""
+    v2v: Rate = 1e-3
+    """Visual-to-visual cross-attentions."""
+    t2v: Rate = 0.0
+    """Text-to-visual cross-attentions."""
+    decoder: Rate = 0.0
+    """The language model, embeddings and output head included."""
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> "LearningRates":
+        if not any(self.model_dump().values()):
+            raise ValueError("every component is frozen; give at least one a rate")
+        return self
+
+
+class TrainConfig(Section):
+    """How it is trained."""
+
+    epochs: Count = 1
+    """Passes over the manifest."""
+    max_steps: Count | None = None
+    """Stop after so many optimizer steps, whatever `epochs` says; null for all [steps]."""
+    global_batch_size: Count = 128
+    """Samples of one optimizer step, over all workers [samples]."""
+    micro_batch_size: Count = 1
+    """Samples that one worker holds at once; the rest is accumulated [samples]."""
+    learning_rate: LearningRates = LearningRates()
+    """Peak learning rates by component."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Linear warm-up [steps]; the cosine that follows ends at `final_learning_rate_share` with the last step."""
+    final_learning_rate_share: Share = 0.0
+    """Learning rate at the end, as a share of its peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled decay, on matrices only."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this global L2 norm."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic; bf16 keeps float32 weights and reduces gradients in float32."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    checkpoint_every: Count = 500
+    """Save a checkpoint every so many steps, and at the end [steps]."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept in storage [checkpoints]."""
+    validate_every: Count = 500
+    """Validate every so many steps, and at the end [steps]."""
+    max_new_tokens: Count = 16
+    """Longest answer in validation [tokens]."""
+
+
+class TrackingConfig(Section):
+    """Where the record goes."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null takes MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db."""
+    experiment: str = "crosslmm"
+    """MLflow experiment."""
+    artifacts: str | None = None
+    """Root of the experiment's artifacts, path or s3:// URI, when it is created; null: MLflow's default."""
+    registered_model: str = "crosslmm"
+    """Name in the model registry."""
+    alias: str = "candidate"
+    """Alias that the newly registered version is given."""
+
+
+class ScalingConfig(Section):
+    """What it runs on."""
+
+    num_workers: Count = 1
+    """Training processes, one FSDP rank each."""
+    use_gpu: bool = True
+    """One GPU and NCCL for each worker; false trains on CPUs with gloo."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 4
+    """CPUs that each training worker reserves; at least one thread computes [cores]."""
+    decode_workers: Count = 8
+    """Processes that decode video, for training and again for validation."""
+    cpus_per_decode_worker: Annotated[float, Field(gt=0)] = 1
+    """CPUs that each of them reserves [cores]."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts from the last checkpoint after a worker died."""
+
+
+class RunConfig(Section):
+    """One training run, from manifest to registered model."""
+
+    model: ModelConfig
+    """What is trained."""
+    data: DataConfig = DataConfig()
+    """What it is trained on."""
+    train: TrainConfig = TrainConfig()
+    """How it is trained."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where the record goes."""
+    scaling: ScalingConfig = ScalingConfig()
+    """What it runs on."""
+    name: str | None = None
+    """Name of the run; the same name resumes it. Null makes one from the time."""
+    storage: str = "runs"
+    """Folder of all runs, path or s3:// URI; every node must reach it."""
+    seed: int = 0
+    """Fixes random weights and the order of samples."""
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of each worker in one optimizer step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.scaling.num_workers)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        at_once = self.train.micro_batch_size * self.scaling.num_workers
+        if self.train.global_batch_size % at_once:
+            raise ValueError(
+                f"train.global_batch_size is {self.train.global_batch_size}; with {self.scaling.num_workers} workers "
+                f"of micro_batch_size {self.train.micro_batch_size} it must be a multiple of {at_once}"
+            )
+        if self.model.attention == "flash_attention_2" and not (
+            self.scaling.use_gpu and self.train.precision == "bf16"
+        ):
+            raise ValueError(
+                "model.attention is flash_attention_2, which needs scaling.use_gpu true and train.precision bf16"
+            )
+        for branch in ("v2v", "t2v"):
+            present = getattr(self.model, branch) and self.model.cross_attention_every > 0
+            if getattr(self.train.learning_rate, branch) and not present:
+                raise ValueError(
+                    f"train.learning_rate.{branch} is given, but the model has no {branch.upper()}; make it 0, "
+                    f"or model.{branch} true and model.cross_attention_every at least 1"
+                )
+        return self
+
+
+class BadConfig(Exception):
+    """A configuration that cannot be run; the message is one line: the key, and what it would accept."""
+
+
+class _PresetOrFile(ActionConfigFile):
+    """`--config NAME_OR_FILE_OR_URI`; several are laid over one another, the last one on top."""
+
+    def __call__(self, parser: Any, cfg: Any, values: str, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, resolve_preset(values), option_string)
+
+
+def preset_names() -> list[str]:
+    """Names that `--config` takes."""
+    return sorted(path.name.removesuffix(".yaml") for path in PRESETS.iterdir() if path.name.endswith(".yaml"))
+
+
+def resolve_preset(name_or_file_or_uri: str) -> str:
+    """The file behind a preset's name; anything that looks like a path or URI is returned as it is."""
+    if name_or_file_or_uri in preset_names():
+        return str(PRESETS / f"{name_or_file_or_uri}.yaml")
+    if "/" not in name_or_file_or_uri and not name_or_file_or_uri.endswith((".yaml", ".yml")):
+        raise BadConfig(f"--config {name_or_file_or_uri}: no such preset; there are {', '.join(preset_names())}")
+    return name_or_file_or_uri
+
+
+def parse_run(argv: Sequence[str], description: str, default: str = "tiny") -> RunConfig:
+    """Command line -> validated configuration. `--help` and `--print_config` print and exit 0.
+
+    Raises:
+        BadConfig: unknown key, wrong type, impossible combination.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True)
+    usage = "%(prog)s [--config NAME_OR_FILE_OR_URI] [--SECTION.KEY VALUE ...]"
+    parser = ArgumentParser(description=description, usage=usage, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument(
+        "--config",
+        action=_PresetOrFile,
+        metavar="NAME_OR_FILE_OR_URI",
+        help=f"a preset ({', '.join(preset_names())}), a YAML file or an s3:// URI; "
+        f"several are laid over one another, the last on top (default: {default})",
+    )
+    parser.add_class_arguments(RunConfig, fail_untyped=False)
+    try:
+        argv = list(argv)
+        if not any(a == "--config" or a.startswith("--config=") for a in argv):
+            argv = ["--config", default, *argv]
+        return validate_run(_plain(parser.parse_args(argv)))
+    except ArgumentError as error:
+        raise BadConfig(_one_line(str(error))) from error
+
+
+def validate_run(values: dict[str, Any]) -> RunConfig:
+    """Nested plain values -> RunConfig.
+
+    Raises:
+        BadConfig: naming the first key that does not fit, and how many more there are.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        first, *more = error.errors()
+        where = ".".join(str(part) for part in first["loc"] if part != "function-after")
+        message = first["msg"].removeprefix("Value error, ")
+        found = "" if first["type"] in ("value_error", "missing") else f" (found {first['input']!r})"
+        others = f"; and {len(more)} more" if more else ""
+        raise BadConfig(_one_line(f"{where}: {message}{found}{others}".removeprefix(": "))) from error
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The full configuration, as `--config` reads it."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def fail(error: Exception) -> NoReturn:
+    """Print one line and leave with status 2: what was asked for cannot be done."""
+    print(f"error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(2)
+
+
+def _plain(namespace: Namespace) -> dict[str, Any]:
+    values = namespace.as_dict()
+    values.pop("config", None)
+    return values
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, and without what pydantic and jsonargparse say about themselves."""
+    text = re.sub(r"\d+ validation errors? for \S+|\[type=[^]]*\]|For further information visit \S+", "", text)
+    return (
+        " ".join(text.replace("Parser key ", "").replace(" Got value", "; got").split())
+        .replace(".;", ";")
+        .replace(" ;", ";")
+    )

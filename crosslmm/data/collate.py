@@ -1,0 +1,70 @@
+"""Samples -> padded batches. Knows the processor only as something that can be called."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Batch = Any
+"""What the processor makes: a mapping of names to tensors, with `.to(device)`."""
+
+# What stands in the place of a sample that could not be read: it keeps every rank at the same step and teaches nothing.
+NOTHING = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of the manifest at one place of the run, read."""
+
+    line: int
+    """Line of the manifest, from 1."""
+    id: str
+    messages: list[dict[str, Any]]
+    frames: np.ndarray | None
+    """uint8 (frames, side, side, 3); None without a video."""
+    kind: str | None
+    weight: float
+    """0 where the row only fills up an epoch."""
+    error: str | None
+    """Why its video could not be read."""
+
+
+@dataclass
+class ValidationBatch:
+    """What is asked of the model in validation."""
+
+    inputs: Batch
+    """The whole conversations, with labels."""
+    prompts: Batch
+    """The conversations up to the last answer."""
+    expected: list[str | None]
+    """The last answers; None where the row has no weight."""
+    kinds: list[str | None]
+    """What sort of question each one is."""
+
+
+def collate(samples: list[Sample], processor: Callable[..., Batch]) -> Batch:
+    """One training batch; what could not be read has no weight in it."""
+    messages, frames, weights = _readable(samples)
+    return processor(messages, frames, weights=weights)
+
+
+def collate_for_validation(samples: list[Sample], processor: Callable[..., Batch]) -> ValidationBatch:
+    """One validation batch. A video that cannot be read is left out of the score."""
+    messages, frames, weights = _readable(samples)
+    last = [max(i for i, m in enumerate(c) if m["role"] == "assistant") for c in messages]
+    return ValidationBatch(
+        inputs=processor(messages, frames, weights=weights),
+        prompts=processor([c[:i] for c, i in zip(messages, last, strict=True)], frames, answer=True),
+        expected=[c[i]["content"] if w else None for c, i, w in zip(messages, last, weights, strict=True)],
+        kinds=[sample.kind for sample in samples],
+    )
+
+
+def _readable(samples: list[Sample]) -> tuple[list[Any], list[np.ndarray | None], list[float]]:
+    return (
+        [NOTHING if s.error else s.messages for s in samples],
+        [None if s.error else s.frames for s in samples],
+        [0.0 if s.error else s.weight for s in samples],
+    )

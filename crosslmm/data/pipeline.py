@@ -1,0 +1,204 @@
+"""The Ray Data graph: places of a run -> rows -> frames, in blocks that an equal split keeps in order.
+
+`streaming_split(equal=True)` hands block i to rank i % W as long as all blocks have the same number of rows and none is
+cut. So the source emits block numbers, each of which becomes `block_rows` consecutive samples *of one rank*, and Ray
+Data never needs to know what is in them.
+"""
+
+import functools
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import DataContext, Dataset, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from crosslmm.config import DataConfig
+from crosslmm.data.collate import Sample
+from crosslmm.data.decode import Decoder, Unreadable
+from crosslmm.data.order import Order
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+# A block costs Ray Data 30 to 40 ms whatever it holds, so small samples travel together.
+BLOCK_BYTES = 16 * 2**20
+BLOCK_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which places of a run each rank is given, and in what blocks.
+
+    Attributes:
+        order: what stands at each place.
+        ranks: W, training workers.
+        first_step: the step that the first block begins with.
+        steps: how many steps follow from there.
+        block_rows: samples in a block.
+    """
+
+    order: Order
+    ranks: int
+    first_step: int
+    steps: int
+    block_rows: int
+
+    @property
+    def rank_rows(self) -> int:
+        """Samples of one rank in one optimizer step."""
+        return self.order.global_batch_size // self.ranks
+
+    @property
+    def blocks(self) -> int:
+        """As many for each rank, one at least; what lies beyond the last step is never asked for."""
+        return self.ranks * max(1, -(-self.steps * self.rank_rows // self.block_rows))
+
+    def places(self, block: int) -> np.ndarray:
+        """Places of the samples in a block, int64 (block_rows,). Block i belongs to rank i % ranks."""
+        rank, number = block % self.ranks, block // self.ranks
+        mine = number * self.block_rows + np.arange(self.block_rows)
+        step, position = np.divmod(mine, self.rank_rows)
+        return (self.first_step + step) * self.order.global_batch_size + rank * self.rank_rows + position
+
+
+def block_rows(data: DataConfig, image_size: int) -> int:
+    """Samples in a block: as many as fit 16 MiB of frames, 1 to 128."""
+    return int(np.clip(BLOCK_BYTES // (data.num_frames * image_size**2 * 3), 1, BLOCK_ROWS))
+
+
+def build_dataset(
+    layout: Layout, rows: ray.ObjectRef, data: DataConfig, image_size: int, workers: int, cpus_per_worker: float
+) -> Dataset:
+    """The dataset of a layout. Call it in the process that will run it (Train's controller): Ray's context is local.
+
+    Args:
+        layout: what goes where.
+        rows: the manifest's rows, in the object store.
+        data: frames, decoder, deadline.
+        image_size: side of a frame [px].
+        workers: decoding processes.
+        cpus_per_worker: CPUs that each of them reserves.
+    """
+    context = DataContext.get_current()
+    context.target_max_block_size = None  # never cut a block: the order hangs on their size
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1  # while validation runs, training's data stands still
+    # Reading and decoding are one operator only with equal CPUs and without a batch size; two would wait for each
+    # other's CPUs in silence.
+    blocks = ray.data.read_datasource(
+        _BlockNumbers(layout.blocks), override_num_blocks=layout.blocks, num_cpus=cpus_per_worker
+    )
+    return blocks.map_batches(
+        ReadSamples,
+        batch_size=None,
+        concurrency=workers,
+        num_cpus=cpus_per_worker,
+        fn_constructor_kwargs={"layout": layout, "rows": rows, "data": data, "image_size": image_size},
+    )
+
+
+class _BlockNumbers(Datasource):
+    """One row, a block's number, for each read task."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def estimate_inmemory_data_size(self) -> int:
+        return 8 * self.count
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        metadata = BlockMetadata(num_rows=1, size_bytes=8, input_files=None, exec_stats=None)
+        return [ReadTask(functools.partial(self._read, number), metadata) for number in range(self.count)]
+
+    @staticmethod
+    def _read(number: int) -> list[pa.Table]:
+        return [pa.table({"block": [number]})]
+
+
+class ReadSamples:
+    """Block number -> that block's samples, read and decoded. Runs as a Ray Data actor."""
+
+    def __init__(self, layout: Layout, rows: ray.ObjectRef, data: DataConfig, image_size: int) -> None:
+        self.layout = layout
+        self.rows: list[dict[str, Any]] = ray.get(rows)
+        self.decoder = Decoder(data.num_frames, image_size, data.decoder, data.decode_timeout_s)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """A row that cannot be read keeps its place: no frames, and the reason in `error`."""
+        places = self.layout.places(int(batch["block"][0]))
+        index, weight = self.layout.order.at(places)
+        rows = [self.rows[i] for i in index]
+        videos = [(i, row["video"]) for i, row in enumerate(rows) if row["video"]]
+        decoded: dict[int, np.ndarray | Unreadable] = dict(
+            zip([i for i, _ in videos], self.decoder([uri for _, uri in videos]), strict=True)
+        )
+        frames = np.empty(len(rows), dtype=object)
+        errors = np.full(len(rows), "", dtype=object)
+        for i in range(len(rows)):
+            video = decoded.get(i)
+            frames[i] = video if isinstance(video, np.ndarray) else np.empty((0, 0, 0, 3), np.uint8)
+            errors[i] = video.reason if isinstance(video, Unreadable) else ""
+        return {
+            "place": places,
+            "weight": weight,
+            "line": [row["line"] for row in rows],
+            "id": [row["id"] for row in rows],
+            "kind": [row["kind"] or "" for row in rows],
+            "messages": [json.dumps(row["messages"]) for row in rows],
+            "frames": frames,
+            "error": errors,
+        }
+
+
+def to_samples(batch: dict[str, np.ndarray], expected_place: int) -> list[Sample]:
+    """A batch as Ray Data delivers it -> samples.
+
+    Raises:
+        RuntimeError: it does not begin at the expected place, so the order would be broken.
+    """
+    if int(batch["place"][0]) != expected_place:
+        raise RuntimeError(f"the data delivered place {batch['place'][0]} of the run where {expected_place} was due")
+    return [
+        Sample(
+            line=int(batch["line"][i]),
+            id=str(batch["id"][i]),
+            messages=json.loads(batch["messages"][i]),
+            # Ray's batches are views of shared memory, which torch would rather not write to.
+            frames=np.array(batch["frames"][i]) if len(batch["frames"][i]) else None,
+            kind=str(batch["kind"][i]) or None,
+            weight=float(batch["weight"][i]),
+            error=str(batch["error"][i]) or None,
+        )
+        for i in range(len(batch["place"]))
+    ]
+
+
+def ahead(items: Iterable[Item], make: Callable[[Item], Made], depth: int = 2) -> Iterator[Made]:
+    """`map(make, items)`, with the next `depth` results made in a thread while this one is used."""
+    source = iter(items)
+    end = object()
+
+    def produce() -> Any:
+        item = next(source, end)
+        return end if item is end else make(item)  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        waiting = deque(thread.submit(produce) for _ in range(depth))
+        try:
+            while (made := waiting.popleft().result()) is not end:
+                waiting.append(thread.submit(produce))
+                yield made
+        finally:
+            for future in waiting:
+                future.cancel()

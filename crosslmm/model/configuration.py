@@ -1,0 +1,85 @@
+"""What a CrossLMM model is made of: one vision encoder, one decoder, and how the two are joined."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig, SiglipVisionConfig
+
+from crosslmm.model.pooling import pooled_grid
+
+
+@strict
+class CrossLMMConfig(PreTrainedConfig):
+    """Configuration of `CrossLMMForConditionalGeneration`.
+
+    Args:
+        vision_config: any SigLIP vision configuration (or its dict).
+        text_config: a decoder whose layers look like Qwen2's or Llama's (or its dict, with `model_type`).
+        pool_stride: s in ceil(g/s)^2, the pooled tokens that one frame of g x g patches sends through the decoder.
+        cross_attention_every: K. Layers K, 2K, 3K, ... (counted from one) carry the dual cross-attention;
+            the paper's best is 4 (Table 2b). 0 gives none.
+        v2v: whether visual positions look back at the original visual tokens (Table 2a).
+        t2v: whether text positions do (Table 2a).
+        video_token_id: the placeholder that stands in `input_ids` once for every pooled token.
+
+    Raises:
+        ValueError: a stride or depth outside of what the two backbones allow.
+    """
+
+    model_type = "crosslmm"
+    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": AutoConfig}  # noqa: RUF012
+
+    vision_config: Any = None
+    text_config: Any = None
+    pool_stride: int = 9
+    cross_attention_every: int = 4
+    v2v: bool = True
+    t2v: bool = True
+    video_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = SiglipVisionConfig(**(self.vision_config or {}))
+        # The attention-pooling head of SigLIP is never asked: the model reads patches.
+        self.vision_config.vision_use_head = False
+        if not isinstance(self.text_config, PreTrainedConfig):
+            fields = dict(self.text_config or {"model_type": "qwen2"})
+            self.text_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
+
+        if not 1 <= self.pool_stride <= self.grid_size:
+            raise ValueError(
+                f"pool_stride is {self.pool_stride}; "
+                f"a {self.grid_size} x {self.grid_size} grid takes 1 to {self.grid_size}"
+            )
+        depth = self.text_config.num_hidden_layers
+        if not 0 <= self.cross_attention_every <= depth:
+            raise ValueError(
+                f"cross_attention_every is {self.cross_attention_every}; "
+                f"a decoder of {depth} layers takes 1 to {depth}, or 0 for none"
+            )
+
+    @property
+    def grid_size(self) -> int:
+        """g: patches along one side of a frame."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def patches_per_frame(self) -> int:
+        """N: the original visual tokens of one frame."""
+        return self.grid_size**2
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Pooled tokens of one frame: what goes through the decoder."""
+        return pooled_grid(self.grid_size, self.pool_stride) ** 2
+
+    @property
+    def cross_attention_layers(self) -> list[int]:
+        """Indices (from zero) of the decoder layers that carry the dual cross-attention."""
+        if not self.cross_attention_every or not (self.v2v or self.t2v):
+            return []
+        step = self.cross_attention_every
+        return list(range(step - 1, self.text_config.num_hidden_layers, step))

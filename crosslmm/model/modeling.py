@@ -1,0 +1,227 @@
+"""CrossLMM: pooled visual tokens go through the decoder, and look back at all the original ones on the way.
+
+Axes, as suffixes: B sample, F frame (of all samples, one behind the other), P patch, V pooled visual token,
+L position in the sequence, S original visual token of a sample, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from crosslmm.model.configuration import CrossLMMConfig
+from crosslmm.model.cross_attention import DualCrossAttentionLayer, Rows, VisualContext
+from crosslmm.model.pooling import pool
+
+
+class Projector(nn.Sequential):
+    """LayerNorm, Linear, GELU, Linear: from the encoder's width to the decoder's."""
+
+    def __init__(self, vision_width: int, text_width: int) -> None:
+        super().__init__(
+            nn.LayerNorm(vision_width),
+            nn.Linear(vision_width, text_width),
+            nn.GELU(),
+            nn.Linear(text_width, text_width),
+        )
+
+
+class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """The model of arXiv 2505.17020: SigLIP, a projector, and a decoder with a dual cross-attention every K layers.
+
+    `language_model` is the pretrained decoder with its own state-dict keys. While the gates are zero the model equals
+    that decoder on [pooled visual tokens; text], exactly; a sample without frames equals it always.
+    """
+
+    config: CrossLMMConfig
+    config_class = CrossLMMConfig
+    main_input_name = "input_ids"
+    input_modalities = ["video", "text"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: CrossLMMConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        if set(getattr(text, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+            raise ValueError(f"{text.model_type} with sliding attention: only full attention is supported")
+        self.vision_tower = SiglipVisionModel(config.vision_config)
+        self.projector = Projector(config.vision_config.hidden_size, text.hidden_size)
+        self.language_model = AutoModelForCausalLM.from_config(text)
+        layers = self.language_model.model.layers
+        for i in config.cross_attention_layers:
+            layers[i] = DualCrossAttentionLayer(layers[i], text, i, v2v=config.v2v, t2v=config.t2v)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's own."""
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The decoder's own."""
+        return self.language_model.get_output_embeddings()
+
+    def encode(self, pixels_FCHW: Tensor) -> Tensor:
+        """Frames -> original visual tokens.
+
+        Args:
+            pixels_FCHW: uint8 (frames, 3, image_size, image_size). SigLIP's normalisation to [-1, 1] happens here,
+                on the device, so that a quarter of the bytes travel.
+
+        Returns:
+            (frames, patches, vision width) in the encoder's dtype.
+        """
+        side = self.config.vision_config.image_size
+        if pixels_FCHW.dtype != torch.uint8 or pixels_FCHW.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"frames are {pixels_FCHW.dtype} {tuple(pixels_FCHW.shape)}; "
+                f"the encoder takes uint8 (frames, 3, {side}, {side})"
+            )
+        dtype = self.vision_tower.embeddings.patch_embedding.weight.dtype
+        return self.vision_tower(pixels_FCHW.to(dtype) / 127.5 - 1.0).last_hidden_state
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        use_cache: bool = False,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids: int64 (B, L). `config.video_token_id` stands once for every pooled token, frame after frame.
+            pixel_values: uint8 (F, 3, H, W), the frames of all samples one behind the other. May be empty or None.
+            num_frames: int64 (B,), how many of them belong to each sample.
+            attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
+            past_key_values: decoder cache, and the video's keys and values; `generate` makes it.
+            labels: int64 (B, L), -100 where no loss is wanted. Shifted here.
+            num_items_in_batch: divide the summed loss by this instead of by the number of own labels.
+            logits_to_keep: only so many last positions' logits; 0 for all.
+
+        Returns:
+            `loss` (float32) with `labels`, and then no logits: only the labelled positions' are ever computed.
+            `logits` (B, L, vocabulary) without.
+        """
+        if past_key_values is None and use_cache:
+            past_key_values = self._new_cache()
+        is_video_BL = input_ids.eq(self.config.video_token_id)
+        # A placeholder's own embedding is never read, and its id may lie outside of the decoder's vocabulary.
+        x_BLD = self.get_input_embeddings()(input_ids.masked_fill(is_video_BL, 0))
+
+        tokens_FPD = None
+        if pixel_values is not None:
+            features_FPD = self.encode(pixel_values)
+            tokens_FPD = self.projector(features_FPD)
+            pooled_FVD = self.projector(pool(features_FPD, self.config.pool_stride))
+            expected, found = pooled_FVD.shape[0] * pooled_FVD.shape[1], int(is_video_BL.sum())
+            if found != expected:
+                raise ValueError(
+                    f"the text has {found} video placeholders, but {pooled_FVD.shape[0]} frames "
+                    f"of {self.config.tokens_per_frame} tokens need {expected}"
+                )
+            x_BLD = x_BLD.masked_scatter(is_video_BL[:, :, None], pooled_FVD.to(x_BLD.dtype))
+        visual = None
+        if num_frames is not None and self.config.cross_attention_layers:
+            visual = self._visual_context(tokens_FPD, num_frames, is_video_BL, attention_mask)
+
+        x_BLD = self._decode(x_BLD, attention_mask, position_ids, past_key_values, visual)
+        loss = logits = None
+        if labels is not None:
+            loss = self._loss(x_BLD, labels, num_items_in_batch)
+        else:
+            logits = self.get_output_embeddings()(x_BLD[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _visual_context(
+        self, tokens_FPD: Tensor | None, num_frames: Tensor, is_video_BL: Tensor, attention_mask: Tensor | None
+    ) -> VisualContext:
+        """Give each sample its own original tokens, padded to the longest; sort its positions into visual and text."""
+        lengths_B = num_frames * self.config.patches_per_frame
+        # At least one token of padding, so that a batch without any frame has a shape to attend to.
+        longest = max(int(lengths_B.max()), 1)
+        visible_BS = torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]
+        tokens_BSD = None
+        if tokens_FPD is not None:
+            if tokens_FPD.shape[0] != (frames := int(num_frames.sum())):
+                raise ValueError(f"num_frames adds up to {frames}, but {tokens_FPD.shape[0]} frames were given")
+            tokens_BSD = tokens_FPD.new_zeros(*visible_BS.shape, tokens_FPD.shape[-1])
+            tokens_BSD = tokens_BSD.masked_scatter(visible_BS[:, :, None], tokens_FPD)
+        is_text_BL = ~is_video_BL
+        if attention_mask is not None:
+            is_text_BL &= attention_mask[:, -is_text_BL.shape[1] :].bool()
+        return VisualContext(tokens_BSD, visible_BS, Rows.where(is_video_BL), Rows.where(is_text_BL))
+
+    def _decode(
+        self,
+        x_BLD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: EncoderDecoderCache | None,
+        visual: VisualContext | None,
+    ) -> Tensor:
+        """The decoder's own stack, with the visual context handed to the layers that look at it."""
+        decoder = self.language_model.model
+        own_cache = past_key_values.self_attention_cache if past_key_values is not None else None
+        if position_ids is None:
+            seen = own_cache.get_seq_length() if own_cache is not None else 0
+            position_ids = torch.arange(seen, seen + x_BLD.shape[1], device=x_BLD.device)[None]
+        attention = {
+            "attention_mask": create_causal_mask(
+                config=decoder.config,
+                inputs_embeds=x_BLD,
+                attention_mask=attention_mask,
+                past_key_values=own_cache,
+                position_ids=position_ids,
+            ),
+            "position_ids": position_ids,
+            "position_embeddings": decoder.rotary_emb(x_BLD, position_ids),
+        }
+        for layer in decoder.layers:
+            if isinstance(layer, DualCrossAttentionLayer):
+                x_BLD = layer(x_BLD, visual=visual, past_key_values=past_key_values, **attention)
+            else:
+                x_BLD = layer(x_BLD, past_key_values=own_cache, **attention)
+        return decoder.norm(x_BLD)
+
+    def _loss(self, x_BLD: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Cross-entropy of the next token, in float32, over labelled positions only."""
+        targets = labels[:, 1:]
+        wanted = targets != -100
+        logits = self.get_output_embeddings()(x_BLD[:, :-1][wanted]).float()
+        total = nn.functional.cross_entropy(logits, targets[wanted], reduction="sum")
+        return total / (wanted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+    def _new_cache(self) -> EncoderDecoderCache:
+        return EncoderDecoderCache(DynamicCache(config=self.config.text_config), DynamicCache())
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """`GenerationMixin.generate`, with a cache that holds the video's keys and values beside the decoder's.
+
+        Raises:
+            ValueError: several sequences a sample (beams, `num_return_sequences`) of a batch with frames.
+        """
+        if max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1) > 1:
+            raise ValueError("num_beams and num_return_sequences above 1 are not supported: frames are not repeated")
+        if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+            kwargs["past_key_values"] = self._new_cache()
+        return super().generate(inputs, **kwargs)  # type: ignore[misc]

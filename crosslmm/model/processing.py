@@ -1,0 +1,162 @@
+"""Messages and frames -> the tensors that the model takes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+
+VIDEO_TOKEN = "<|video_pad|>"
+IGNORED = -100
+
+# ChatML, as Qwen2.5 speaks it. What stands between `generation` and `endgeneration` is what the loss is taken of:
+# the assistant's words and the token that ends them.
+CHAT_TEMPLATE = """
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}
+    {%- elif message['content'] is string -%}
+        {{- message['content'] + '<|im_end|>' -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {{- '<|video_pad|>' if part['type'] == 'video' else part['text'] -}}
+        {%- endfor -%}
+        {{- '<|im_end|>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}"""
+
+
+class CrossLMMProcessor(ProcessorMixin):
+    """Chat messages and decoded frames -> `input_ids`, `labels`, `pixel_values`, `num_frames`.
+
+    Args:
+        tokenizer: any fast tokenizer; `<|video_pad|>`, `<|im_start|>` and `<|im_end|>` are added where missing.
+        image_size: side of the square frames that the encoder takes, in pixels.
+        tokens_per_frame: pooled tokens a frame, `CrossLMMConfig.tokens_per_frame`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        image_size: int = 384,
+        tokens_per_frame: int = 9,
+    ) -> None:
+        self.image_size = image_size
+        self.tokens_per_frame = tokens_per_frame
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [VIDEO_TOKEN, "<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"},
+            replace_extra_special_tokens=False,
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.video_token_id = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+        super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    def __call__(
+        self,
+        messages: Sequence[list[dict[str, Any]]],
+        frames: Sequence[np.ndarray | None],
+        weights: Sequence[float] | None = None,
+        answer: bool = False,
+    ) -> BatchFeature:
+        """Turn conversations into one padded batch.
+
+        Args:
+            messages: one conversation a sample; a `{"type": "video"}` part where the video stands.
+            frames: uint8 (num_frames, image_size, image_size, 3) a sample, or None where it has no video.
+            weights: 0 drops a sample's labels (it fills a place but teaches nothing); default all 1.
+            answer: end with the assistant's turn begun and pad on the left, as `generate` wants it.
+
+        Returns:
+            `input_ids`, `attention_mask` (B, L), `pixel_values` (F, 3, H, W) uint8, `num_frames` (B,), and, unless
+            `answer`, `labels` (B, L) with -100 outside of the assistant's words.
+
+        Raises:
+            ValueError: a conversation with another number of video parts than videos, or frames of another size.
+        """
+        ids, labels, pixels = [], [], []
+        for i, (conversation, video) in enumerate(zip(messages, frames, strict=True)):
+            tokens, is_target = self._tokenize(conversation, video, answer)
+            dropped = weights is not None and weights[i] == 0
+            ids.append(torch.tensor(tokens))
+            labels.append(
+                torch.tensor([t if m and not dropped else IGNORED for t, m in zip(tokens, is_target, strict=True)])
+            )
+            if video is not None:
+                pixels.append(torch.from_numpy(video))
+        side = "left" if answer else "right"
+        batch = {
+            "input_ids": pad_sequence(ids, True, self.tokenizer.pad_token_id, side),
+            "attention_mask": pad_sequence([torch.ones_like(t) for t in ids], True, 0, side),
+            "pixel_values": torch.cat([*pixels, self._no_frames()]).permute(0, 3, 1, 2).contiguous(),
+            "num_frames": torch.tensor([0 if video is None else len(video) for video in frames]),
+        }
+        if not answer:
+            batch["labels"] = pad_sequence(labels, True, IGNORED, side)
+        return BatchFeature(batch)
+
+    def _no_frames(self) -> torch.Tensor:
+        return torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
+
+    def _tokenize(
+        self, conversation: list[dict[str, Any]], video: np.ndarray | None, answer: bool
+    ) -> tuple[list[int], list[int]]:
+        """One conversation -> token ids and the mask of what the loss is taken of; each video part drawn out."""
+        if video is not None and (video.dtype != np.uint8 or video.shape[1:] != (self.image_size, self.image_size, 3)):
+            raise ValueError(
+                f"frames are {video.dtype} {video.shape}; "
+                f"the encoder takes uint8 (frames, {self.image_size}, {self.image_size}, 3)"
+            )
+        out = self.tokenizer.apply_chat_template(
+            conversation,
+            chat_template=self.chat_template,
+            add_generation_prompt=answer,
+            return_assistant_tokens_mask=True,
+            return_dict=True,
+        )
+        tokens, is_target = out["input_ids"], out["assistant_masks"]
+        videos, places = int(video is not None), tokens.count(self.video_token_id)
+        if places != videos:
+            raise ValueError(
+                f"the conversation has {places} video parts (or {VIDEO_TOKEN} in its text), and {videos} videos"
+            )
+        if video is not None:
+            at, length = tokens.index(self.video_token_id), len(video) * self.tokens_per_frame
+            tokens[at : at + 1] = [self.video_token_id] * length
+            is_target[at : at + 1] = [0] * length
+        return tokens, is_target
+
+
+# Enough English for the tiny preset's BPE to learn the sample set's words; other text costs more tokens.
+TINY_CORPUS = """
+What colour is the shape? Which shape is it? Which way does it move? Which colour came first? What happens in the video?
+red green blue yellow cyan magenta white black circle square triangle cross left right up down first second then
+user assistant system the a an is are does do it in on of to and or which what who where when how
+"""
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE built from `TINY_CORPUS`, always the same: it spells any text, and nothing is downloaded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", VIDEO_TOKEN]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Each word with and without the space before it, several times over, so that it becomes one token.
+    words = TINY_CORPUS.split()
+    tokenizer.train_from_iterator([f"{word} {word} {word}\n" for word in words] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")

@@ -1,0 +1,28 @@
+"""The registered model, as MLflow loads it: a video and a question in, an answer out. Code, not a pickle."""
+
+import mlflow
+import pandas as pd
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from crosslmm.answer import Answerer
+
+
+class VideoAnswers(PythonModel):
+    """`predict` takes the columns `video` (path or s3:// URI) and `question`, and returns one answer a row."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load weights, processor and decoder once."""
+        self.answerer = Answerer(context.artifacts["model"])
+
+    # No type hint on `model_input`: MLflow would derive a signature from it and drop the one that was logged.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+        """Greedy answers, in batches of 16 rows."""
+        table: pd.DataFrame = model_input
+        answers: list[str] = []
+        for start in range(0, len(table), 16):
+            rows = table.iloc[start : start + 16]
+            answers += self.answerer(list(rows["video"]), list(rows["question"]))
+        return answers
+
+
+mlflow.models.set_model(VideoAnswers())

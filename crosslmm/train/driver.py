@@ -1,0 +1,226 @@
+"""What the driver process does: check, start, follow, record, register."""
+
+import json
+import threading
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from crosslmm import storage, tracking
+from crosslmm.config import BadConfig, RunConfig
+from crosslmm.data import shapes
+from crosslmm.data.manifest import Manifest
+from crosslmm.model.pretrained import build_config, build_processor
+from crosslmm.train import launch
+
+PLAIN_LINE_EVERY_S = 10.0
+
+
+@dataclass
+class Outcome:
+    """What a finished run leaves behind."""
+
+    name: str
+    run_id: str
+    model_uri: str
+    """`models:/NAME@ALIAS`."""
+    steps: int
+    samples: int
+    """Samples that those steps took."""
+    train_s: float
+    """From the first step's start to the last step's end, over all attempts of this driver [s]."""
+    metrics: dict[str, float]
+    """The last step's."""
+
+
+def run(config: RunConfig) -> Outcome:
+    """Train, record and register. Everything that can be wrong with the request is found before a worker starts.
+
+    Raises:
+        BadConfig, BadManifest: the request cannot be carried out.
+        launch.TrainingFailed: the run broke off; the same name resumes it.
+    """
+    console = Console(highlight=False)
+    config = resolve(config)
+    build_processor(config.model)
+    manifest = Manifest(config.data.manifest)
+    validation = Manifest(config.data.validation_manifest) if config.data.validation_manifest else None
+    launch.start_ray()
+    launch.check_placement(config)
+    job = launch.prepare(config, manifest, validation)
+    record = tracking.Run(config, _known_run_id(job.folder))
+    storage.write_bytes(storage.join(job.folder, "run.json"), json.dumps({"run_id": record.run_id}).encode())
+    record.log_dataset(manifest.uri, manifest.digest, len(manifest), "training")
+    if validation:
+        record.log_dataset(validation.uri, validation.digest, len(validation), "validation")
+    _announce(console, config, job, len(manifest), record)
+
+    follower = Follower(job, record, console)
+    status = "KILLED"
+    try:
+        follower.start()
+        try:
+            launch.fit(job)
+        finally:
+            follower.stop()
+        status = "FAILED"
+        model_uri = record.register(storage.join(job.folder, "model"))
+        status = "FINISHED"
+    except launch.TrainingFailed:
+        status = "FAILED"
+        raise
+    finally:
+        record.finish(status)
+    console.print(f"registered {model_uri} from run {record.run_id}")
+    return Outcome(
+        name=str(config.name),
+        run_id=record.run_id,
+        model_uri=model_uri,
+        steps=job.total_steps,
+        samples=job.total_steps * config.train.global_batch_size,
+        train_s=follower.train_s,
+        metrics=follower.last_metrics,
+    )
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fill in what the configuration leaves to the moment: name, absolute storage, sample data.
+
+    Raises:
+        BadConfig: relative storage in a job whose working directory is a copy that will be thrown away.
+    """
+    build_config(config.model)
+    here = str(Path.cwd())
+    uploaded = "/working_dir_files/" in here  # where Ray unpacks `ray job submit --working-dir`
+    for key, uri in (("storage", config.storage), ("tracking.uri", tracking.tracking_uri(config.tracking))):
+        local = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:") else uri
+        if uploaded and "://" not in local and storage.absolute(local).startswith(here):
+            raise BadConfig(
+                f"{key}: {uri} lies in this job's uploaded copy of the code; give an absolute path or a URI"
+            )
+    folder = storage.absolute(config.storage)
+    data = config.data
+    if data.manifest == "sample":
+        data = data.model_copy(update=shapes.sample_manifests(storage.join(folder, "sample")))
+    return config.model_copy(
+        update={"name": config.name or datetime.now().strftime("%Y%m%d-%H%M%S"), "storage": folder, "data": data}
+    )
+
+
+def _known_run_id(folder: str) -> str | None:
+    """The MLflow run that an earlier start under the same name began."""
+    uri = storage.join(folder, "run.json")
+    return json.loads(storage.read_bytes(uri))["run_id"] if storage.exists(uri) else None
+
+
+def _announce(console: Console, config: RunConfig, job: launch.Job, rows: int, record: tracking.Run) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("run", f"{config.name}  (resume: the same command with --name {config.name})")
+    table.add_row("data", f"{rows} rows of {config.data.manifest}")
+    table.add_row("training", f"{job.total_steps} steps of {config.train.global_batch_size} samples")
+    table.add_row("workers", f"{config.scaling.num_workers} x {'GPU' if config.scaling.use_gpu else 'CPU'}")
+    table.add_row("storage", job.folder)
+    table.add_row("record", f"{record.uri}  run {record.run_id}")
+    console.print(table)
+
+
+class Follower:
+    """Reads the board while the workers train: draws the progress, writes the record, names what was unreadable.
+
+    A person at a terminal sees one live line; a log file gets a plain line every ten seconds.
+    """
+
+    def __init__(self, job: launch.Job, record: tracking.Run, console: Console) -> None:
+        self.job = job
+        self.record = record
+        self.console = console
+        self.last_metrics: dict[str, float] = {}
+        self.train_s = 0.0
+        self._began: float | None = None
+        self._last_line = 0.0
+        self._unreadable: dict[tuple[str, int], dict[str, Any]] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[news]}"), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("starting workers", total=job.total_steps, news="")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def start(self) -> None:
+        """Begin to follow, in a thread."""
+        self._progress.start()
+        if not self.console.is_terminal:
+            self.console.print("starting workers")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Read what is left and end."""
+        self._stop.set()
+        self._thread.join()
+        self._progress.stop()
+        if self._unreadable:
+            lines = [json.dumps(item) for _, item in sorted(self._unreadable.items())]
+            self.record.log_text("unreadable.jsonl", "\n".join(lines) + "\n")
+            self.console.print(f"{len(lines)} rows could not be read and were left out: unreadable.jsonl in the record")
+
+    def _follow(self) -> None:
+        while True:
+            last_round = self._stop.wait(0.5)
+            news = ray.get(self.job.board.take.remote())
+            self._started([item for kind, item in news if kind == "started"])
+            self._take_steps([item for kind, item in news if kind == "step"])
+            self._take_unreadable([item for kind, item in news if kind == "unreadable"])
+            if last_round:
+                return
+
+    def _started(self, items: list[tuple[int, int]]) -> None:
+        for step, parameters in items:
+            self._began = self._began or time.time()
+            where = f"resumed after step {step}" if step else "training from the start"
+            self.console.print(f"{where}, {parameters / 1e6:,.1f} M parameters")
+            self._progress.update(self._task, completed=step, description="training")
+
+    def _take_steps(self, steps: list[tuple[int, float, dict[str, float]]]) -> None:
+        if not steps:
+            return
+        self.record.log(steps)
+        for step, when, metrics in steps:
+            self.last_metrics = metrics
+            self.train_s = when - (self._began or when)
+            if "validation/loss" in metrics:
+                self.console.print(_validation_line(step, metrics))
+        step, _, metrics = steps[-1]
+        news = (
+            f"loss {metrics['loss']:.3f}  {metrics['samples_per_s']:.0f} samples/s  "
+            f"{metrics['frames_per_s']:.0f} frames/s  data wait {metrics['data_wait_share']:.0%}"
+        )
+        self._progress.update(self._task, completed=step, news=news)
+        if not self.console.is_terminal and time.time() - self._last_line >= PLAIN_LINE_EVERY_S:
+            self._last_line = time.time()
+            self.console.print(f"step {step}/{self.job.total_steps}  {news}")
+
+    def _take_unreadable(self, items: list[dict[str, Any]]) -> None:
+        for item in items:
+            key = (item["split"], item["line"])
+            if key not in self._unreadable:
+                self._unreadable[key] = item
+                data = self.job.config.data
+                manifest = data.manifest if item["split"] == launch.TRAIN else data.validation_manifest
+                self.console.print(f"left out: {manifest} line {item['line']} ({item['id']}): {item['reason']}")
+
+
+def _validation_line(step: int, metrics: dict[str, float]) -> str:
+    prefix = "validation/accuracy/"
+    kinds = "  ".join(f"{k.removeprefix(prefix)} {v:.2f}" for k, v in metrics.items() if k.startswith(prefix))
+    return (
+        f"step {step}  validation loss {metrics['validation/loss']:.3f}  "
+        f"accuracy {metrics['validation/accuracy']:.3f}  {kinds}"
+    )

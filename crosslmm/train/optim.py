@@ -1,0 +1,68 @@
+"""Which parameter belongs to which component, at which learning rate, and when."""
+
+import math
+
+import torch
+from torch import nn
+
+from crosslmm.config import TrainConfig
+
+COMPONENTS = ("vision", "projector", "v2v", "t2v", "decoder")
+
+
+def component_of(name: str) -> str:
+    """Parameter name -> one of `COMPONENTS`, the rows of the paper's Table 3."""
+    if name.startswith("vision_tower."):
+        return "vision"
+    if name.startswith("projector."):
+        return "projector"
+    for branch in ("v2v", "t2v"):
+        if f".{branch}." in name:
+            return branch
+    return "decoder"
+
+
+def freeze(model: nn.Module, config: TrainConfig) -> None:
+    """Take the gradient from every component whose learning rate is zero."""
+    rates = config.learning_rate.model_dump()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(rates[component_of(name)] > 0)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with one parameter group a component, in two where matrices decay and vectors do not."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((component_of(name), parameter.ndim >= 2), []).append(parameter)
+    rates = config.learning_rate.model_dump()
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr": rates[component],
+                "weight_decay": config.weight_decay if is_matrix else 0.0,
+                "component": component,
+            }
+            for (component, is_matrix), parameters in groups.items()
+        ],
+        betas=(0.9, 0.98),
+        foreach=True,
+    )
+
+
+def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Share of the peak learning rate at step `step` (from 0): linear warm-up, then a cosine down to its floor."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    floor = config.final_learning_rate_share
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: TrainConfig) -> None:
+    """Set every group's rate for step `step`. A function of the step alone, so a resume needs no schedule state."""
+    factor = learning_rate_factor(step, total_steps, config)
+    rates = config.learning_rate.model_dump()
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["component"]] * factor

@@ -1,0 +1,67 @@
+"""How the model is laid over processes. The model itself knows nothing of it."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from crosslmm.config import TrainConfig
+from crosslmm.model import CrossLMMForConditionalGeneration
+from crosslmm.model.cross_attention import DualCrossAttentionLayer
+from crosslmm.train.optim import freeze
+
+
+def parallelize(
+    build: Callable[[bool], CrossLMMForConditionalGeneration], config: TrainConfig, device: torch.device
+) -> CrossLMMForConditionalGeneration:
+    """A model sharded over all processes of the default group.
+
+    Only rank 0 builds the real weights, in its CPU memory; the others start from the meta device and are sent
+    their shards. Needs an initialised process group.
+
+    Args:
+        build: makes the model; its argument says whether weights are wanted, or (on the meta device) only shapes.
+        config: precision, activation checkpointing, and what is frozen.
+        device: where the shards live.
+    """
+    source = build(True) if dist.get_rank() == 0 else None
+    with torch.device("meta"):
+        model = build(False)
+    freeze(model, config)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _shard(model, config, device)
+    model.to_empty(device=device)
+    # `to_empty` gives tied weights apart again.
+    model.tie_weights()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, source.state_dict() if source is not None else {}, options=options)
+    _send_buffers(model, source, device)
+    return model
+
+
+def _shard(model: CrossLMMForConditionalGeneration, config: TrainConfig, device: torch.device) -> None:
+    """FSDP2 units: each encoder layer, each cross-attention, each decoder layer, and what is left."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if config.precision == "bf16" else MixedPrecisionPolicy()
+    units: list[nn.Module] = list(model.vision_tower.encoder.layers)
+    for layer in model.language_model.model.layers:
+        if isinstance(layer, DualCrossAttentionLayer):
+            units += [branch for branch in (layer.v2v, layer.t2v) if branch is not None]
+        units.append(layer)
+    for unit in [*units, model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+
+
+def _send_buffers(model: nn.Module, source: nn.Module | None, device: torch.device) -> None:
+    """Copy rank 0's buffers everywhere: those outside of the state dict (rotary frequencies) are garbage till then."""
+    theirs = dict(source.named_buffers()) if source is not None else {}
+    for name, buffer in model.named_buffers():
+        if name in theirs:
+            buffer.copy_(theirs[name])
+        dist.broadcast(buffer, src=0)

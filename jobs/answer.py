@@ -1,0 +1,61 @@
+"""Ask a registered model about a video, or score it on a manifest."""
+
+import dataclasses
+import json
+import sys
+
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+
+
+def answer(
+    video: str | None = None,
+    question: str = "Which shape is it?",
+    manifest: str | None = None,
+    model: str = "models:/crosslmm@candidate",
+    tracking_uri: str | None = None,
+) -> None:
+    """Ask a registered model about a video, or score it on a manifest.
+
+    Args:
+        video: path or s3:// URI of a video to ask about.
+        question: what to ask about it.
+        manifest: instead of one video, a manifest: the share of its first questions that are answered exactly.
+        model: MLflow model URI.
+        tracking_uri: MLflow tracking URI; default MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db.
+    """
+    # Only now what takes seconds to import.
+    import pandas as pd
+
+    from crosslmm import storage
+    from crosslmm.answer import score
+    from crosslmm.config import TrackingConfig, fail
+    from crosslmm.data.manifest import BadManifest, Manifest
+    from crosslmm.tracking import load_registered
+
+    if (video is None) == (manifest is None):
+        fail(ValueError("give either --video or --manifest"))
+    try:
+        rows = Manifest(manifest) if manifest else None
+        loaded = load_registered(model, TrackingConfig(uri=tracking_uri))
+
+        def predict(videos: list[str], questions: list[str]) -> list[str]:
+            return loaded.predict(pd.DataFrame({"video": videos, "question": questions}))
+
+        if rows is None:
+            print(predict([storage.absolute(str(video))], [question])[0])
+            return
+        scored = score(predict, rows)
+    except (BadManifest, ValueError, OSError) as error:
+        fail(error)
+    table = Table("kind", "exact match", title=f"{model} on {manifest}")
+    for kind, share in [*scored.accuracy_by_kind.items(), ("all", scored.accuracy)]:
+        table.add_row(kind, f"{share:.3f}")
+    Console(stderr=True).print(table)
+    json.dump(dataclasses.asdict(scored), sys.stdout)
+    print()
+
+
+if __name__ == "__main__":
+    auto_cli(answer)

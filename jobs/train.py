@@ -1,0 +1,47 @@
+"""Train CrossLMM: python jobs/train.py [--config NAME_OR_FILE_OR_URI] [--SECTION.KEY VALUE ...].
+
+Without arguments it trains the `tiny` preset on sample data, on a Ray cluster that it finds or else starts here.
+On a cluster: ray job submit -- python jobs/train.py ...
+Exit status: 0 trained and registered, 1 the run broke off (the same --name resumes it), 2 the request was refused.
+"""
+
+import dataclasses
+import json
+import signal
+import sys
+from types import FrameType
+
+from crosslmm.config import BadConfig, fail, parse_run
+
+
+def main() -> int:
+    """Parse, train, print."""
+    try:
+        config = parse_run(sys.argv[1:], description=str(__doc__))
+    except BadConfig as error:
+        fail(error)
+    # Only now what takes seconds to import.
+    from crosslmm.data.manifest import BadManifest
+    from crosslmm.storage import BadLocation
+    from crosslmm.train import driver
+    from crosslmm.train.launch import TrainingFailed
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        outcome = driver.run(config)
+    except (BadConfig, BadManifest, BadLocation) as error:
+        fail(error)
+    except TrainingFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(dataclasses.asdict(outcome)))
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """A job that is told to stop ends as if by Ctrl-C: the record is closed, the last checkpoint stays."""
+    signal.raise_signal(signal.SIGINT)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,205 @@
+"""A real S3 object store on this machine, for tests: OpenStack Swift with its S3 API.
+
+An emulator agrees with whatever its authors believed S3 does. Swift is a store that people run: it
+checks signatures, keeps objects on disk and joins uploads from parts. It needs neither root nor
+system packages, only Linux and a file system with extended attributes.
+
+    with running_object_store(tmp_path / "store", venv=Path(".cache/swift-venv")) as store:
+        os.environ.update(store.environment())  # before the first client is made: they remember
+        store.make_bucket("runs")
+"""
+
+import fcntl
+import os
+import pwd
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import boto3
+
+REQUIREMENTS = ("swift==2.38.3", "setuptools<81")  # Swift imports pkg_resources, gone in 81
+SERVERS = ("account", "container", "object", "proxy")
+USER = "test:tester"
+REGION = "us-east-1"
+START_SECONDS = 60.0
+
+# One process a server (workers = 0), so that killing it leaves nothing behind. Long timeouts: no
+# background daemon runs here, and on a busy machine the default of one second would put off the
+# listing update of a written object, which nobody would ever make up for.
+CONFIG = """\
+[DEFAULT]
+bind_ip = 127.0.0.1
+bind_port = {port}
+bind_timeout = 5
+workers = 0
+user = {user}
+swift_dir = {root}
+devices = {root}/devices
+recon_cache_path = {root}
+mount_check = false
+log_level = WARNING
+conn_timeout = 30
+node_timeout = 60
+container_update_timeout = 60
+error_suppression_limit = 1000000
+[pipeline:main]
+pipeline = {filters} {name}-server
+[app:{name}-server]
+use = egg:swift#{name}
+account_autocreate = true
+[filter:healthcheck]
+use = egg:swift#healthcheck
+[filter:s3api]
+use = egg:swift#s3api
+[filter:tempauth]
+use = egg:swift#tempauth
+user_test_tester = {secret} .admin
+[filter:slo]
+use = egg:swift#slo
+"""
+
+# The rings say where everything lies: on one device. `swift-ring-builder` takes nine processes.
+BUILD_RINGS = """\
+import sys
+from swift.common.ring import RingBuilder
+for name, port in zip(sys.argv[1::2], sys.argv[2::2]):
+    ring = RingBuilder(part_power=4, replicas=1, min_part_hours=1)
+    place = {"region": 1, "zone": 1, "device": "d1", "weight": 1.0}
+    ring.add_dev({"ip": "127.0.0.1", "port": int(port), **place})
+    ring.rebalance()
+    ring.get_ring().save(f"{name}.ring.gz")
+"""
+
+# Asks the kernel for SIGKILL (9) when the parent dies (PR_SET_PDEATHSIG, 1), then becomes the
+# server. It holds however the tests end and, unlike `preexec_fn`, is safe beside their threads.
+DIE_WITH_PARENT = """\
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """Where a running store is, and how to get in."""
+
+    endpoint: str
+    # Its own for each store: a client that strays into another session's store is refused.
+    secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+
+    def environment(self) -> dict[str, str]:
+        """Variables with which boto3, s3fs, Arrow's URIs and MLflow find this store, and only it.
+
+        `pyarrow.fs.S3FileSystem()` reads all but the endpoint: give it `endpoint_override`.
+        """
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": USER,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_DEFAULT_REGION": REGION,
+            # Nothing of the developer's own set-up, and no wait for a cloud machine's metadata.
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def make_bucket(self, name: str) -> None:
+        """Create a bucket, which the code under test never does."""
+        session = boto3.Session(USER, self.secret, region_name=REGION)
+        session.client("s3", endpoint_url=self.endpoint).create_bucket(Bucket=name)
+
+
+@contextmanager
+def running_object_store(root: Path, *, venv: Path) -> Iterator[ObjectStore]:
+    """Run a store in the new folder ``root``, data and logs, until the block is left.
+
+    Swift brings eventlet, so it lives in an environment of its own, ``venv``: built on first use,
+    shared by later sessions.
+    """
+    root, bin_dir = root.resolve(), _installed_swift(venv.resolve()) / "bin"
+    ports = _free_ports()
+    store = ObjectStore(f"http://127.0.0.1:{ports['proxy']}")
+    _configure(root, bin_dir, ports, store.secret)
+    with ExitStack() as stack:
+        servers: dict[str, subprocess.Popen[bytes]] = {}
+        for name in SERVERS:
+            servers[name] = stack.enter_context(_start_server(root, bin_dir, name))
+            stack.callback(servers[name].kill)
+        deadline = time.monotonic() + START_SECONDS
+        for name, server in servers.items():
+            _await_health(server, ports[name], root / f"{name}.log", deadline)
+        yield store
+
+
+def _installed_swift(venv: Path) -> Path:
+    """Build ``venv`` unless it is whole, which the stamp says that is written last."""
+    venv.parent.mkdir(parents=True, exist_ok=True)
+    stamp, wanted = venv / "complete", "\n".join(REQUIREMENTS)
+    with venv.with_name(f"{venv.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second session waits, and finds it built
+        if not stamp.exists() or stamp.read_text() != wanted:
+            shutil.rmtree(venv, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+            pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+            subprocess.run([*pip, *REQUIREMENTS], check=True)
+            stamp.write_text(wanted)
+    return venv
+
+
+def _free_ports() -> dict[str, int]:
+    """A free port for each server; all are held until the last is chosen, so they differ."""
+    with ExitStack() as stack:
+        sockets = {name: stack.enter_context(socket.socket()) for name in SERVERS}
+        for sock in sockets.values():
+            sock.bind(("127.0.0.1", 0))
+        return {name: sock.getsockname()[1] for name, sock in sockets.items()}
+
+
+def _configure(root: Path, bin_dir: Path, ports: dict[str, int], secret: str) -> None:
+    """Make the device, the configuration and the rings."""
+    (root / "devices" / "d1").mkdir(parents=True)
+    hashing = "[swift-hash]\nswift_hash_path_prefix = p\nswift_hash_path_suffix = s\n"
+    (root / "swift.conf").write_text(hashing)
+    user = pwd.getpwuid(os.getuid()).pw_name
+    for name, port in ports.items():
+        filters = "healthcheck s3api tempauth slo" if name == "proxy" else "healthcheck"
+        settings = {"root": root, "user": user, "secret": secret, "filters": filters}
+        (root / f"{name}.conf").write_text(CONFIG.format(name=name, port=port, **settings))
+    rings = [word for name in SERVERS[:-1] for word in (name, str(ports[name]))]
+    subprocess.run([bin_dir / "python", "-c", BUILD_RINGS, *rings], cwd=root, check=True)
+
+
+def _start_server(root: Path, bin_dir: Path, name: str) -> subprocess.Popen[bytes]:
+    """Start one server, which ends at the latest with the thread that starts it."""
+    server = [str(bin_dir / f"swift-{name}-server"), f"{name}.conf", "--verbose"]
+    with (root / f"{name}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", DIE_WITH_PARENT, *server],
+            cwd=root,
+            env=os.environ | {"SWIFT_DIR": str(root)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the tests, which then stop the servers
+        )
+
+
+def _await_health(server: subprocess.Popen[bytes], port: int, log: Path, deadline: float) -> None:
+    """Return when the server answers; raise with the end of its log when it will not."""
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/healthcheck", timeout=2).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    state = "did not answer" if server.returncode is None else f"exited with {server.returncode}"
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+    raise RuntimeError(f"Swift's {log.stem} server {state}; the end of {log}:\n{tail}")

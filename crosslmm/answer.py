@@ -34,7 +34,7 @@ class Answerer:
         self.processor = AutoProcessor.from_pretrained(folder)
         # Flash attention is a matter of the machine that trained, not of the one that answers.
         model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
-        self.model: Any = model.eval().to(self.device)  # type: ignore[arg-type]
+        self.model: Any = model.eval().to(self.device)
         data = self.config.data
         self.decoder = Decoder(data.num_frames, self.processor.image_size, data.decoder, data.decode_timeout_s)
 

@@ -1,9 +1,11 @@
 """The record of a run in MLflow: one run per training run, the same one after a resume, and the model registry."""
 
 import json
+import logging
 import os
 import subprocess
 import tempfile
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ from mlflow.types import ColSpec, Schema
 
 from crosslmm import storage
 from crosslmm.config import RunConfig, TrackingConfig
+
+# Its own chatter would stand between our lines.
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 SIGNATURE = ModelSignature(
     Schema([ColSpec("string", "video"), ColSpec("string", "question")]), Schema([ColSpec("string")])
@@ -85,7 +91,7 @@ class Run:
         )
 
     def log(self, steps: list[tuple[int, float, dict[str, float]]]) -> None:
-        """Write the metrics of several steps, each (step, unix time [s], values). Steps already here are passed over."""
+        """Write metrics, (step, unix time [s], values) for each step. Steps that are already here are passed over."""
         new = [(step, when, values) for step, when, values in steps if step > self._last_step]
         metrics = [Metric(k, v, int(when * 1000), step) for step, when, values in new for k, v in values.items()]
         for i in range(0, len(metrics), 1000):
@@ -111,7 +117,9 @@ class Run:
         package = Path(__file__).parent
         with tempfile.TemporaryDirectory() as folder:
             storage.download(model_uri, folder)
-            with mlflow.start_run(run_id=self.run_id):
+            with mlflow.start_run(run_id=self.run_id), warnings.catch_warnings():
+                # MLflow asks for a type hint or an example to guess the signature from; it is given whole.
+                warnings.filterwarnings("ignore", ".*(type hints|input example).*", UserWarning)
                 info = mlflow.pyfunc.log_model(
                     name="model",
                     python_model=str(package / "registered.py"),

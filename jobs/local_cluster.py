@@ -79,6 +79,11 @@ class LocalCluster:
             start_new_session=True,
         )
 
+    @property
+    def session(self) -> int:
+        """Session id of all of the cluster's processes."""
+        return self._process.pid
+
     def __enter__(self) -> Self:
         request = urllib.request.Request(
             f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {self.token.read_text()}"}
@@ -104,9 +109,8 @@ class LocalCluster:
 
     def stop(self) -> None:
         """Kill every process of the cluster: workers have groups of their own, but share its session."""
-        session = self._process.pid
         for _ in range(10):
-            alive = [pid for pid in _processes() if _session_of(pid) == session]
+            alive = [pid for pid in _processes() if _session_of(pid) == self.session]
             if not alive:
                 break
             for pid in alive:

@@ -10,7 +10,7 @@ from crosslmm.data.shapes import write_sample_set
 
 def prepare(
     folder: str,
-    train: Annotated[int, Field(ge=4)] = 2000,
+    train: Annotated[int, Field(ge=4)] = 3000,
     held_out: Annotated[int, Field(ge=4)] = 160,
     seed: int = 0,
 ) -> None:

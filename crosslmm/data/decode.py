@@ -11,7 +11,9 @@ from typing import Any, BinaryIO, Self
 import av
 import numpy as np
 import pebble
+from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 
 from crosslmm import storage
 from crosslmm.data import sampling
@@ -44,11 +46,18 @@ class Decoder:
     def __init__(self, num_frames: int, image_size: int, backend: str = "pyav", timeout_s: float = 60.0) -> None:
         self.timeout_s = timeout_s
         self._decode = functools.partial(decode_video, num_frames=num_frames, image_size=image_size, backend=backend)
+        self._pool = self._start()
+
+    @staticmethod
+    def _start() -> pebble.ProcessPool:
         # Neither threads nor readers survive a plain fork.
-        self._pool = pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("forkserver"))
+        return pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("forkserver"))
 
     def __call__(self, uris: Sequence[str]) -> list[np.ndarray | Unreadable]:
         """Decode videos, in order: uint8 (frames, image_size, image_size, 3) each, or why there is none."""
+        if not self._pool.active:
+            # A child that was killed between two calls, by the kernel for its memory, takes the pool with it.
+            self._pool = self._start()
         futures = [self._pool.schedule(self._decode, (uri,), timeout=self.timeout_s) for uri in uris]
         return [self._result(future) for future in futures]
 
@@ -113,13 +122,16 @@ def _refuse_what_is_no_video(file: BinaryIO) -> None:
 def _with_pyav(file: BinaryIO, num_frames: int, image_size: int) -> np.ndarray:
     resize = VideoReformatter()
     images = []
-    with av.open(file, metadata_errors="replace") as container:
+    with av.open(file, "r", metadata_errors="replace") as container:
         if not container.streams.video:
             raise UnreadableVideo("the file has no video stream")
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        duration = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
-        wanted = sampling.uniform(duration, num_frames)
+        in_stream = stream.duration and stream.time_base and float(stream.duration * stream.time_base)
+        # Matroska's duration counts from zero in a recording that begins later, or does not, as its writer pleases.
+        begins_late = (container.start_time or 0) > av.time_base
+        in_file = 0.0 if begins_late else (container.duration or 0) / av.time_base
+        wanted = sampling.uniform(in_stream or in_file or _measure(container, stream), num_frames)
         for frame in _on_screen(container.decode(stream), wanted):
             image = resize.reformat(frame, image_size, image_size, format="rgb24").to_ndarray()
             # The phone was held upright: containers store the turn, decoders do not make it.
@@ -127,6 +139,16 @@ def _with_pyav(file: BinaryIO, num_frames: int, image_size: int) -> np.ndarray:
     if not images:
         raise UnreadableVideo("the file has no frames that can be decoded")
     return np.ascontiguousarray(np.stack(images))
+
+
+def _measure(container: InputContainer, stream: VideoStream) -> float:
+    """Duration of a stream whose container does not say it [s], from its packets."""
+    times = [(p.pts, p.pts + (p.duration or 1)) for p in container.demux(stream) if p.pts is not None]
+    if not times:
+        raise UnreadableVideo("the file has no frames that can be decoded")
+    container.seek(0)
+    begins, ends = zip(*times, strict=True)
+    return float((max(ends) - min(begins)) * (stream.time_base or 0))
 
 
 def _on_screen(frames: Iterator[av.VideoFrame], wanted: np.ndarray) -> Iterator[av.VideoFrame]:

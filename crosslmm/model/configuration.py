@@ -16,8 +16,8 @@ class CrossLMMConfig(PreTrainedConfig):
         vision_config: any SigLIP vision configuration (or its dict).
         text_config: a decoder whose layers look like Qwen2's or Llama's (or its dict, with `model_type`).
         pool_stride: s in ceil(g/s)^2, the pooled tokens that one frame of g x g patches sends through the decoder.
-        cross_attention_every: K. Layers K, 2K, 3K, ... (counted from one) carry the dual cross-attention;
-            the paper's best is 4 (Table 2b). 0 gives none.
+        cross_attention_every: K. Layers 0, K, 2K, ... carry the dual cross-attention; the paper's best is 4 (Table 2b).
+            0 gives none. (Counted from the other end, the last layer would carry a V2V that no answer ever reads.)
         v2v: whether visual positions look back at the original visual tokens (Table 2a).
         t2v: whether text positions do (Table 2a).
         video_token_id: the placeholder that stands in `input_ids` once for every pooled token.
@@ -81,5 +81,4 @@ class CrossLMMConfig(PreTrainedConfig):
         """Indices (from zero) of the decoder layers that carry the dual cross-attention."""
         if not self.cross_attention_every or not (self.v2v or self.t2v):
             return []
-        step = self.cross_attention_every
-        return list(range(step - 1, self.text_config.num_hidden_layers, step))
+        return list(range(0, self.text_config.num_hidden_layers, self.cross_attention_every))

@@ -102,7 +102,7 @@ class GatedCrossAttention(nn.Module):
 
     def _keys_and_values(self, visual: VisualContext, cache: EncoderDecoderCache | None) -> tuple[Tensor, Tensor]:
         if cache is not None and cache.is_updated.get(self.layer_idx):
-            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
         tokens_BSD = self.visual_norm(visual.tokens_BSD)
         key_BHSC, value_BHSC = self._heads(self.k_proj(tokens_BSD)), self._heads(self.v_proj(tokens_BSD))

@@ -4,7 +4,7 @@ Axes, as suffixes: B sample, F frame (of all samples, one behind the other), P p
 L position in the sequence, S original visual token of a sample, D width.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +89,12 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"frames are {pixels_FCHW.dtype} {tuple(pixels_FCHW.shape)}; "
                 f"the encoder takes uint8 (frames, 3, {side}, {side})"
             )
+        frames = pixels_FCHW.shape[0]
+        if not frames:
+            # SigLIP takes no empty batch, and under FSDP every rank has to run it: one black frame, thrown away.
+            pixels_FCHW = pixels_FCHW.new_zeros(1, 3, side, side)
         dtype = self.vision_tower.embeddings.patch_embedding.weight.dtype
-        return self.vision_tower(pixels_FCHW.to(dtype) / 127.5 - 1.0).last_hidden_state
+        return self.vision_tower(pixels_FCHW.to(dtype) / 127.5 - 1.0).last_hidden_state[:frames]
 
     def forward(
         self,
@@ -124,7 +128,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if past_key_values is None and use_cache:
             past_key_values = self._new_cache()
-        is_video_BL = input_ids.eq(self.config.video_token_id)
+        is_video_BL = input_ids.eq(cast(int, self.config.video_token_id))
         # A placeholder's own embedding is never read, and its id may lie outside of the decoder's vocabulary.
         x_BLD = self.get_input_embeddings()(input_ids.masked_fill(is_video_BL, 0))
 

@@ -65,7 +65,8 @@ def build_model(
 ) -> CrossLMMForConditionalGeneration:
     """The model in float32, on the default device.
 
-    New parameters start as the decoder's own do (normal, its `initializer_range`), gates at zero.
+    New parameters start as the decoder's own do (normal, its `initializer_range`), gates at zero; an encoder from random
+    weights as SigLIP does, but for its positions (normal, 1).
 
     Args:
         config: what to build.
@@ -79,9 +80,16 @@ def build_model(
     torch.manual_seed(seed)
     model_config = build_config(config, processor.video_token_id)
     model_config._attn_implementation = config.attention
-    model = CrossLMMForConditionalGeneration(model_config)
+    try:
+        model = CrossLMMForConditionalGeneration(model_config)
+    except ValueError as error:
+        raise BadConfig(f"model.language: {error}") from error
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    if not config.vision_weights:
+        # SigLIP's own 1/sqrt(width) drowns beside the patches of an untrained encoder: where things are is then learnt
+        # hundreds of steps later (docs/log.md).
+        nn.init.normal_(model.vision_tower.embeddings.position_embedding.weight)
     if weights and config.vision_weights:
         source = {"pretrained_model_name_or_path": config.vision_weights, "revision": config.vision_revision}
         _graft("model.vision_weights", model.vision_tower, SiglipVisionModel, source)

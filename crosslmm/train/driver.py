@@ -11,7 +11,6 @@ from typing import Any
 import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from crosslmm import storage, tracking
 from crosslmm.config import BadConfig, RunConfig
@@ -47,7 +46,7 @@ def run(config: RunConfig) -> Outcome:
         BadConfig, BadManifest: the request cannot be carried out.
         launch.TrainingFailed: the run broke off; the same name resumes it.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     config = resolve(config)
     build_processor(config.model)
     manifest = Manifest(config.data.manifest)
@@ -121,14 +120,17 @@ def _known_run_id(folder: str) -> str | None:
 
 
 def _announce(console: Console, config: RunConfig, job: launch.Job, rows: int, record: tracking.Run) -> None:
-    table = Table.grid(padding=(0, 2))
-    table.add_row("run", f"{config.name}  (resume: the same command with --name {config.name})")
-    table.add_row("data", f"{rows} rows of {config.data.manifest}")
-    table.add_row("training", f"{job.total_steps} steps of {config.train.global_batch_size} samples")
-    table.add_row("workers", f"{config.scaling.num_workers} x {'GPU' if config.scaling.use_gpu else 'CPU'}")
-    table.add_row("storage", job.folder)
-    table.add_row("record", f"{record.uri}  run {record.run_id}")
-    console.print(table)
+    processor = "GPU" if config.scaling.use_gpu else "CPU"
+    lines = {
+        "run": f"{config.name} (the same command with --name {config.name} resumes it)",
+        "data": f"{rows} rows of {config.data.manifest}",
+        "training": f"{job.total_steps} steps of {config.train.global_batch_size} samples, "
+        f"{config.scaling.num_workers} {processor} workers",
+        "storage": job.folder,
+        "record": f"{record.uri}, run {record.run_id}",
+    }
+    for key, value in lines.items():
+        console.print(f"{key:<9} {value}")
 
 
 class Follower:

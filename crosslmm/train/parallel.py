@@ -33,7 +33,7 @@ def parallelize(
         model = build(False)
     freeze(model, config)
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     _shard(model, config, device)
     model.to_empty(device=device)
     # `to_empty` gives tied weights apart again.

@@ -1,0 +1,154 @@
+"""FSDP with real gloo processes: the same numbers as one process, through kill, resume, reshard and export."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import conversation, open_gates, random_frames
+from transformers import AutoModelForImageTextToText
+
+from crosslmm.config import RunConfig, parse_run
+from crosslmm.model.pretrained import build_model, build_processor
+from crosslmm.train import checkpoint, loop
+from crosslmm.train.optim import build_optimizer
+from crosslmm.train.parallel import parallelize
+
+STEPS, STOP_AFTER, BATCH = 6, 3, 8
+
+
+def run_config(ranks: int, *overrides: str) -> RunConfig:
+    sizes = [f"--scaling.num_workers={ranks}", f"--train.global_batch_size={BATCH}", "--train.micro_batch_size=2"]
+    return parse_run([*sizes, "--train.warmup_steps=2", f"--train.checkpoint_every={STOP_AFTER}", *overrides], "")
+
+
+def sample(place: int):
+    """Every fourth sample is text alone, so that a whole micro-batch of a rank can be without a video."""
+    frames = None if place % 8 in (2, 3) else random_frames(1 + place % 4, seed=place)
+    answer = ["circle", "a red square", "left"][place % 3]
+    return conversation(f"Question {place}?", answer, video=frames is not None), frames
+
+
+def batches(processor, ranks: int, rank: int, first_step: int):
+    """This rank's micro-batches: its share of each global batch, two samples at a time."""
+    mine = BATCH // ranks
+    for step in range(first_step, STEPS):
+        for start in range(step * BATCH + rank * mine, step * BATCH + (rank + 1) * mine, 2):
+            talks, frames = zip(*[sample(place) for place in (start, start + 1)], strict=True)
+            yield processor(talks, frames)
+
+
+def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrides: tuple[str, ...] = ()) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{ranks}-{resume}-{stop}", rank=rank,
+                            world_size=ranks)  # fmt: skip
+    config = run_config(ranks, *overrides)
+    processor = build_processor(config.model)
+
+    def build(weights: bool):
+        model = build_model(config.model, processor, seed=0)
+        if weights:
+            open_gates(model, 0.3)
+        return model
+
+    model = parallelize(build, config.train, torch.device("cpu"))
+    optimizer = build_optimizer(model, config.train)
+    first = checkpoint.load(folder / "checkpoint", model, optimizer) if resume else 0
+    losses = {}
+
+    def save(step: int) -> None:
+        if step == STOP_AFTER:
+            checkpoint.save(folder / "checkpoint", model, optimizer, step, config)
+            if stop:
+                dist.barrier()
+                os._exit(0)  # as a spot node goes: without a word
+
+    loop.train(
+        config,
+        model,
+        optimizer,
+        batches(processor, ranks, rank, first),
+        range(first, STEPS),
+        log=lambda step, metrics: losses.update({step: (metrics["loss"], metrics["grad_norm"])}),
+        save=save,
+    )
+    checkpoint.export(folder / "export", model, processor)
+    if rank == 0:
+        (folder / f"losses-{ranks}.json").write_text(json.dumps(losses))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def spawn(ranks: int, folder: Path, resume: bool = False, stop: bool = False, overrides: tuple[str, ...] = ()) -> dict:
+    folder.mkdir(exist_ok=True)
+    torch.multiprocessing.spawn(train, (ranks, folder, resume, stop, overrides), nprocs=ranks)
+    written = folder / f"losses-{ranks}.json"
+    return {int(k): v for k, v in json.loads(written.read_text()).items()} if written.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return spawn(1, folder), folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return spawn(2, folder), folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(folder / "export").state_dict()
+
+
+def test_two_ranks_equal_one_process(one_process, two_ranks):
+    one, two = one_process[0], two_ranks[0]
+    assert sorted(one) == list(range(1, STEPS + 1))
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-5, abs=1e-5)
+    ours, theirs = weights(one_process[1]), weights(two_ranks[1])
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_kill_and_resume_gives_the_same_losses_and_weights_as_no_kill(two_ranks, tmp_path):
+    spawn(2, tmp_path, stop=True)
+    resumed = spawn(2, tmp_path, resume=True)
+    assert sorted(resumed) == list(range(STOP_AFTER + 1, STEPS + 1))
+    assert resumed == {step: two_ranks[0][step] for step in resumed}
+    theirs = weights(two_ranks[1])
+    assert all(torch.equal(value, theirs[name]) for name, value in weights(tmp_path).items())
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_in_one(two_ranks, tmp_path):
+    spawn(2, tmp_path, stop=True)
+    resumed = spawn(1, tmp_path, resume=True)
+    for step, values in resumed.items():
+        assert values == pytest.approx(two_ranks[0][step], rel=1e-5, abs=1e-5)
+
+
+def test_the_export_says_what_the_sharded_model_says(two_ranks, processor):
+    """The last exported weights reproduce the loss of a step that a resumed run would take next."""
+    _, folder = two_ranks
+    exported = AutoModelForImageTextToText.from_pretrained(folder / "export")
+    assert exported.get_input_embeddings().weight is exported.get_output_embeddings().weight
+    fresh = build_model(run_config(1).model, processor, seed=0)
+    assert not torch.equal(exported.get_input_embeddings().weight, fresh.get_input_embeddings().weight)
+    frequencies = "language_model.model.rotary_emb.inv_freq"
+    assert torch.equal(exported.get_buffer(frequencies), fresh.get_buffer(frequencies))
+
+
+def test_frozen_components_stay_and_bf16_with_checkpointing_trains(tmp_path):
+    frozen = ("--train.learning_rate.vision=0", "--train.learning_rate.decoder=0", "--train.learning_rate.t2v=0")
+    losses = spawn(2, tmp_path, overrides=(*frozen, "--train.precision=bf16", "--train.activation_checkpointing=true"))
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    config = run_config(2)
+    start = build_model(config.model, build_processor(config.model), seed=0)
+    open_gates(start, 0.3)
+    trained = weights(tmp_path)
+    changed = {name for name, value in start.state_dict().items() if not torch.equal(value, trained[name])}
+    assert changed
+    assert all(name.startswith("projector.") or ".v2v." in name for name in changed)

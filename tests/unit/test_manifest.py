@@ -1,0 +1,100 @@
+import json
+
+import pytest
+
+from crosslmm.data.manifest import BadManifest, Manifest
+
+ASKED = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is it?"}]}
+SAID = {"role": "user", "content": "What is it?"}
+ANSWER = {"role": "assistant", "content": "red"}
+
+
+def row(**changes):
+    return json.dumps({"id": "a", "video": "clip.mp4", "messages": [ASKED, ANSWER]} | changes)
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(*lines):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(f"{line}\n" for line in lines))
+        return Manifest(str(path))
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"id": "b", ', "Invalid JSON"),
+        ("[1, 2]", "Input should be an object"),
+        (row(id="b", extra=1), "extra: Extra inputs"),
+        (row(id="b", messages=[{**ASKED, "name": "x"}, ANSWER]), "messages.0.user.name: Extra inputs"),
+        (row(id="b", messages=[{"role": "robot", "content": ""}]), "messages.0: .*'robot'"),
+        (row(id="b", messages=[SAID, ANSWER]), "a video is given, but the messages have 0 video parts"),
+        (row(id="b", messages=[ASKED, ASKED, ANSWER]), "a video is given, but the messages have 2 video parts"),
+        (row(id="b", video=None), "no video is given, but the messages have 1 video parts"),
+        (row(id="b", messages=[ASKED]), "no message is the assistant's"),
+        (row(id="b", messages=[]), "messages: List should have at least 1"),
+        (row(id="a"), "id 'a' is also on line 1"),
+        (row(id=""), "id: String should have at least 1"),
+        (row(id="b", video="http://host/clip.mp4"), "'http://host/clip.mp4': only local paths, file:// and s3://"),
+        (row(id="b", video="file:///a::s3://b"), ".*only local paths"),
+    ],
+)
+def test_a_malformed_line_is_named_with_its_reason(read, line, reason):
+    with pytest.raises(BadManifest, match=f"rows.jsonl: line 3: {reason}"):
+        read(row(), "", line)
+
+
+def test_five_malformed_lines_are_named_and_the_rest_counted(read):
+    with pytest.raises(BadManifest, match=r"line 1: .*; line 2: .*; line 5: .*; and 2 more$"):
+        read(*["{"] * 7)
+
+
+@pytest.mark.parametrize("lines", [(), ("", "  ")])
+def test_an_empty_manifest_is_refused(read, lines):
+    with pytest.raises(BadManifest, match="is empty"):
+        read(*lines)
+
+
+@pytest.mark.parametrize(("uri", "reason"), [("nonesuch.jsonl", "FileNotFoundError"), ("http://h/r", "BadLocation")])
+def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, monkeypatch, uri, reason):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadManifest, match=f"{uri}: cannot be read: {reason}"):
+        Manifest(uri)
+
+
+@pytest.mark.parametrize(
+    ("video", "resolved"),
+    [
+        ("clips/a.mp4", "{folder}/clips/a.mp4"),
+        ("/elsewhere/a.mp4", "/elsewhere/a.mp4"),
+        ("s3://bucket/a.mp4", "s3://bucket/a.mp4"),
+        ("file:///elsewhere/a.mp4", "file:///elsewhere/a.mp4"),
+    ],
+)
+def test_videos_are_found_from_the_manifest_s_folder(read, tmp_path, video, resolved):
+    assert read(row(video=video)).rows[0]["video"] == resolved.format(folder=tmp_path)
+
+
+def test_a_manifest_named_from_the_working_directory_finds_its_videos(read, tmp_path, monkeypatch):
+    read(row())
+    monkeypatch.chdir(tmp_path)
+    assert Manifest("rows.jsonl").rows[0]["video"] == f"{tmp_path}/clip.mp4"
+
+
+def test_a_row_without_video_keeps_its_words_and_its_kind(read):
+    (only,) = read(row(video=None, messages=[SAID, ANSWER], kind="colour")).rows
+    assert (only["video"], only["messages"], only["kind"]) == (None, [SAID, ANSWER], "colour")
+
+
+def test_blank_lines_are_passed_over_but_counted(read):
+    manifest = read("", row(), "  ", row(id="b"))
+    assert [(r["id"], r["line"]) for r in manifest.rows] == [("a", 2), ("b", 4)]
+    assert len(manifest) == 2
+
+
+def test_the_digest_is_the_content_s(read):
+    first, same, other = (read(line).digest for line in (row(), row(), row(id="b")))
+    assert first == same != other

@@ -1,0 +1,110 @@
+import threading
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from crosslmm.config import DataConfig
+from crosslmm.data.order import Order
+from crosslmm.data.pipeline import Layout, ahead, block_rows
+
+
+def epoch(order, number):
+    length = order.steps_per_epoch * order.global_batch_size
+    return order.at(np.arange(number * length, (number + 1) * length))
+
+
+def per_rank(layout):
+    """The places of each rank's blocks, one behind the other, cut where the last step ends."""
+    return [
+        np.concatenate([layout.places(block) for block in range(rank, layout.blocks, layout.ranks)])[
+            : layout.steps * layout.rank_rows
+        ]
+        for rank in range(layout.ranks)
+    ]
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(10, 4), (8, 4), (3, 8), (1, 1)])
+def test_every_epoch_weighs_each_row_once_and_its_padding_nothing(rows, batch):
+    for number in range(3):
+        index, weight = epoch(Order(rows, batch, seed=1), number)
+        assert len(index) % batch == 0
+        assert sorted(index[weight == 1]) == list(range(rows))
+        assert weight.sum() == rows
+        assert set(index[weight != 1]) <= set(range(rows))
+
+
+def test_seed_and_epoch_fix_the_order_and_nothing_else_does():
+    rows = [epoch(Order(50, 8, seed), number)[0].tolist() for seed in (0, 1) for number in (0, 1)]
+    assert all(a != b for i, a in enumerate(rows) for b in rows[:i])
+    whole = Order(50, 8, 0)
+    scattered = np.array([[60, 3], [17, 99]])
+    index, weight = whole.at(scattered)
+    one_by_one = [whole.at(np.array([place])) for place in scattered.ravel()]
+    assert index.ravel().tolist() == [int(row[0]) for row, _ in one_by_one]
+    assert weight.ravel().tolist() == [float(w[0]) for _, w in one_by_one]
+
+
+def test_validation_keeps_the_manifest_s_order():
+    assert Order(5, 2, seed=None).at(np.arange(6))[0].tolist() == [0, 1, 2, 3, 4, 0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(("batch", "rows_in_block"), [(12, 3), (12, 5), (24, 128), (12, 1), (36, 7)])
+@pytest.mark.parametrize(("first", "steps"), [(0, 5), (7, 4)])
+def test_the_ranks_share_each_step_s_places_out_whatever_the_blocks(ranks, batch, rows_in_block, first, steps):
+    layout = Layout(Order(50, batch, 0), ranks, first, steps, rows_in_block)
+    shares = [places.reshape(steps, layout.rank_rows) for places in per_rank(layout)]
+    for number, step in enumerate(range(first, first + steps)):
+        together = np.concatenate([share[number] for share in shares])
+        assert sorted(together) == list(range(step * batch, (step + 1) * batch))
+
+
+def test_every_rank_has_equally_many_blocks_even_when_nothing_is_left():
+    for steps in (0, 1, 5):
+        layout = Layout(Order(50, 12, 0), ranks=3, first_step=2, steps=steps, block_rows=5)
+        assert layout.blocks >= layout.ranks
+        assert layout.blocks % layout.ranks == 0
+
+
+def test_another_number_of_ranks_goes_on_with_exactly_what_is_left():
+    order, consumed = Order(50, 12, 0), []
+    for ranks, first, steps in [(2, 0, 4), (3, 4, 2), (4, 6, 1), (1, 7, 3)]:
+        consumed += per_rank(Layout(order, ranks, first, steps, block_rows=5))
+    assert sorted(np.concatenate(consumed)) == list(range(10 * 12))
+
+
+def test_a_block_holds_16_mib_of_frames():
+    assert block_rows(DataConfig(num_frames=4), 64) == 128
+    assert block_rows(DataConfig(num_frames=8), 384) == 4
+    assert block_rows(DataConfig(num_frames=512), 384) == 1
+
+
+def test_ahead_keeps_the_order():
+    assert list(ahead(range(20), lambda i: i * i)) == [i * i for i in range(20)]
+    assert list(ahead([], str)) == []
+
+
+def test_ahead_passes_an_error_on_at_its_place():
+    results = ahead([2, 1, 0, 1], lambda i: 2 / i)
+    assert [next(results), next(results)] == [1, 2]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_ahead_makes_as_many_as_its_depth_and_no_more(depth):
+    made = []
+    results = ahead(range(100), lambda i: made.append((i, threading.current_thread().name)) or i, depth)
+    for used in (1, 2):
+        next(results)
+        deadline = time.monotonic() + 5
+        while len(made) < used + depth and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(made) == used + depth
+    results.close()
+    assert len(made) <= 2 + 2 * depth
+    assert {name for _, name in made} != {threading.current_thread().name}
+    assert all(a + 1 == b for (a, _), (b, _) in pairwise(made))

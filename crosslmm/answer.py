@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from rich.progress import track
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -15,6 +16,8 @@ import crosslmm.model  # noqa: F401  registers the model with the Auto classes
 from crosslmm.config import validate_run
 from crosslmm.data.decode import Decoder, Unreadable
 from crosslmm.data.manifest import Manifest
+
+transformers.logging.disable_progress_bar()
 
 CONFIG = "run.yaml"
 """Beside the weights: the configuration that they were trained with, frames per video included."""

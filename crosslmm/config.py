@@ -7,7 +7,13 @@ from importlib import resources
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,  # type: ignore[attr-defined]
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    set_parsing_settings,
+)
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PRESETS = resources.files("crosslmm") / "presets"
@@ -213,7 +219,7 @@ class BadConfig(Exception):
 class _PresetOrFile(ActionConfigFile):
     """`--config NAME_OR_FILE_OR_URI`; several are laid over one another, the last one on top."""
 
-    def __call__(self, parser: Any, cfg: Any, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         super().__call__(parser, cfg, resolve_preset(values), option_string)
 
 
@@ -254,7 +260,8 @@ def parse_run(argv: Sequence[str], description: str, default: str = "tiny") -> R
             argv = ["--config", default, *argv]
         return validate_run(_plain(parser.parse_args(argv)))
     except ArgumentError as error:
-        raise BadConfig(_one_line(str(error))) from error
+        hint = "; --help lists the keys" if "accept option" in str(error) or "unrecognized" in str(error) else ""
+        raise BadConfig(_one_line(str(error)) + hint) from error
 
 
 def validate_run(values: dict[str, Any]) -> RunConfig:

@@ -20,8 +20,10 @@ from mlflow.types import ColSpec, Schema
 from crosslmm import storage
 from crosslmm.config import RunConfig, TrackingConfig
 
-# Its own chatter would stand between our lines.
+# Its own chatter would stand between our lines. It asks for type hints or examples to guess a signature from; ours is
+# given whole.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", "(?s).*(type hint|input example).*", UserWarning, "mlflow")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 SIGNATURE = ModelSignature(
@@ -117,9 +119,7 @@ class Run:
         package = Path(__file__).parent
         with tempfile.TemporaryDirectory() as folder:
             storage.download(model_uri, folder)
-            with mlflow.start_run(run_id=self.run_id), warnings.catch_warnings():
-                # MLflow asks for a type hint or an example to guess the signature from; it is given whole.
-                warnings.filterwarnings("ignore", ".*(type hints|input example).*", UserWarning)
+            with mlflow.start_run(run_id=self.run_id):
                 info = mlflow.pyfunc.log_model(
                     name="model",
                     python_model=str(package / "registered.py"),

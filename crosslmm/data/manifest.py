@@ -1,11 +1,15 @@
 """The manifest: one JSON object a line, each a conversation, most of them about a video."""
 
+import codecs
 import hashlib
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crosslmm import storage
+
+RESERVED = ("<|im_start|>", "<|im_end|>", "<|video_pad|>")
+"""Tokens of the chat format: written out in a text they would break out of their message."""
 
 
 class _Strict(BaseModel):
@@ -62,6 +66,10 @@ class Row(_Strict):
             raise ValueError(
                 f"{'a' if self.video else 'no'} video is given, but the messages have {places} video parts"
             )
+        texts = [m.content if isinstance(m.content, str) else "" for m in self.messages]
+        texts += [part.text for part in parts if isinstance(part, TextPart)]
+        if any(token in text for text in texts for token in RESERVED):
+            raise ValueError(f"text holds one of the chat's own tokens, {', '.join(RESERVED)}")
         if not any(isinstance(m, AssistantMessage) for m in self.messages):
             raise ValueError("no message is the assistant's, so there is nothing to learn or to compare with")
         return self
@@ -97,7 +105,7 @@ class Manifest:
         self.rows: list[dict] = []
         reasons: list[str] = []
         first_line: dict[str, int] = {}
-        for number, line in enumerate(data.splitlines(), start=1):
+        for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
             if not line.strip():
                 continue
             try:
@@ -126,4 +134,6 @@ def _reason(error: Exception) -> str:
         return str(error)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ")
+    # A key is foreign text too: ascii() keeps it to one harmless line.
+    return f"{ascii(where)[1:-1]}: {message}" if where else message

@@ -65,8 +65,8 @@ def build_model(
 ) -> CrossLMMForConditionalGeneration:
     """The model in float32, on the default device.
 
-    New parameters start as the decoder's own do (normal, its `initializer_range`), gates at zero; an encoder from random
-    weights as SigLIP does, but for its positions (normal, 1).
+    New parameters start as the decoder's own do (normal, its `initializer_range`), gates at zero; an encoder without
+    published weights as SigLIP does, but for its positions (normal, 1).
 
     Args:
         config: what to build.

@@ -173,7 +173,7 @@ def fit(job: Job) -> None:
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
-            worker_runtime_env={"env_vars": QUIET},
+            worker_runtime_env={"env_vars": QUIET},  # type: ignore[call-arg]
         ),
         datasets=datasets,
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),

@@ -7,8 +7,8 @@ from importlib import resources
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from jsonargparse import (
-    ActionConfigFile,  # type: ignore[attr-defined]
+from jsonargparse import (  # type: ignore[attr-defined]
+    ActionConfigFile,
     ArgumentError,
     ArgumentParser,
     Namespace,

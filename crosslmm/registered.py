@@ -14,13 +14,13 @@ class VideoAnswers(PythonModel):
         """Load weights, processor and decoder once."""
         self.answerer = Answerer(context.artifacts["model"])
 
-    # No type hint on `model_input`: MLflow would derive a signature from it and drop the one that was logged.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, str] | None = None
+    ) -> list[str]:
         """Greedy answers, in batches of 16 rows."""
-        table: pd.DataFrame = model_input
         answers: list[str] = []
-        for start in range(0, len(table), 16):
-            rows = table.iloc[start : start + 16]
+        for start in range(0, len(model_input), 16):
+            rows = model_input.iloc[start : start + 16]
             answers += self.answerer(list(rows["video"]), list(rows["question"]))
         return answers
 

@@ -71,13 +71,14 @@ class LocalCluster:
             "--temp-dir": self.folder / "t",
             **({"--num-cpus": num_cpus} if num_cpus else {}),
         }
-        self._process = subprocess.Popen(
-            [*_ray(), "start", "--head", "--block", "--disable-usage-stats", *_flags(options)],
-            env=self.environment,
-            stdout=self._log.open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [*_ray(), "start", "--head", "--block", "--disable-usage-stats", *_flags(options)],
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     @property
     def session(self) -> int:

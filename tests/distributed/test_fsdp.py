@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,18 +115,26 @@ def test_two_ranks_equal_one_process(one_process, two_ranks):
         torch.testing.assert_close(theirs[name], value, atol=1e-5, rtol=1e-4)
 
 
-def test_kill_and_resume_gives_the_same_losses_and_weights_as_no_kill(two_ranks, tmp_path):
-    spawn(2, tmp_path, stop=True)
-    resumed = spawn(2, tmp_path, resume=True)
+@pytest.fixture
+def killed(two_ranks, tmp_path_factory, tmp_path):
+    """What two ranks that were killed after step 3 leave behind."""
+    folder = tmp_path_factory.getbasetemp() / "killed"
+    if not folder.exists():
+        assert spawn(2, folder, stop=True) == {}
+    return Path(shutil.copytree(folder, tmp_path / "killed"))
+
+
+def test_kill_and_resume_gives_the_same_losses_and_weights_as_no_kill(two_ranks, killed):
+    resumed = spawn(2, killed, resume=True)
     assert sorted(resumed) == list(range(STOP_AFTER + 1, STEPS + 1))
     assert resumed == {step: two_ranks[0][step] for step in resumed}
     theirs = weights(two_ranks[1])
-    assert all(torch.equal(value, theirs[name]) for name, value in weights(tmp_path).items())
+    assert all(torch.equal(value, theirs[name]) for name, value in weights(killed).items())
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_in_one(two_ranks, tmp_path):
-    spawn(2, tmp_path, stop=True)
-    resumed = spawn(1, tmp_path, resume=True)
+def test_a_checkpoint_of_two_ranks_goes_on_in_one(two_ranks, killed):
+    resumed = spawn(1, killed, resume=True)
+    assert sorted(resumed) == list(range(STOP_AFTER + 1, STEPS + 1))
     for step, values in resumed.items():
         assert values == pytest.approx(two_ranks[0][step], rel=1e-5, abs=1e-5)
 

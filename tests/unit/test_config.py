@@ -131,7 +131,7 @@ def test_an_unknown_key_in_a_file_is_refused_by_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("--model.pool_stride=7", "pool_stride is 7.*1 to 6"),
+        ("--model.pool_stride=9", "pool_stride is 9.*1 to 8"),
         ("--model.cross_attention_every=5", "cross_attention_every is 5.*1 to 4"),
         ("--model.language.model_type=nonesuch", "model.*nonesuch"),
     ],

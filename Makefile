@@ -28,7 +28,7 @@ format: .venv/.complete
 	$(BIN)/ruff check --fix .
 
 ui: .venv/.complete
-	$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
 
 clean:
 	rm -rf .venv .cache runs mlruns mlflow.db

@@ -176,7 +176,7 @@ class RunConfig(Section):
     """Where the record goes."""
     scaling: ScalingConfig = ScalingConfig()
     """What it runs on."""
-    name: str | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     """Name of the run; the same name resumes it. Null makes one from the time."""
     storage: str = "runs"
     """Folder of all runs, path or s3:// URI; every node must reach it."""
@@ -196,6 +196,8 @@ class RunConfig(Section):
                 f"train.global_batch_size is {self.train.global_batch_size}; with {self.scaling.num_workers} workers "
                 f"of micro_batch_size {self.train.micro_batch_size} it must be a multiple of {at_once}"
             )
+        if self.name == "sample":
+            raise ValueError("name: sample is the sample set's own folder; take another")
         if self.model.attention == "flash_attention_2" and not (
             self.scaling.use_gpu and self.train.precision == "bf16"
         ):

@@ -70,7 +70,8 @@ def read_bytes(uri: str) -> bytes:
 def write_bytes(uri: str, data: bytes) -> None:
     """Write the whole object, and the folders above it where there are such."""
     fs, path = _filesystem(uri)
-    fs.makedirs(posixpath.dirname(path), exist_ok=True)
+    if scheme_of(uri) == "file":  # an object store has no folders, and would make a bucket of a typing error
+        fs.makedirs(posixpath.dirname(path), exist_ok=True)
     fs.pipe_file(path, data)
 
 
@@ -91,7 +92,8 @@ def download(uri: str, folder: str) -> None:
 def upload(folder: str, uri: str) -> None:
     """Copy a local folder's files to a folder."""
     fs, path = _filesystem(uri)
-    fs.makedirs(path, exist_ok=True)
+    if scheme_of(uri) == "file":
+        fs.makedirs(path, exist_ok=True)
     fs.put(f"{folder}/", f"{path}/", recursive=True)
 
 

@@ -27,6 +27,7 @@ def answer(
     """
     # Only now what takes seconds to import.
     import pandas as pd
+    from mlflow.exceptions import MlflowException
 
     from crosslmm import storage
     from crosslmm.answer import score
@@ -47,7 +48,7 @@ def answer(
             print(predict([storage.absolute(str(video))], [question])[0])
             return
         scored = score(predict, rows)
-    except (BadManifest, ValueError, OSError) as error:
+    except (BadManifest, MlflowException, ValueError, OSError) as error:
         fail(error)
     table = Table("kind", "exact match", title=f"{model} on {manifest}")
     for kind, share in [*scored.accuracy_by_kind.items(), ("all", scored.accuracy)]:

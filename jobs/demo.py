@@ -5,6 +5,7 @@ model back, and asks it about clips that it was not trained on. The last line is
 """
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from local_cluster import LocalCluster
 
 ROOT = Path(__file__).parent.parent
+# How to query and stop the job: for those who submit one themselves, or whose job failed.
+RAYS_OWN_LINE = re.compile(r"\b(cli|sdk|job_manager)\.py:\d+|^Running entrypoint")
 
 
 def main() -> int:
@@ -22,7 +25,7 @@ def main() -> int:
     arguments = ["--storage", str(ROOT / "runs"), "--tracking.uri", f"sqlite:///{ROOT / 'mlflow.db'}"]
     print("1  starting a Ray cluster with token authentication", flush=True)
     with LocalCluster() as cluster:
-        command = cluster.submit("python", "jobs/train.py", *arguments, *sys.argv[1:])
+        command = cluster.submit("python", "jobs/train.py", *arguments)
         print(f"2  {shlex.join(['ray', *command[1:]])}", flush=True)
         outcome, status = _run(command, cluster.environment)
     if status or outcome is None:
@@ -34,14 +37,20 @@ def main() -> int:
 
 def _run(command: list[str], environment: dict[str, str]) -> tuple[dict | None, int]:
     """Run the job, showing what it prints -> the JSON object that it printed, and its exit status."""
-    outcome = None
-    with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    outcome, about_the_job = None, []
+    with subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         assert process.stdout
         for line in process.stdout:
             if line.startswith('{"name"'):
                 outcome = json.loads(line)
+            elif RAYS_OWN_LINE.search(line):
+                about_the_job.append(line)
             else:
                 print(f"   {line}", end="", flush=True)
+    if process.returncode:
+        print("".join(about_the_job), file=sys.stderr)
     return outcome, process.returncode
 
 
@@ -68,6 +77,9 @@ def _report(began: float, outcome: dict) -> int:
     video, question, answer, expected = scored.asked[0]
     print(f"   {Path(video).relative_to(ROOT)}: {question} {answer}")
     print("   make ui shows the run, its curves and the registered model")
+    learnt = scored.accuracy >= 0.85 and all(s > 2 * CHANCE[kind] for kind, s in scored.accuracy_by_kind.items())
+    if not learnt:
+        print("error: the model did not learn: accuracy below 0.85, or a kind below twice its chance", file=sys.stderr)
     result = {
         "accuracy": round(scored.accuracy, 4),
         "accuracy_by_kind": {kind: round(share, 4) for kind, share in scored.accuracy_by_kind.items()},
@@ -82,7 +94,7 @@ def _report(began: float, outcome: dict) -> int:
         "expected": expected,
     }
     print(json.dumps(result))
-    return 0
+    return 0 if learnt else 1
 
 
 if __name__ == "__main__":

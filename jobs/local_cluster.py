@@ -164,7 +164,7 @@ def main() -> None:
         print(f"""Dashboard {cluster.address}. In another terminal, in the same folder:
 
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={cluster.token} RAY_API_SERVER_ADDRESS={cluster.address}
-  ray job submit -- python jobs/train.py
+  {_ray()[0]} job submit -- python jobs/train.py
 
 Ctrl-C stops the cluster.""", flush=True)  # fmt: skip
         try:

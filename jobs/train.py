@@ -2,7 +2,8 @@
 
 Without arguments it trains the `tiny` preset on sample data, on a Ray cluster that it finds or else starts here.
 On a cluster: ray job submit -- python jobs/train.py ...
-Exit status: 0 trained and registered, 1 the run broke off (the same --name resumes it), 2 the request was refused.
+Exit status: 0 trained and registered, 1 the run broke off, 130 it was stopped (the same --name resumes it in both),
+2 the request was refused.
 """
 
 import dataclasses
@@ -31,6 +32,9 @@ def main() -> int:
         outcome = driver.run(config)
     except (BadConfig, BadManifest, BadLocation) as error:
         fail(error)
+    except (SystemExit, KeyboardInterrupt):
+        print("stopped; the same --name resumes the run from its last checkpoint", file=sys.stderr)
+        return 130
     except TrainingFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -66,6 +66,16 @@ class Row(_Strict):
             raise ValueError(
                 f"{'a' if self.video else 'no'} video is given, but the messages have {places} video parts"
             )
+        said = [i for i, m in enumerate(self.messages) if isinstance(m, AssistantMessage)]
+        shown = [
+            i
+            for i, m in enumerate(self.messages)
+            if isinstance(m.content, list) and VideoPart(type="video") in m.content
+        ]
+        if said and said[0] == 0:
+            raise ValueError("the assistant speaks first, and there is no question to answer")
+        if said and shown and shown[0] > said[-1]:
+            raise ValueError("the video comes after the last answer")
         texts = [m.content if isinstance(m.content, str) else "" for m in self.messages]
         texts += [part.text for part in parts if isinstance(part, TextPart)]
         if any(token in text for text in texts for token in RESERVED):

@@ -165,10 +165,11 @@ def to_samples(batch: dict[str, np.ndarray], expected_place: int) -> list[Sample
     """A batch as Ray Data delivers it -> samples.
 
     Raises:
-        RuntimeError: it does not begin at the expected place, so the order would be broken.
+        RuntimeError: these are not the places from the expected one on, so the order would be broken.
     """
-    if int(batch["place"][0]) != expected_place:
-        raise RuntimeError(f"the data delivered place {batch['place'][0]} of the run where {expected_place} was due")
+    due = expected_place + np.arange(len(batch["place"]))
+    if not np.array_equal(batch["place"], due):
+        raise RuntimeError(f"the data delivered places {batch['place']} of the run where {due} were due")
     return [
         Sample(
             line=int(batch["line"][i]),

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, SiglipVisionConfig, SiglipVisionModel
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, ModelConfig
@@ -20,6 +20,12 @@ def build_config(config: ModelConfig, video_token_id: int | None = None) -> Cros
     Raises:
         BadConfig: fields that no such backbone has, or a stride or depth outside of what it allows.
     """
+    classes = {"vision": SiglipVisionConfig, "language": CONFIG_MAPPING.get(config.language.get("model_type", ""))}
+    for key, config_class in classes.items():
+        fields = getattr(config_class, "__dataclass_fields__", {})
+        unknown = getattr(config, key).keys() - fields.keys() - {"model_type"}
+        if fields and unknown:
+            raise BadConfig(f"model.{key}.{min(unknown)}: no such field of Transformers' {key} configuration")
     try:
         return CrossLMMConfig(
             vision_config=config.vision,
@@ -83,7 +89,7 @@ def build_model(
     try:
         model = CrossLMMForConditionalGeneration(model_config)
     except ValueError as error:
-        raise BadConfig(f"model.language: {error}") from error
+        raise BadConfig(f"model: {error}") from error
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     if not config.vision_weights:

@@ -54,27 +54,34 @@ def run(config: RunConfig) -> Outcome:
     launch.start_ray()
     launch.check_placement(config)
     job = launch.prepare(config, manifest, validation)
-    record = tracking.Run(config, _known_run_id(job.folder))
-    storage.write_bytes(storage.join(job.folder, "run.json"), json.dumps({"run_id": record.run_id}).encode())
+    order = {
+        "manifest": manifest.digest,
+        "train.global_batch_size": config.train.global_batch_size,
+        "seed": config.seed,
+    }
+    record = tracking.Run(config, _run_to_resume(config, job.folder, order))
+    begun = json.dumps({"run_id": record.run_id, "order": order})
+    storage.write_bytes(storage.join(job.folder, "run.json"), begun.encode())
     record.log_dataset(manifest.uri, manifest.digest, len(manifest), "training")
     if validation:
         record.log_dataset(validation.uri, validation.digest, len(validation), "validation")
     _announce(console, config, job, len(manifest), record)
 
     follower = Follower(job, record, console)
-    status = "KILLED"
+    status = "FAILED"
     try:
         follower.start()
         try:
             launch.fit(job)
         finally:
             follower.stop()
-        status = "FAILED"
         model_uri = record.register(storage.join(job.folder, "model"))
         status = "FINISHED"
-    except launch.TrainingFailed:
-        status = "FAILED"
+    except (SystemExit, KeyboardInterrupt):
+        status = "KILLED"
         raise
+    except launch.TrainingFailed as error:
+        raise launch.TrainingFailed(f"{error}; the same command with --name {config.name} resumes the run") from error
     finally:
         record.finish(status)
     console.print(f"registered {model_uri} from run {record.run_id}")
@@ -113,10 +120,23 @@ def resolve(config: RunConfig) -> RunConfig:
     )
 
 
-def _known_run_id(folder: str) -> str | None:
-    """The MLflow run that an earlier start under the same name began."""
+def _run_to_resume(config: RunConfig, folder: str, order: dict[str, Any]) -> str | None:
+    """The MLflow run that an earlier start under the same name began.
+
+    Raises:
+        BadConfig: what fixes the order of samples has changed, so that a resume would skip some and repeat others.
+    """
     uri = storage.join(folder, "run.json")
-    return json.loads(storage.read_bytes(uri))["run_id"] if storage.exists(uri) else None
+    if not storage.exists(uri):
+        return None
+    begun = json.loads(storage.read_bytes(uri))
+    for key, now in order.items():
+        if begun["order"][key] != now:
+            raise BadConfig(
+                f"name: run {config.name} was begun with {key} {begun['order'][key]}, and this is {now}; "
+                "take it back, or another --name"
+            )
+    return str(begun["run_id"])
 
 
 def _announce(console: Console, config: RunConfig, job: launch.Job, rows: int, record: tracking.Run) -> None:
@@ -147,6 +167,7 @@ class Follower:
         self.train_s = 0.0
         self._began: float | None = None
         self._last_line = 0.0
+        self._unrecorded: list[tuple[int, float, dict[str, float]]] = []
         self._unreadable: dict[tuple[str, int], dict[str, Any]] = {}
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -168,6 +189,8 @@ class Follower:
         self._stop.set()
         self._thread.join()
         self._progress.stop()
+        if self._unrecorded:
+            self.record.log(self._unrecorded)
         if self._unreadable:
             lines = [json.dumps(item) for _, item in sorted(self._unreadable.items())]
             self.record.log_text("unreadable.jsonl", "\n".join(lines) + "\n")
@@ -193,7 +216,7 @@ class Follower:
     def _take_steps(self, steps: list[tuple[int, float, dict[str, float]]]) -> None:
         if not steps:
             return
-        self.record.log(steps)
+        self._record(steps)
         for step, when, metrics in steps:
             self.last_metrics = metrics
             self.train_s = when - (self._began or when)
@@ -208,6 +231,15 @@ class Follower:
         if not self.console.is_terminal and time.time() - self._last_line >= PLAIN_LINE_EVERY_S:
             self._last_line = time.time()
             self.console.print(f"step {step}/{self.job.total_steps}  {news}")
+
+    def _record(self, steps: list[tuple[int, float, dict[str, float]]]) -> None:
+        """Write the record. While its server is away the steps wait here."""
+        self._unrecorded += steps
+        try:
+            self.record.log(self._unrecorded)
+            self._unrecorded = []
+        except Exception as error:
+            self.console.print(f"{len(self._unrecorded)} steps wait to be recorded: {type(error).__name__}")
 
     def _take_unreadable(self, items: list[dict[str, Any]]) -> None:
         for item in items:

@@ -269,7 +269,9 @@ def _worker(loop_config: dict[str, Any]) -> None:
 
     layout = job.training(first_step)
     batches: Iterator[BatchFeature] = ahead(
-        _samples(job, TRAIN, layout, layout.steps * config.accumulation), lambda s: collate(s, processor)
+        _samples(job, TRAIN, layout, layout.steps * config.accumulation),
+        lambda s: collate(s, processor),
+        depth=max(2, config.accumulation),
     )
     loop.train(
         config,
@@ -296,7 +298,10 @@ def _samples(job: Job, name: str, layout: Layout, micro_batches: int) -> Iterato
     for number in range(micro_batches):
         step, position = divmod(number * size, layout.rank_rows)
         due = (layout.first_step + step) * layout.order.global_batch_size + rank * layout.rank_rows + position
-        samples = to_samples(next(shard), due)
+        batch = next(shard, None)
+        if batch is None:
+            raise RuntimeError(f"the data ended where place {due} of the run was due")
+        samples = to_samples(batch, due)
         for sample in samples:
             if sample.error:
                 job.board.post.remote(

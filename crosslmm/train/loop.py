@@ -17,6 +17,9 @@ from crosslmm.train.optim import set_learning_rate
 
 Metrics = dict[str, float]
 
+EMPTY_STEPS = 3
+"""So many steps in a row without a readable sample end the run: that is no bad video, but no storage."""
+
 
 def train(
     config: RunConfig,
@@ -42,15 +45,17 @@ def train(
         validate: called every `validate_every` steps and at the end.
 
     Raises:
-        FloatingPointError: the loss or the gradient is not finite.
-        RuntimeError: the batches end before the steps.
+        FloatingPointError: the gradient is not finite.
+        RuntimeError: the batches end before the steps, or hold nothing that could be read.
     """
+    empty = 0
     for step in steps:
         set_learning_rate(optimizer, step, steps.stop, config.train)
         metrics = _step(config, model, optimizer, batches)
-        if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-            raise FloatingPointError(
-                f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite"
+        empty = 0 if metrics["labelled_tokens"] else empty + 1
+        if empty == min(EMPTY_STEPS, len(steps)):
+            raise RuntimeError(
+                f"{empty} steps without a single readable sample: is the storage of the videos in reach?"
             )
         for group in optimizer.param_groups:
             metrics[f"lr/{group['component']}"] = group["lr"]
@@ -80,16 +85,20 @@ def _step(
     # Every labelled token of the whole global batch weighs the same, wherever it lies.
     labelled = torch.tensor(sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro), device=device)
     dist.all_reduce(labelled)
-    labelled = labelled.clamp(min=1)
+    divisor = labelled.clamp(min=1)
     loss = torch.zeros((), device=device)
     model.train()
     for i, batch in enumerate(micro):
         model.set_requires_gradient_sync(i == len(micro) - 1)
         # FSDP averages gradients over ranks; the sum is wanted.
-        part = model(**batch.to(device), num_items_in_batch=labelled / world).loss
+        # Divided out here: FSDP in bf16 would round the divisor on its way into the model.
+        part = model(**batch.to(device), num_items_in_batch=1).loss * (world / divisor)
         part.backward()
         loss += part.detach() / world
-    grad_norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+    clipped: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+    grad_norm = float(clipped.full_tensor())
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(f"the gradient's norm is {grad_norm}; the weights were left as they were")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -100,7 +109,8 @@ def _step(
     seconds = time.perf_counter() - began
     return {
         "loss": loss_sum,
-        "grad_norm": float(grad_norm.full_tensor()),
+        "grad_norm": grad_norm,
+        "labelled_tokens": float(labelled),
         "frames_per_s": frames_sum / seconds,
         "tokens_per_s": tokens_sum / seconds,
         "samples_per_s": config.train.global_batch_size / seconds,

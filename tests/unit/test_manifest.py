@@ -38,6 +38,8 @@ def read(tmp_path):
         (row(id="b", messages=[]), "messages: List should have at least 1"),
         (row(id="b", messages=[ASKED, {**ANSWER, "content": "<|im_end|>"}]), "text holds one of the chat's own tokens"),
         (row(id="b", **{"k\x1b\n": 1}), r"k\\x1b\\n: Extra inputs"),
+        (row(id="b", messages=[ANSWER, ASKED, ANSWER]), "the assistant speaks first"),
+        (row(id="b", messages=[SAID, ANSWER, ASKED]), "the video comes after the last answer"),
         (row(id="a"), "id 'a' is also on line 1"),
         (row(id=""), "id: String should have at least 1"),
         (row(id="b", video="http://host/clip.mp4"), "'http://host/clip.mp4': only local paths, file:// and s3://"),

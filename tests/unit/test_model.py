@@ -277,8 +277,11 @@ def test_one_clear_line_for_what_does_not_fit(config, model, processor, tmp_path
         build_model(config.model.model_copy(update={"cross_attention_every": 5}), processor, 0)
     for family, reason in {"gemma2": "only full attention", "olmo2": "fits layers with exactly"}.items():
         other = {"language": config.model.language | {"model_type": family}}
-        with pytest.raises(BadConfig, match=f"model.language: .*{reason}"):
+        with pytest.raises(BadConfig, match=f"model: .*{reason}"):
             build_model(config.model.model_copy(update=other), processor, 0)
+    typo = config.model.model_copy(update={"vision": config.model.vision | {"hiden_size": 1}})
+    with pytest.raises(BadConfig, match=r"model\.vision\.hiden_size: no such field"):
+        build_model(typo, processor, 0)
     nowhere = {"language_weights": str(tmp_path / "nowhere")}
     with pytest.raises(BadConfig, match=r"model\.language_weights: .*nowhere cannot be loaded"):
         build_model(config.model.model_copy(update=nowhere), processor, 0)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 import yaml
 from rich.progress import track
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, EncoderDecoderCache
 
 import crosslmm.model  # noqa: F401  registers the model with the Auto classes
 from crosslmm.config import validate_run
@@ -47,18 +48,66 @@ class Answerer:
         Raises:
             ValueError: a video that cannot be read; the message names it and says why.
         """
-        frames = self.decoder(videos)
-        for uri, video in zip(videos, frames, strict=True):
-            if isinstance(video, Unreadable):
-                raise ValueError(f"{uri}: {video.reason}")
-        conversations = [
-            [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
-            for question in questions
-        ]
-        prompts = self.processor(conversations, frames, answer=True).to(self.device)
+        shown = [[self._frames(uri)] for uri in videos]
+        asked = [[_question(question, first=True)] for question in questions]
+        prompts = self.processor(asked, shown, answer=True).to(self.device)
         tokens = self.model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
         new = tokens[:, prompts["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def talk(self, video: str) -> "Talk":
+        """Begin a conversation about one video or image.
+
+        Raises:
+            ValueError: it cannot be read; the message names it and says why.
+        """
+        return Talk(self, self._frames(video))
+
+    def _frames(self, uri: str) -> np.ndarray:
+        (video,) = self.decoder([uri])
+        if isinstance(video, Unreadable):
+            raise ValueError(f"{uri}: {video.reason}")
+        return video
+
+
+class Talk:
+    """Several questions about one video: it is encoded once, and its keys and values serve every turn."""
+
+    def __init__(self, answerer: Answerer, video: np.ndarray) -> None:
+        self.answerer = answerer
+        self.video = video
+        self.messages: list[dict[str, Any]] = []
+        self._cache: EncoderDecoderCache | None = None
+        self._cached = torch.empty(0, dtype=torch.int64)
+
+    def ask(self, question: str, max_new_tokens: int = 64) -> str:
+        """The greedy answer to a question that may refer to those before."""
+        processor, model = self.answerer.processor, self.answerer.model
+        self.messages.append(_question(question, first=not self.messages))
+        prompt = processor([self.messages], [[self.video]], answer=True).to(self.answerer.device)
+        ids = prompt["input_ids"][0]
+        if self._cache is not None:
+            # What was said may be spelled in other tokens when it is read again: keep what still holds.
+            shared = min(len(ids), len(self._cached))
+            same = int((ids[:shared] == self._cached[:shared]).cumprod(0).sum())
+            self._cache.self_attention_cache.crop(same - len(self._cached))
+            del prompt["pixel_values"]
+        out = model.generate(
+            **prompt,
+            past_key_values=self._cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        self._cache = out.past_key_values
+        self._cached = out.sequences[0, : out.past_key_values.get_seq_length()]
+        (said,) = processor.batch_decode(out.sequences[:, len(ids) :], skip_special_tokens=True)
+        self.messages.append({"role": "assistant", "content": said.strip()})
+        return said.strip()
+
+
+def _question(question: str, first: bool) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "video"}] * first + [{"type": "text", "text": question}]}
 
 
 @dataclass(frozen=True)
@@ -73,11 +122,11 @@ class Score:
 
 
 def score(predict: Callable[[list[str], list[str]], list[str]], manifest: Manifest, batch_size: int = 16) -> Score:
-    """Ask each row's first question and compare with the answer in the manifest. Rows without a video are left out."""
-    rows = [row for row in manifest.rows if row["video"]]
+    """Ask each row's first question and compare with its answer. Rows without exactly one video are left out."""
+    rows = [row for row in manifest.rows if len(row["videos"]) == 1]
     questions = [_first_question(row["messages"]) for row in rows]
     expected = [next(m["content"] for m in row["messages"] if m["role"] == "assistant").strip() for row in rows]
-    videos, answers = [row["video"] for row in rows], []
+    videos, answers = [row["videos"][0] for row in rows], []
     for start in track(range(0, len(rows), batch_size), description="asking", transient=True):
         part = slice(start, start + batch_size)
         answers += predict(videos[part], questions[part])

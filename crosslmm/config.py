@@ -32,30 +32,43 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """What is trained."""
 
-    vision: dict[str, Any]
-    """Fields of Transformers' `SiglipVisionConfig`: hidden_size, image_size [px], patch_size [px], ..."""
-    language: dict[str, Any]
-    """`model_type` (qwen2, llama, ...) and the fields of that decoder's configuration."""
+    vision: dict[str, Any] | None = None
+    """Fields of Transformers' `SiglipVisionConfig`: hidden_size, image_size [px], patch_size [px], ...; null takes what
+    the configuration of `vision_weights` says."""
+    language: dict[str, Any] | None = None
+    """`model_type` (qwen2, llama, ...) and the fields of that decoder's configuration; null takes what the
+    configuration of `language_weights` says."""
     vision_weights: str | None = None
-    """Hub name or local directory of a SigLIP checkpoint; null starts from random weights."""
+    """SigLIP checkpoint: hub name, local directory or s3:// folder; null starts from random weights."""
     vision_revision: str | None = None
     """Commit of `vision_weights` on the hub."""
     language_weights: str | None = None
-    """Hub name or local directory of a decoder checkpoint; null starts from random weights."""
+    """Decoder checkpoint: hub name, local directory or s3:// folder, or a GGUF file (path or s3:// URI); null starts
+    from random weights."""
     language_revision: str | None = None
     """Commit of `language_weights` and `tokenizer` on the hub."""
     init_from: str | None = None
     """Folder (path or s3:// URI) of a whole exported CrossLMM to start from, such as stage 1's `model`; null: none."""
     tokenizer: str = "tiny"
-    """Hub name or local directory of a fast tokenizer; "tiny" is built on the spot, without a download."""
+    """Fast tokenizer: whatever `language_weights` takes; "tiny" is built on the spot, without a download."""
     pool_stride: Count = 9
-    """s: a frame of g x g patches sends ceil(g/s)^2 tokens through the decoder [patches]."""
+    """s: a frame of g x g patches sends ceil(g/s)^2 tokens through the decoder; 1 sends all [patches]."""
+    pooling: Literal["bilinear", "average", "max"] = "bilinear"
+    """How the patches of a cell become one token."""
     cross_attention_every: Annotated[int, Field(ge=0)] = 4
     """K: every K-th decoder layer carries the dual cross-attention; 0 for none [layers]."""
+    cross_attention_layers: list[int] | None = None
+    """These decoder layers instead, counted from 0; null for every K-th [layers]."""
     v2v: bool = True
     """Visual positions look back at all original visual tokens."""
     t2v: bool = True
-    """Text positions look back at all original visual tokens."""
+    """Text positions look back at all original visual tokens of the videos before them."""
+    v2v_scope: Literal["video", "frame"] = "video"
+    """What a pooled token looks back at: its whole video, or its own frame alone, which costs linearly in frames."""
+    cross_attention_rotary: bool = False
+    """Rotary positions over frames in the cross-attentions; the paper has none."""
+    encoder_chunk: Count = 32
+    """Frames that the vision encoder holds intermediates of at a time [frames]."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernels; flash_attention_2 needs a GPU, bf16 and the `flash` extra."""
 
@@ -205,12 +218,17 @@ class RunConfig(Section):
                 "model.attention is flash_attention_2, which needs scaling.use_gpu true and train.precision bf16"
             )
         for branch in ("v2v", "t2v"):
-            present = getattr(self.model, branch) and self.model.cross_attention_every > 0
+            listed = self.model.cross_attention_layers
+            anywhere = self.model.cross_attention_every > 0 if listed is None else bool(listed)
+            present = getattr(self.model, branch) and anywhere
             if getattr(self.train.learning_rate, branch) and not present:
                 raise ValueError(
                     f"train.learning_rate.{branch} is given, but the model has no {branch.upper()}; make it 0, "
                     f"or model.{branch} true and model.cross_attention_every at least 1"
                 )
+        for part in ("vision", "language"):
+            if getattr(self.model, part) is None and not getattr(self.model, f"{part}_weights"):
+                raise ValueError(f"model.{part}: give its fields, or model.{part}_weights to take them from")
         return self
 
 

@@ -21,8 +21,8 @@ class Sample:
     """Line of the manifest, from 1."""
     id: str
     messages: list[dict[str, Any]]
-    frames: np.ndarray | None
-    """uint8 (frames, side, side, 3); None without a video."""
+    videos: list[np.ndarray]
+    """uint8 (frames, side, side, 3) each, in the order of the conversation's video and image parts."""
     kind: str | None
     weight: float
     """0 where the row only fills up an epoch."""
@@ -46,25 +46,35 @@ class ValidationBatch:
 
 def collate(samples: list[Sample], processor: Callable[..., Batch]) -> Batch:
     """One training batch; what could not be read has no weight in it."""
-    messages, frames, weights = _readable(samples)
-    return processor(messages, frames, weights=weights)
+    messages, videos, weights = _readable(samples)
+    return processor(messages, videos, weights=weights)
 
 
 def collate_for_validation(samples: list[Sample], processor: Callable[..., Batch]) -> ValidationBatch:
     """One validation batch. A video that cannot be read is left out of the score."""
-    messages, frames, weights = _readable(samples)
+    messages, videos, weights = _readable(samples)
     last = [max(i for i, m in enumerate(c) if m["role"] == "assistant") for c in messages]
     return ValidationBatch(
-        inputs=processor(messages, frames, weights=weights),
-        prompts=processor([c[:i] for c, i in zip(messages, last, strict=True)], frames, answer=True),
+        inputs=processor(messages, videos, weights=weights),
+        prompts=processor(*_up_to(messages, videos, last), answer=True),
         expected=[c[i]["content"] if w else None for c, i, w in zip(messages, last, weights, strict=True)],
         kinds=[sample.kind for sample in samples],
     )
 
 
-def _readable(samples: list[Sample]) -> tuple[list[Any], list[np.ndarray | None], list[float]]:
+def _up_to(
+    messages: list[Any], videos: list[list[np.ndarray]], last: list[int]
+) -> tuple[list[Any], list[list[np.ndarray]]]:
+    """The conversations up to their last answer, with the videos that were shown by then."""
+    asked = [c[:i] for c, i in zip(messages, last, strict=True)]
+    parts = [[p for m in c if not isinstance(m["content"], str) for p in m["content"]] for c in asked]
+    shown = [sum(part["type"] != "text" for part in of_one) for of_one in parts]
+    return asked, [own[:count] for own, count in zip(videos, shown, strict=True)]
+
+
+def _readable(samples: list[Sample]) -> tuple[list[Any], list[list[np.ndarray]], list[float]]:
     return (
         [NOTHING if s.error else s.messages for s in samples],
-        [None if s.error else s.frames for s in samples],
+        [[] if s.error else s.videos for s in samples],
         [0.0 if s.error else s.weight for s in samples],
     )

@@ -17,9 +17,28 @@ class _Strict(BaseModel):
 
 
 class VideoPart(_Strict):
-    """Where the video stands in a message."""
+    """Where a video stands in a message."""
 
     type: Literal["video"]
+    video: str | None = None
+    """Which one: path relative to the manifest, absolute path, or s3:// URI; none for the row's own `video`."""
+
+    @property
+    def source(self) -> str | None:
+        """The place of what is shown."""
+        return self.video
+
+
+class ImagePart(_Strict):
+    """Where an image stands in a message: a video of one frame."""
+
+    type: Literal["image"]
+    image: str
+
+    @property
+    def source(self) -> str | None:
+        """The place of what is shown."""
+        return self.image
 
 
 class TextPart(_Strict):
@@ -29,7 +48,7 @@ class TextPart(_Strict):
     text: str
 
 
-Part = Annotated[VideoPart | TextPart, Field(discriminator="type")]
+Part = Annotated[VideoPart | ImagePart | TextPart, Field(discriminator="type")]
 
 
 class UserMessage(_Strict):
@@ -58,30 +77,42 @@ class Row(_Strict):
     kind: str | None = None
     """What sort of question it is; validation reports accuracy for each."""
 
-    @model_validator(mode="after")
-    def _video_has_its_place(self) -> "Row":
+    @property
+    def shown(self) -> list[VideoPart | ImagePart]:
+        """The video and image parts, in the order of the conversation."""
         parts = [p for m in self.messages if isinstance(m.content, list) for p in m.content]
-        places = sum(isinstance(part, VideoPart) for part in parts)
-        if places != (self.video is not None):
+        return [part for part in parts if not isinstance(part, TextPart)]
+
+    @property
+    def videos(self) -> list[str]:
+        """What each of them shows."""
+        return [part.source or str(self.video) for part in self.shown]
+
+    @model_validator(mode="after")
+    def _videos_have_their_places(self) -> "Row":
+        unnamed = sum(part.source is None for part in self.shown)
+        if unnamed != (self.video is not None):
             raise ValueError(
-                f"{'a' if self.video else 'no'} video is given, but the messages have {places} video parts"
+                f"{'a' if self.video else 'no'} video is given, but the messages have {unnamed} video parts"
+                f"{' without a place of their own' if len(self.shown) > unnamed else ''}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _conversation_can_be_learnt(self) -> "Row":
         said = [i for i, m in enumerate(self.messages) if isinstance(m, AssistantMessage)]
-        shown = [
-            i
-            for i, m in enumerate(self.messages)
-            if isinstance(m.content, list) and VideoPart(type="video") in m.content
-        ]
-        if said and said[0] == 0:
+        parts = [p for m in self.messages if isinstance(m.content, list) for p in m.content]
+        if not said:
+            raise ValueError("no message is the assistant's, so there is nothing to learn or to compare with")
+        if said[0] == 0:
             raise ValueError("the assistant speaks first, and there is no question to answer")
-        if said and shown and shown[0] > said[-1]:
-            raise ValueError("the video comes after the last answer")
+        after = [p for m in self.messages[said[-1] :] if isinstance(m.content, list) for p in m.content]
+        if any(not isinstance(part, TextPart) for part in after):
+            raise ValueError("a video comes after the last answer")
         texts = [m.content if isinstance(m.content, str) else "" for m in self.messages]
         texts += [part.text for part in parts if isinstance(part, TextPart)]
         if any(token in text for text in texts for token in RESERVED):
             raise ValueError(f"text holds one of the chat's own tokens, {', '.join(RESERVED)}")
-        if not any(isinstance(m, AssistantMessage) for m in self.messages):
-            raise ValueError("no message is the assistant's, so there is nothing to learn or to compare with")
         return self
 
 
@@ -97,7 +128,8 @@ class Manifest:
     Attributes:
         uri: where it was read.
         digest: sha256 of its bytes, hex.
-        rows: one dict a line, `line` (from 1) included; `video` is absolute or a URI.
+        rows: one dict a line, `line` (from 1) included; `videos` are the
+            absolute paths or URIs of its video and image parts, in order.
     """
 
     def __init__(self, uri: str) -> None:
@@ -123,10 +155,11 @@ class Manifest:
                 if row.id in first_line:
                     raise ValueError(f"id {row.id!r} is also on line {first_line[row.id]}")
                 first_line[row.id] = number
-                video = row.video and storage.join(storage.parent(self.uri), row.video)
-                if video:
+                videos = [storage.join(storage.parent(self.uri), video) for video in row.videos]
+                for video in videos:
                     storage.scheme_of(video)
-                self.rows.append({**row.model_dump(), "video": video, "line": number})
+                kept = row.model_dump(include={"id", "messages", "kind"}, exclude_none=True) | {"kind": row.kind}
+                self.rows.append({**kept, "videos": videos, "line": number})
             except (ValidationError, ValueError) as error:
                 reasons.append(f"line {number}: {_reason(error)}")
         if reasons:

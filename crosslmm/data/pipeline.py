@@ -139,16 +139,15 @@ class ReadSamples:
         places = self.layout.places(int(batch["block"][0]))
         index, weight = self.layout.order.at(places)
         rows = [self.rows[i] for i in index]
-        videos = [(i, row["video"]) for i, row in enumerate(rows) if row["video"]]
-        decoded: dict[int, np.ndarray | Unreadable] = dict(
-            zip([i for i, _ in videos], self.decoder([uri for _, uri in videos]), strict=True)
-        )
-        frames = np.empty(len(rows), dtype=object)
-        errors = np.full(len(rows), "", dtype=object)
-        for i in range(len(rows)):
-            video = decoded.get(i)
-            frames[i] = video if isinstance(video, np.ndarray) else np.empty((0, 0, 0, 3), np.uint8)
-            errors[i] = video.reason if isinstance(video, Unreadable) else ""
+        decoded = iter(self.decoder([uri for row in rows for uri in row["videos"]]))
+        frames, counts, errors = (np.empty(len(rows), dtype=object) for _ in range(3))
+        for i, row in enumerate(rows):
+            videos = [next(decoded) for _ in row["videos"]]
+            reasons = [v.reason for v in videos if isinstance(v, Unreadable)]
+            readable = [v for v in videos if isinstance(v, np.ndarray)] if not reasons else []
+            frames[i] = np.concatenate(readable) if readable else np.empty((0, 0, 0, 3), np.uint8)
+            counts[i] = np.array([len(v) for v in readable], dtype=np.int64)
+            errors[i] = reasons[0] if reasons else ""
         return {
             "place": places,
             "weight": weight,
@@ -157,6 +156,7 @@ class ReadSamples:
             "kind": [row["kind"] or "" for row in rows],
             "messages": [json.dumps(row["messages"]) for row in rows],
             "frames": frames,
+            "counts": counts,
             "error": errors,
         }
 
@@ -176,7 +176,9 @@ def to_samples(batch: dict[str, np.ndarray], expected_place: int) -> list[Sample
             id=str(batch["id"][i]),
             messages=json.loads(batch["messages"][i]),
             # Ray's batches are views of shared memory, which torch would rather not write to.
-            frames=np.array(batch["frames"][i]) if len(batch["frames"][i]) else None,
+            videos=np.split(np.array(batch["frames"][i]), np.cumsum(batch["counts"][i])[:-1])
+            if len(batch["counts"][i])
+            else [],
             kind=str(batch["kind"][i]) or None,
             weight=float(batch["weight"][i]),
             error=str(batch["error"][i]) or None,

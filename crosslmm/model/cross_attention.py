@@ -1,7 +1,7 @@
-"""The dual cross-attention: pooled visual tokens (V2V) and text (T2V) look back at every original visual token.
+"""The dual cross-attention: pooled visual tokens (V2V) and text (T2V) look back at the original visual tokens.
 
-Axes, as suffixes: B sample, L position in the sequence, Q position that asks, S original visual token
-(all patches of all frames of a sample, padded), D width, H heads, C channels of one head.
+Axes, as suffixes: B sample, L position in the sequence, D width, H heads, C channels of one head; and of a `Lookup`:
+G group of positions that see the same, Q position in a group, O owner of keys, S original visual token.
 """
 
 from collections.abc import Callable
@@ -13,61 +13,40 @@ from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
+from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward, rotate_half
+
+from crosslmm.model.lookup import Lookup
+
+ROTARY_BASE = 10_000.0
 
 
-@dataclass
-class Rows:
-    """The positions of each sample that ask: V2V's are the pooled visual tokens, T2V's the text."""
-
-    index_BQ: Tensor
-    valid_BQ: Tensor
-
-    @classmethod
-    def where(cls, asks_BL: Tensor) -> "Rows":
-        """Gather the positions that are true in `asks_BL`, padded to the longest sample.
-
-        At least one (invalid) row is kept while gradients are wanted: under FSDP every rank has to run every
-        module's backward, whatever its samples hold.
-        """
-        least = 1 if torch.is_grad_enabled() else 0
-        length = max(int(asks_BL.sum(dim=1).max()), least)
-        index_BQ = torch.argsort(~asks_BL, dim=1, stable=True)[:, :length]
-        return cls(index_BQ, asks_BL.gather(1, index_BQ))
-
-
-@dataclass
+@dataclass(frozen=True)
 class VisualContext:
     """What the dual layers look at. Built once a forward pass and handed down as an argument."""
 
-    tokens_BSD: Tensor | None
-    """Projected original visual tokens; None while generating, when keys and values come from the cache."""
-    visible_BS: Tensor
-    """False where `tokens_BSD` is padding."""
-    visual_rows: Rows
-    text_rows: Rows
-
-    def __post_init__(self) -> None:
-        self.has_visual_B = self.visible_BS.any(dim=1)
-        # A sample without visual tokens may look at its (zero) padding, so that no softmax runs over nothing;
-        # what it sees there is dropped below.
-        self.allowed_BS = self.visible_BS | ~self.has_visual_B[:, None]
-        self.all_allowed = bool(self.allowed_BS.all())
+    tokens_SD: Tensor | None
+    """Projected original visual tokens of all frames, one behind the other; None once keys and values are cached."""
+    tokens_per_frame: int
+    """Of the original ones, P."""
+    v2v: Lookup
+    t2v: Lookup
 
 
 class GatedCrossAttention(nn.Module):
-    """One branch: x + tanh(gate) * Attention(x's chosen rows, the original visual tokens).
+    """One branch: x + tanh(gate) * Attention(x's asking rows, the original visual tokens).
 
-    The geometry is the decoder's own grouped-query attention. No positions: keys carry no time, as in the paper.
-    The gate starts at zero, so a new branch changes nothing, exactly.
+    The geometry is the decoder's own grouped-query attention. Keys carry no time, as in the paper, unless
+    `cross_attention_rotary` turns queries and keys by the number of their frame. The gate starts at zero, so a new
+    branch changes nothing, exactly.
     """
 
     is_causal = False
 
-    def __init__(self, config: Any, layer_idx: int) -> None:
+    def __init__(self, config: Any, layer_idx: int, rotary: bool) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.rotary = rotary
         width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or width // heads
         self.num_key_value_groups = heads // kv_heads
@@ -80,51 +59,68 @@ class GatedCrossAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(
-        self, x_BLD: Tensor, rows: Rows, visual: VisualContext, cache: EncoderDecoderCache | None = None
+        self, x_BLD: Tensor, lookup: Lookup, visual: VisualContext, cache: EncoderDecoderCache | None = None
     ) -> Tensor:
-        """Add what the chosen rows see to them; every other position is returned as it came.
+        """Add what the asking rows see to them; every other position is returned as it came.
 
-        With `cache`, a video's keys and values are computed at the first call and read afterwards.
+        With `cache`, the videos' keys and values are computed at the first call and read afterwards.
         """
-        if rows.index_BQ.shape[1] == 0:
+        if torch.is_grad_enabled():
+            lookup = lookup.or_one()
+        if lookup.is_empty and (cache is None or visual.tokens_SD is None):
             return x_BLD
-        index_BQD = rows.index_BQ[:, :, None].expand(-1, -1, x_BLD.shape[-1])
-        asks_BQD = x_BLD.gather(1, index_BQD)
-        query_BHQC = self._heads(self.q_proj(self.query_norm(asks_BQD)))
-        key_BHSC, value_BHSC = self._keys_and_values(visual, cache)
-        seen_BQD = self.o_proj(self._attend(query_BHQC, key_BHSC, value_BHSC, rows, visual))
-        counts_BQ = rows.valid_BQ & visual.has_visual_B[:, None]
-        seen_BQD = torch.where(counts_BQ[:, :, None], torch.tanh(self.gate) * seen_BQD, 0.0)
-        return x_BLD.scatter_add(1, index_BQD, seen_BQD.to(x_BLD.dtype))
+        key_OHSC, value_OHSC = self._keys_and_values(lookup, visual, cache)
+        if lookup.is_empty:
+            return x_BLD
+        x_ND = x_BLD.flatten(0, 1)
+        asks_GQD = x_ND.index_select(0, lookup.rows_GQ.flatten()).unflatten(0, lookup.rows_GQ.shape)
+        query_GHQC = self._heads(self.q_proj(self.query_norm(asks_GQD)))
+        if self.rotary:
+            query_GHQC = _turn(query_GHQC, lookup.time_GQ)
+        seen_GQD = self.o_proj(self._attend(query_GHQC, key_OHSC, value_OHSC, lookup))
+        seen_GQD = torch.where(lookup.valid_GQ[:, :, None], torch.tanh(self.gate) * seen_GQD, 0.0)
+        x_ND = x_ND.index_add(0, lookup.rows_GQ.flatten(), seen_GQD.flatten(0, 1).to(x_ND.dtype))
+        return x_ND.view_as(x_BLD)
 
-    def _heads(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _heads(self, x_GQC: Tensor) -> Tensor:
+        return x_GQC.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _keys_and_values(self, visual: VisualContext, cache: EncoderDecoderCache | None) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(
+        self, lookup: Lookup, visual: VisualContext, cache: EncoderDecoderCache | None
+    ) -> tuple[Tensor, Tensor]:
         if cache is not None and cache.is_updated.get(self.layer_idx):
             layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
-        tokens_BSD = self.visual_norm(visual.tokens_BSD)
-        key_BHSC, value_BHSC = self._heads(self.k_proj(tokens_BSD)), self._heads(self.v_proj(tokens_BSD))
+        assert visual.tokens_SD is not None
+        tokens_SD = self.visual_norm(visual.tokens_SD)
+        key_OHSC = self._heads(lookup.keys(self.k_proj(tokens_SD)))
+        value_OHSC = self._heads(lookup.keys(self.v_proj(tokens_SD)))
+        if self.rotary:
+            time_S = torch.arange(key_OHSC.shape[2], device=key_OHSC.device) // visual.tokens_per_frame
+            key_OHSC = _turn(key_OHSC, time_S[None])
         if cache is not None:
-            cache.cross_attention_cache.update(key_BHSC, value_BHSC, self.layer_idx)
+            cache.cross_attention_cache.update(key_OHSC, value_OHSC, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
-        return key_BHSC, value_BHSC
+        return key_OHSC, value_OHSC
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, rows: Rows, visual: VisualContext) -> Tensor:
-        """Attention as configured -> (B, Q, H*C). Padding is masked, or cut out for kernels that take lengths."""
+    def _attend(self, query_GHQC: Tensor, key_OHSC: Tensor, value_OHSC: Tensor, lookup: Lookup) -> Tensor:
+        """Attention as configured -> (G, Q, H*C). Padding is masked, or cut out for kernels that take lengths."""
+        if lookup.owners != list(range(key_OHSC.shape[0])):
+            owners = torch.tensor(lookup.owners, device=key_OHSC.device)
+            key_OHSC, value_OHSC = key_OHSC.index_select(0, owners), value_OHSC.index_select(0, owners)
+        mask_GS = lookup.visible_GS
         implementation = self.config._attn_implementation
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         # is_causal must be said: without it SDPA masks the later keys in silence.
         options = {"scaling": self.head_dim**-0.5, "dropout": 0.0, "is_causal": False}
         if "flash" in implementation:
-            return self._attend_packed(attention, query, key, value, rows, visual, options)
-        mask = None
-        if not visual.all_allowed:
-            mask = visual.allowed_BS[:, None, None, :]
-            if implementation == "eager":
-                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-        seen, _ = attention(self, query, key, value, mask, **options)
+            if mask_GS is None:
+                mask_GS = torch.ones(key_OHSC.shape[0], key_OHSC.shape[2], dtype=torch.bool, device=key_OHSC.device)
+            return self._attend_packed(attention, query_GHQC, key_OHSC, value_OHSC, lookup, mask_GS, options)
+        mask = mask_GS[:, None, None, :] if mask_GS is not None else None
+        if mask is not None and implementation == "eager":
+            mask = torch.zeros_like(mask, dtype=query_GHQC.dtype).masked_fill(~mask, torch.finfo(query_GHQC.dtype).min)
+        seen, _ = attention(self, query_GHQC, key_OHSC, value_OHSC, mask, **options)
         return seen.flatten(2)
 
     def _attend_packed(
@@ -133,21 +129,21 @@ class GatedCrossAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        rows: Rows,
-        visual: VisualContext,
+        lookup: Lookup,
+        mask_GS: Tensor,
         options: dict[str, Any],
     ) -> Tensor:
-        """Variable lengths without padding: all samples behind one another, and where each begins."""
-        batch, heads, asked, channels = query.shape
-        # Every sample keeps at least one row, for a kernel takes no empty sequence; it is dropped by `forward`.
-        keep_BQ = rows.valid_BQ.clone()
-        keep_BQ[:, 0] = True
-        lengths_q, lengths_k = keep_BQ.sum(dim=1), visual.allowed_BS.sum(dim=1)
+        """Variable lengths without padding: all groups behind one another, and where each begins."""
+        groups, heads, asked, channels = query.shape
+        # Every group keeps at least one row, for a kernel takes no empty sequence; it is dropped by `forward`.
+        keep_GQ = lookup.valid_GQ.clone()
+        keep_GQ[:, 0] = True
+        lengths_q, lengths_k = keep_GQ.sum(dim=1), mask_GS.sum(dim=1)
         packed, _ = attention(
             self,
-            query.transpose(1, 2)[keep_BQ].transpose(0, 1)[None],
-            key.transpose(1, 2)[visual.allowed_BS].transpose(0, 1)[None],
-            value.transpose(1, 2)[visual.allowed_BS].transpose(0, 1)[None],
+            query.transpose(1, 2)[keep_GQ].transpose(0, 1)[None],
+            key.transpose(1, 2)[mask_GS].transpose(0, 1)[None],
+            value.transpose(1, 2)[mask_GS].transpose(0, 1)[None],
             None,
             cu_seq_lens_q=nn.functional.pad(lengths_q.cumsum(0), (1, 0)).int(),
             cu_seq_lens_k=nn.functional.pad(lengths_k.cumsum(0), (1, 0)).int(),
@@ -155,8 +151,16 @@ class GatedCrossAttention(nn.Module):
             max_length_k=int(lengths_k.max()),
             **options,
         )
-        seen = query.new_zeros(batch, asked, heads * channels)
-        return seen.masked_scatter(keep_BQ[:, :, None], packed.reshape(-1, heads * channels))
+        seen = query.new_zeros(groups, asked, heads * channels)
+        return seen.masked_scatter(keep_GQ[:, :, None], packed.reshape(-1, heads * channels))
+
+
+def _turn(x_GHQC: Tensor, time_GQ: Tensor) -> Tensor:
+    """Rotary positions (RoPE) over frames: channel pair i is turned by time * base^(-2i/C)."""
+    channels = x_GHQC.shape[-1]
+    speeds = ROTARY_BASE ** (-torch.arange(0, channels, 2, device=x_GHQC.device).float() / channels)
+    angles = (time_GQ[:, None, :, None] * speeds).repeat(1, 1, 1, 2)
+    return x_GHQC * angles.cos().to(x_GHQC.dtype) + rotate_half(x_GHQC) * angles.sin().to(x_GHQC.dtype)
 
 
 class DualCrossAttentionLayer(GradientCheckpointingLayer):
@@ -170,7 +174,7 @@ class DualCrossAttentionLayer(GradientCheckpointingLayer):
 
     PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
 
-    def __init__(self, layer: nn.Module, config: Any, layer_idx: int, v2v: bool, t2v: bool) -> None:
+    def __init__(self, layer: nn.Module, config: Any, layer_idx: int, v2v: bool, t2v: bool, rotary: bool) -> None:
         super().__init__()
         parts = dict(layer.named_children())
         if parts.keys() != self.PARTS:
@@ -182,8 +186,8 @@ class DualCrossAttentionLayer(GradientCheckpointingLayer):
         self.mlp = parts["mlp"]
         self.input_layernorm = parts["input_layernorm"]
         self.post_attention_layernorm = parts["post_attention_layernorm"]
-        self.v2v = GatedCrossAttention(config, layer_idx) if v2v else None
-        self.t2v = GatedCrossAttention(config, layer_idx) if t2v else None
+        self.v2v = GatedCrossAttention(config, layer_idx, rotary) if v2v else None
+        self.t2v = GatedCrossAttention(config, layer_idx, rotary) if t2v else None
 
     def forward(
         self,
@@ -201,8 +205,8 @@ class DualCrossAttentionLayer(GradientCheckpointingLayer):
         if visual is not None:
             # Both branches ask about the same state: each writes to positions that the other leaves alone.
             # V2V needs no cache, for a video's own positions pass by once.
-            if self.v2v is not None and visual.tokens_BSD is not None:
-                x_BLD = self.v2v(x_BLD, visual.visual_rows, visual)
+            if self.v2v is not None and visual.tokens_SD is not None:
+                x_BLD = self.v2v(x_BLD, visual.v2v, visual)
             if self.t2v is not None:
-                x_BLD = self.t2v(x_BLD, visual.text_rows, visual, past_key_values)
+                x_BLD = self.t2v(x_BLD, visual.t2v, visual, past_key_values)
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))

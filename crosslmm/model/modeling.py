@@ -1,13 +1,14 @@
 """CrossLMM: pooled visual tokens go through the decoder, and look back at all the original ones on the way.
 
-Axes, as suffixes: B sample, F frame (of all samples, one behind the other), P patch, V pooled visual token,
-L position in the sequence, S original visual token of a sample, D width.
+Axes, as suffixes: B sample, M video of a sample, F frame (of all samples, one behind the other), P patch, V pooled
+visual token, L position in the sequence, S original visual token, D width, N labelled position.
 """
 
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -20,8 +21,13 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from crosslmm.model.configuration import CrossLMMConfig
-from crosslmm.model.cross_attention import DualCrossAttentionLayer, Rows, VisualContext
+from crosslmm.model.cross_attention import DualCrossAttentionLayer, VisualContext
+from crosslmm.model.encoder import ChunkedEncoderLayer, encode
+from crosslmm.model.lookup import text_lookup, visual_lookup
 from crosslmm.model.pooling import pool
+
+LOSS_CHUNK = 1024
+"""Labelled positions whose logits exist at a time: 0.6 GB in float32 over Qwen's vocabulary."""
 
 
 class Projector(nn.Sequential):
@@ -58,11 +64,15 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if set(getattr(text, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
             raise ValueError(f"{text.model_type} with sliding attention: only full attention is supported")
         self.vision_tower = SiglipVisionModel(config.vision_config)
+        for i, layer in enumerate(self.vision_tower.encoder.layers):
+            self.vision_tower.encoder.layers[i] = ChunkedEncoderLayer(layer, config.encoder_chunk)
         self.projector = Projector(config.vision_config.hidden_size, text.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(text)
         layers = self.language_model.model.layers
-        for i in config.cross_attention_layers:
-            layers[i] = DualCrossAttentionLayer(layers[i], text, i, v2v=config.v2v, t2v=config.t2v)
+        for i in config.dual_layers:
+            layers[i] = DualCrossAttentionLayer(
+                layers[i], text, i, v2v=config.v2v, t2v=config.t2v, rotary=config.cross_attention_rotary
+            )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -74,27 +84,14 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.get_output_embeddings()
 
     def encode(self, pixels_FCHW: Tensor) -> Tensor:
-        """Frames -> original visual tokens.
-
-        Args:
-            pixels_FCHW: uint8 (frames, 3, image_size, image_size). SigLIP's normalisation to [-1, 1] happens here,
-                on the device, so that a quarter of the bytes travel.
-
-        Returns:
-            (frames, patches, vision width) in the encoder's dtype.
-        """
+        """Frames, uint8 (frames, 3, image_size, image_size) -> original visual tokens (frames, patches, width)."""
         side = self.config.vision_config.image_size
         if pixels_FCHW.dtype != torch.uint8 or pixels_FCHW.shape[1:] != (3, side, side):
             raise ValueError(
                 f"frames are {pixels_FCHW.dtype} {tuple(pixels_FCHW.shape)}; "
                 f"the encoder takes uint8 (frames, 3, {side}, {side})"
             )
-        frames = pixels_FCHW.shape[0]
-        if not frames:
-            # SigLIP takes no empty batch, and under FSDP every rank has to run it: one black frame, thrown away.
-            pixels_FCHW = pixels_FCHW.new_zeros(1, 3, side, side)
-        dtype = self.vision_tower.embeddings.patch_embedding.weight.dtype
-        return self.vision_tower(pixels_FCHW.to(dtype) / 127.5 - 1.0).last_hidden_state[:frames]
+        return encode(self.vision_tower, pixels_FCHW, self.config.encoder_chunk)
 
     def forward(
         self,
@@ -114,10 +111,12 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: int64 (B, L). `config.video_token_id` stands once for every pooled token, frame after frame.
-            pixel_values: uint8 (F, 3, H, W), the frames of all samples one behind the other. May be empty or None.
-            num_frames: int64 (B,), how many of them belong to each sample.
+            pixel_values: uint8 (F, 3, H, W), the frames of all samples one behind the other. May be empty, or None with
+                a cache that has seen them.
+            num_frames: int64 (B, M), how many of them belong to each video of each sample (an image is a video of one
+                frame), zero where a sample has fewer videos; with a cache too, of the whole conversation.
             attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
-            past_key_values: decoder cache, and the video's keys and values; `generate` makes it.
+            past_key_values: decoder cache, and the videos' keys and values; `generate` makes it.
             labels: int64 (B, L), -100 where no loss is wanted. Shifted here.
             num_items_in_batch: divide the summed loss by this instead of by the number of own labels.
             logits_to_keep: only so many last positions' logits; 0 for all.
@@ -125,28 +124,37 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             `loss` (float32) with `labels`, and then no logits: only the labelled positions' are ever computed.
             `logits` (B, L, vocabulary) without.
+
+        Raises:
+            ValueError: frames and placeholders that do not match, or more text than the decoder has positions.
         """
         if past_key_values is None and use_cache:
             past_key_values = self._new_cache()
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        self._check_length(seen + input_ids.shape[1])
         is_video_BL = input_ids.eq(cast(int, self.config.video_token_id))
+        if seen:
+            if pixel_values is not None and is_video_BL.any():
+                raise ValueError(
+                    "a cache that has begun takes no further video; begin again with the whole conversation"
+                )
+            pixel_values = None
         # A placeholder's own embedding is never read, and its id may lie outside of the decoder's vocabulary.
         x_BLD = self.get_input_embeddings()(input_ids.masked_fill(is_video_BL, 0))
 
-        tokens_FPD = None
+        tokens_SD = None
         if pixel_values is not None:
+            if num_frames is None:
+                raise ValueError("pixel_values are given without num_frames: whose frames are they?")
+            self._check_frames(is_video_BL, num_frames, pixel_values.shape[0])
             features_FPD = self.encode(pixel_values)
-            tokens_FPD = self.projector(features_FPD)
-            pooled_FVD = self.projector(pool(features_FPD, self.config.pool_stride))
-            expected, found = pooled_FVD.shape[0] * pooled_FVD.shape[1], int(is_video_BL.sum())
-            if found != expected:
-                raise ValueError(
-                    f"the text has {found} video placeholders, but {pooled_FVD.shape[0]} frames "
-                    f"of {self.config.tokens_per_frame} tokens need {expected}"
-                )
+            pooled_FVD = self.projector(pool(features_FPD, self.config.pool_stride, self.config.pooling))
             x_BLD = x_BLD.masked_scatter(is_video_BL[:, :, None], pooled_FVD.to(x_BLD.dtype))
+            if self.config.dual_layers:
+                tokens_SD = self.projector(features_FPD).flatten(0, 1)
         visual = None
-        if num_frames is not None and self.config.cross_attention_layers:
-            visual = self._visual_context(tokens_FPD, num_frames, is_video_BL, attention_mask)
+        if num_frames is not None and self.config.dual_layers:
+            visual = self._visual_context(tokens_SD, num_frames, is_video_BL, attention_mask)
 
         x_BLD = self._decode(x_BLD, attention_mask, position_ids, past_key_values, visual)
         loss = logits = None
@@ -156,24 +164,41 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits = self.get_output_embeddings()(x_BLD[:, -logits_to_keep:])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
+    def _check_length(self, length: int) -> None:
+        limit = self.config.text_config.max_position_embeddings
+        if length > limit:
+            raise ValueError(
+                f"the sequence has {length} positions, and the decoder {limit} (max_position_embeddings): "
+                f"fewer frames, a larger pool_stride ({self.config.tokens_per_frame} tokens a frame now), or less text"
+            )
+
+    def _check_frames(self, is_video_BL: Tensor, num_frames_BM: Tensor, given: int) -> None:
+        tokens = self.config.tokens_per_frame
+        if (expected := int(num_frames_BM.sum())) != given:
+            raise ValueError(f"num_frames adds up to {expected}, but {given} frames were given")
+        found_B, expected_B = is_video_BL.sum(dim=1), num_frames_BM.sum(dim=1) * tokens
+        if not torch.equal(found_B, expected_B):
+            b = int((found_B != expected_B).nonzero()[0])
+            raise ValueError(
+                f"sample {b}: the text has {int(found_B[b])} video placeholders, "
+                f"but {int(num_frames_BM[b].sum())} frames of {tokens} tokens need {int(expected_B[b])}"
+            )
+
     def _visual_context(
-        self, tokens_FPD: Tensor | None, num_frames: Tensor, is_video_BL: Tensor, attention_mask: Tensor | None
+        self, tokens_SD: Tensor | None, num_frames_BM: Tensor, is_video_BL: Tensor, attention_mask: Tensor | None
     ) -> VisualContext:
-        """Give each sample its own original tokens, padded to the longest; sort its positions into visual and text."""
-        lengths_B = num_frames * self.config.patches_per_frame
-        # At least one token of padding, so that a batch without any frame has a shape to attend to.
-        longest = max(int(lengths_B.max()), 1)
-        visible_BS = torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]
-        tokens_BSD = None
-        if tokens_FPD is not None:
-            if tokens_FPD.shape[0] != (frames := int(num_frames.sum())):
-                raise ValueError(f"num_frames adds up to {frames}, but {tokens_FPD.shape[0]} frames were given")
-            tokens_BSD = tokens_FPD.new_zeros(*visible_BS.shape, tokens_FPD.shape[-1])
-            tokens_BSD = tokens_BSD.masked_scatter(visible_BS[:, :, None], tokens_FPD)
+        """Sort the positions into those that look at videos, and what of them they see."""
         is_text_BL = ~is_video_BL
         if attention_mask is not None:
             is_text_BL &= attention_mask[:, -is_text_BL.shape[1] :].bool()
-        return VisualContext(tokens_BSD, visible_BS, Rows.where(is_video_BL), Rows.where(is_text_BL))
+        per_frame = (self.config.tokens_per_frame, self.config.patches_per_frame)
+        return VisualContext(
+            tokens_SD,
+            self.config.patches_per_frame,
+            # Once the videos are cached there is no placeholder any more, and nobody to ask for V2V.
+            visual_lookup(is_video_BL, num_frames_BM * (tokens_SD is not None), *per_frame, self.config.v2v_scope),
+            text_lookup(is_video_BL, is_text_BL, num_frames_BM, *per_frame),
+        )
 
     def _decode(
         self,
@@ -208,12 +233,21 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return decoder.norm(x_BLD)
 
     def _loss(self, x_BLD: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Cross-entropy of the next token, in float32, over labelled positions only."""
+        """Cross-entropy of the next token, in float32, over labelled positions only, `LOSS_CHUNK` of them at a time."""
         targets = labels[:, 1:]
         wanted = targets != -100
-        logits = self.get_output_embeddings()(x_BLD[:, :-1][wanted]).float()
-        total = nn.functional.cross_entropy(logits, targets[wanted], reduction="sum")
+        chunks = list(zip(x_BLD[:, :-1][wanted].split(LOSS_CHUNK), targets[wanted].split(LOSS_CHUNK), strict=True))
+        if len(chunks) == 1:
+            total = self._cross_entropy(*chunks[0])
+        else:
+            # Each chunk's logits are made once more in the backward pass, instead of all being kept till then.
+            parts = [checkpoint(self._cross_entropy, x, y, use_reentrant=False) for x, y in chunks]
+            total = torch.stack(parts).sum()
         return total / (wanted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+    def _cross_entropy(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
+        logits = self.get_output_embeddings()(x_ND).float()
+        return nn.functional.cross_entropy(logits, targets_N, reduction="sum")
 
     def _new_cache(self) -> EncoderDecoderCache:
         return EncoderDecoderCache(DynamicCache(config=self.config.text_config), DynamicCache())

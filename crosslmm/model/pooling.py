@@ -29,23 +29,26 @@ def cell_weights(grid: int, stride: int, device: torch.device | str = "cpu") -> 
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-def pool(x_FPD: Tensor, stride: int) -> Tensor:
+def pool(x_FPD: Tensor, stride: int, mode: str = "bilinear") -> Tensor:
     """Merge each frame's patches into its cells.
 
     Args:
         x_FPD: (frames, g*g patches in rows, width), any float dtype.
         stride: s, patches along one side of a cell.
+        mode: "bilinear" (see `cell_weights`), "average" or "max" of the cell's patches.
 
     Returns:
         (frames, ceil(g/s)^2, width) in the dtype of `x_FPD`.
     """
     if stride == 1:
         return x_FPD
-    frames, patches, width = x_FPD.shape
-    grid = round(patches**0.5)
-    weights = cell_weights(grid, stride, x_FPD.device).to(x_FPD.dtype)
-    x = x_FPD.view(frames, grid, grid, width)
-    # Columns, then rows: two small products instead of one over all pairs of patch and cell.
-    x = torch.einsum("fhwd,vw->fhvd", x, weights)
-    x = torch.einsum("fhvd,uh->fuvd", x, weights)
-    return x.flatten(1, 2)
+    grid = round(x_FPD.shape[1] ** 0.5)
+    x = x_FPD.unflatten(1, (grid, grid))
+    if mode == "bilinear":
+        weights = cell_weights(grid, stride, x_FPD.device).to(x_FPD.dtype)
+        # Columns, then rows: two small products instead of one over all pairs of patch and cell.
+        x = torch.einsum("fhwd,vw->fhvd", x, weights)
+        return torch.einsum("fhvd,uh->fuvd", x, weights).flatten(1, 2)
+    # With ceil_mode a last cell that is cut off counts only the patches that it has.
+    merge = torch.nn.functional.avg_pool2d if mode == "average" else torch.nn.functional.max_pool2d
+    return merge(x.permute(0, 3, 1, 2), stride, ceil_mode=True).flatten(2).transpose(1, 2)

@@ -1,11 +1,24 @@
 """Configuration -> model and processor, from random or from published weights."""
 
+import contextlib
+import functools
+import posixpath
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, ModelConfig
@@ -14,30 +27,78 @@ from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.processing import CrossLMMProcessor, tiny_tokenizer
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Published weights somewhere: a hub name, a local directory, an s3:// folder, or a GGUF file (path or s3://)."""
+
+    uri: str
+    revision: str | None = None
+
+    @contextlib.contextmanager
+    def local(self) -> Iterator[dict[str, Any]]:
+        """The arguments under which `from_pretrained` finds it, for as long as the context lasts."""
+        folder, name = self.uri, None
+        if self.uri.endswith(".gguf"):
+            folder, name = storage.parent(self.uri) or ".", posixpath.basename(self.uri)
+        with tempfile.TemporaryDirectory() as fetched:
+            if "://" in folder:
+                if name:
+                    (Path(fetched) / name).write_bytes(storage.read_bytes(self.uri))
+                else:
+                    storage.download(folder, fetched)
+                folder = fetched
+            arguments: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+            if name:
+                arguments["gguf_file"] = name
+            elif self.revision:
+                arguments["revision"] = self.revision
+            yield arguments
+
+
 def build_config(config: ModelConfig, video_token_id: int | None = None) -> CrossLMMConfig:
     """The Transformers configuration of a run's model.
 
     Raises:
         BadConfig: fields that no such backbone has, or a stride or depth outside of what it allows.
     """
-    classes = {"vision": SiglipVisionConfig, "language": CONFIG_MAPPING.get(config.language.get("model_type", ""))}
+    vision = config.vision or _published_config("vision", config.vision_weights, config.vision_revision)
+    language = config.language or _published_config("language", config.language_weights, config.language_revision)
+    classes = {"vision": SiglipVisionConfig, "language": CONFIG_MAPPING.get(language.get("model_type", ""))}
     for key, config_class in classes.items():
         fields = getattr(config_class, "__dataclass_fields__", {})
-        unknown = getattr(config, key).keys() - fields.keys() - {"model_type"}
+        unknown = (getattr(config, key) or {}).keys() - fields.keys() - {"model_type"}
         if fields and unknown:
             raise BadConfig(f"model.{key}.{min(unknown)}: no such field of Transformers' {key} configuration")
     try:
         return CrossLMMConfig(
-            vision_config=config.vision,
-            text_config=config.language,
+            vision_config=vision,
+            text_config=language,
             pool_stride=config.pool_stride,
+            pooling=config.pooling,
             cross_attention_every=config.cross_attention_every,
+            cross_attention_layers=config.cross_attention_layers,
             v2v=config.v2v,
             t2v=config.t2v,
+            v2v_scope=config.v2v_scope,
+            cross_attention_rotary=config.cross_attention_rotary,
+            encoder_chunk=config.encoder_chunk,
             video_token_id=video_token_id,
         )
     except Exception as error:
         raise BadConfig(f"model: {error}") from error
+
+
+@functools.cache
+def _published_config(part: str, uri: str, revision: str | None) -> dict[str, Any]:
+    """The fields of a checkpoint's own configuration; a SigLIP of both towers gives its vision tower's."""
+    try:
+        with Checkpoint(uri, revision).local() as arguments:
+            published = AutoConfig.from_pretrained(**arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise BadConfig(f"model.{part}_weights: {uri} cannot be read: {_first_line(error)}") from error
+    return (
+        published.vision_config if part == "vision" and hasattr(published, "vision_config") else published
+    ).to_dict()
 
 
 def build_processor(config: ModelConfig) -> CrossLMMProcessor:
@@ -52,9 +113,10 @@ def build_processor(config: ModelConfig) -> CrossLMMProcessor:
         tokenizer = tiny_tokenizer()
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, revision=config.language_revision)
-        except (OSError, ValueError) as error:
-            raise BadConfig(f"model.tokenizer: {config.tokenizer} cannot be loaded: {error}") from error
+            with Checkpoint(config.tokenizer, config.language_revision).local() as arguments:
+                tokenizer = AutoTokenizer.from_pretrained(**arguments)
+        except (OSError, ValueError, ImportError) as error:
+            raise BadConfig(f"model.tokenizer: {config.tokenizer} cannot be loaded: {_first_line(error)}") from error
     processor = CrossLMMProcessor(
         tokenizer, image_size=model.vision_config.image_size, tokens_per_frame=model.tokens_per_frame
     )
@@ -97,28 +159,29 @@ def build_model(
         # hundreds of steps later (docs/log.md).
         nn.init.normal_(model.vision_tower.embeddings.position_embedding.weight)
     if weights and config.vision_weights:
-        source = {"pretrained_model_name_or_path": config.vision_weights, "revision": config.vision_revision}
+        source = Checkpoint(config.vision_weights, config.vision_revision)
         _graft("model.vision_weights", model.vision_tower, SiglipVisionModel, source)
     if weights and config.language_weights:
-        source = {"pretrained_model_name_or_path": config.language_weights, "revision": config.language_revision}
+        source = Checkpoint(config.language_weights, config.language_revision)
         _graft("model.language_weights", model.language_model, AutoModelForCausalLM, source)
     if weights and config.init_from:
-        with tempfile.TemporaryDirectory() as folder:
-            storage.download(config.init_from, folder)
-            source = {"pretrained_model_name_or_path": folder}
-            _graft("model.init_from", model, CrossLMMForConditionalGeneration, source, name=config.init_from)
+        _graft("model.init_from", model, CrossLMMForConditionalGeneration, Checkpoint(config.init_from))
     return model
 
 
-def _graft(key: str, part: nn.Module, auto_class: Any, source: dict[str, str | None], name: str | None = None) -> None:
+def _graft(key: str, part: nn.Module, auto_class: Any, source: Checkpoint) -> None:
     """Load a checkpoint into one part of the model; cross-attentions that it has none of stay new."""
-    name = name or source["pretrained_model_name_or_path"]
     try:
-        theirs = auto_class.from_pretrained(**source, dtype=torch.float32).state_dict()
+        with source.local() as arguments:
+            theirs = auto_class.from_pretrained(**arguments, dtype=torch.float32).state_dict()
         ours = part.state_dict()
         missing = {k for k in ours.keys() - theirs.keys() if ".v2v." not in k and ".t2v." not in k}
         if missing:
             raise ValueError(f"it lacks {len(missing)} weights, {min(missing)} first")
         part.load_state_dict({k: theirs[k] for k in ours.keys() & theirs.keys()}, strict=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadConfig(f"{key}: {name} cannot be loaded: {str(error)[:300]}") from error
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise BadConfig(f"{key}: {source.uri} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -23,7 +23,7 @@ CHAT_TEMPLATE = """
         {{- message['content'] + '<|im_end|>' -}}
     {%- else -%}
         {%- for part in message['content'] -%}
-            {{- '<|video_pad|>' if part['type'] == 'video' else part['text'] -}}
+            {{- '<|video_pad|>' if part['type'] in ('video', 'image') else part['text'] -}}
         {%- endfor -%}
         {{- '<|im_end|>' -}}
     {%- endif -%}
@@ -64,41 +64,45 @@ class CrossLMMProcessor(ProcessorMixin):
     def __call__(
         self,
         messages: Sequence[list[dict[str, Any]]],
-        frames: Sequence[np.ndarray | None],
+        videos: Sequence[Sequence[np.ndarray]],
         weights: Sequence[float] | None = None,
         answer: bool = False,
     ) -> BatchFeature:
         """Turn conversations into one padded batch.
 
         Args:
-            messages: one conversation a sample; a `{"type": "video"}` part where the video stands.
-            frames: uint8 (num_frames, image_size, image_size, 3) a sample, or None where it has no video.
+            messages: one conversation a sample; a `{"type": "video"}` or `{"type": "image"}` part for each one.
+            videos: each sample's videos in the order of these parts, uint8 (frames, image_size, image_size, 3) each; an
+                image is a video of one frame.
             weights: 0 drops a sample's labels (it fills a place but teaches nothing); default all 1.
             answer: end with the assistant's turn begun and pad on the left, as `generate` wants it.
 
         Returns:
-            `input_ids`, `attention_mask` (B, L), `pixel_values` (F, 3, H, W) uint8, `num_frames` (B,), and, unless
-            `answer`, `labels` (B, L) with -100 outside of the assistant's words.
+            `input_ids`, `attention_mask` (B, L), `pixel_values` (F, 3, H, W) uint8, `num_frames` (B, M) with zeros
+            where a sample has fewer than M videos, and, unless `answer`, `labels` (B, L) with -100 outside of the
+            assistant's words.
 
         Raises:
-            ValueError: a conversation with another number of video parts than videos, or frames of another size.
+            ValueError: a conversation with another number of video parts than videos, a video without frames, or frames
+                of another size.
         """
         ids, labels, pixels = [], [], []
-        for i, (conversation, video) in enumerate(zip(messages, frames, strict=True)):
-            tokens, is_target = self._tokenize(conversation, video, answer)
+        for i, (conversation, own) in enumerate(zip(messages, videos, strict=True)):
+            tokens, is_target = self._tokenize(conversation, own, answer)
             dropped = weights is not None and weights[i] == 0
             ids.append(torch.tensor(tokens))
             labels.append(
                 torch.tensor([t if m and not dropped else IGNORED for t, m in zip(tokens, is_target, strict=True)])
             )
-            if video is not None:
-                pixels.append(torch.from_numpy(video))
+            pixels += [torch.from_numpy(video) for video in own]
         side = "left" if answer else "right"
         batch = {
             "input_ids": pad_sequence(ids, True, self.tokenizer.pad_token_id, side),
             "attention_mask": pad_sequence([torch.ones_like(t) for t in ids], True, 0, side),
             "pixel_values": torch.cat([*pixels, self._no_frames()]).permute(0, 3, 1, 2).contiguous(),
-            "num_frames": torch.tensor([0 if video is None else len(video) for video in frames]),
+            "num_frames": pad_sequence(
+                [torch.tensor([len(video) for video in own], dtype=torch.int64) for own in videos], True
+            ),
         }
         if not answer:
             batch["labels"] = pad_sequence(labels, True, IGNORED, side)
@@ -108,14 +112,11 @@ class CrossLMMProcessor(ProcessorMixin):
         return torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
 
     def _tokenize(
-        self, conversation: list[dict[str, Any]], video: np.ndarray | None, answer: bool
+        self, conversation: list[dict[str, Any]], videos: Sequence[np.ndarray], answer: bool
     ) -> tuple[list[int], list[int]]:
         """One conversation -> token ids and the mask of what the loss is taken of; each video part drawn out."""
-        if video is not None and (video.dtype != np.uint8 or video.shape[1:] != (self.image_size, self.image_size, 3)):
-            raise ValueError(
-                f"frames are {video.dtype} {video.shape}; "
-                f"the encoder takes uint8 (frames, {self.image_size}, {self.image_size}, 3)"
-            )
+        for video in videos:
+            self._check(video)
         out = self.tokenizer.apply_chat_template(
             conversation,
             chat_template=self.chat_template,
@@ -123,17 +124,28 @@ class CrossLMMProcessor(ProcessorMixin):
             return_assistant_tokens_mask=True,
             return_dict=True,
         )
-        tokens, is_target = out["input_ids"], out["assistant_masks"]
-        videos, places = int(video is not None), tokens.count(self.video_token_id)
-        if places != videos:
+        places = out["input_ids"].count(self.video_token_id)
+        if places != len(videos):
             raise ValueError(
-                f"the conversation has {places} video parts (or {VIDEO_TOKEN} in its text), and {videos} videos"
+                f"the conversation has {places} video or image parts (or {VIDEO_TOKEN} in its text), "
+                f"and {len(videos)} videos"
             )
-        if video is not None:
-            at, length = tokens.index(self.video_token_id), len(video) * self.tokens_per_frame
-            tokens[at : at + 1] = [self.video_token_id] * length
-            is_target[at : at + 1] = [0] * length
+        remaining = iter(videos)
+        tokens, is_target = [], []
+        for token, target in zip(out["input_ids"], out["assistant_masks"], strict=True):
+            times = len(next(remaining)) * self.tokens_per_frame if token == self.video_token_id else 1
+            tokens += [token] * times
+            is_target += [target] * times
         return tokens, is_target
+
+    def _check(self, video: np.ndarray) -> None:
+        side = self.image_size
+        if video.dtype != np.uint8 or video.shape[1:] != (side, side, 3):
+            raise ValueError(
+                f"frames are {video.dtype} {video.shape}; the encoder takes uint8 (frames, {side}, {side}, 3)"
+            )
+        if not len(video):
+            raise ValueError("a video has no frames; leave its part out of the conversation, or give it one at least")
 
 
 # Enough English for the tiny preset's BPE to learn the sample set's words; other text costs more tokens.

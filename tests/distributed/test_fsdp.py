@@ -27,9 +27,9 @@ def run_config(ranks: int, *overrides: str) -> RunConfig:
 
 def sample(place: int):
     """Every fourth sample is text alone, so that a whole micro-batch of a rank can be without a video."""
-    frames = None if place % 8 in (2, 3) else random_frames(1 + place % 4, seed=place)
+    videos = [] if place % 8 in (2, 3) else [random_frames(1 + place % 4, seed=place)]
     answer = ["circle", "a red square", "left"][place % 3]
-    return conversation(f"Question {place}?", answer, video=frames is not None), frames
+    return conversation(f"Question {place}?", answer, video=bool(videos)), videos
 
 
 def batches(processor, ranks: int, rank: int, first_step: int):
@@ -37,13 +37,13 @@ def batches(processor, ranks: int, rank: int, first_step: int):
     mine = BATCH // ranks
     for step in range(first_step, STEPS):
         for start in range(step * BATCH + rank * mine, step * BATCH + (rank + 1) * mine, 2):
-            talks, frames = zip(*[sample(place) for place in (start, start + 1)], strict=True)
-            yield processor(talks, frames)
+            talks, videos = zip(*[sample(place) for place in (start, start + 1)], strict=True)
+            yield processor(talks, videos)
 
 
 def fixed_batch(processor):
-    talks, frames = zip(*[sample(place) for place in (100, 101, 102)], strict=True)
-    return processor(talks, frames)
+    talks, videos = zip(*[sample(place) for place in (100, 101, 102)], strict=True)
+    return processor(talks, videos)
 
 
 def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrides: tuple[str, ...] = ()) -> None:

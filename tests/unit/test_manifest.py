@@ -39,7 +39,7 @@ def read(tmp_path):
         (row(id="b", messages=[ASKED, {**ANSWER, "content": "<|im_end|>"}]), "text holds one of the chat's own tokens"),
         (row(id="b", **{"k\x1b\n": 1}), r"k\\x1b\\n: Extra inputs"),
         (row(id="b", messages=[ANSWER, ASKED, ANSWER]), "the assistant speaks first"),
-        (row(id="b", messages=[SAID, ANSWER, ASKED]), "the video comes after the last answer"),
+        (row(id="b", messages=[SAID, ANSWER, ASKED]), "a video comes after the last answer"),
         (row(id="a"), "id 'a' is also on line 1"),
         (row(id=""), "id: String should have at least 1"),
         (row(id="b", video="http://host/clip.mp4"), "'http://host/clip.mp4': only local paths, file:// and s3://"),
@@ -79,18 +79,18 @@ def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, monkeypatch, uri, r
     ],
 )
 def test_videos_are_found_from_the_manifest_s_folder(read, tmp_path, video, resolved):
-    assert read(row(video=video)).rows[0]["video"] == resolved.format(folder=tmp_path)
+    assert read(row(video=video)).rows[0]["videos"] == [resolved.format(folder=tmp_path)]
 
 
 def test_a_manifest_named_from_the_working_directory_finds_its_videos(read, tmp_path, monkeypatch):
     read(row())
     monkeypatch.chdir(tmp_path)
-    assert Manifest("rows.jsonl").rows[0]["video"] == f"{tmp_path}/clip.mp4"
+    assert Manifest("rows.jsonl").rows[0]["videos"] == [f"{tmp_path}/clip.mp4"]
 
 
 def test_a_row_without_video_keeps_its_words_and_its_kind(read):
     (only,) = read(row(video=None, messages=[SAID, ANSWER], kind="colour")).rows
-    assert (only["video"], only["messages"], only["kind"]) == (None, [SAID, ANSWER], "colour")
+    assert (only["videos"], only["messages"], only["kind"]) == ([], [SAID, ANSWER], "colour")
 
 
 def test_blank_lines_are_passed_over_but_counted(read):

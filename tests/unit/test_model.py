@@ -18,9 +18,9 @@ TEXTS = ["Which shape is it?", "Which way does it move, and what colour is it?",
 @pytest.fixture
 def samples(processor):
     """Four conversations of different lengths, with 4, 2, no and 1 frames."""
-    frames = [random_frames(4, 1), random_frames(2, 2), None, random_frames(1, 3)]
-    talks = [conversation(t, "red circle", video=f is not None) for t, f in zip(TEXTS, frames, strict=True)]
-    return talks, frames
+    videos = [[random_frames(4, 1)], [random_frames(2, 2)], [], [random_frames(1, 3)]]
+    talks = [conversation(t, "red circle", video=bool(v)) for t, v in zip(TEXTS, videos, strict=True)]
+    return talks, videos
 
 
 def base_logits(model, batch):
@@ -99,7 +99,7 @@ def test_cross_attention_is_not_causal(model, processor, samples, branch):
     layer = next(x for x in model.modules() if isinstance(x, DualCrossAttentionLayer))
 
     def first_query(module, inputs, output):
-        rows = inputs[1].index_BQ
+        rows = inputs[1].rows_GQ
         seen[len(seen)] = (output - inputs[0])[0, rows[0, 0]]
 
     getattr(layer, branch).register_forward_hook(first_query)
@@ -109,10 +109,9 @@ def test_cross_attention_is_not_causal(model, processor, samples, branch):
     # What the text's and the first tokens' own states are does not change: only the last frame's keys do.
     features = model.encode(batch["pixel_values"])
     last = model.encode(changed)
+    assert not torch.equal(pool(features, 3)[-1], pool(last, 3)[-1])
     features[-1] = last[-1]
     model.encode = lambda pixels: features
-    pooled = pool(model.vision_tower(batch["pixel_values"].float() / 127.5 - 1).last_hidden_state, 3)
-    assert not torch.equal(pooled[-1], pool(features, 3)[-1])
     model(**batch)
     assert not torch.allclose(seen[0], seen[1], atol=1e-6)
 
@@ -123,7 +122,7 @@ def test_each_branch_writes_to_its_own_positions_only(model, processor, samples)
     batch = without_labels(processor(*samples))
     is_video = batch["input_ids"] == processor.video_token_id
     is_text = ~is_video & batch["attention_mask"].bool()
-    has_frames = batch["num_frames"] > 0
+    after_video = is_video.cumsum(dim=1) > 0
     layer = next(x for x in model.modules() if isinstance(x, DualCrossAttentionLayer))
     changed = {}
 
@@ -137,20 +136,20 @@ def test_each_branch_writes_to_its_own_positions_only(model, processor, samples)
     layer.t2v.register_forward_hook(note("t2v"))
     model(**batch)
     assert torch.equal(changed["v2v"], is_video)
-    assert torch.equal(changed["t2v"], is_text & has_frames[:, None])
+    assert torch.equal(changed["t2v"], is_text & after_video)
 
 
 @torch.no_grad()
 def test_cached_generation_equals_uncached_and_computes_the_videos_keys_once(model, processor, samples):
     open_gates(model)
-    talks, frames = samples
-    prompts = processor([talk[:1] for talk in talks], frames, answer=True)
+    talks, videos = samples
+    prompts = processor([talk[:1] for talk in talks], videos, answer=True)
     calls = []
     for layer in model.modules():
         if isinstance(layer, DualCrossAttentionLayer):
             layer.t2v.k_proj.register_forward_hook(lambda *_: calls.append(1))
     cached = model.generate(**prompts, max_new_tokens=10, do_sample=False)
-    assert len(calls) == len(model.config.cross_attention_layers)
+    assert len(calls) == len(model.config.dual_layers)
     uncached = model.generate(**prompts, max_new_tokens=10, do_sample=False, use_cache=False)
     assert torch.equal(cached, uncached)
 
@@ -209,10 +208,10 @@ def test_packed_attention_equals_masked_attention(model, processor, samples):
 def test_every_parameter_learns_and_an_empty_batch_still_reaches_every_one(model, processor):
     open_gates(model, 0.5)
     model.train()
-    model(**processor([conversation("What is red?", "a colour", video=False)], [None])).loss.backward()
+    model(**processor([conversation("What is red?", "a colour", video=False)], [[]])).loss.backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
     model.zero_grad()
-    model(**processor([conversation("What is red?", "a colour")], [random_frames(4)])).loss.backward()
+    model(**processor([conversation("What is red?", "a colour")], [[random_frames(4)]])).loss.backward()
     assert [n for n, p in model.named_parameters() if not p.grad.any() and "k_proj.bias" not in n] == []
 
 
@@ -287,8 +286,10 @@ def test_one_clear_line_for_what_does_not_fit(config, model, processor, tmp_path
         build_model(config.model.model_copy(update=nowhere), processor, 0)
     with pytest.raises(ValueError, match=r"the encoder takes uint8 \(frames, 3, 48, 48\)"):
         model.encode(torch.zeros(1, 3, 40, 48, dtype=torch.uint8))
-    batch = processor([conversation("What?", "it")], [random_frames(2)])
-    with pytest.raises(ValueError, match="8 video placeholders, but 1 frames of 4 tokens need 4"):
-        model(**batch | {"pixel_values": batch["pixel_values"][:1], "num_frames": torch.tensor([1])})
+    batch = processor([conversation("What?", "it")], [[random_frames(2)]])
+    with pytest.raises(
+        ValueError, match="sample 0: the text has 8 video placeholders, but 1 frames of 4 tokens need 4"
+    ):
+        model(**batch | {"pixel_values": batch["pixel_values"][:1], "num_frames": torch.tensor([[1]])})
     with pytest.raises(ValueError, match="num_beams"):
         model.generate(**batch, num_beams=2)

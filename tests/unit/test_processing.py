@@ -38,7 +38,7 @@ def spell(processor, ids):
 
 
 def test_a_conversation_is_spelled_as_qwen_spells_it(processor):
-    batch = processor([TALK], [clip(1)])
+    batch = processor([TALK], [[clip(1)]])
     assert spell(processor, batch["input_ids"][0]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         f"<|im_start|>user\n{VIDEO_TOKEN * PER_FRAME}Which shape is it?<|im_end|>\n"
@@ -49,7 +49,7 @@ def test_a_conversation_is_spelled_as_qwen_spells_it(processor):
 
 
 def test_the_loss_is_taken_of_the_assistant_s_words_and_their_end(processor):
-    batch = processor([TALK, WORDS], [clip(2), None])
+    batch = processor([TALK, WORDS], [[clip(2)], []])
     said = [["square", "a bluish grün"], ["up"]]
     for ids, labels, answers in zip(batch["input_ids"], batch["labels"], said, strict=True):
         wanted = labels != IGNORED
@@ -59,34 +59,34 @@ def test_the_loss_is_taken_of_the_assistant_s_words_and_their_end(processor):
         assert all(spell(processor, ids[: run[0]]).endswith("<|im_start|>assistant\n") for run in runs)
 
 
-@pytest.mark.parametrize("frames", [0, 1, 5])
+@pytest.mark.parametrize("frames", [1, 5])
 def test_every_frame_has_its_placeholders(processor, frames):
-    batch = processor([TALK], [clip(frames)])
+    batch = processor([TALK], [[clip(frames)]])
     assert int((batch["input_ids"] == processor.video_token_id).sum()) == frames * PER_FRAME
-    assert batch["num_frames"].tolist() == [frames]
+    assert batch["num_frames"].tolist() == [[frames]]
 
 
 def test_frames_of_a_batch_lie_one_behind_the_other_untouched(processor):
     video = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
-    batch = processor([TALK, WORDS, TALK], [video, None, clip(1, 7)])
-    assert batch["num_frames"].tolist() == [2, 0, 1]
+    batch = processor([TALK, WORDS, TALK], [[video], [], [clip(1, 7)]])
+    assert batch["num_frames"].tolist() == [[2], [0], [1]]
     assert batch["pixel_values"].dtype == torch.uint8
     expected = np.concatenate([video, clip(1, 7)]).transpose(0, 3, 1, 2)
     assert np.array_equal(batch["pixel_values"].numpy(), expected)
 
 
 def test_training_is_padded_on_the_right_and_padding_teaches_nothing(processor):
-    batch = processor([WORDS, TALK], [None, clip(1)])
+    batch = processor([WORDS, TALK], [[], [clip(1)]])
     length = int(batch["attention_mask"][0].sum())
     assert length < batch["input_ids"].shape[1] == int(batch["attention_mask"][1].sum())
     assert batch["attention_mask"][0].tolist() == sorted(batch["attention_mask"][0].tolist(), reverse=True)
     assert set(batch["labels"][0, length:].tolist()) == {IGNORED}
-    alone = processor([WORDS], [None])
+    alone = processor([WORDS], [[]])
     assert torch.equal(batch["input_ids"][0, :length], alone["input_ids"][0])
 
 
 def test_an_answer_is_begun_and_padded_on_the_left(processor):
-    batch = processor([WORDS[:1], TALK[:2]], [None, clip(1)], answer=True)
+    batch = processor([WORDS[:1], TALK[:2]], [[], [clip(1)]], answer=True)
     assert "labels" not in batch
     assert batch["attention_mask"][0].tolist() == sorted(batch["attention_mask"][0].tolist())
     assert batch["attention_mask"][0, 0] == 0
@@ -96,8 +96,8 @@ def test_an_answer_is_begun_and_padded_on_the_left(processor):
 
 def test_a_sample_without_weight_teaches_nothing_and_changes_nothing_else(processor):
     weighed, plain = (
-        processor([TALK, WORDS], [clip(1), None], weights=[0, 1]),
-        processor([TALK, WORDS], [clip(1), None]),
+        processor([TALK, WORDS], [[clip(1)], []], weights=[0, 1]),
+        processor([TALK, WORDS], [[clip(1)], []]),
     )
     assert set(weighed["labels"][0].tolist()) == {IGNORED}
     assert torch.equal(weighed["labels"][1], plain["labels"][1])
@@ -105,25 +105,30 @@ def test_a_sample_without_weight_teaches_nothing_and_changes_nothing_else(proces
 
 
 def test_text_alone_has_no_frames_but_their_shape(processor):
-    batch = processor([WORDS], [None])
+    batch = processor([WORDS], [[]])
     assert batch["pixel_values"].shape == (0, 3, SIDE, SIDE)
     assert int((batch["input_ids"] == processor.video_token_id).sum()) == 0
 
 
 @pytest.mark.parametrize(
-    ("conversation", "video", "says"),
+    ("conversation", "videos", "says"),
     [
-        ([{"role": "user", "content": f"what is {VIDEO_TOKEN}?"}], None, r"1 video parts.*<\|video_pad\|>.* 0 videos"),
-        ([{"role": "user", "content": [VIDEO, text(VIDEO_TOKEN)]}], clip(1), "2 video parts"),
-        (TALK, None, "1 video parts.* 0 videos"),
-        (WORDS, clip(1), "0 video parts.* 1 videos"),
-        (TALK, clip(1)[:, :4], r"frames are uint8 \(1, 4, 8, 3\).*\(frames, 8, 8, 3\)"),
-        (TALK, clip(1).astype(np.float32), "frames are float32"),
+        (
+            [{"role": "user", "content": f"what is {VIDEO_TOKEN}?"}],
+            [],
+            r"1 video or image parts.*<\|video_pad\|>.* 0 videos",
+        ),
+        ([{"role": "user", "content": [VIDEO, text(VIDEO_TOKEN)]}], [clip(1)], "2 video or image parts"),
+        (TALK, [], "1 video or image parts.* 0 videos"),
+        (WORDS, [clip(1)], "0 video or image parts.* 1 videos"),
+        (TALK, [clip(1)[:, :4]], r"frames are uint8 \(1, 4, 8, 3\).*\(frames, 8, 8, 3\)"),
+        (TALK, [clip(1).astype(np.float32)], "frames are float32"),
+        (TALK, [clip(0)], "a video has no frames"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(processor, conversation, video, says):
+def test_what_does_not_fit_together_is_refused(processor, conversation, videos, says):
     with pytest.raises(ValueError, match=says):
-        processor([conversation], [video])
+        processor([conversation], [videos])
 
 
 def test_the_tiny_tokenizer_spells_any_text():
@@ -148,5 +153,5 @@ def test_the_processor_is_saved_and_loaded(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = CrossLMMProcessor.from_pretrained(tmp_path)
     assert (loaded.image_size, loaded.tokens_per_frame) == (SIDE, PER_FRAME)
-    ours, theirs = (p([TALK], [clip(2)]) for p in (processor, loaded))
+    ours, theirs = (p([TALK], [[clip(2)]]) for p in (processor, loaded))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

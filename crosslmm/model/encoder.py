@@ -1,0 +1,68 @@
+"""Frames -> original visual tokens, a few frames at a time. Axes: F frame, P patch, D width."""
+
+import torch
+from torch import Tensor, nn
+from transformers import SiglipVisionModel
+
+
+class ChunkedEncoderLayer(nn.Module):
+    """A pretrained SigLIP layer that takes `chunk` frames at a time: frames do not look at one another.
+
+    It takes over the layer's own modules under their own names, so the pretrained state-dict keys stay as they are.
+    The loop is inside of the layer, and not around the encoder, because FSDP gathers a layer's weights at each call:
+    ranks with different numbers of frames would call different numbers of times, and wait for each other for ever.
+    """
+
+    gradient_checkpointing = False
+
+    def __init__(self, layer: nn.Module, chunk: int) -> None:
+        super().__init__()
+        parts = dict(layer.named_children())
+        self.layer_norm1 = parts["layer_norm1"]
+        self.self_attn = parts["self_attn"]
+        self.layer_norm2 = parts["layer_norm2"]
+        self.mlp = parts["mlp"]
+        self.chunk = chunk
+
+    def forward(self, x_FPD: Tensor) -> Tensor:
+        """(F, P, D) -> (F, P, D). Without gradients the result takes the place of its argument, in memory too."""
+        if not torch.is_grad_enabled():
+            for start in range(0, x_FPD.shape[0], self.chunk):
+                x_FPD[start : start + self.chunk] = self._frames(x_FPD[start : start + self.chunk])
+            return x_FPD
+        return torch.cat([self._checkpointed(part) for part in x_FPD.split(self.chunk)])
+
+    def _checkpointed(self, x_FPD: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(self._frames, x_FPD)  # type: ignore[operator]
+        return self._frames(x_FPD)
+
+    def _frames(self, x_FPD: Tensor) -> Tensor:
+        x_FPD = x_FPD + self.self_attn(hidden_states=self.layer_norm1(x_FPD), attention_mask=None)[0]
+        return x_FPD + self.mlp(self.layer_norm2(x_FPD))
+
+
+def encode(tower: SiglipVisionModel, pixels_FCHW: Tensor, chunk: int) -> Tensor:
+    """Run a SigLIP whose layers are `ChunkedEncoderLayer`s; one that is frozen keeps nothing for a backward pass.
+
+    Args:
+        tower: the encoder.
+        pixels_FCHW: uint8 (frames, 3, image_size, image_size). SigLIP's normalisation to [-1, 1] happens here, on the
+            device, so that a quarter of the bytes travel.
+        chunk: frames that are float at a time.
+
+    Returns:
+        (frames, patches, width) in the encoder's dtype.
+    """
+    frames = pixels_FCHW.shape[0]
+    if not frames:
+        # SigLIP takes no empty batch, and under FSDP every rank has to run it: one black frame, thrown away.
+        pixels_FCHW = pixels_FCHW.new_zeros(1, *pixels_FCHW.shape[1:])
+    dtype = tower.embeddings.patch_embedding.weight.dtype
+    learns = any(parameter.requires_grad for parameter in tower.parameters())
+    with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+        parts = pixels_FCHW.split(chunk)
+        x_FPD = torch.cat([tower.embeddings(part.to(dtype) / 127.5 - 1.0) for part in parts])
+        for layer in tower.encoder.layers:
+            x_FPD = layer(x_FPD)
+        return tower.post_layernorm(x_FPD)[:frames]

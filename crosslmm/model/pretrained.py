@@ -178,6 +178,12 @@ def _graft(key: str, part: nn.Module, auto_class: Any, source: Checkpoint) -> No
         missing = {k for k in ours.keys() - theirs.keys() if ".v2v." not in k and ".t2v." not in k}
         if missing:
             raise ValueError(f"it lacks {len(missing)} weights, {min(missing)} first")
+        for name in sorted(ours.keys() & theirs.keys()):
+            if theirs[name].shape != ours[name].shape:
+                raise ValueError(
+                    f"its {name} is {tuple(theirs[name].shape)}, "
+                    f"and the configuration asks for {tuple(ours[name].shape)}"
+                )
         part.load_state_dict({k: theirs[k] for k in ours.keys() & theirs.keys()}, strict=False)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise BadConfig(f"{key}: {source.uri} cannot be loaded: {_first_line(error)}") from error

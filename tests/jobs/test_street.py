@@ -12,12 +12,15 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, conversation
 from mlflow.tracking import MlflowClient
 from object_store import running_object_store
 
 from crosslmm import storage
+from crosslmm.config import BadConfig, parse_run
 from crosslmm.data.shapes import write_sample_set
+from crosslmm.model.pretrained import build_model, build_processor
 
 sys.path.insert(0, str(ROOT / "jobs"))
 from local_cluster import LocalCluster
@@ -197,6 +200,26 @@ def test_a_request_that_the_cluster_can_never_place_is_refused(cluster, manifest
     error = next(line for line in output.splitlines() if line.startswith("error:"))
     assert "scaling: num_workers 2 x cpus_per_worker 2" in error
     assert "the cluster has 2" in error
+
+
+def test_published_weights_are_read_from_the_object_store(store, tmp_path):
+    config = parse_run([], "").model
+    processor = build_processor(config)
+    published = build_model(config, processor, seed=7)
+    published.language_model.save_pretrained(tmp_path / "language")
+    published.vision_tower.save_pretrained(tmp_path / "vision")
+    for part in ("language", "vision"):
+        storage.upload(str(tmp_path / part), f"s3://videos/weights/{part}")
+    places = {f"{part}_weights": f"s3://videos/weights/{part}" for part in ("language", "vision")}
+    # Without fields of their own: the configurations are the checkpoints'.
+    plain = {"language": None, "vision": None, "cross_attention_every": 0, "v2v": False, "t2v": False}
+    built = build_model(config.model_copy(update=plain | places), processor, seed=1)
+    for part in (published.language_model, published.vision_tower):
+        ours = (built.language_model if part is published.language_model else built.vision_tower).state_dict()
+        assert all(torch.equal(part.state_dict()[key], weight) for key, weight in ours.items())
+    nowhere = config.model_copy(update={"language_weights": "s3://videos/weights/nowhere"})
+    with pytest.raises(BadConfig, match=r"model\.language_weights: s3://videos/weights/nowhere cannot be loaded"):
+        build_model(nowhere, processor, seed=1)
 
 
 def test_a_job_without_the_token_is_refused(cluster):

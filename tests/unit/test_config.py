@@ -14,7 +14,8 @@ from crosslmm.model.pretrained import build_config
 from crosslmm.train.optim import component_of
 
 JOB = Path(__file__).parents[2] / "jobs" / "train.py"
-WHOLE_RUNS = ["tiny", *(f"{size} {stage}" for size in ("paper-2b", "paper-7b") for stage in ("stage-1", "stage-2"))]
+STAGES = ["stage-1", "stage-2", "stage-1 stage-1-t2v", "stage-1 without-t2v", "stage-2 without-t2v"]
+WHOLE_RUNS = ["tiny", *(f"{size} {stage}" for size in ("paper-2b", "paper-7b") for stage in STAGES)]
 
 
 def parse(*argv):
@@ -71,6 +72,23 @@ def test_stages_train_what_table_3_says():
     assert second.learning_rate.model_dump() == {
         "vision": 2e-6, "projector": 1e-5, "v2v": 1e-5, "t2v": 1e-5, "decoder": 1e-5
     }  # fmt: skip
+
+
+def test_t2v_learns_in_the_stages_that_table_2c_compares():
+    rates = {names: layered(f"paper-2b {names}").train.learning_rate.t2v for names in STAGES}
+    assert rates == {
+        "stage-1": 0, "stage-2": 1e-5, "stage-1 stage-1-t2v": 1e-3, "stage-1 without-t2v": 0, "stage-2 without-t2v": 0
+    }  # fmt: skip
+    without = build_config(layered("paper-2b stage-2 without-t2v").model)
+    assert not without.t2v
+    assert without.dual_layers
+
+
+@pytest.mark.parametrize("size", ["paper-2b", "paper-7b"])
+def test_published_weights_are_pinned_to_a_commit(size):
+    model = layered(f"{size} stage-1").model
+    for revision in (model.vision_revision, model.language_revision):
+        assert re.fullmatch("[0-9a-f]{40}", revision)
 
 
 def test_overrides_reach_any_depth_and_leave_the_rest():

@@ -284,6 +284,10 @@ def test_one_clear_line_for_what_does_not_fit(config, model, processor, tmp_path
     nowhere = {"language_weights": str(tmp_path / "nowhere")}
     with pytest.raises(BadConfig, match=r"model\.language_weights: .*nowhere cannot be loaded"):
         build_model(config.model.model_copy(update=nowhere), processor, 0)
+    build_model(config.model, processor, 0).language_model.save_pretrained(tmp_path / "narrow")
+    wide = {"language": config.model.language | {"hidden_size": 256}, "language_weights": str(tmp_path / "narrow")}
+    with pytest.raises(BadConfig, match=r"narrow cannot be loaded: its \S+ is \(\d+.*the configuration asks for \(\d+"):
+        build_model(config.model.model_copy(update=wide), processor, 0)
     with pytest.raises(ValueError, match=r"the encoder takes uint8 \(frames, 3, 48, 48\)"):
         model.encode(torch.zeros(1, 3, 40, 48, dtype=torch.uint8))
     batch = processor([conversation("What?", "it")], [[random_frames(2)]])

@@ -26,8 +26,9 @@ class CrossLMMConfig(PreTrainedConfig):
             makes the cost linear in frames.
         cross_attention_rotary: give queries and keys of the cross-attentions rotary positions over frames; the paper's
             have none.
-        encoder_chunk: frames that go through one encoder layer at a time. Beyond one hidden state of all frames the
-            encoder needs memory for so many frames' intermediates only; in training with activation checkpointing too.
+        encoder_chunk: frames that go through one encoder layer, and without gradients through the projections of
+            what it says, at a time. Beyond one hidden state of all frames they need memory for so many frames'
+            intermediates only; the encoder in training with activation checkpointing too.
         video_token_id: the placeholder that stands in `input_ids` once for every pooled token.
 
     Raises:
@@ -47,7 +48,7 @@ class CrossLMMConfig(PreTrainedConfig):
     t2v: bool = True
     v2v_scope: Literal["video", "frame"] = "video"
     cross_attention_rotary: bool = False
-    encoder_chunk: int = 32
+    encoder_chunk: int = 8
     video_token_id: int | None = None
     tie_word_embeddings: bool = False
 

@@ -1,7 +1,7 @@
 """The dual cross-attention: pooled visual tokens (V2V) and text (T2V) look back at the original visual tokens.
 
-Axes, as suffixes: B sample, L position in the sequence, D width, H heads, C channels of one head; and of a `Lookup`:
-G group of positions that see the same, Q position in a group, O owner of keys, S original visual token.
+Axes, as suffixes: B sample, L position in the sequence, F frame, P patch, D width, H heads, C channels of one head; and
+of a `Lookup`: G group of positions that see the same, Q position in a group, O owner of keys, S original visual token.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward, rotate_half
 
+from crosslmm.model.encoder import in_chunks
 from crosslmm.model.lookup import Lookup
 
 ROTARY_BASE = 10_000.0
@@ -24,10 +25,10 @@ ROTARY_BASE = 10_000.0
 class VisualContext:
     """What the dual layers look at. Built once a forward pass and handed down as an argument."""
 
-    tokens_SD: Tensor | None
+    tokens_FPD: Tensor | None
     """Projected original visual tokens of all frames, one behind the other; None once keys and values are cached."""
-    tokens_per_frame: int
-    """Of the original ones, P."""
+    chunk: int
+    """Frames that are normalised at a time, without gradients."""
     v2v: Lookup
     t2v: Lookup
 
@@ -67,7 +68,7 @@ class GatedCrossAttention(nn.Module):
         """
         if torch.is_grad_enabled():
             lookup = lookup.or_one()
-        if lookup.is_empty and (cache is None or visual.tokens_SD is None):
+        if lookup.is_empty and (cache is None or visual.tokens_FPD is None):
             return x_BLD
         key_OHSC, value_OHSC = self._keys_and_values(lookup, visual, cache)
         if lookup.is_empty:
@@ -91,17 +92,22 @@ class GatedCrossAttention(nn.Module):
         if cache is not None and cache.is_updated.get(self.layer_idx):
             layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
-        assert visual.tokens_SD is not None
-        tokens_SD = self.visual_norm(visual.tokens_SD)
-        key_OHSC = self._heads(lookup.keys(self.k_proj(tokens_SD)))
-        value_OHSC = self._heads(lookup.keys(self.v_proj(tokens_SD)))
+        assert visual.tokens_FPD is not None
+        both_FPC = in_chunks(self._project, visual.tokens_FPD, visual.chunk)
+        key_SC, value_SC = both_FPC.flatten(0, 1).chunk(2, dim=-1)
+        key_OHSC, value_OHSC = self._heads(lookup.keys(key_SC)), self._heads(lookup.keys(value_SC))
         if self.rotary:
-            time_S = torch.arange(key_OHSC.shape[2], device=key_OHSC.device) // visual.tokens_per_frame
+            time_S = torch.arange(key_OHSC.shape[2], device=key_OHSC.device) // visual.tokens_FPD.shape[1]
             key_OHSC = _turn(key_OHSC, time_S[None])
         if cache is not None:
             cache.cross_attention_cache.update(key_OHSC, value_OHSC, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
         return key_OHSC, value_OHSC
+
+    def _project(self, tokens_FPD: Tensor) -> Tensor:
+        """Keys and values side by side."""
+        normed_FPD = self.visual_norm(tokens_FPD)
+        return torch.cat([self.k_proj(normed_FPD), self.v_proj(normed_FPD)], dim=-1)
 
     def _attend(self, query_GHQC: Tensor, key_OHSC: Tensor, value_OHSC: Tensor, lookup: Lookup) -> Tensor:
         """Attention as configured -> (G, Q, H*C). Padding is masked, or cut out for kernels that take lengths."""
@@ -205,7 +211,7 @@ class DualCrossAttentionLayer(GradientCheckpointingLayer):
         if visual is not None:
             # Both branches ask about the same state: each writes to positions that the other leaves alone.
             # V2V needs no cache, for a video's own positions pass by once.
-            if self.v2v is not None and visual.tokens_SD is not None:
+            if self.v2v is not None and visual.tokens_FPD is not None:
                 x_BLD = self.v2v(x_BLD, visual.v2v, visual)
             if self.t2v is not None:
                 x_BLD = self.t2v(x_BLD, visual.t2v, visual, past_key_values)

@@ -1,8 +1,23 @@
 """Frames -> original visual tokens, a few frames at a time. Axes: F frame, P patch, D width."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], x_FPD: Tensor, chunk: int) -> Tensor:
+    """`function(x_FPD)`; without gradients of `chunk` frames at a time, so that what lies between is never whole."""
+    if torch.is_grad_enabled() or x_FPD.shape[0] <= chunk:
+        return function(x_FPD)
+    out: Tensor | None = None
+    for start in range(0, x_FPD.shape[0], chunk):
+        part = function(x_FPD[start : start + chunk])
+        out = part.new_empty(x_FPD.shape[0], *part.shape[1:]) if out is None else out
+        out[start : start + chunk] = part
+    assert out is not None
+    return out
 
 
 class ChunkedEncoderLayer(nn.Module):
@@ -61,8 +76,7 @@ def encode(tower: SiglipVisionModel, pixels_FCHW: Tensor, chunk: int) -> Tensor:
     dtype = tower.embeddings.patch_embedding.weight.dtype
     learns = any(parameter.requires_grad for parameter in tower.parameters())
     with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-        parts = pixels_FCHW.split(chunk)
-        x_FPD = torch.cat([tower.embeddings(part.to(dtype) / 127.5 - 1.0) for part in parts])
+        x_FPD = in_chunks(lambda part: tower.embeddings(part.to(dtype).div_(127.5).sub_(1.0)), pixels_FCHW, chunk)
         for layer in tower.encoder.layers:
             x_FPD = layer(x_FPD)
-        return tower.post_layernorm(x_FPD)[:frames]
+        return in_chunks(tower.post_layernorm, x_FPD, chunk)[:frames]

@@ -44,7 +44,7 @@ class Lookup:
             # Under FSDP every rank runs every module's backward, whatever its samples hold: one key that nobody counts.
             return torch.cat([x_SC, x_SC.new_zeros(1, x_SC.shape[1])])[None]
         if len(set(self.lengths)) == 1:
-            return x_SC.view(len(self.lengths), -1, x_SC.shape[1])
+            return x_SC.unflatten(0, (len(self.lengths), -1))
         return pad_sequence(list(x_SC.split(self.lengths)), batch_first=True)
 
     @cached_property

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from crosslmm.model.configuration import CrossLMMConfig
 from crosslmm.model.cross_attention import DualCrossAttentionLayer, VisualContext
-from crosslmm.model.encoder import ChunkedEncoderLayer, encode
+from crosslmm.model.encoder import ChunkedEncoderLayer, encode, in_chunks
 from crosslmm.model.lookup import text_lookup, visual_lookup
 from crosslmm.model.pooling import pool
 
@@ -142,7 +142,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # A placeholder's own embedding is never read, and its id may lie outside of the decoder's vocabulary.
         x_BLD = self.get_input_embeddings()(input_ids.masked_fill(is_video_BL, 0))
 
-        tokens_SD = None
+        tokens_FPD = None
         if pixel_values is not None:
             if num_frames is None:
                 raise ValueError("pixel_values are given without num_frames: whose frames are they?")
@@ -151,10 +151,11 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pooled_FVD = self.projector(pool(features_FPD, self.config.pool_stride, self.config.pooling))
             x_BLD = x_BLD.masked_scatter(is_video_BL[:, :, None], pooled_FVD.to(x_BLD.dtype))
             if self.config.dual_layers:
-                tokens_SD = self.projector(features_FPD).flatten(0, 1)
+                tokens_FPD = in_chunks(self.projector, features_FPD, self.config.encoder_chunk)
+            del features_FPD
         visual = None
         if num_frames is not None and self.config.dual_layers:
-            visual = self._visual_context(tokens_SD, num_frames, is_video_BL, attention_mask)
+            visual = self._visual_context(tokens_FPD, num_frames, is_video_BL, attention_mask)
 
         x_BLD = self._decode(x_BLD, attention_mask, position_ids, past_key_values, visual)
         loss = logits = None
@@ -185,7 +186,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
 
     def _visual_context(
-        self, tokens_SD: Tensor | None, num_frames_BM: Tensor, is_video_BL: Tensor, attention_mask: Tensor | None
+        self, tokens_FPD: Tensor | None, num_frames_BM: Tensor, is_video_BL: Tensor, attention_mask: Tensor | None
     ) -> VisualContext:
         """Sort the positions into those that look at videos, and what of them they see."""
         is_text_BL = ~is_video_BL
@@ -193,10 +194,10 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             is_text_BL &= attention_mask[:, -is_text_BL.shape[1] :].bool()
         per_frame = (self.config.tokens_per_frame, self.config.patches_per_frame)
         return VisualContext(
-            tokens_SD,
-            self.config.patches_per_frame,
+            tokens_FPD,
+            self.config.encoder_chunk,
             # Once the videos are cached there is no placeholder any more, and nobody to ask for V2V.
-            visual_lookup(is_video_BL, num_frames_BM * (tokens_SD is not None), *per_frame, self.config.v2v_scope),
+            visual_lookup(is_video_BL, num_frames_BM * (tokens_FPD is not None), *per_frame, self.config.v2v_scope),
             text_lookup(is_video_BL, is_text_BL, num_frames_BM, *per_frame),
         )
 

@@ -1,0 +1,360 @@
+"""CrossLMM beside Transformers' own LLaVA-OneVision: python -m benchmarks.model [--json].
+
+The same encoder (27 x 27 patches), the same decoder, the same frames, in turns within one run: prefill time with and
+without the encoder, training step time, peak memory above the weights, and multiply-accumulates as the paper counts
+them (linear layers, counted by torch on both models as they run). Two proportions of encoder to decoder: that of the 7B
+(a frame costs the encoder 51 times what a token costs the decoder) and of the 2B (254). Then, of CrossLMM alone: the
+time per generated token with the videos' keys and values cached or made anew, and how prefill time grows with frames.
+Random weights: neither time nor memory knows. About fifteen minutes on one core.
+"""
+
+import argparse
+import functools
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import EncoderDecoderCache, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+from benchmarks import report
+from crosslmm.model import CrossLMMConfig, CrossLMMForConditionalGeneration
+
+FRAMES = (8, 16, 32, 64)
+STEP_FRAMES = (8, 16, 32)
+TOKEN_FRAMES = (16, 64, 256)
+GROWTH_FRAMES = (16, 32, 64, 128, 256)
+ROUNDS = 3
+TEXT = 60
+PAPER = {"prefill_time_reduction": 0.487, "memory_reduction": 0.792, "macs_reduction": 0.748}
+"""The paper's averages over 32 to 256 frames, 7B: what is to be beaten."""
+SIDE, PATCH, GRID = 378, 14, 27
+VISION = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIDE, "patch_size": PATCH}
+
+
+class Proportion(NamedTuple):
+    """A decoder, and how many times its cost a token the encoder costs a frame."""
+
+    ratio: int
+    width: int
+    heads: int
+    intermediate: int
+    vocabulary: int
+    """In Qwen's proportion to the width."""
+
+
+PROPORTIONS = {
+    "7b": Proportion(51, 256, 8, 1352, 256 * 152_064 // 3584),
+    "2b": Proportion(254, 128, 4, 512, 128 * 151_936 // 1536),
+}
+LAYERS, KV_HEADS = 8, 1
+
+
+def decoder_macs(size: Proportion) -> int:
+    """Multiply-accumulates of one token in the decoder's layers."""
+    kv = KV_HEADS * size.width // size.heads
+    return LAYERS * (2 * size.width**2 + 2 * size.width * kv + 3 * size.width * size.intermediate)
+
+
+def encoder_intermediate(size: Proportion) -> int:
+    """The encoder's feed-forward width that gives the proportion, score and value products included."""
+    width, layers, patches = int(VISION["hidden_size"]), int(VISION["num_hidden_layers"]), GRID**2
+    per_layer = size.ratio * decoder_macs(size) / layers
+    return round((per_layer - 4 * patches * width**2 - 2 * patches**2 * width) / (2 * patches * width))
+
+
+def configurations(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Vision and text fields, of both models alike."""
+    size = PROPORTIONS[name]
+    text = {
+        "model_type": "qwen2", "vocab_size": size.vocabulary, "hidden_size": size.width, "num_hidden_layers": LAYERS,
+        "intermediate_size": size.intermediate, "num_attention_heads": size.heads, "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": 65536,
+    }  # fmt: skip
+    return {**VISION, "intermediate_size": encoder_intermediate(size)}, text
+
+
+class Ours:
+    """CrossLMM, 9 tokens a frame, K = 4."""
+
+    name = "CrossLMM"
+
+    def __init__(self, proportion: str, **settings: Any) -> None:
+        vision, text = configurations(proportion)
+        video = text["vocab_size"] - 1
+        torch.manual_seed(0)
+        self.model = CrossLMMForConditionalGeneration(
+            CrossLMMConfig(vision_config=vision, text_config=text, video_token_id=video, **settings)
+        ).eval()
+        with torch.no_grad():
+            for key, parameter in self.model.named_parameters():
+                if key.endswith(".gate"):
+                    parameter.fill_(0.5)
+
+    def inputs(self, frames: int) -> dict[str, Tensor]:
+        """A video and 60 words."""
+        ids = torch.full((1, frames * self.model.config.tokens_per_frame + TEXT), 7)
+        ids[:, :-TEXT] = self.model.config.video_token_id
+        pixels = torch.zeros(frames, 3, SIDE, SIDE, dtype=torch.uint8)
+        return {"input_ids": ids, "pixel_values": pixels, "num_frames": torch.tensor([[frames]])}
+
+    def without_encoder(self, inputs: dict[str, Tensor]) -> Callable[[], None]:
+        """Encode now; from now on the encoder costs nothing. -> how to take that back."""
+        features = self.model.encode(inputs["pixel_values"])
+        self.model.encode = lambda pixels: features
+        return lambda: self.model.__dict__.pop("encode")
+
+
+class Theirs:
+    """Transformers' LLaVA-OneVision, its 196 tokens a frame."""
+
+    name = "LLaVA-OneVision"
+
+    def __init__(self, proportion: str) -> None:
+        vision, text = configurations(proportion)
+        video = text["vocab_size"] - 1
+        torch.manual_seed(0)
+        vision_config = {**vision, "model_type": "siglip_vision_model", "vision_use_head": False}
+        config = LlavaOnevisionConfig(
+            vision_config=vision_config, text_config=text, image_token_index=video - 1, video_token_index=video
+        )
+        self.model = LlavaOnevisionForConditionalGeneration(config).eval()
+
+    def inputs(self, frames: int) -> dict[str, Tensor]:
+        """The same; LLaVA takes normalised float pixels, and one more token that ends the video."""
+        ids = torch.full((1, frames * 196 + 1 + TEXT), 7)
+        ids[:, :-TEXT] = self.model.config.video_token_id
+        return {"input_ids": ids, "pixel_values_videos": torch.zeros(1, frames, 3, SIDE, SIDE)}
+
+    def without_encoder(self, inputs: dict[str, Tensor]) -> Callable[[], None]:
+        """As above."""
+        tower = self.model.model.vision_tower
+        features = tower(inputs["pixel_values_videos"][0], output_hidden_states=True)
+        tower.forward = lambda *_, **__: features
+        return lambda: tower.__dict__.pop("forward")
+
+
+def prefill(arm: Ours | Theirs, inputs: dict[str, Tensor], logits_to_keep: int = 1) -> None:
+    """What generation does before the first token."""
+    arm.model(**inputs, use_cache=True, logits_to_keep=logits_to_keep)
+
+
+def step(arm: Ours | Theirs, inputs: dict[str, Tensor]) -> None:
+    """Forward and backward, everything learning, the words labelled."""
+    labels = inputs["input_ids"].clone()
+    labels[:, :-TEXT] = -100
+    arm.model(**inputs, labels=labels, use_cache=False).loss.backward()
+    arm.model.zero_grad(set_to_none=True)
+
+
+def in_turns(works: Mapping[str, Callable[[], None]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds of each, measured one after the other, round by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            began = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def linear_macs(arm: Ours | Theirs, inputs: dict[str, Tensor]) -> int:
+    """Of a prefill; torch counts the products of linear layers and the patch convolution, as the paper does."""
+    with FlopCounterMode(display=False) as counter:
+        prefill(arm, inputs)
+    return counter.get_total_flops() // 2
+
+
+def peak_memory(arm_name: str, proportion: str, frames: int, last_only: bool) -> int:
+    """Peak resident bytes of a prefill above the model, pixels included as the paper has them. In its own process."""
+    torch.set_num_threads(1)
+    arm = (Ours if arm_name == "ours" else Theirs)(proportion)
+    keep = 1 if last_only else 0
+    with torch.no_grad():
+        prefill(arm, arm.inputs(1), keep)  # what the libraries allocate once
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _status("VmRSS")
+        prefill(arm, arm.inputs(frames), keep)
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+@torch.no_grad()
+def compare(proportion: str) -> list[dict[str, Any]]:
+    """One row a frame count: times, memory and multiply-accumulates of both."""
+    ours, theirs = Ours(proportion), Theirs(proportion)
+    for arm in (ours, theirs):
+        prefill(arm, arm.inputs(1))  # what is done once
+    rows = []
+    for frames in FRAMES:
+        row: dict[str, Any] = {"frames": frames}
+        inputs = {"ours": ours.inputs(frames), "theirs": theirs.inputs(frames)}
+        works = {
+            "ours": functools.partial(prefill, ours, inputs["ours"]),
+            "theirs": functools.partial(prefill, theirs, inputs["theirs"]),
+        }
+        row["prefill_s"] = in_turns(works)
+        row["macs"] = {"ours": linear_macs(ours, inputs["ours"]), "theirs": linear_macs(theirs, inputs["theirs"])}
+        undo = [ours.without_encoder(inputs["ours"]), theirs.without_encoder(inputs["theirs"])]
+        row["prefill_without_encoder_s"] = in_turns(works)
+        for take_back in undo:
+            take_back()
+        if frames in STEP_FRAMES:
+            with torch.enable_grad():
+                steps = {
+                    "ours": functools.partial(step, ours, inputs["ours"]),
+                    "theirs": functools.partial(step, theirs, inputs["theirs"]),
+                }
+                row["step_s"] = in_turns(steps)
+        row["memory_bytes"] = {
+            kind: {arm: _in_own_process(arm, proportion, frames, kind == "last_logit") for arm in ("ours", "theirs")}
+            for kind in ("all_logits", "last_logit")
+        }
+        rows.append(row)
+    return rows
+
+
+def _in_own_process(*arguments: Any) -> int:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_memory, *arguments).result()
+
+
+@torch.no_grad()
+def token_times() -> list[dict[str, float]]:
+    """Seconds per generated token, the video's keys and values cached, and made anew of the projected tokens."""
+    arm = Ours("7b")
+    model, rows = arm.model, []
+    for frames in TOKEN_FRAMES:
+        inputs = arm.inputs(frames)
+        cache = model._new_cache()
+        model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        tokens_FPD = model.projector(model.encode(inputs["pixel_values"]))
+        word = {"input_ids": torch.tensor([[7]]), "num_frames": inputs["num_frames"]}
+
+        works = {
+            "cached": functools.partial(_word, model, cache, word),
+            "recomputed": functools.partial(_word_anew, model, cache, word, tokens_FPD),
+        }
+        rows.append({"frames": frames, **in_turns(works, rounds=15)})
+    return rows
+
+
+def _word(model: CrossLMMForConditionalGeneration, cache: EncoderDecoderCache, word: dict[str, Tensor]) -> None:
+    model(**word, past_key_values=cache, use_cache=True)
+    cache.self_attention_cache.crop(-1)
+
+
+def _word_anew(
+    model: CrossLMMForConditionalGeneration, cache: EncoderDecoderCache, word: dict[str, Tensor], tokens_FPD: Tensor
+) -> None:
+    """The same with an empty cache of keys and values: they are projected again."""
+    cache.is_updated = dict.fromkeys(cache.is_updated, False)
+    for layer in cache.cross_attention_cache.layers:
+        layer.is_initialized = False  # type: ignore[union-attr]
+    build = type(model)._visual_context
+    model._visual_context = lambda *given: replace(build(model, *given), tokens_FPD=tokens_FPD)  # type: ignore[method-assign]
+    _word(model, cache, word)
+    del model.__dict__["_visual_context"]
+
+
+@torch.no_grad()
+def growth() -> dict[str, dict[str, Any]]:
+    """Prefill seconds at rising frame counts, by the scope of V2V, and the exponent between the two largest."""
+    arms = {scope: Ours("7b", v2v_scope=scope) for scope in ("video", "frame")}
+    seconds: dict[str, list[float]] = {scope: [] for scope in arms}
+    for frames in GROWTH_FRAMES:
+        inputs = arms["video"].inputs(frames)
+        works = {scope: functools.partial(prefill, arm, inputs) for scope, arm in arms.items()}
+        for scope, value in in_turns(works).items():
+            seconds[scope].append(value)
+    logs = torch.tensor(GROWTH_FRAMES).log2()
+    return {
+        scope: {
+            "seconds": dict(zip(GROWTH_FRAMES, values, strict=True)),
+            "exponent": _slope(logs, torch.tensor(values).log2()),
+        }
+        for scope, values in seconds.items()
+    }
+
+
+def _slope(x: Tensor, y: Tensor) -> float:
+    """Of the least-squares line."""
+    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+
+
+def reduction(rows: list[dict[str, Any]], pick: Callable[[dict[str, Any]], dict[str, float]]) -> float:
+    """1 - ours / theirs, averaged over the frame counts."""
+    return statistics.mean(1 - pick(row)["ours"] / pick(row)["theirs"] for row in rows)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    arguments = parser.parse_args()
+    # Freed blocks go back to the system at once, so that resident memory is what tensors hold. For the child processes:
+    # here the allocator has read its environment already.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+    torch.set_num_threads(1)
+    rows = {proportion: compare(proportion) for proportion in PROPORTIONS}
+    tokens, grown = token_times(), growth()
+    figures: dict[str, float] = {}
+    for proportion, of_one in rows.items():
+        stepped = [row for row in of_one if "step_s" in row]
+        measured = {
+            "prefill_time_reduction": reduction(of_one, lambda row: row["prefill_s"]),
+            "prefill_time_reduction_without_encoder": reduction(of_one, lambda row: row["prefill_without_encoder_s"]),
+            "memory_reduction": reduction(of_one, lambda row: row["memory_bytes"]["all_logits"]),
+            "memory_reduction_last_logit": reduction(of_one, lambda row: row["memory_bytes"]["last_logit"]),
+            "macs_reduction": reduction(of_one, lambda row: row["macs"]),
+            "step_time_ratio": 1 - reduction(stepped, lambda row: row["step_s"]),
+        }
+        measured["measured_over_analytic"] = (1 - measured["prefill_time_reduction"]) / (1 - measured["macs_reduction"])
+        figures |= {name if proportion == "7b" else f"{name}_{proportion}": value for name, value in measured.items()}
+    figures["token_time_cached_over_recomputed"] = tokens[-1]["cached"] / tokens[-1]["recomputed"]
+    figures["growth_exponent_global"] = grown["video"]["exponent"]
+    figures["growth_exponent_frame"] = grown["frame"]["exponent"]
+    report("model", _table(rows, figures), figures, {"rows": rows, "tokens": tokens, "growth": grown}, arguments.json)
+
+
+def _table(rows: dict[str, list[dict[str, Any]]], figures: dict[str, float]) -> Table:
+    table = Table(title="CrossLMM / LLaVA-OneVision: less is better")
+    for heading in ("encoder : decoder", "frames", "prefill [s]", "without encoder [s]", "training step [s]",
+                    "memory, all logits [MB]", "memory, last logit [MB]", "linear MACs [G]"):  # fmt: skip
+        table.add_column(heading, justify="right")
+
+    def pair(values: dict[str, float] | None, unit: float, digits: int) -> str:
+        return f"{values['ours'] / unit:.{digits}f} / {values['theirs'] / unit:.{digits}f}" if values else ""
+
+    for proportion, of_one in rows.items():
+        for row in of_one:
+            memory = row["memory_bytes"]
+            table.add_row(
+                f"{PROPORTIONS[proportion].ratio} : 1 ({proportion})", str(row["frames"]), pair(row["prefill_s"], 1, 2),
+                pair(row["prefill_without_encoder_s"], 1, 2), pair(row.get("step_s"), 1, 2),
+                pair(memory["all_logits"], 1e6, 0), pair(memory["last_logit"], 1e6, 0), pair(row["macs"], 1e9, 1),
+            )  # fmt: skip
+    lines = [
+        f"{name} {value:.3f}" + (f" (limit {PAPER[name]:.3f}, the paper's)" if name in PAPER else "")
+        + ("  MISSED" if value < PAPER.get(name, value) else "")
+        for name, value in figures.items()
+    ]  # fmt: skip
+    table.caption = "\n".join(lines)
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -11,16 +11,17 @@ from rich.table import Table
 
 def answer(
     video: str | None = None,
-    question: str = "Which shape is it?",
+    question: str | None = None,
     manifest: str | None = None,
     model: str = "models:/crosslmm@candidate",
     tracking_uri: str | None = None,
 ) -> None:
-    """Ask a registered model about a video, or score it on a manifest.
+    """Ask a registered model about a video or image, or score it on a manifest.
 
     Args:
-        video: path or s3:// URI of a video to ask about.
-        question: what to ask about it.
+        video: path or s3:// URI of a video or image to ask about.
+        question: what to ask about it; without one, questions are read line by line, each turn knowing those before it,
+            and the video is looked at once.
         manifest: instead of one video, a manifest: the share of its first questions that are answered exactly.
         model: MLflow model URI.
         tracking_uri: MLflow tracking URI; default MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db.
@@ -44,8 +45,10 @@ def answer(
         def predict(videos: list[str], questions: list[str]) -> list[str]:
             return loaded.predict(pd.DataFrame({"video": videos, "question": questions}))
 
-        if rows is None:
-            print(predict([storage.absolute(str(video))], [question])[0])
+        if video is not None:
+            talk = loaded.unwrap_python_model().answerer.talk(storage.absolute(video))
+            for asked in [question] if question else iter(_read_question, ""):
+                print(talk.ask(asked), flush=True)
             return
         scored = score(predict, rows)
     except (BadManifest, MlflowException, ValueError, OSError) as error:
@@ -56,6 +59,13 @@ def answer(
     Console(stderr=True).print(table)
     json.dump(dataclasses.asdict(scored), sys.stdout)
     print()
+
+
+def _read_question() -> str:
+    """The next line of a person or a pipe; empty at the end."""
+    if sys.stdin.isatty():
+        print("? ", end="", flush=True)
+    return sys.stdin.readline().strip()
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def answer(
         def predict(videos: list[str], questions: list[str]) -> list[str]:
             return loaded.predict(pd.DataFrame({"video": videos, "question": questions}))
 
-        if video is not None:
-            talk = loaded.unwrap_python_model().answerer.talk(storage.absolute(video))
+        if rows is None:
+            talk = loaded.unwrap_python_model().answerer.talk(storage.absolute(str(video)))
             for asked in [question] if question else iter(_read_question, ""):
                 print(talk.ask(asked), flush=True)
             return

@@ -91,7 +91,6 @@ class Talk:
             shared = min(len(ids), len(self._cached))
             same = int((ids[:shared] == self._cached[:shared]).cumprod(0).sum())
             self._cache.self_attention_cache.crop(same - len(self._cached))
-            del prompt["pixel_values"]
         out = model.generate(
             **prompt,
             past_key_values=self._cache,

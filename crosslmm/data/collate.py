@@ -56,20 +56,11 @@ def collate_for_validation(samples: list[Sample], processor: Callable[..., Batch
     last = [max(i for i, m in enumerate(c) if m["role"] == "assistant") for c in messages]
     return ValidationBatch(
         inputs=processor(messages, videos, weights=weights),
-        prompts=processor(*_up_to(messages, videos, last), answer=True),
+        # The manifest lets no video come after the last answer, so all of them belong to the prompt.
+        prompts=processor([c[:i] for c, i in zip(messages, last, strict=True)], videos, answer=True),
         expected=[c[i]["content"] if w else None for c, i, w in zip(messages, last, weights, strict=True)],
         kinds=[sample.kind for sample in samples],
     )
-
-
-def _up_to(
-    messages: list[Any], videos: list[list[np.ndarray]], last: list[int]
-) -> tuple[list[Any], list[list[np.ndarray]]]:
-    """The conversations up to their last answer, with the videos that were shown by then."""
-    asked = [c[:i] for c, i in zip(messages, last, strict=True)]
-    parts = [[p for m in c if not isinstance(m["content"], str) for p in m["content"]] for c in asked]
-    shown = [sum(part["type"] != "text" for part in of_one) for of_one in parts]
-    return asked, [own[:count] for own, count in zip(videos, shown, strict=True)]
 
 
 def _readable(samples: list[Sample]) -> tuple[list[Any], list[list[np.ndarray]], list[float]]:

@@ -201,6 +201,10 @@ def test_packed_attention_equals_masked_attention(model, processor, samples):
     packed_loss = model(**batch).loss
     packed_loss.backward()
     torch.testing.assert_close(packed_loss, masked_loss)
+    # A kernel takes no empty sequence: a batch without any video asks one question that does not count.
+    model(**processor([conversation("Why?", "red", video=False)], [[]])).loss.backward()
+    model.zero_grad()
+    model(**batch).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, masked[name], atol=1e-5, rtol=1e-3)
 

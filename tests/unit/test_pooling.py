@@ -32,6 +32,19 @@ def test_a_cell_is_torchs_antialiased_bilinear_resize_of_its_patches(grid, strid
     torch.testing.assert_close(pool(frames, stride), torch.stack(cells, dim=1))
 
 
+@pytest.mark.parametrize("mode", ["average", "max"])
+@pytest.mark.parametrize(("grid", "stride"), [(27, 9), (27, 7), (16, 5)])
+def test_average_and_max_are_those_of_the_cell_s_patches(grid, stride, mode):
+    x = torch.randn(2, grid, grid, 3, generator=torch.manual_seed(0))
+    merge = torch.amax if mode == "max" else torch.mean
+    cells = [
+        merge(x[:, i : i + stride, j : j + stride], dim=(1, 2))
+        for i in range(0, grid, stride)
+        for j in range(0, grid, stride)
+    ]
+    torch.testing.assert_close(pool(x.flatten(1, 2), stride, mode), torch.stack(cells, dim=1))
+
+
 def test_a_constant_stays_and_stride_one_is_the_identity():
     torch.testing.assert_close(pool(torch.full((1, 729, 2), 3.0), 7), torch.full((1, 16, 2), 3.0))
     frames = torch.randn(1, 36, 2)

@@ -283,14 +283,63 @@ def test_a_further_question_reuses_the_video_and_the_talk_so_far(variant, proces
     answerer.model.vision_tower.post_layernorm.register_forward_hook(lambda *_: encoded.append(1))
     talk = answerer.talk(str(clip))
     first = talk.ask("Which shape is it?", max_new_tokens=6)
-    second = talk.ask("What colour is it?", max_new_tokens=6)
-    assert len(encoded) == 1
     assert first == answerer([str(clip)], ["Which shape is it?"], max_new_tokens=6)[0]
+    encoded.clear()
+    # Whoever asks may mend what was said: what is cached of it is taken back.
+    talk.messages[-1]["content"] = "a square"
+    second = talk.ask("What colour is it?", max_new_tokens=6)
+    assert encoded == []
     prompt = processor([talk.messages[:3]], [[talk.video]], answer=True)
-    afresh = answerer.model.generate(**prompt, max_new_tokens=6, do_sample=False)
-    assert (
-        second == processor.batch_decode(afresh[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
-    )
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    afresh = answerer.model.generate(**prompt, **options)
+    said_afresh = processor.batch_decode(afresh.sequences[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert second == said_afresh[0].strip()
+    # The same words may be luck; the decoder's whole memory of the talk is not.
+    for ours, theirs in zip(
+        talk._cache.self_attention_cache.layers, afresh.past_key_values.self_attention_cache.layers, strict=True
+    ):
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("branch", ["v2v", "t2v"])
+def test_a_branch_is_what_its_docstring_says_position_by_position(variant, processor, branch, rotary):
+    """x + tanh(gate) * Attention, written out for each position with loops, for two videos of different lengths."""
+    model = variant(cross_attention_rotary=rotary)
+    open_gates(model, 0.7)
+    talk = [user(VIDEO, text("What is it?"), VIDEO, text("And here?"))]
+    batch = inputs(processor, (talk, [random_frames(2, 1), random_frames(3, 2)]))
+    module = getattr(next(x for x in model.modules() if isinstance(x, DualCrossAttentionLayer)), branch)
+    calls = []
+    module.register_forward_hook(lambda m, args, out: calls.append((args[0][0], args[2].tokens_FPD, out[0])))
+    model(**batch)
+    ((x_LD, tokens_FPD, out_LD),) = calls
+    is_video = batch["input_ids"][0] == processor.video_token_id
+    heads, groups = module.config.num_attention_heads, module.num_key_value_groups
+    frame, expected = -1 / 4, x_LD.clone()
+    for position, x_D in enumerate(x_LD):
+        frame += is_video[position].item() / 4
+        if is_video[position] != (branch == "v2v") or frame < 0:
+            continue
+        shown = int(frame)
+        video = (0, 2) if shown < 2 else (2, 5)
+        first, last = video if branch == "v2v" else (0, video[1])
+        time = shown - first if branch == "v2v" else last
+        keys_SD = module.visual_norm(tokens_FPD[first:last]).flatten(0, 1)
+        query = module.q_proj(module.query_norm(x_D)).view(1, heads, 1, -1)
+        key, value = (
+            p(keys_SD).view(1, len(keys_SD), heads // groups, -1).transpose(1, 2)
+            for p in (module.k_proj, module.v_proj)
+        )
+        if rotary:
+            query = _turn(query, torch.tensor([[time]]))
+            key = _turn(key, torch.arange(len(keys_SD))[None] // 36)
+        scores = (query @ key.repeat_interleave(groups, dim=1).transpose(2, 3)) * module.head_dim**-0.5
+        seen = (scores.softmax(-1) @ value.repeat_interleave(groups, dim=1)).flatten()
+        expected[position] = x_D + torch.tanh(module.gate) * module.o_proj(seen)
+    assert not torch.equal(expected, x_LD)
+    torch.testing.assert_close(out_LD, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_what_cannot_be_is_refused_in_one_line(variant, processor):

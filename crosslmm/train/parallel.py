@@ -11,8 +11,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from crosslmm.config import TrainConfig
 from crosslmm.model import CrossLMMForConditionalGeneration
+from crosslmm.model.components import freeze
 from crosslmm.model.cross_attention import DualCrossAttentionLayer
-from crosslmm.train.optim import freeze
 
 
 def parallelize(
@@ -31,7 +31,7 @@ def parallelize(
     source = build(True) if dist.get_rank() == 0 else None
     with torch.device("meta"):
         model = build(False)
-    freeze(model, config)
+    freeze(model, config.learning_rate)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     _shard(model, config, device)

@@ -9,9 +9,9 @@ import yaml
 from pydantic import BaseModel
 
 from crosslmm.config import BadConfig, RunConfig, parse_run, preset_names, to_yaml
+from crosslmm.model.components import component_of
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.pretrained import build_config
-from crosslmm.train.optim import component_of
 
 JOB = Path(__file__).parents[2] / "jobs" / "train.py"
 WHOLE_RUNS = ["tiny", *(f"{size} {stage}" for size in ("paper-2b", "paper-7b") for stage in ("stage-1", "stage-2"))]

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, metavar="N", help="the N-th setting alone, from 0")
     arguments = parser.parse_args()
     # Freed blocks go back to the system at once, so that resident memory is what tensors hold.
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
     from crosslmm.model.cost import training_memory, training_trace
 
     table = Table(title="peak memory of a training step above the imports [MB]")

@@ -138,6 +138,7 @@ class Memory:
     activations: int
     """And temporaries, and the frames as they came."""
     logits: int
+    """The most that they take; once they are gone, activations fill their room and are counted without it."""
     kv_caches: int
     """The decoder's, and the video's in the cross-attentions; none in training."""
 

@@ -58,19 +58,24 @@ class Trace:
         return sum(event.nbytes for event in self.events if event.storage in self.kept)
 
     def peak(self, with_kept: bool) -> Moment:
-        """The moment at which most is held, counting what outlives the pass or not."""
+        """The moment at which most is held, counting what outlives the pass or not.
+
+        Logits are given the most that they ever took: where they are gone again, others have filled their room.
+        """
         kept, logits, other = 0, 0, self.inputs
-        highest = Moment(kept, logits, other)
+        highest, most_logits = Moment(kept, logits, other), 0
         for event in self.events:
             if event.storage in self.kept:
                 kept += event.nbytes if with_kept else 0
             elif event.is_logits:
                 logits += event.nbytes
+                most_logits = max(most_logits, logits)
             else:
                 other += event.nbytes
             if kept + logits + other > sum(highest):
                 highest = Moment(kept, logits, other)
-        return highest
+        freed = min(most_logits, highest.logits + highest.other) - highest.logits
+        return highest._replace(logits=highest.logits + freed, other=highest.other - freed)
 
 
 def trace(

@@ -241,7 +241,7 @@ FLOAT32 = 4
 MOMENTS = 2
 """AdamW's: of the gradient and of its square."""
 UNIT = re.compile(r"vision_tower\.encoder\.layers\.\d+|language_model\.model\.layers\.\d+(?:\.v2v|\.t2v)?")
-"""What `train.parallel` shards as one; all else is the root's."""
+"""What `train.parallel` gathers at once; all else is the root's."""
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ class _Layout:
             logits=highest.logits,
             kv_caches=0,
         )
-        end = weights + moments + self._gradients_at_the_end
+        end = weights + self._gathered_root + moments + self._gradients_at_the_end
         step = weights + moments + gradients + temporaries
         # What the later moments need beyond the first is given to the part that needs it.
         backward = replace(backward, gradients=backward.gradients + max(0, end - backward.total))
@@ -313,7 +313,11 @@ class _Layout:
     def _gathered(self) -> int:
         """FSDP2 holds the root from the first to the last moment; of the units the one at work, its flat copy, and
         the flat copy of the next."""
-        return self.compute_bytes * (self.root + 3 * self.largest_unit) if self.sharded else 0
+        return self._gathered_root + self.compute_bytes * 3 * self.largest_unit if self.sharded else 0
+
+    @property
+    def _gathered_root(self) -> int:
+        return self.compute_bytes * self.root if self.sharded else 0
 
     @property
     def _gradients(self) -> int:
@@ -330,4 +334,4 @@ class _Layout:
         if not self.sharded:
             return FLOAT32 * self.learning
         reduced = FLOAT32 * self.learning // self.workers
-        return reduced + self.compute_bytes * self.root + (self.compute_bytes + FLOAT32) * self.root_learning
+        return reduced + (self.compute_bytes + FLOAT32) * self.root_learning

@@ -19,6 +19,7 @@ from crosslmm.model import cost
 from crosslmm.model.components import component_of
 from crosslmm.model.tracing import trace
 from crosslmm.plan import GPUS, Assumptions, Fit, plan
+from crosslmm.train.parallel import sharded_units
 
 JOB = Path(__file__).parents[2] / "jobs" / "plan.py"
 FRAMES = (32, 64, 128, 256)
@@ -166,6 +167,13 @@ def test_what_is_frozen_has_neither_gradients_nor_moments(measured):
     assert found.gradients <= 4 * projector
     assert 8 * projector <= found.optimizer <= 12 * projector
     assert found.activations < memory(measured, sharded=False).activations
+
+
+def test_the_units_of_the_sharding_are_those_of_the_trainer(measured):
+    model = cost.empty_model(measured.model)
+    names = {module: name for name, module in model.named_modules()}
+    found = {match[0] for name, _ in model.named_parameters() if (match := cost.UNIT.match(name))}
+    assert found == {names[unit] for unit in sharded_units(model)}
 
 
 def test_shards_are_halved_by_twice_the_workers(measured):

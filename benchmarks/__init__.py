@@ -12,7 +12,7 @@ from rich.table import Table
 
 def report(benchmark: str, table: Table, figures: dict[str, float], detail: Any, as_json: bool) -> None:
     """Print the table for people and, where asked, one last line of JSON for programs."""
-    Console(width=None if os.isatty(1) else 160).print(table)
+    Console(width=None if os.isatty(1) else 190).print(table)
     if as_json:
         machine = {
             "cpu": platform.processor() or platform.machine(),

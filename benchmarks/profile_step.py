@@ -25,8 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import report
 from crosslmm.config import BadConfig, RunConfig, fail, parse_run
 from crosslmm.model import CrossLMMForConditionalGeneration
+from crosslmm.model.components import component_of
 from crosslmm.model.pretrained import build_model, build_processor
-from crosslmm.train.optim import build_optimizer, component_of
+from crosslmm.train.optim import build_optimizer
 
 STEPS = 5
 QUESTION, ANSWER = "Which way does it move, and what colour is it?", "right, red"

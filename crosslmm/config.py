@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -11,7 +11,6 @@ from jsonargparse import (  # type: ignore[attr-defined]
     ActionConfigFile,
     ArgumentError,
     ArgumentParser,
-    Namespace,
     set_parsing_settings,
 )
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -263,9 +262,21 @@ def parse_run(argv: Sequence[str], description: str, default: str = "tiny") -> R
     Raises:
         BadConfig: unknown key, wrong type, impossible combination.
     """
+    return parse_job(argv, description, lambda parser: None, default)[0]
+
+
+def parse_job(
+    argv: Sequence[str], description: str, add_own: Callable[[ArgumentParser], object], default: str = "tiny"
+) -> tuple[RunConfig, dict[str, Any]]:
+    """As `parse_run`, for a script with arguments of its own: `add_own` adds them, their values come second.
+
+    Raises:
+        BadConfig: unknown key, wrong type, impossible combination.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True)
     usage = "%(prog)s [--config NAME_OR_FILE_OR_URI] [--SECTION.KEY VALUE ...]"
     parser = ArgumentParser(description=description, usage=usage, exit_on_error=False, allow_abbrev=False)
+    add_own(parser)
     parser.add_argument(
         "--config",
         action=_PresetOrFile,
@@ -278,10 +289,13 @@ def parse_run(argv: Sequence[str], description: str, default: str = "tiny") -> R
         argv = list(argv)
         if not any(a == "--config" or a.startswith("--config=") for a in argv):
             argv = ["--config", default, *argv]
-        return validate_run(_plain(parser.parse_args(argv)))
+        values = parser.parse_args(argv).as_dict()
     except ArgumentError as error:
         hint = "; --help lists the keys" if "accept option" in str(error) or "unrecognized" in str(error) else ""
         raise BadConfig(_one_line(str(error)) + hint) from error
+    run = {key: values.pop(key) for key in RunConfig.model_fields}
+    values.pop("config")
+    return validate_run(run), values
 
 
 def validate_run(values: dict[str, Any]) -> RunConfig:
@@ -312,15 +326,18 @@ def fail(error: Exception) -> NoReturn:
     raise SystemExit(2)
 
 
-def _plain(namespace: Namespace) -> dict[str, Any]:
-    values = namespace.as_dict()
-    values.pop("config", None)
-    return values
+# What jsonargparse says where a key takes a value of some type or null.
+OPTIONAL = re.compile(
+    r"Does not validate against any of the Union subtypes\s+Subtypes: .*Errors:\s+- (.*?)"
+    r"\s+- Expected a <class 'NoneType'>\s+Given value type: \S+ \S+\s+Given value: (.*)",
+    re.DOTALL,
+)
 
 
 def _one_line(text: str) -> str:
     """Without line breaks, and without what pydantic and jsonargparse say about themselves."""
     text = re.sub(r"\d+ validation errors? for \S+|\[type=[^]]*\]|For further information visit \S+", "", text)
+    text = OPTIONAL.sub(r"\1; got: \2", text).replace("a typing.Literal", "one of ")
     return (
         " ".join(text.replace("Parser key ", "").replace(" Got value", "; got").split())
         .replace(".;", ";")

@@ -1,4 +1,4 @@
-"""Which parameter belongs to which component, at which learning rate, and when."""
+"""Which parameter learns at which rate, and when."""
 
 import math
 
@@ -6,27 +6,7 @@ import torch
 from torch import nn
 
 from crosslmm.config import TrainConfig
-
-COMPONENTS = ("vision", "projector", "v2v", "t2v", "decoder")
-
-
-def component_of(name: str) -> str:
-    """Parameter name -> one of `COMPONENTS`, the rows of the paper's Table 3."""
-    if name.startswith("vision_tower."):
-        return "vision"
-    if name.startswith("projector."):
-        return "projector"
-    for branch in ("v2v", "t2v"):
-        if f".{branch}." in name:
-            return branch
-    return "decoder"
-
-
-def freeze(model: nn.Module, config: TrainConfig) -> None:
-    """Take the gradient from every component whose learning rate is zero."""
-    rates = config.learning_rate.model_dump()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(rates[component_of(name)] > 0)
+from crosslmm.model.components import component_of
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from crosslmm.config import TrainConfig
 from crosslmm.model import CrossLMMForConditionalGeneration
+from crosslmm.model.components import freeze
 from crosslmm.model.cross_attention import DualCrossAttentionLayer
-from crosslmm.train.optim import freeze
 
 
 def parallelize(
@@ -31,7 +31,7 @@ def parallelize(
     source = build(True) if dist.get_rank() == 0 else None
     with torch.device("meta"):
         model = build(False)
-    freeze(model, config)
+    freeze(model, config.learning_rate)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     _shard(model, config, device)
@@ -44,17 +44,21 @@ def parallelize(
     return model
 
 
-def _shard(model: CrossLMMForConditionalGeneration, config: TrainConfig, device: torch.device) -> None:
-    """FSDP2 units: each encoder layer, each cross-attention, each decoder layer, and what is left."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    policy = half if config.precision == "bf16" else MixedPrecisionPolicy()
+def sharded_units(model: CrossLMMForConditionalGeneration) -> list[nn.Module]:
+    """What is gathered at once: encoder layers, cross-attentions, decoder layers. All else is the root's."""
     units: list[nn.Module] = list(model.vision_tower.encoder.layers)
     for layer in model.language_model.model.layers:
         if isinstance(layer, DualCrossAttentionLayer):
             units += [branch for branch in (layer.v2v, layer.t2v) if branch is not None]
         units.append(layer)
-    for unit in [*units, model]:
+    return units
+
+
+def _shard(model: CrossLMMForConditionalGeneration, config: TrainConfig, device: torch.device) -> None:
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if config.precision == "bf16" else MixedPrecisionPolicy()
+    for unit in [*sharded_units(model), model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
 
 

@@ -9,9 +9,9 @@ import yaml
 from pydantic import BaseModel
 
 from crosslmm.config import BadConfig, RunConfig, parse_run, preset_names, to_yaml
+from crosslmm.model.components import component_of
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.pretrained import build_config
-from crosslmm.train.optim import component_of
 
 JOB = Path(__file__).parents[2] / "jobs" / "train.py"
 STAGES = ["stage-1", "stage-2", "stage-1 stage-1-t2v", "stage-1 without-t2v", "stage-2 without-t2v"]

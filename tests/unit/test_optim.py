@@ -2,15 +2,9 @@ import pytest
 import torch
 
 from crosslmm.config import LearningRates, TrainConfig, parse_run
+from crosslmm.model.components import COMPONENTS, component_of, freeze
 from crosslmm.model.pretrained import build_model, build_processor
-from crosslmm.train.optim import (
-    COMPONENTS,
-    build_optimizer,
-    component_of,
-    freeze,
-    learning_rate_factor,
-    set_learning_rate,
-)
+from crosslmm.train.optim import build_optimizer, learning_rate_factor, set_learning_rate
 
 RATES = LearningRates(vision=1e-5, projector=2e-5, v2v=3e-5, t2v=4e-5, decoder=5e-5)
 
@@ -47,16 +41,16 @@ def test_every_component_has_the_modules_it_is_named_after(model):
 
 
 def test_a_rate_of_zero_freezes_and_another_thaws(model):
-    freeze(model, TrainConfig(learning_rate=LearningRates(projector=1e-3, v2v=1e-3)))
+    freeze(model, LearningRates(projector=1e-3, v2v=1e-3))
     learning = {c: {p.requires_grad for p in parameters} for c, parameters in by_component(model).items()}
     assert learning == {"vision": {False}, "projector": {True}, "v2v": {True}, "t2v": {False}, "decoder": {False}}
-    freeze(model, TrainConfig(learning_rate=RATES))
+    freeze(model, RATES)
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_each_parameter_learns_at_its_component_s_rate_and_only_matrices_decay(model):
     config = TrainConfig(learning_rate=RATES, weight_decay=0.1)
-    freeze(model, config)
+    freeze(model, config.learning_rate)
     optimizer = build_optimizer(model, config)
     rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
@@ -68,7 +62,7 @@ def test_each_parameter_learns_at_its_component_s_rate_and_only_matrices_decay(m
 
 def test_what_is_frozen_is_not_optimized(model):
     config = TrainConfig(learning_rate=LearningRates(projector=1e-3, v2v=0))
-    freeze(model, config)
+    freeze(model, config.learning_rate)
     assert {g["component"] for g in build_optimizer(model, config).param_groups} == {"projector"}
 
 

@@ -1,0 +1,179 @@
+"""The planner's memory against what training processes really use: python -m benchmarks.memory [--json].
+
+Each setting runs in processes of its own, which take two training steps on CPU: forward, backward, AdamW. Their peak
+resident memory above what the imports take is held against `crosslmm.model.cost`. Linux only; about three minutes.
+"""
+
+import argparse
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from benchmarks import report
+from crosslmm.config import RunConfig, validate_run
+
+LIMIT = 0.20
+"""How far predicted / measured may lie from 1."""
+TEXT_TOKENS = 64
+
+
+class Setting(NamedTuple):
+    """What is varied."""
+
+    frames: int
+    pool_stride: int
+    checkpointing: bool
+    workers: int = 0
+    """FSDP workers; 0 is one process without FSDP."""
+    precision: str = "fp32"
+    accumulation: int = 1
+
+    @property
+    def name(self) -> str:
+        """As the figure is called."""
+        return "_".join([
+            f"frames{self.frames}", f"stride{self.pool_stride}",
+            *(["checkpointing"] if self.checkpointing else []),
+            *([f"fsdp{self.workers}", self.precision] if self.workers else []),
+            *([f"accumulation{self.accumulation}"] if self.accumulation > 1 else []),
+        ])  # fmt: skip
+
+
+SETTINGS = [
+    Setting(4, 4, False),
+    Setting(16, 4, False),
+    Setting(32, 4, False),
+    Setting(16, 1, False),
+    Setting(16, 16, False),
+    Setting(16, 4, True),
+    Setting(64, 4, True),
+    Setting(32, 2, True),
+    Setting(16, 4, False, workers=2),
+    Setting(64, 4, True, workers=2),
+    Setting(16, 4, True, workers=2, accumulation=2),
+    Setting(16, 4, True, workers=2, precision="bf16"),
+]
+
+
+def main() -> None:
+    """Measure, predict, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--only", type=int, metavar="N", help="the N-th setting alone, from 0")
+    arguments = parser.parse_args()
+    # Freed blocks go back to the system at once, so that resident memory is what tensors hold.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+    from crosslmm.model.cost import training_memory, training_trace
+
+    table = Table(title="peak memory of a training step above the imports [MB]")
+    for heading in ("setting", "measured", "predicted", "weights", "gradients", "optimizer", "activations", "logits",
+                    f"predicted / measured (limit 1 ± {LIMIT})"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading == "setting" else "right")
+    figures, detail = {}, {}
+    for setting in SETTINGS if arguments.only is None else [SETTINGS[arguments.only]]:
+        config = configured(setting)
+        traced = training_trace(config, setting.frames, TEXT_TOKENS)
+        memory = training_memory(config, traced, sharded=setting.workers > 0)
+        measured = measure(setting)
+        ratio = memory.total / measured
+        figures[f"ratio_{setting.name}"] = ratio
+        detail[setting.name] = {"measured_bytes": measured, "predicted_bytes": memory.total, **vars(memory)}
+        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits)
+        megabytes = (f"{n / 1e6:.0f}" for n in (measured, memory.total, *parts))
+        table.add_row(setting.name, *megabytes, f"{ratio:.3f}{'' if abs(ratio - 1) <= LIMIT else '  MISSED'}")
+    figures["worst_ratio"] = max(figures.values(), key=lambda ratio: abs(ratio - 1))
+    figures["within_limit"] = sum(abs(ratio - 1) <= LIMIT for name, ratio in figures.items() if name != "worst_ratio")
+    figures["settings"] = len(detail)
+    table.caption = f"worst {figures['worst_ratio']:.3f}; {figures['within_limit']} of {len(detail)} within the limit"
+    report("memory", table, figures, detail, arguments.json)
+
+
+def configured(setting: Setting) -> RunConfig:
+    """A model of 40 M parameters on a 16 x 16 grid, everything learning."""
+    rates = dict.fromkeys(("vision", "projector", "v2v", "t2v", "decoder"), 1e-3)
+    workers = max(setting.workers, 1)
+    return validate_run({
+        "model": {
+            "vision": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
+                       "num_attention_heads": 4, "image_size": 224, "patch_size": 14},
+            "language": {"model_type": "qwen2", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536,
+                         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
+                         "max_position_embeddings": 32768, "tie_word_embeddings": True},
+            "pool_stride": setting.pool_stride, "cross_attention_every": 4,
+        },
+        "train": {"learning_rate": rates, "activation_checkpointing": setting.checkpointing,
+                  "precision": setting.precision, "micro_batch_size": 1,
+                  "global_batch_size": workers * setting.accumulation},
+        "scaling": {"use_gpu": False, "num_workers": workers},
+    })  # fmt: skip
+
+
+def measure(setting: Setting) -> int:
+    """Peak bytes above the imports: of the worker that takes most."""
+    workers = max(setting.workers, 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return max(pool.map(_train, [setting] * workers, range(workers), [os.getpid()] * workers))
+
+
+def _train(setting: Setting, rank: int, port: int) -> int:
+    """Two steps in this process."""
+    import torch
+    from transformers import BatchFeature
+
+    from crosslmm.model import CrossLMMForConditionalGeneration
+    from crosslmm.model.pretrained import build_config
+    from crosslmm.train.optim import build_optimizer
+    from crosslmm.train.parallel import parallelize
+
+    torch.set_num_threads(1)
+    config = configured(setting)
+    before = _resident("VmRSS")
+
+    def build(weights: bool) -> CrossLMMForConditionalGeneration:
+        return CrossLMMForConditionalGeneration(build_config(config.model, video_token_id=0))
+
+    model: Any
+    if setting.workers:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{20000 + port % 20000}", rank=rank, world_size=setting.workers
+        )
+        model = parallelize(build, config.train, torch.device("cpu"))
+    else:
+        model = build(True)
+        if setting.checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    optimizer = build_optimizer(model, config.train)
+    pooled, side = setting.frames * model.config.tokens_per_frame, model.config.vision_config.image_size
+    input_ids = torch.tensor([[0] * pooled + [1] * TEXT_TOKENS])
+    batch = BatchFeature({
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "labels": input_ids.masked_fill(input_ids == 0, -100),
+        "pixel_values": torch.randint(0, 256, (setting.frames, 3, side, side), dtype=torch.uint8),
+        "num_frames": torch.tensor([setting.frames]),
+    })  # fmt: skip
+    for _ in range(2):
+        for i in range(setting.accumulation):
+            if setting.workers:
+                model.set_requires_gradient_sync(i == setting.accumulation - 1)
+            model(**batch, num_items_in_batch=1).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    """VmRSS, what this process has in memory, or VmHWM, the most it ever had."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    main()

@@ -349,7 +349,7 @@ def main() -> None:
 def _table(rows: dict[str, list[dict[str, Any]]], figures: dict[str, float]) -> Table:
     table = Table(title="CrossLMM / LLaVA-OneVision: less is better")
     for heading in ("encoder : decoder", "frames", "prefill [s]", "without encoder [s]", "training step [s]",
-                    "memory, all logits [MB]", "memory, last logit [MB]", "linear MACs [G]", "with products [G]"):  # fmt: skip
+                    "all logits [MB]", "last logit [MB]", "linear MACs [G]", "with products [G]"):  # fmt: skip
         table.add_column(heading, justify="right")
 
     def pair(values: dict[str, float] | None, unit: float, digits: int) -> str:

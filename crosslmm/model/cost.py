@@ -14,6 +14,7 @@ from torch import nn
 
 from crosslmm.config import BadConfig, LearningRates, ModelConfig, RunConfig
 from crosslmm.model.components import COMPONENTS, component_of, freeze
+from crosslmm.model.encoder import ChunkedEncoderLayer
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.pretrained import build_config
 from crosslmm.model.tracing import Trace, trace
@@ -233,8 +234,14 @@ def _trace(
 ) -> Trace:
     if config.train.precision == "bf16":
         model.bfloat16()
-    parameters, inputs = [*model.parameters(), *model.buffers()], [batch["pixel_values"]]
-    return trace(call, parameters, inputs, model.config.text_config.vocab_size, fused_norm=config.scaling.use_gpu)
+    return trace(
+        call,
+        parameters=[*model.parameters(), *model.buffers()],
+        inputs=[batch["pixel_values"]],
+        vocabulary=model.config.text_config.vocab_size,
+        fused_norm=config.scaling.use_gpu,
+        alike=[layer for layer in model.vision_tower.encoder.layers if isinstance(layer, ChunkedEncoderLayer)],
+    )
 
 
 FLOAT32 = 4

@@ -1,9 +1,10 @@
 """What a pass through a model would hold and compute, found by running it on the meta device."""
 
 import contextlib
+import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+from crosslmm.model.encoder import ChunkedEncoderLayer
 
 aten = torch.ops.aten
 # Flash attention's own operator, and what its two directions cost in the counter that comes with torch.
@@ -79,7 +82,12 @@ class Trace:
 
 
 def trace(
-    call: Callable[[], Any], parameters: list[Tensor], inputs: list[Tensor], vocabulary: int, fused_norm: bool
+    call: Callable[[], Any],
+    parameters: list[Tensor],
+    inputs: list[Tensor],
+    vocabulary: int,
+    fused_norm: bool,
+    alike: Sequence[ChunkedEncoderLayer] = (),
 ) -> Trace:
     """Run `call` and write down what it holds and computes.
 
@@ -93,9 +101,10 @@ def trace(
         inputs: tensors on the meta device that are held all the while, as `Moment.other`.
         vocabulary: the width by which logits are known.
         fused_norm: RMSNorm as CUDA computes it, in one kernel; else in five, as CPUs do.
+        alike: layers of one shape. Without gradients they hold the same at every call, so one call is run for all.
     """
     book = _Book([*parameters, *inputs], vocabulary)
-    with _kernels(fused_norm), book:
+    with _kernels(fused_norm), book, _run_once(book, alike):
         result = call()
     kept = frozenset(number for number, _ in book.live.values())
     traced = Trace(sum(t.nbytes for t in inputs), list(book.events), kept, book.flops)
@@ -122,6 +131,33 @@ def _kernels(fused_norm: bool) -> Iterator[None]:
         if fused_norm:
             library.impl("rms_norm", rms_norm, "AutogradMeta")
         yield
+
+
+@contextlib.contextmanager
+def _run_once(book: "_Book", layers: Sequence[ChunkedEncoderLayer]) -> Iterator[None]:
+    """Run the first call of each shape, and write the others down as that one was: a long video has thousands."""
+    written: dict[torch.Size, tuple[list[_Event], int]] = {}
+
+    def call(frames: Callable[[Tensor], Tensor], x_FPD: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return frames(x_FPD)
+        if x_FPD.shape not in written:
+            begin, flops = len(book.events), book.flops
+            frames(x_FPD)  # its result is given back at once, like all else that it made
+            written[x_FPD.shape] = book.events[begin:], book.flops - flops
+        else:
+            events, flops = written[x_FPD.shape]
+            book.events += events
+            book.flops += flops
+        return torch.empty_like(x_FPD)
+
+    for layer in layers:
+        layer._frames = functools.partial(call, layer._frames)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["_frames"]
 
 
 class _Book(TorchDispatchMode):

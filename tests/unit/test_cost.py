@@ -1,5 +1,6 @@
 """What the planner counts, against the built model, torch's own counter and the paper's tables."""
 
+import contextlib
 import dataclasses
 import json
 import runpy
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crosslmm import plan as planning
 from crosslmm.config import BadConfig, LearningRates, parse_run
-from crosslmm.model import cost
+from crosslmm.model import cost, tracing
 from crosslmm.model.components import component_of
 from crosslmm.model.tracing import trace
 from crosslmm.plan import GPUS, Assumptions, Fit, plan
@@ -295,3 +296,13 @@ def test_no_frames_and_no_text_are_refused(config):
     for frames, text_tokens in ((0, 5), (5, 0)):
         with pytest.raises(BadConfig, match="at least 1"):
             cost.macs(model, frames, text_tokens)
+
+
+@pytest.mark.parametrize("names", ["paper-2b", "paper-2b stage-2"])
+def test_layers_that_are_run_once_cost_what_all_of_them_do(names, monkeypatch):
+    config = parse_run([f"--config={name}" for name in names.split()], "")
+    once = cost.training_trace(config, 12, 20), cost.answering_memory(config, 12, 20)
+    monkeypatch.setattr(tracing, "_run_once", lambda *_: contextlib.nullcontext())
+    each = cost.training_trace(config, 12, 20), cost.answering_memory(config, 12, 20)
+    assert once[0].peak(with_kept=True) == each[0].peak(with_kept=True)
+    assert (once[0].flops, once[1]) == (each[0].flops, each[1])

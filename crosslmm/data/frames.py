@@ -178,7 +178,8 @@ def _visit(
     """
     for attempt in range(3):
         if key is not None or attempt:
-            container.seek(0 if key is None else key, stream=stream)
+            # libav takes the time for one of showing, and finds the keyframe by the time in its index.
+            container.seek(0 if key is None else key + _lag(stream), stream=stream)
         shown = _shown(stream, _decoded(container, stream, moments[-1]))
         first = next(shown, None)
         if key is None or first is None or (first[0].key_frame and (first[0].pts or 0) <= moments[0]):

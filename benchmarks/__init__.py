@@ -1,0 +1,24 @@
+"""Side-by-side measurements. Each is a command that prints a table, its limits beside its results."""
+
+import json
+import os
+import platform
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def report(benchmark: str, table: Table, figures: dict[str, float], detail: Any, as_json: bool) -> None:
+    """Print the table for people and, where asked, one last line of JSON for programs."""
+    Console(width=None if os.isatty(1) else 160).print(table)
+    if as_json:
+        machine = {
+            "cpu": platform.processor() or platform.machine(),
+            "cpus": len(os.sched_getaffinity(0)),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "torch": torch.__version__,
+        }
+        print(json.dumps({"benchmark": benchmark, "figures": figures, "detail": detail, "machine": machine}))

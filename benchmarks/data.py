@@ -28,12 +28,12 @@ from av.video.reformatter import VideoReformatter
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.wire import Wire
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data import sampling
 from crosslmm.data.decode import Unreadable, decode_video
 from tests.object_store import running_object_store
+from tests.wire import Wire
 
 FRAMES, SIDE, FPS = 32, 384, 30
 LIMITS = {"decode_over_needed": "<= 1.3", "pipeline_over_plain": ">= 0.9", "bytes_over_needed": "<= 1.5",

@@ -4,11 +4,12 @@ import functools
 import multiprocessing
 import os
 import resource
-import time
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as Overtime
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
+from time import sleep as pause
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
 
@@ -68,7 +69,7 @@ class Decoder:
             max_tasks=RECYCLE_AFTER,
             context=_context(),
             initializer=_settle_in,
-            initargs=(int(self.data.decode_memory_gib * 2**30),),
+            initargs=(int(self.data.decode_memory_gib * 2**30), dict(os.environ)),
         )
 
     def __call__(self, uris: Sequence[str]) -> list[np.ndarray | Unreadable]:
@@ -90,10 +91,10 @@ class Decoder:
         for wait in (*WAITS_S, None):
             try:
                 return self._verdict(uri, future)
-            except storage.Unavailable:
+            except (storage.Unavailable, BrokenProcessPool):  # or a child died with nothing to do
                 if wait is None:
                     raise
-                time.sleep(wait)
+                pause(wait)
                 future = self._schedule(self._decode, uri)
         raise AssertionError("the last turn returns or raises")
 
@@ -105,15 +106,18 @@ class Decoder:
             return Unreadable(f"decoding took over {self.data.decode_timeout_s:g} s and was killed", "deadline")
         except pebble.ProcessExpired as error:
             return Unreadable(f"the decoder died (exit code {error.exitcode})", "crash")
+        except MemoryError:
+            return Unreadable(f"it takes more than the {self.data.decode_memory_gib:g} GiB of memory it may", "decode")
         except PermissionError:
             self._require_open(uri)
             return Unreadable("permission denied", "read")
-        self._read_before[_store_of(uri)] = uri
+        if isinstance(result, np.ndarray):
+            self._read_before[_bucket_of(uri)] = uri
         return result
 
     def _require_answer(self, uri: str) -> None:
         """Raise `storage.Unavailable` if it may have been the store that took all the time."""
-        if storage.scheme_of(uri) == "s3":
+        if _bucket_of(uri):
             try:
                 self._schedule(_touch, uri, ANSWER_WITHIN_S).result()
             except Overtime:
@@ -123,15 +127,15 @@ class Decoder:
 
     def _require_open(self, uri: str) -> None:
         """Raise `storage.Unavailable` if the whole store refuses us: S3 says the same where one object is missing."""
-        if storage.scheme_of(uri) == "s3":
-            before = self._read_before.get(_store_of(uri))
+        if _bucket_of(uri):
+            before = self._read_before.get(_bucket_of(uri))
             try:
                 if before is None:
                     raise PermissionError
                 self._schedule(_touch, before, ANSWER_WITHIN_S).result()
             except (PermissionError, Overtime):
                 raise storage.Unavailable(
-                    f"{uri}: permission denied, as for all of {_store_of(uri)}; check the credentials (AWS_*)"
+                    f"{uri}: permission denied, as for all of {_bucket_of(uri)}; check the credentials (AWS_*)"
                 ) from None
 
     def __enter__(self) -> Self:
@@ -164,7 +168,7 @@ def decode_video(uri: str, data: DataConfig, image_size: int) -> np.ndarray | Un
         reason = f"it takes more than the {data.decode_memory_gib:g} GiB of data.decode_memory_gib"
         return Unreadable(reason, "decode", version)
     except av.FFmpegError as error:  # these derive from Python's own errors, PermissionError among them
-        return Unreadable(f"{type(error).__name__}: {_harmless(error)}", "decode", version)
+        return Unreadable(f"{type(error).__name__}: {error.strerror}", "decode", version)
     except (storage.Unavailable, PermissionError):
         raise
     except FileNotFoundError:
@@ -205,9 +209,9 @@ def _container_of(file: BinaryIO, max_bytes: int) -> str:
     raise UnreadableVideo(f"not an mp4, mov, mkv, webm, avi or ts file: it begins with {head[:12]!r}")
 
 
-def _store_of(uri: str) -> str:
-    """Bucket of an s3:// URI; what local files share is empty."""
-    return uri.split("/")[2] if storage.scheme_of(uri) == "s3" else ""
+def _bucket_of(uri: str) -> str:
+    """Bucket of an s3:// URI; empty for a path."""
+    return uri.removeprefix("s3://").split("/")[0] if uri.startswith("s3://") else ""
 
 
 def _touch(uri: str) -> None:
@@ -224,8 +228,10 @@ def _context() -> BaseContext:
     return context
 
 
-def _settle_in(memory_bytes: int) -> None:
-    """First thing a child does: bound its memory [bytes], leave no core, say nothing; decord prints what it reads."""
+def _settle_in(memory_bytes: int, environment: dict[str, str]) -> None:
+    """First thing a child does: take the environment (credentials) from its owner, since it was forked from a process
+    with an older one; bound its memory [bytes]; leave no core; say nothing, as decord prints what it reads."""
+    os.environ.update(environment)
     limit = psutil.Process().memory_info().vms + memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,6 +1,7 @@
 """An open file -> the frames on screen at the wanted moments, decoding no more groups of pictures than hold them."""
 
 import contextlib
+import heapq
 import itertools
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -18,6 +19,8 @@ from crosslmm.data.sampling import Sampling, nearest
 
 # Demuxers whose index names the keyframes. A transport stream has none, and is decoded from its start.
 INDEXED = ("mov", "matroska", "avi")
+# H.264 lets so many frames be decoded before one that is shown earlier.
+MOST_REORDERED = 16
 
 
 class UnreadableVideo(Exception):
@@ -40,9 +43,9 @@ def with_pyav(file: BinaryIO, form: str, data: DataConfig, image_size: int) -> n
         UnreadableVideo: naming what is missing or beyond a limit.
         av.FFmpegError, OSError: as they come.
     """
-    options = {"max_pixels": str(data.max_frame_pixels), "protocol_whitelist": "none", "format_whitelist": form}
+    options = {"protocol_whitelist": "none", "format_whitelist": form}
     with av.open(file, "r", format=form, options=options, metadata_errors="replace") as container:
-        stream = _choose_stream(container, data, options)
+        stream = _choose_stream(container, data)
         if "matroska" in container.format.name:
             _rewind(container)  # only a seek makes it read its index
         duration = _claimed_duration(container, stream)
@@ -59,7 +62,7 @@ def with_pyav(file: BinaryIO, form: str, data: DataConfig, image_size: int) -> n
     return np.ascontiguousarray(np.stack(found))
 
 
-def _choose_stream(container: InputContainer, data: DataConfig, options: dict[str, str]) -> VideoStream:
+def _choose_stream(container: InputContainer, data: DataConfig) -> VideoStream:
     """The first video stream that is no cover picture; no other stream's bytes are read."""
     videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not videos:
@@ -76,7 +79,7 @@ def _choose_stream(container: InputContainer, data: DataConfig, options: dict[st
         if other is not stream:
             other.discard = Discard.all
     context.thread_count = 1
-    context.options = {"max_pixels": options["max_pixels"]}
+    context.options = {"max_pixels": str(data.max_frame_pixels)}  # a stream may change its size
     return stream
 
 
@@ -138,7 +141,8 @@ Visit = tuple[int | None, np.ndarray]
 def _visits(container: InputContainer, stream: VideoStream, wanted: np.ndarray) -> list[Visit]:
     """Share the moments out to the keyframes they are decoded from: a jump only where a later keyframe exists."""
     index = stream.index_entries
-    if not len(index) or not any(name in container.format.name for name in INDEXED):
+    indexed = len(index) and any(name in container.format.name for name in INDEXED)
+    if not indexed or (_untimed(container) and stream.codec_context.has_b_frames):
         return [(None, wanted)]
     lag = _lag(stream)
     keys = [index.search_timestamp(int(moment) - lag) for moment in wanted]
@@ -215,6 +219,9 @@ def _shown(stream: VideoStream, frames: Iterator[av.VideoFrame | None]) -> Itera
 def _decoded(container: InputContainer, stream: VideoStream, until: float) -> Iterator[av.VideoFrame | None]:
     """Frames from here to the one shown at `until`. None stands for a damaged stretch, up to the next keyframe."""
     broken = False
+    untimed: list[int] | None = None
+    if _untimed(container):
+        untimed, until = [], until + MOST_REORDERED
     try:
         for packet in container.demux(stream):
             # Frames are decoded before they are shown, so all that follow are shown later still.
@@ -223,9 +230,11 @@ def _decoded(container: InputContainer, stream: VideoStream, until: float) -> It
             broken = broken and not packet.is_keyframe
             if broken:
                 continue
+            if untimed is not None and packet.size and packet.dts is not None:
+                heapq.heappush(untimed, packet.dts)
             try:
                 for frame in packet.decode():
-                    yield None if frame.is_corrupt else frame
+                    yield _checked(frame, untimed)
             except av.error.InvalidDataError:
                 broken = True
             if broken or packet.is_corrupt:
@@ -234,7 +243,19 @@ def _decoded(container: InputContainer, stream: VideoStream, until: float) -> It
     except av.error.InvalidDataError:
         pass  # the file ends here, or might as well
     with contextlib.suppress(av.error.EOFError, av.error.InvalidDataError):  # the file's end empties the decoder itself
-        yield from stream.codec_context.decode(None)
+        for frame in stream.codec_context.decode(None):
+            yield _checked(frame, untimed)
+
+
+def _checked(frame: av.VideoFrame, untimed: list[int] | None) -> av.VideoFrame | None:
+    if untimed:
+        frame.pts = heapq.heappop(untimed)
+    return None if frame.is_corrupt else frame
+
+
+def _untimed(container: InputContainer) -> bool:
+    """AVI stores no times of showing: as they come out, from the file's beginning, frames have the packets', sorted."""
+    return container.format.name == "avi"
 
 
 def _gap(stream: VideoStream) -> float:

@@ -15,11 +15,12 @@ class Wire:
     Attributes:
         requests: HTTP requests sent so far.
         received: bytes that came back so far, headers included.
+        silent: set it, and nothing passes any more; connections stay open.
     """
 
-    def __init__(self, target: int) -> None:
-        self.target, self.requests, self.received = target, 0, 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
+    def __init__(self, target: int, port: int = 0) -> None:
+        self.target, self.requests, self.received, self.silent = target, 0, 0, False
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.port: int = self._listener.getsockname()[1]
 
     def __enter__(self) -> Self:
@@ -47,7 +48,8 @@ class Wire:
                 else:
                     # A request of ours begins a piece: the client waits for each answer.
                     self.requests += bool(REQUEST.match(data))
-                sink.sendall(data)
+                if not self.silent:
+                    sink.sendall(data)
         except OSError:
             pass
         finally:

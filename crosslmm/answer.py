@@ -39,8 +39,7 @@ class Answerer:
         # Flash attention is a matter of the machine that trained, not of the one that answers.
         model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
         self.model: Any = model.eval().to(self.device)
-        data = self.config.data
-        self.decoder = Decoder(data.num_frames, self.processor.image_size, data.decoder, data.decode_timeout_s)
+        self.decoder = Decoder(self.config.data, self.processor.image_size)
 
     def __call__(self, videos: Sequence[str], questions: Sequence[str], max_new_tokens: int = 64) -> list[str]:
         """Greedy answers, one for each pair of video (path or s3:// URI) and question.

@@ -80,11 +80,24 @@ class DataConfig(Section):
     validation_manifest: str | None = None
     """Held-out manifest, path or URI; null validates nothing (with "sample": the sample set's own)."""
     num_frames: Count = 64
-    """Frames sampled evenly from a video, fewer where it has fewer [frames]."""
+    """The most frames sampled from a video, fewer where it has fewer [frames]."""
+    sampling: Literal["uniform", "fps", "fps_then_uniform"] = "uniform"
+    """Which frames: num_frames spread evenly; one every 1/fps s, the first num_frames of them; or the same, spread
+    evenly where they would be too many (LLaVA-Video's)."""
+    fps: Annotated[float, Field(gt=0)] = 1.0
+    """Frames per second of video that the two fps policies look at [1/s]."""
     decoder: Literal["pyav", "decord"] = "pyav"
     """Which library decodes; docs/decisions.md has the measurements."""
     decode_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Wall clock for one video, after which its decoder is killed and the row is counted as unreadable [s]."""
+    decode_memory_gib: Annotated[float, Field(gt=0)] = 4.0
+    """Memory that a decoding process may take for one video, which is unreadable beyond it [GiB]."""
+    max_video_bytes: Count = 64 * 2**30
+    """Largest video that is opened [bytes]."""
+    max_video_s: Annotated[float, Field(gt=0)] = 24 * 3600.0
+    """Longest video that is decoded [s]."""
+    max_frame_pixels: Count = 8192 * 4352
+    """Largest frame that is decoded, width x height [px]."""
 
 
 class LearningRates(Section):

@@ -2,74 +2,144 @@
 
 import functools
 import multiprocessing
-from collections.abc import Iterator, Sequence
+import os
+import resource
+from collections.abc import Sequence
 from concurrent.futures import TimeoutError as Overtime
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
+from time import sleep as pause
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import av
 import numpy as np
 import pebble
-from av.container import InputContainer
-from av.video.reformatter import VideoReformatter
-from av.video.stream import VideoStream
+import psutil
 
 from crosslmm import storage
-from crosslmm.data import sampling
+from crosslmm.config import DataConfig
+from crosslmm.data.frames import UnreadableVideo, with_decord, with_pyav
+
+BACKENDS: dict[str, Any] = {"pyav": with_pyav, "decord": with_decord}
+
+IMAGES = {"jpeg_pipe": b"\xff\xd8\xff", "png_pipe": b"\x89PNG\r\n\x1a\n"}
+"""An image is a video of one frame."""
+
+RECYCLE_AFTER = 1000
+"""Videos after which a child is replaced, before what its libraries leak adds up."""
+WAITS_S = (1, 2, 4, 8, 16)
+"""Pauses before an unavailable store is asked again [s]; after them the run stops."""
+ANSWER_WITHIN_S = 30.0
+"""After a deadline has passed, the store has so long to show that it was not the cause [s]."""
+
+
+Stage = Literal["read", "check", "decode", "deadline", "crash"]
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A video that gave no frames, and why."""
+    """A video that gave no frames, and why. All text is printable ASCII, whatever the file contains."""
 
     reason: str
-
-
-class UnreadableVideo(Exception):
-    """A video that cannot be decoded; the message is the reason."""
+    stage: Stage
+    """Where it failed: getting its bytes; type and limits; decoding; time; the child's death."""
+    version: str | None = None
+    """The object's ETag, where it has one."""
 
 
 class Decoder:
-    """Decodes videos in one child process, each under a deadline.
+    """Decodes videos in one child process, each under a deadline and a limit of memory.
 
     A child that spins or crashes in native code is killed and replaced; the other videos do not notice. Use as a
     context manager, or leave it to the end of the process.
 
     Args:
-        num_frames: frames sampled evenly from a video; a shorter one gives fewer.
+        data: frames, decoder, deadline, limits.
         image_size: side of the square that frames are resized to [px]. Aspect ratio is not kept, as in SigLIP.
-        backend: "pyav" or "decord".
-        timeout_s: deadline for one video [s].
     """
 
-    def __init__(self, num_frames: int, image_size: int, backend: str = "pyav", timeout_s: float = 60.0) -> None:
-        self.timeout_s = timeout_s
-        self._decode = functools.partial(decode_video, num_frames=num_frames, image_size=image_size, backend=backend)
+    def __init__(self, data: DataConfig, image_size: int) -> None:
+        self.data = data
+        self._decode = functools.partial(decode_video, data=data, image_size=image_size)
+        self._read_before: dict[str, str] = {}
         self._pool = self._start()
 
-    @staticmethod
-    def _start() -> pebble.ProcessPool:
-        # Neither threads nor readers survive a plain fork.
-        return pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("forkserver"))
+    def _start(self) -> pebble.ProcessPool:
+        return pebble.ProcessPool(
+            max_workers=1,
+            max_tasks=RECYCLE_AFTER,
+            context=_context(),
+            initializer=_settle_in,
+            initargs=(int(self.data.decode_memory_gib * 2**30), dict(os.environ)),
+        )
 
     def __call__(self, uris: Sequence[str]) -> list[np.ndarray | Unreadable]:
-        """Decode videos, in order: uint8 (frames, image_size, image_size, 3) each, or why there is none."""
+        """Decode videos, in order: uint8 (frames, image_size, image_size, 3) each, or why there is none.
+
+        Raises:
+            storage.Unavailable: the store cannot be used, and did not recover in half a minute; no video's fault.
+        """
+        futures = [self._schedule(self._decode, uri) for uri in uris]
+        return [self._result(uri, future) for uri, future in zip(uris, futures, strict=True)]
+
+    def _schedule(self, function: Any, uri: str, timeout_s: float | None = None) -> pebble.ProcessFuture:
         if not self._pool.active:
             # A child that was killed between two calls, by the kernel for its memory, takes the pool with it.
             self._pool = self._start()
-        futures = [self._pool.schedule(self._decode, (uri,), timeout=self.timeout_s) for uri in uris]
-        return [self._result(future) for future in futures]
+        return self._pool.schedule(function, (uri,), timeout=timeout_s or self.data.decode_timeout_s)
 
-    def _result(self, future: pebble.ProcessFuture) -> np.ndarray | Unreadable:
+    def _result(self, uri: str, future: pebble.ProcessFuture) -> np.ndarray | Unreadable:
+        for wait in (*WAITS_S, None):
+            try:
+                return self._verdict(uri, future)
+            except (storage.Unavailable, BrokenProcessPool):  # or a child died with nothing to do
+                if wait is None:
+                    raise
+                pause(wait)
+                future = self._schedule(self._decode, uri)
+        raise AssertionError("the last turn returns or raises")
+
+    def _verdict(self, uri: str, future: pebble.ProcessFuture) -> np.ndarray | Unreadable:
         try:
-            return future.result()
+            result = future.result()
         except Overtime:
-            return Unreadable(f"decoding took over {self.timeout_s:g} s and was killed")
+            self._require_answer(uri)
+            return Unreadable(f"decoding took over {self.data.decode_timeout_s:g} s and was killed", "deadline")
         except pebble.ProcessExpired as error:
-            return Unreadable(f"the decoder died (exit code {error.exitcode})")
-        except UnreadableVideo as error:
-            return Unreadable(str(error))
+            return Unreadable(f"the decoder died (exit code {error.exitcode})", "crash")
+        except MemoryError:
+            return Unreadable(f"it takes more than the {self.data.decode_memory_gib:g} GiB of memory it may", "decode")
+        except PermissionError:
+            self._require_open(uri)
+            return Unreadable("permission denied", "read")
+        if isinstance(result, np.ndarray):
+            self._read_before[_bucket_of(uri)] = uri
+        return result
+
+    def _require_answer(self, uri: str) -> None:
+        """Raise `storage.Unavailable` if it may have been the store that took all the time."""
+        if _bucket_of(uri):
+            try:
+                self._schedule(_touch, uri, ANSWER_WITHIN_S).result()
+            except Overtime:
+                raise storage.Unavailable(f"{uri}: the store has not answered for {ANSWER_WITHIN_S:g} s") from None
+            except (PermissionError, FileNotFoundError, pebble.ProcessExpired):
+                pass
+
+    def _require_open(self, uri: str) -> None:
+        """Raise `storage.Unavailable` if the whole store refuses us: S3 says the same where one object is missing."""
+        if _bucket_of(uri):
+            before = self._read_before.get(_bucket_of(uri))
+            try:
+                if before is None:
+                    raise PermissionError
+                self._schedule(_touch, before, ANSWER_WITHIN_S).result()
+            except (PermissionError, Overtime):
+                raise storage.Unavailable(
+                    f"{uri}: permission denied, as for all of {_bucket_of(uri)}; check the credentials (AWS_*)"
+                ) from None
 
     def __enter__(self) -> Self:
         return self
@@ -79,122 +149,101 @@ class Decoder:
         self._pool.join()
 
 
-def decode_video(uri: str, num_frames: int, image_size: int, backend: str) -> np.ndarray:
+def decode_video(uri: str, data: DataConfig, image_size: int) -> np.ndarray | Unreadable:
     """Decode one video in this process.
 
     Returns:
-        uint8 (up to num_frames, image_size, image_size, 3), RGB.
+        uint8 (up to data.num_frames, image_size, image_size, 3), RGB; or whatever is wrong with the file, in one line.
 
     Raises:
-        UnreadableVideo: whatever is wrong with the file; the message is one line.
+        storage.Unavailable: the whole store is, so nothing can be said about the file.
+        PermissionError: this object, or the whole store.
     """
+    version = None
     try:
         with storage.open_read(uri) as file:
-            _refuse_what_is_no_video(file)
-            return _BACKENDS[backend](file, num_frames, image_size)
-    except UnreadableVideo:
+            version = storage.version_of(file)
+            form = _container_of(file, data.max_video_bytes)
+            backend = "pyav" if form in IMAGES else data.decoder  # decord reads no images
+            return BACKENDS[backend](file, form, data, image_size)
+    except UnreadableVideo as error:
+        return Unreadable(str(error), "check", version)
+    except MemoryError:
+        reason = f"it takes more than the {data.decode_memory_gib:g} GiB of data.decode_memory_gib"
+        return Unreadable(reason, "decode", version)
+    except av.FFmpegError as error:  # these derive from Python's own errors, PermissionError among them
+        return Unreadable(f"{type(error).__name__}: {error.strerror}", "decode", version)
+    except (storage.Unavailable, PermissionError):
         raise
     except FileNotFoundError:
-        raise UnreadableVideo("no such file") from None
+        return Unreadable("no such file", "read", version)
+    except storage.BadLocation as error:
+        return Unreadable(_harmless(error), "read", version)
     except Exception as error:
-        # What a file contains may stand in the message: ascii() keeps it to one harmless line.
-        raise UnreadableVideo(f"{type(error).__name__}: {_harmless(error)}") from None
+        stage: Stage = "read" if isinstance(error, OSError) else "decode"
+        return Unreadable(f"{type(error).__name__}: {_harmless(error)}", stage, version)
 
 
 def _harmless(error: Exception) -> str:
+    # What a file contains may stand in the message: ascii() keeps it to one line without escape sequences.
     return ascii(str(error))[1:-1][:200]
 
 
-def _refuse_what_is_no_video(file: BinaryIO) -> None:
-    """Look at the first bytes before a decoder does: playlists and scripts can make it open other files and hosts."""
+def _container_of(file: BinaryIO, max_bytes: int) -> str:
+    """The file's container by its first bytes, as libav names it.
+
+    No decoder guesses: playlists and scripts could make it open other files and hosts.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     head = file.read(400)
     file.seek(0)
-    is_mp4 = head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
-    is_matroska = head[:4] == b"\x1aE\xdf\xa3"
-    is_avi = head[:4] == b"RIFF" and head[8:11] == b"AVI"
-    is_ts = head[:1] == b"G" and head[188:189] == b"G"
     if not head:
         raise UnreadableVideo("the file is empty")
-    if not (is_mp4 or is_matroska or is_avi or is_ts):
-        raise UnreadableVideo(f"not an mp4, mov, mkv, webm, avi or ts file: it begins with {head[:12]!r}")
-
-
-def _with_pyav(file: BinaryIO, num_frames: int, image_size: int) -> np.ndarray:
-    resize = VideoReformatter()
-    images = []
-    with av.open(file, "r", metadata_errors="replace") as container:
-        if not container.streams.video:
-            raise UnreadableVideo("the file has no video stream")
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        in_stream = stream.duration and stream.time_base and float(stream.duration * stream.time_base)
-        # Matroska's duration counts from zero in a recording that begins later, or does not, as its writer pleases.
-        begins_late = (container.start_time or 0) > av.time_base
-        in_file = 0.0 if begins_late else (container.duration or 0) / av.time_base
-        wanted = sampling.uniform(in_stream or in_file or _measure(container, stream), num_frames)
-        for frame in _on_screen(container.decode(stream), wanted):
-            image = resize.reformat(frame, image_size, image_size, format="rgb24").to_ndarray()
-            # The phone was held upright: containers store the turn, decoders do not make it.
-            images.append(np.rot90(image, frame.rotation // 90))
-    if not images:
-        raise UnreadableVideo("the file has no frames that can be decoded")
-    return np.ascontiguousarray(np.stack(images))
-
-
-def _measure(container: InputContainer, stream: VideoStream) -> float:
-    """Duration of a stream whose container does not say it [s], from its packets."""
-    times = [(p.pts, p.pts + (p.duration or 1)) for p in container.demux(stream) if p.pts is not None]
-    if not times:
-        raise UnreadableVideo("the file has no frames that can be decoded")
-    container.seek(0)
-    begins, ends = zip(*times, strict=True)
-    return float((max(ends) - min(begins)) * (stream.time_base or 0))
-
-
-def _on_screen(frames: Iterator[av.VideoFrame], wanted: np.ndarray) -> Iterator[av.VideoFrame]:
-    """The frames that are on screen at the wanted times [s after the first frame], each at most once.
-
-    What the end of a truncated file lacks is left out.
-    """
-    shown: av.VideoFrame | None = None
-    start, asked = 0.0, 0
-    try:
-        for frame in frames:
-            time = frame.time or 0.0
-            start = time if shown is None else start
-            # Every wanted time before this frame begins belongs to the one before it.
-            due = int(np.searchsorted(wanted, time - start, side="left"))
-            if due > asked and shown is not None:
-                yield shown
-                asked = due
-            shown = frame
-            if asked >= len(wanted):
-                return
-    except av.error.InvalidDataError:
-        if shown is None:
-            raise
-    if shown is not None and asked < len(wanted):
-        yield shown
-
-
-def _with_decord(file: BinaryIO, num_frames: int, image_size: int) -> np.ndarray:
-    import decord  # x86_64 only
-
-    decord.logging.set_level(decord.logging.QUIET)
-    reader = decord.VideoReader(file, num_threads=1)
-    times = reader.get_frame_timestamp(range(len(reader)))
-    order = np.argsort(times[:, 0])
-    wanted = sampling.uniform(float(times[:, 1].max() - times[:, 0].min()), num_frames)
-    chosen = order[sampling.nearest(times[order, 0] - times[:, 0].min(), wanted)]
-    # decord's own resize fails on some widths (48: "the size must exactly match"), so the same one as above is used.
-    resize = VideoReformatter()
-    frames = reader.get_batch(chosen).asnumpy()
-    return np.stack(
-        [
-            resize.reformat(av.VideoFrame.from_ndarray(f, format="rgb24"), image_size, image_size).to_ndarray()
-            for f in frames
-        ]
+    if size > max_bytes:
+        raise UnreadableVideo(f"it has {size} bytes, and data.max_video_bytes is {max_bytes}")
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
+        return "mov"
+    if head[:4] == b"\x1aE\xdf\xa3":
+        return "matroska"
+    if head[:4] == b"RIFF" and head[8:11] == b"AVI":
+        return "avi"
+    if head[:1] == b"G" and head[188:189] == b"G":
+        return "mpegts"
+    for form, magic in IMAGES.items():
+        if head.startswith(magic):
+            return form
+    raise UnreadableVideo(
+        f"not an mp4, mov, mkv, webm, avi or ts file, nor a jpeg or png image: it begins with {head[:12]!r}"
     )
 
 
-_BACKENDS: dict[str, Any] = {"pyav": _with_pyav, "decord": _with_decord}
+def _bucket_of(uri: str) -> str:
+    """Bucket of an s3:// URI; empty for a path."""
+    return uri.removeprefix("s3://").split("/")[0] if uri.startswith("s3://") else ""
+
+
+def _touch(uri: str) -> None:
+    """Ask the store for the object's first bytes."""
+    with storage.open_read(uri) as file:
+        file.read(1)
+
+
+def _context() -> BaseContext:
+    """Children are forked from a clean process that has imported what they need: neither threads nor readers survive
+    a fork from this one, and a replacement is there in milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "crosslmm.data.decode"])
+    return context
+
+
+def _settle_in(memory_bytes: int, environment: dict[str, str]) -> None:
+    """First thing a child does: take the environment (credentials) from its owner, since it was forked from a process
+    with an older one; bound its memory [bytes]; leave no core; say nothing, as decord prints what it reads."""
+    os.environ.update(environment)
+    limit = psutil.Process().memory_info().vms + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        os.dup2(nowhere, output)

@@ -132,7 +132,7 @@ class ReadSamples:
     def __init__(self, layout: Layout, rows: ray.ObjectRef, data: DataConfig, image_size: int) -> None:
         self.layout = layout
         self.rows: list[dict[str, Any]] = ray.get(rows)
-        self.decoder = Decoder(data.num_frames, image_size, data.decoder, data.decode_timeout_s)
+        self.decoder = Decoder(data, image_size)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """A row that cannot be read keeps its place: no frames, and the reason in `error`."""

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -50,9 +53,16 @@ def cluster(store):
         yield cluster
 
 
+def png():
+    encoder = av.codec.CodecContext.create("png", "w")
+    encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = 48, 64, "rgb24", Fraction(1)
+    grey = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 99, np.uint8), format="rgb24")
+    return b"".join(bytes(packet) for packet in [*encoder.encode(grey), *encoder.encode(None)])
+
+
 @pytest.fixture(scope="module")
 def manifest(store):
-    """In the object store: generated clips, the three real ones, and three rows that cannot be read."""
+    """In the object store: generated clips, the three real ones, one with an image beside, three unreadable rows."""
     folder = "s3://videos/data"
     write_sample_set(folder, train=40, held_out=8)
     rows = storage.read_bytes(f"{folder}/train.jsonl").decode().splitlines()
@@ -60,6 +70,13 @@ def manifest(store):
         storage.write_bytes(f"{folder}/real/{clip.name}", clip.read_bytes())
         row = {"id": clip.stem, "video": f"real/{clip.name}", "messages": conversation("What is it?", clip.stem)}
         rows.append(json.dumps(row))
+    storage.write_bytes(f"{folder}/still.png", png())
+    several = [
+        {"type": "video", "video": f"real/{REAL_CLIPS[0].name}"}, {"type": "text", "text": " and "},
+        {"type": "image", "image": "still.png"}, {"type": "text", "text": " Which is a still?"},
+    ]  # fmt: skip
+    talk = [{"role": "user", "content": several}, {"role": "assistant", "content": "the second"}]
+    rows.append(json.dumps({"id": "several", "messages": talk}))
     storage.write_bytes(f"{folder}/empty.mp4", b"")
     storage.write_bytes(f"{folder}/text.mp4", b"#EXTM3U\nhttp://localhost/secret\n")
     for name in UNREADABLE:

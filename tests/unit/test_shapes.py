@@ -4,6 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from crosslmm.config import DataConfig
 from crosslmm.data.decode import decode_video
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.shapes import (
@@ -68,7 +69,7 @@ def way(first, last):
 
 def test_every_answer_can_be_read_off_the_pixels(folder):
     for row in [*rows(folder, "train")[:60], *rows(folder, "held_out")]:
-        frames = decode_video(row["videos"][0], FRAMES, SIDE, "pyav")
+        frames = decode_video(row["videos"][0], DataConfig(num_frames=FRAMES), SIDE)
         assert len(frames) == FRAMES
         seen = [look(frame) for frame in frames]
         (first, colour), (middle, _), (last, _) = seen[0], seen[FRAMES // 2], seen[-1]
@@ -84,7 +85,7 @@ def test_every_answer_can_be_read_off_the_pixels(folder):
 
 def test_a_clip_that_asks_what_came_first_shows_three_colours(folder):
     for row in [r for r in rows(folder, "held_out") if r["kind"] == "first"]:
-        frames = decode_video(row["videos"][0], FRAMES, SIDE, "pyav")
+        frames = decode_video(row["videos"][0], DataConfig(num_frames=FRAMES), SIDE)
         assert len({look(frame)[1] for frame in frames}) == 3
 
 

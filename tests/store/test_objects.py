@@ -1,0 +1,186 @@
+"""Reading from a real object store over HTTP: what travels, and whose fault an error is."""
+
+import os
+import socket
+import time
+
+import av
+import numpy as np
+import pytest
+from conftest import ROOT
+from object_store import running_object_store
+from s3fs import S3FileSystem
+from wire import Wire
+
+from crosslmm import storage
+from crosslmm.config import DataConfig
+from crosslmm.data import decode
+from crosslmm.data.decode import Decoder, Unreadable, decode_video
+from crosslmm.data.shapes import encode_clip
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with running_object_store(tmp_path_factory.mktemp("store") / "swift", venv=ROOT / ".cache" / "swift-venv") as store:
+        store.make_bucket("videos")
+        yield store
+
+
+@pytest.fixture
+def wire(store, monkeypatch):
+    with Wire(int(store.endpoint.rsplit(":", 1)[1])) as wire:
+        use(monkeypatch, store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{wire.port}"})
+        yield wire
+
+
+def use(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+
+
+def grey(*levels):
+    return np.stack([np.full((48, 64, 3), level, np.uint8) for level in levels])
+
+
+@pytest.fixture
+def clip(wire):
+    uri = "s3://videos/good.mp4"
+    storage.write_bytes(uri, encode_clip(grey(40, 200)))
+    return uri
+
+
+@pytest.fixture
+def decoder(wire, monkeypatch):
+    monkeypatch.setattr(decode, "WAITS_S", (0.1,))
+    monkeypatch.setattr(decode, "ANSWER_WITHIN_S", 2.0)
+    with Decoder(DataConfig(num_frames=2, decode_timeout_s=10), SIDE) as decoder:
+        yield decoder
+
+
+def test_a_file_reads_as_its_bytes_wherever_one_jumps(wire):
+    data = np.random.default_rng(0).bytes(3_000_000)
+    storage.write_bytes("s3://videos/bytes", data)
+    jumps = np.random.default_rng(1)
+    with storage.open_read("s3://videos/bytes") as file:
+        storage.will_read(file, [(500_000, 700_000), (600_000, 800_000), (2_000_000, 2_000_010), (2_999_000, 10**9)])
+        for _ in range(60):
+            at, length = int(jumps.integers(3_000_100)), int(jumps.integers(1, 100_000))
+            assert file.seek(at) == file.tell() == at
+            piece = file.read(length)
+            assert data[at:].startswith(piece)
+            assert len(piece) <= length
+            assert piece or at >= len(data)
+        file.seek(0)
+        assert file.read() == data
+
+
+def test_an_announced_range_is_one_request_and_nothing_else_travels(wire):
+    storage.write_bytes("s3://videos/bytes", bytes(3_000_000))
+    with storage.open_read("s3://videos/bytes") as file:
+        received, requests = wire.received, wire.requests
+        storage.will_read(file, [(100_000, 900_000), (2_000_000, 2_300_000)])
+        for start, end in ((100_000, 900_000), (2_000_000, 2_300_000)):
+            file.seek(start)
+            while file.tell() < end:
+                file.read(min(32768, end - file.tell()))
+        assert wire.requests - requests == 2
+        assert 1_100_000 <= wire.received - received < 1_110_000
+
+
+def test_a_long_video_costs_about_the_groups_of_pictures_that_it_needs(wire, tmp_path):
+    path = tmp_path / "long.mp4"
+    texture = np.random.default_rng(0).integers(0, 255, (240, 1000, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"g": "15", "preset": "ultrafast", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        for i in range(600):
+            image = np.ascontiguousarray(texture[:, i : i + 320])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    storage.write_bytes("s3://videos/long.mp4", path.read_bytes())
+    before = wire.received, wire.requests
+    data = DataConfig(num_frames=4)
+    remote, local = decode_video("s3://videos/long.mp4", data, SIDE), decode_video(str(path), data, SIDE)
+    assert np.array_equal(remote, local)
+    assert wire.received - before[0] < 0.3 * path.stat().st_size
+    assert wire.requests - before[1] <= 4 + 6
+
+
+def test_an_object_that_is_missing_or_bad_is_its_own_fault(decoder, clip):
+    storage.write_bytes("s3://videos/empty.mp4", b"")
+    good, missing, empty = decoder([clip, "s3://videos/missing.mp4", "s3://videos/empty.mp4"])
+    assert isinstance(good, np.ndarray)
+    assert missing == Unreadable("no such file", "read")
+    assert (empty.reason, empty.stage) == ("the file is empty", "check")
+    assert len(empty.version) >= 32
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_no_mixture(wire):
+    storage.write_bytes("s3://videos/changing", bytes(1_000_000))
+    with storage.open_read("s3://videos/changing") as file:
+        file.read(10)
+        storage.write_bytes("s3://videos/changing", b"\1" * 1_000_000)
+        file.seek(900_000)
+        with pytest.raises(OSError, match=r"[Ee]xpired|preconditions"):
+            file.read(10)
+
+
+def test_a_missing_bucket_is_no_bad_video(decoder):
+    with pytest.raises(storage.Unavailable, match="there is no bucket nowhere"):
+        decoder(["s3://nowhere/clip.mp4"])
+
+
+def test_refused_credentials_are_no_bad_video(wire, monkeypatch, clip):
+    use(monkeypatch, {"AWS_SECRET_ACCESS_KEY": "wrong"})
+    monkeypatch.setattr(decode, "WAITS_S", ())
+    with (
+        Decoder(DataConfig(num_frames=2), SIDE) as decoder,
+        pytest.raises(storage.Unavailable, match=r"permission denied, as for all of videos; check the credentials"),
+    ):
+        decoder([clip])
+
+
+def test_a_store_out_of_reach_is_no_bad_video(monkeypatch, store):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    use(monkeypatch, store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_MAX_ATTEMPTS": "1"})
+    monkeypatch.setattr(decode, "WAITS_S", ())
+    with (
+        Decoder(DataConfig(num_frames=2), SIDE) as decoder,
+        pytest.raises(storage.Unavailable, match="Could not connect to the endpoint"),
+    ):
+        decoder(["s3://videos/clip.mp4"])
+
+
+def test_a_store_that_comes_back_in_time_costs_nothing(monkeypatch, store, clip):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    use(monkeypatch, store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_MAX_ATTEMPTS": "1"})
+    wires = []
+
+    def wait(seconds):
+        wires.append(Wire(int(store.endpoint.rsplit(":", 1)[1]), port=port).__enter__())
+        time.sleep(0.1)
+
+    monkeypatch.setattr(decode, "pause", wait)
+    with Decoder(DataConfig(num_frames=2), SIDE) as decoder:
+        assert isinstance(decoder([clip])[0], np.ndarray)
+    assert len(wires) == 1
+    wires[0].__exit__(None, None, None)
+
+
+def test_a_store_that_stops_answering_is_no_slow_video(decoder, wire, clip):
+    assert isinstance(decoder([clip])[0], np.ndarray)
+    decoder.data = decoder.data.model_copy(update={"decode_timeout_s": 2.0})
+    wire.silent = True
+    with pytest.raises(storage.Unavailable, match="has not answered for 2 s"):
+        decoder([clip])
+
+
+def test_children_see_the_environment_as_it_is_now(monkeypatch):
+    monkeypatch.setenv("CROSSLMM_TEST", "now")
+    with Decoder(DataConfig(num_frames=2), SIDE) as decoder:
+        assert decoder._schedule(os.getenv, "CROSSLMM_TEST").result() == "now"

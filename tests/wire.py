@@ -1,0 +1,57 @@
+"""A relay on loopback that counts what passes: requests, and bytes received."""
+
+import re
+import socket
+import threading
+from types import TracebackType
+from typing import Self
+
+REQUEST = re.compile(rb"(?:GET|HEAD|PUT|POST|DELETE) \S+ HTTP/1\.1\r\n")
+
+
+class Wire:
+    """Listens on `port` and relays to `target` while the block is entered.
+
+    Attributes:
+        requests: HTTP requests sent so far.
+        received: bytes that came back so far, headers included.
+        silent: set it, and nothing passes any more; connections stay open.
+    """
+
+    def __init__(self, target: int, port: int = 0) -> None:
+        self.target, self.requests, self.received, self.silent = target, 0, 0, False
+        self._listener = socket.create_server(("127.0.0.1", port))
+        self.port: int = self._listener.getsockname()[1]
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            store = socket.create_connection(("127.0.0.1", self.target))
+            for source, sink, back in ((client, store, False), (store, client, True)):
+                threading.Thread(target=self._relay, args=(source, sink, back), daemon=True).start()
+
+    def _relay(self, source: socket.socket, sink: socket.socket, back: bool) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                if back:
+                    self.received += len(data)
+                else:
+                    # A request of ours begins a piece: the client waits for each answer.
+                    self.requests += bool(REQUEST.match(data))
+                if not self.silent:
+                    sink.sendall(data)
+        except OSError:
+            pass
+        finally:
+            for end in (source, sink):
+                end.close()

@@ -114,7 +114,6 @@ def test_other_containers_are_read(seen, form, codec):
     assert all(np.diff(frames) > 10)
 
 
-@pytest.mark.parametrize("begins", [0, 1000])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("codec", "pixels"), [("png", "rgb24"), ("mjpeg", "yuvj420p")])
 def test_an_image_is_a_video_of_one_frame(tmp_path, backend, codec, pixels):
@@ -130,6 +129,7 @@ def test_an_image_is_a_video_of_one_frame(tmp_path, backend, codec, pixels):
     assert abs(frames[0, 16, 28].astype(int) - (200, 30, 30)).max() < 12
 
 
+@pytest.mark.parametrize("begins", [0, 1000])
 def test_a_stream_without_a_duration_is_measured(seen, begins):
     """As a browser records it; and one that began long before."""
     times = begins + np.arange(20) / FPS

@@ -155,7 +155,7 @@ def _train(setting: Setting, rank: int, port: int) -> int:
         "attention_mask": torch.ones_like(input_ids),
         "labels": input_ids.masked_fill(input_ids == 0, -100),
         "pixel_values": torch.randint(0, 256, (setting.frames, 3, side, side), dtype=torch.uint8),
-        "num_frames": torch.tensor([setting.frames]),
+        "num_frames": torch.tensor([[setting.frames]]),
     })  # fmt: skip
     for _ in range(2):
         for i in range(setting.accumulation):

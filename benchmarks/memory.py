@@ -158,9 +158,7 @@ def _train(setting: Setting, rank: int, port: int) -> int:
         "num_frames": torch.tensor([[setting.frames]]),
     })  # fmt: skip
     for _ in range(2):
-        for i in range(setting.accumulation):
-            if setting.workers:
-                model.set_requires_gradient_sync(i == setting.accumulation - 1)
+        for _ in range(setting.accumulation):
             model(**batch, num_items_in_batch=1).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -328,8 +328,8 @@ class _Layout:
 
     @property
     def _gradients(self) -> int:
-        """In the backward pass. Gradients that wait for the step's last micro-batch are whole, in float32."""
-        held = FLOAT32 * self.learning // (1 if self.accumulates else self.workers)
+        """In the backward pass: the shards of all, and what is being reduced."""
+        held = FLOAT32 * self.learning // self.workers
         if not self.sharded:
             return held
         in_flight = self.compute_bytes * (self.root_learning + self.largest_unit_learning)

@@ -88,8 +88,8 @@ def _step(
     divisor = labelled.clamp(min=1)
     loss = torch.zeros((), device=device)
     model.train()
-    for i, batch in enumerate(micro):
-        model.set_requires_gradient_sync(i == len(micro) - 1)
+    for batch in micro:
+        # Gradients are reduced with every micro-batch: those that waited for the last would be whole, in float32.
         # FSDP averages gradients over ranks; the sum is wanted.
         # Divided out here: FSDP in bf16 would round the divisor on its way into the model.
         part = model(**batch.to(device), num_items_in_batch=1).loss * (world / divisor)

@@ -188,10 +188,8 @@ def test_shards_are_halved_by_twice_the_workers(measured):
     assert two.activations == four.activations
 
 
-def test_gradients_that_wait_for_more_micro_batches_are_whole(measured):
-    waiting = memory(changed(measured, "train", global_batch_size=8))
-    total = sum(cost.parameters(cost.empty_model(measured.model)).values())
-    assert waiting.gradients - memory(measured).gradients == pytest.approx(4 * total / 2, rel=0.01)
+def test_more_micro_batches_take_no_more_memory(measured):
+    assert memory(changed(measured, "train", global_batch_size=8)) == memory(measured)
 
 
 def test_bf16_halves_activations_and_keeps_float32_moments(measured):

@@ -23,6 +23,7 @@ from crosslmm.config import DataConfig
 from crosslmm.data.collate import Sample
 from crosslmm.data.decode import Decoder, Unreadable
 from crosslmm.data.order import Order
+from crosslmm.data.quarantine import Entry
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -30,6 +31,9 @@ Made = TypeVar("Made")
 # A block costs Ray Data 30 to 40 ms whatever it holds, so small samples travel together.
 BLOCK_BYTES = 16 * 2**20
 BLOCK_ROWS = 128
+
+SUBSTITUTES = 8
+"""Other rows that are tried at the place of an unreadable one; beyond them the place has no weight."""
 
 
 @dataclass(frozen=True)
@@ -133,20 +137,30 @@ class ReadSamples:
         self.layout = layout
         self.rows: list[dict[str, Any]] = ray.get(rows)
         self.decoder = Decoder(data, image_size)
+        self.unreadable: dict[int, Unreadable] = {}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """A row that cannot be read keeps its place: no frames, and the reason in `error`."""
+        """In training a row that cannot be read is replaced by another one; in validation it keeps its place, without
+        frames and with the reason in `error`. Both are named in `bad`."""
         places = self.layout.places(int(batch["block"][0]))
         index, weight = self.layout.order.at(places)
+        videos: list[np.ndarray | Unreadable | None] = [None] * len(index)
+        bad: list[list[dict[str, Any]]] = [[] for _ in index]
+        waiting = list(range(len(index)))
+        for attempt in range(1, SUBSTITUTES + 2):
+            for i, video in zip(waiting, self._read(index[waiting]), strict=True):
+                videos[i] = video
+                if isinstance(video, Unreadable):
+                    bad[i].append(Entry.of(self.rows[index[i]], video).to_dict())
+            waiting = [i for i in waiting if isinstance(videos[i], Unreadable) and weight[i]]
+            if self.layout.order.seed is None or not waiting or attempt > SUBSTITUTES:
+                break
+            for i in waiting:
+                index[i] = self.layout.order.substitute(int(places[i]), attempt)
         rows = [self.rows[i] for i in index]
-        videos = [(i, row["video"]) for i, row in enumerate(rows) if row["video"]]
-        decoded: dict[int, np.ndarray | Unreadable] = dict(
-            zip([i for i, _ in videos], self.decoder([uri for _, uri in videos]), strict=True)
-        )
         frames = np.empty(len(rows), dtype=object)
         errors = np.full(len(rows), "", dtype=object)
-        for i in range(len(rows)):
-            video = decoded.get(i)
+        for i, video in enumerate(videos):
             frames[i] = video if isinstance(video, np.ndarray) else np.empty((0, 0, 0, 3), np.uint8)
             errors[i] = video.reason if isinstance(video, Unreadable) else ""
         return {
@@ -158,7 +172,16 @@ class ReadSamples:
             "messages": [json.dumps(row["messages"]) for row in rows],
             "frames": frames,
             "error": errors,
+            "bad": [json.dumps(entries) for entries in bad],
         }
+
+    def _read(self, index: np.ndarray) -> list[np.ndarray | Unreadable | None]:
+        """The videos of some rows; None where a row has none. What is known to be bad is not tried again."""
+        new = {int(i) for i in index if self.rows[i]["video"] and i not in self.unreadable}
+        uris = {i: self.rows[i]["video"] for i in sorted(new)}
+        found = dict(zip(uris, self.decoder(list(uris.values())), strict=True))
+        self.unreadable |= {i: video for i, video in found.items() if isinstance(video, Unreadable)}
+        return [found.get(int(i), self.unreadable.get(int(i))) for i in index]
 
 
 def to_samples(batch: dict[str, np.ndarray], expected_place: int) -> list[Sample]:
@@ -180,6 +203,7 @@ def to_samples(batch: dict[str, np.ndarray], expected_place: int) -> list[Sample
             kind=str(batch["kind"][i]) or None,
             weight=float(batch["weight"][i]),
             error=str(batch["error"][i]) or None,
+            bad=json.loads(batch["bad"][i]),
         )
         for i in range(len(batch["place"]))
     ]

@@ -8,22 +8,29 @@
 (c) `bytes_over_needed`, `requests`: 32 frames of a 10-minute object over HTTP, counted on the wire.
 (d) `bad5_over_clean`, `good_kept`: good samples/s with 5 % bad files / without, and the share of good ones delivered.
 (e) `pipeline_over_dataloader`: frames/s of the pipeline / of a torch DataLoader with decord, after their first batch.
+(f) `memory_growth_mib`: resident memory of a decoder, its child included, after 2,000 clips less after the first 100.
 
 Arms take turns, three rounds at least; a figure is the median of the rounds' ratios.
 """
 
 import argparse
 import functools
+import logging
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+import psutil
+import ray
+import torch
 from av.video.reformatter import VideoReformatter
 from rich.table import Table
 
@@ -31,11 +38,14 @@ from benchmarks import report
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data import sampling
-from crosslmm.data.decode import Unreadable, decode_video
+from crosslmm.data.decode import Decoder, Unreadable, decode_video
+from crosslmm.data.order import Order
+from crosslmm.data.pipeline import Layout, block_rows, build_dataset, to_samples
 from tests.object_store import running_object_store
 from tests.wire import Wire
 
 FRAMES, SIDE, FPS = 32, 384, 30
+SAMPLES, PROCESSES = 40, 2
 LIMITS = {"decode_over_needed": "<= 1.3", "pipeline_over_plain": ">= 0.9", "bytes_over_needed": "<= 1.5",
           "bad5_over_clean": ">= 0.9", "good_kept": "= 1"}  # fmt: skip
 
@@ -197,12 +207,153 @@ def over_http(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
     }
 
 
+def run_pipeline(videos: list[Path], data: DataConfig) -> dict[str, Any]:
+    """One epoch over these videos through Ray Data as training reads it; rates are counted from the first batch on."""
+    rows: list[dict[str, Any]] = [
+        {"line": i + 1, "id": f"{i}", "videos": [str(path)], "messages": [], "kind": None}
+        for i, path in enumerate(videos)
+    ]
+    order = Order(len(rows), 1, seed=0)
+    layout = Layout(order, 1, 0, order.steps_per_epoch, block_rows(data, SIDE))
+    began = time.perf_counter()
+    dataset = build_dataset(layout, ray.put(rows), data, SIDE, workers=PROCESSES, cpus_per_worker=0.5)
+    samples, frames, first = [], 0, 0.0
+    for place, batch in enumerate(dataset.iter_batches(batch_size=1, prefetch_batches=2)):
+        if place == len(rows):
+            break  # what fills up the last block
+        (sample,) = to_samples(batch, place)
+        first = first or time.perf_counter()
+        samples.append(sample)
+        frames += sum(len(video) for video in sample.videos)
+    took = time.perf_counter() - first
+    own = {s.line for s in samples if not s.bad and not s.error}
+    return {
+        "frames_per_s": (frames - FRAMES) / took,
+        "good_per_s": (sum(not s.error for s in samples) - 1) / took,
+        "own_lines": own,
+        "startup_s": first - began,
+    }
+
+
+def run_plain(videos: list[Path], data: DataConfig) -> float:
+    """Frames/s of the same decoder in as many processes that do nothing else, start-up apart."""
+    with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_count_frames, videos[:PROCESSES], [data] * PROCESSES))
+        began = time.perf_counter()
+        frames = sum(pool.map(_count_frames, videos, [data] * len(videos)))
+        return frames / (time.perf_counter() - began)
+
+
+def _count_frames(path: Path, data: DataConfig) -> int:
+    return len(decode_video(str(path), data, SIDE))  # type: ignore[arg-type]
+
+
+class DecordVideos(torch.utils.data.Dataset[torch.Tensor]):
+    """What users write today: decord in a map-style dataset, frames by number, resized while decoding."""
+
+    def __init__(self, videos: list[Path]) -> None:
+        self.videos = videos
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        import decord
+
+        reader = decord.VideoReader(str(self.videos[number]), width=SIDE, height=SIDE, num_threads=1)
+        chosen = np.linspace(0, len(reader) - 1, FRAMES).astype(int)
+        return torch.from_numpy(reader.get_batch(chosen).asnumpy())
+
+
+def run_dataloader(videos: list[Path]) -> float:
+    """Frames/s of a torch DataLoader with as many workers, from the first batch on."""
+    frames, first = 0, 0.0
+    for batch in torch.utils.data.DataLoader(DecordVideos(videos), batch_size=1, num_workers=PROCESSES):
+        first = first or time.perf_counter()
+        frames += batch.shape[1]
+    return (frames - FRAMES) / (time.perf_counter() - first)
+
+
+def pipeline(folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """(b) and (e), on clips with a keyframe a second."""
+    path = folder / "pipeline.mp4"
+    write_clip(path, 60, 30)
+    videos, data, startup_s = [path] * SAMPLES, DataConfig(num_frames=FRAMES), []
+
+    def ours() -> float:
+        measured = run_pipeline(videos, data)
+        startup_s.append(measured["startup_s"])
+        return measured["frames_per_s"]
+
+    start_ray()
+    measured = in_turns(
+        rounds, ours=ours, plain=lambda: run_plain(videos, data), dataloader=lambda: run_dataloader(videos)
+    )
+    figures = {
+        "pipeline_over_plain": median_ratio(measured, "ours", "plain"),
+        "pipeline_over_dataloader": median_ratio(measured, "ours", "dataloader"),
+        "startup_s": statistics.median(startup_s),
+    }
+    return figures, {"frames_per_s": measured, "samples": SAMPLES, "processes": PROCESSES}
+
+
+def with_bad_files(folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """(d). One file in twenty is bad: cut before its index, empty, no video, missing."""
+    path = folder / "good.mp4"
+    write_clip(path, 60, 30)
+    kinds = {"cut.mp4": path.read_bytes()[:1_000_000], "empty.mp4": b"", "text.mp4": b"no video" * 100}
+    for name, content in kinds.items():
+        (folder / name).write_bytes(content)
+    bad = [folder / name for name in (*kinds, "missing.mp4")]
+    clean = [path] * SAMPLES
+    mixed = [bad[i // 20 % len(bad)] if i % 20 == 7 else path for i in range(SAMPLES)]
+    good = {i + 1 for i, video in enumerate(mixed) if video == path}
+    data, kept = DataConfig(num_frames=FRAMES), []
+
+    def with_bad() -> float:
+        measured = run_pipeline(mixed, data)
+        kept.append(len(measured["own_lines"] & good) / len(good))
+        return measured["good_per_s"]
+
+    start_ray()
+    measured = in_turns(rounds, bad5=with_bad, clean=lambda: run_pipeline(clean, data)["good_per_s"])
+    figures = {"bad5_over_clean": median_ratio(measured, "bad5", "clean"), "good_kept": min(kept)}
+    return figures, {"good_per_s": measured, "samples": SAMPLES, "bad": SAMPLES - len(good)}
+
+
+def memory(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """(f), on short clips. The child is replaced after 1,000 videos; the detail has its memory before that, too."""
+    path = folder / "short_clip.mp4"
+    write_clip(path, 2, 30)
+    resident_mib = {}
+    with Decoder(DataConfig(num_frames=8), SIDE) as decoder:
+        done = 0
+        for count in (100, 990, 1990, 2000):
+            for _ in range((count - done) // 10):
+                decoder([str(path)] * 10)
+            done = count
+            resident_mib[count] = _resident_mib()
+    return {"memory_growth_mib": resident_mib[2000] - resident_mib[100]}, {"resident_mib": resident_mib}
+
+
+def _resident_mib() -> float:
+    me = psutil.Process()
+    return sum(p.memory_info().rss for p in [me, *me.children(recursive=True)]) / 2**20
+
+
+def start_ray() -> None:
+    """A cluster of this machine's own, quiet."""
+    if not ray.is_initialized():
+        ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False)
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+
+
 def main() -> None:
     """Measure the points asked for and print each figure beside its limit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--points", default="ac", help="which of the points, such as ac")
+    parser.add_argument("--points", default="abcdf", help="which of the points; b measures e with it")
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
     detail: dict[str, Any] = {}
@@ -210,7 +361,10 @@ def main() -> None:
         folder = Path(name)
         points: dict[str, Callable[[], tuple[dict[str, float], dict[str, Any]]]] = {
             "a": lambda: decoding(folder, arguments.rounds),
+            "b": lambda: pipeline(folder, arguments.rounds),  # and e
             "c": lambda: over_http(folder),
+            "d": lambda: with_bad_files(folder, arguments.rounds),
+            "f": lambda: memory(folder),
         }
         for point in arguments.points:
             found, detail[point] = points[point]()

@@ -76,7 +76,8 @@ class DataConfig(Section):
     """What it is trained on."""
 
     manifest: str = "sample"
-    """JSONL manifest, path or s3:// URI; "sample" generates the sample set (with its held-out manifest) if missing."""
+    """JSONL, JSON (LLaVA's) or Parquet manifest, or a folder of videos with sidecars; path or s3:// URI.
+    "sample" generates the sample set (with its held-out manifest) if missing."""
     validation_manifest: str | None = None
     """Held-out manifest, path or URI; null validates nothing (with "sample": the sample set's own)."""
     num_frames: Count = 64
@@ -98,6 +99,10 @@ class DataConfig(Section):
     """Longest video that is decoded [s]."""
     max_frame_pixels: Count = 8192 * 4352
     """Largest frame that is decoded, width x height [px]."""
+    max_bad_share: Share = 0.1
+    """Share of a worker's samples whose videos may be unreadable; beyond it the run stops and says why."""
+    bad_allowed: Annotated[int, Field(ge=0)] = 20
+    """So many unreadable videos a worker never stop a run, whatever their share [videos]."""
 
 
 class LearningRates(Section):

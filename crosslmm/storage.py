@@ -267,6 +267,19 @@ def exists(uri: str) -> bool:
     return fs.exists(path)
 
 
+def is_folder(uri: str) -> bool:
+    """Whether there are objects in it."""
+    fs, path = _filesystem(uri)
+    return fs.isdir(path)
+
+
+def names_in(folder: str) -> list[str]:
+    """Names of the files in a folder and the folders below it, relative to it."""
+    fs, path = _filesystem(folder)
+    root = path.rstrip("/") + "/"
+    return sorted(name.removeprefix(root) for name in fs.find(path))
+
+
 def download(uri: str, folder: str) -> None:
     """Copy a folder's files to a local folder."""
     fs, path = _filesystem(uri)

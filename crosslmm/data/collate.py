@@ -1,7 +1,7 @@
 """Samples -> padded batches. Knows the processor only as something that can be called."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ class Sample:
     """0 where the row only fills up an epoch."""
     error: str | None
     """Why its video could not be read."""
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    """Ledger entries of the rows that were to stand here, this one included, and could not be read."""
 
 
 @dataclass

@@ -7,7 +7,7 @@ import resource
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as Overtime
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from time import sleep as pause
 from types import TracebackType
@@ -47,6 +47,8 @@ class Unreadable:
     """Where it failed: getting its bytes; type and limits; decoding; time; the child's death."""
     version: str | None = None
     """The object's ETag, where it has one."""
+    attempts: int = 1
+    """How often it was tried: twice where the machine may have been the cause, by time or by killing."""
 
 
 class Decoder:
@@ -93,7 +95,11 @@ class Decoder:
     def _result(self, uri: str, future: pebble.ProcessFuture) -> np.ndarray | Unreadable:
         for wait in (*WAITS_S, None):
             try:
-                return self._verdict(uri, future)
+                result = self._verdict(uri, future)
+                if isinstance(result, Unreadable) and result.stage in ("deadline", "crash"):
+                    result = self._verdict(uri, self._schedule(self._decode, uri))
+                    result = replace(result, attempts=2) if isinstance(result, Unreadable) else result
+                return result
             except (storage.Unavailable, BrokenProcessPool):  # or a child died with nothing to do
                 if wait is None:
                     raise

@@ -19,6 +19,8 @@ from crosslmm.data.sampling import Sampling, nearest
 
 # Demuxers whose index names the keyframes. A transport stream has none, and is decoded from its start.
 INDEXED = ("mov", "matroska", "avi")
+# A moment that rounding has put a hair before its frame belongs to that frame [ticks of the stream's clock].
+ROUNDING = 1e-3
 # H.264 lets so many frames be decoded before one that is shown earlier.
 MOST_REORDERED = 16
 
@@ -118,7 +120,8 @@ def _frames_within(
     """Images of the frames that the policy wants of so many seconds [s], and where the last of them ends [s]."""
     base = float(stream.time_base or 1)
     start = stream.start_time or 0
-    wanted = start + Sampling(data.num_frames, data.sampling, data.fps).times(duration, duration - _gap(stream)) / base
+    times = Sampling(data.num_frames, data.sampling, data.fps).times(duration, duration - _gap(stream))
+    wanted = start + times / base + ROUNDING
     visits = _visits(container, stream, wanted)
     storage.will_read(file, _ranges(container, stream, visits))
     resize = VideoReformatter()
@@ -284,7 +287,7 @@ def with_decord(file: BinaryIO, form: str, data: DataConfig, image_size: int) ->
     wanted = Sampling(data.num_frames, data.sampling, data.fps).times(duration, float(begins[-1]))
     # decord's own resize fails on some widths (48: "the size must exactly match"), so the same one as above is used.
     resize = VideoReformatter()
-    frames = reader.get_batch(order[nearest(begins, wanted)]).asnumpy()
+    frames = reader.get_batch(order[nearest(begins, wanted + 1e-6)]).asnumpy()
     return np.stack(
         [
             resize.reformat(av.VideoFrame.from_ndarray(f, format="rgb24"), image_size, image_size).to_ndarray()

@@ -1,12 +1,12 @@
-"""The manifest: one JSON object a line, each a conversation, most of them about a video."""
+"""The manifest: rows, each a conversation, most of them about a video. `formats` says what it may be written in."""
 
-import codecs
 import hashlib
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crosslmm import storage
+from crosslmm.data import formats
 
 RESERVED = ("<|im_start|>", "<|im_end|>", "<|video_pad|>")
 """Tokens of the chat format: written out in a text they would break out of their message."""
@@ -140,18 +140,16 @@ class Manifest:
         """
         self.uri = storage.absolute(uri)
         try:
-            data = storage.read_bytes(self.uri)
+            data, raw_rows = formats.read(self.uri)
         except (OSError, ValueError) as error:
             raise BadManifest(f"{uri}: cannot be read: {type(error).__name__}: {error}") from error
         self.digest = hashlib.sha256(data).hexdigest()
         self.rows: list[dict] = []
         reasons: list[str] = []
         first_line: dict[str, int] = {}
-        for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
-            if not line.strip():
-                continue
+        for number, raw in raw_rows:
             try:
-                row = Row.model_validate_json(line)
+                row = Row.model_validate(formats.to_row(raw, number))
                 if row.id in first_line:
                     raise ValueError(f"id {row.id!r} is also on line {first_line[row.id]}")
                 first_line[row.id] = number

@@ -46,6 +46,18 @@ class Order:
             rows[here] = self._shuffle(int(epoch))[positions[here] % self.rows]
         return rows, (positions < self.rows).astype(np.float32)
 
+    def substitute(self, place: int, attempt: int) -> int:
+        """The row that stands in at a place whose own row, and all substitutes before this one, cannot be read.
+
+        Drawn from the same manifest and fixed by (seed, place, attempt), so that every rank takes every step, and a
+        resume sees the same rows.
+
+        Args:
+            place: of the run.
+            attempt: from 1.
+        """
+        return int(np.random.default_rng([self.seed or 0, place, attempt]).integers(self.rows))
+
     def _shuffle(self, epoch: int) -> np.ndarray:
         if self.seed is None:
             return np.arange(self.rows)

@@ -23,6 +23,7 @@ from crosslmm.config import DataConfig
 from crosslmm.data.collate import Sample
 from crosslmm.data.decode import Decoder, Unreadable
 from crosslmm.data.order import Order
+from crosslmm.data.quarantine import Entry
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -30,6 +31,9 @@ Made = TypeVar("Made")
 # A block costs Ray Data 30 to 40 ms whatever it holds, so small samples travel together.
 BLOCK_BYTES = 16 * 2**20
 BLOCK_ROWS = 128
+
+SUBSTITUTES = 8
+"""Other rows that are tried at the place of an unreadable one; beyond them the place has no weight."""
 
 
 @dataclass(frozen=True)
@@ -133,21 +137,33 @@ class ReadSamples:
         self.layout = layout
         self.rows: list[dict[str, Any]] = ray.get(rows)
         self.decoder = Decoder(data, image_size)
+        self.unreadable: dict[int, Entry] = {}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """A row that cannot be read keeps its place: no frames, and the reason in `error`."""
+        """In training a row that cannot be read is replaced by another one; in validation it keeps its place, without
+        frames and with the reason in `error`. Both are named in `bad`."""
         places = self.layout.places(int(batch["block"][0]))
         index, weight = self.layout.order.at(places)
+        videos: list[list[np.ndarray] | Entry] = [[] for _ in index]
+        bad: list[list[dict[str, Any]]] = [[] for _ in index]
+        waiting = list(range(len(index)))
+        for attempt in range(1, SUBSTITUTES + 2):
+            for i, found in zip(waiting, self._read(index[waiting]), strict=True):
+                videos[i] = found
+                if isinstance(found, Entry):
+                    bad[i].append(found.to_dict())
+            waiting = [i for i in waiting if isinstance(videos[i], Entry) and weight[i]]
+            if self.layout.order.seed is None or not waiting or attempt > SUBSTITUTES:
+                break
+            for i in waiting:
+                index[i] = self.layout.order.substitute(int(places[i]), attempt)
         rows = [self.rows[i] for i in index]
-        decoded = iter(self.decoder([uri for row in rows for uri in row["videos"]]))
         frames, counts, errors = (np.empty(len(rows), dtype=object) for _ in range(3))
-        for i, row in enumerate(rows):
-            videos = [next(decoded) for _ in row["videos"]]
-            reasons = [v.reason for v in videos if isinstance(v, Unreadable)]
-            readable = [v for v in videos if isinstance(v, np.ndarray)] if not reasons else []
+        for i, found in enumerate(videos):
+            readable = [] if isinstance(found, Entry) else found
             frames[i] = np.concatenate(readable) if readable else np.empty((0, 0, 0, 3), np.uint8)
-            counts[i] = np.array([len(v) for v in readable], dtype=np.int64)
-            errors[i] = reasons[0] if reasons else ""
+            counts[i] = np.array([len(video) for video in readable], dtype=np.int64)
+            errors[i] = found.reason if isinstance(found, Entry) else ""
         return {
             "place": places,
             "weight": weight,
@@ -158,7 +174,23 @@ class ReadSamples:
             "frames": frames,
             "counts": counts,
             "error": errors,
+            "bad": [json.dumps(entries) for entries in bad],
         }
+
+    def _read(self, index: np.ndarray) -> list[list[np.ndarray] | Entry]:
+        """The videos of some rows, or what is wrong with one of them. What is known to be bad is not tried again."""
+        new = sorted({int(i) for i in index if i not in self.unreadable})
+        decoded = iter(self.decoder([uri for i in new for uri in self.rows[i]["videos"]]))
+        found: dict[int, list[np.ndarray]] = {}
+        for i in new:
+            row, found[i] = self.rows[i], []
+            for uri in row["videos"]:
+                video = next(decoded)
+                if isinstance(video, Unreadable):
+                    self.unreadable[i] = Entry.of(row, uri, video)
+                else:
+                    found[i].append(video)
+        return [self.unreadable.get(int(i), found.get(int(i), [])) for i in index]
 
 
 def to_samples(batch: dict[str, np.ndarray], expected_place: int) -> list[Sample]:
@@ -182,6 +214,7 @@ def to_samples(batch: dict[str, np.ndarray], expected_place: int) -> list[Sample
             kind=str(batch["kind"][i]) or None,
             weight=float(batch["weight"][i]),
             error=str(batch["error"][i]) or None,
+            bad=json.loads(batch["bad"][i]),
         )
         for i in range(len(batch["place"]))
     ]

@@ -20,6 +20,7 @@ from crosslmm.model.pretrained import build_config, build_processor
 from crosslmm.train import launch
 
 PLAIN_LINE_EVERY_S = 10.0
+LEDGER = "quarantine.jsonl"
 
 
 @dataclass
@@ -168,7 +169,12 @@ class Follower:
         self._began: float | None = None
         self._last_line = 0.0
         self._unrecorded: list[tuple[int, float, dict[str, float]]] = []
-        self._unreadable: dict[tuple[str, int], dict[str, Any]] = {}
+        self._ledger_uri = storage.join(job.folder, LEDGER)
+        self._ledger_is_old = False
+        # A resumed run goes on with its ledger.
+        written = storage.read_bytes(self._ledger_uri) if storage.exists(self._ledger_uri) else b""
+        entries = [json.loads(line) for line in written.splitlines()]
+        self._unreadable: dict[tuple[str, int], dict[str, Any]] = {(e["split"], e["line"]): e for e in entries}
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[news]}"), console=console, disable=not console.is_terminal,
@@ -192,9 +198,8 @@ class Follower:
         if self._unrecorded:
             self.record.log(self._unrecorded)
         if self._unreadable:
-            lines = [json.dumps(item) for _, item in sorted(self._unreadable.items())]
-            self.record.log_text("unreadable.jsonl", "\n".join(lines) + "\n")
-            self.console.print(f"{len(lines)} rows could not be read and were left out: unreadable.jsonl in the record")
+            self.record.log_text(LEDGER, self._ledger())
+            self.console.print(f"{len(self._unreadable)} rows could not be read: {LEDGER} in the record and the run")
 
     def _follow(self) -> None:
         while True:
@@ -242,13 +247,25 @@ class Follower:
             self.console.print(f"{len(self._unrecorded)} steps wait to be recorded: {type(error).__name__}")
 
     def _take_unreadable(self, items: list[dict[str, Any]]) -> None:
+        known = len(self._unreadable)
         for item in items:
             key = (item["split"], item["line"])
             if key not in self._unreadable:
                 self._unreadable[key] = item
                 data = self.job.config.data
                 manifest = data.manifest if item["split"] == launch.TRAIN else data.validation_manifest
-                self.console.print(f"left out: {manifest} line {item['line']} ({item['id']}): {item['reason']}")
+                line = f"left out: {manifest} line {item['line']} ({item['id']}): {item['reason']}"
+                self.console.print(line, markup=False)
+        self._ledger_is_old |= len(self._unreadable) > known
+        if self._ledger_is_old:
+            try:
+                storage.write_bytes(self._ledger_uri, self._ledger().encode())
+                self._ledger_is_old = False
+            except OSError as error:
+                self.console.print(f"{LEDGER} waits to be written: {type(error).__name__}")
+
+    def _ledger(self) -> str:
+        return "".join(json.dumps(item) + "\n" for _, item in sorted(self._unreadable.items()))
 
 
 def _validation_line(step: int, metrics: dict[str, float]) -> str:

@@ -27,6 +27,7 @@ from crosslmm.data.collate import Sample, collate, collate_for_validation
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.order import Order
 from crosslmm.data.pipeline import Layout, ahead, block_rows, build_dataset, to_samples
+from crosslmm.data.quarantine import Tally
 from crosslmm.model.pretrained import build_config, build_model, build_processor
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.optim import build_optimizer
@@ -294,6 +295,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
 def _samples(job: Job, name: str, layout: Layout, micro_batches: int) -> Iterator[list[Sample]]:
     """This rank's samples, a micro-batch at a time, checked to be the ones that are due."""
     size, rank = job.config.train.micro_batch_size, dist.get_rank()
+    tally = Tally(name, job.config.data.max_bad_share, job.config.data.bad_allowed)
     shard = iter(ray.train.get_dataset_shard(name).iter_batches(batch_size=size, prefetch_batches=2))
     for number in range(micro_batches):
         step, position = divmod(number * size, layout.rank_rows)
@@ -302,9 +304,8 @@ def _samples(job: Job, name: str, layout: Layout, micro_batches: int) -> Iterato
         if batch is None:
             raise RuntimeError(f"the data ended where place {due} of the run was due")
         samples = to_samples(batch, due)
-        for sample in samples:
-            if sample.error:
-                job.board.post.remote(
-                    "unreadable", {"split": name, "line": sample.line, "id": sample.id, "reason": sample.error}
-                )
+        bad = [entry for sample in samples for entry in sample.bad]
+        for entry in bad:
+            job.board.post.remote("unreadable", {"split": name, **entry})
+        tally.count(len(samples), bad)
         yield samples

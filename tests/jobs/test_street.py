@@ -150,7 +150,7 @@ def test_the_whole_job_in_an_object_store(undisturbed, manifest, tracking_uri):
 
 def test_unreadable_rows_are_counted_and_named_and_cost_only_themselves(undisturbed, manifest, tracking_uri):
     outcome, output = undisturbed
-    text = MlflowClient(tracking_uri).download_artifacts(outcome["run_id"], "unreadable.jsonl")
+    text = MlflowClient(tracking_uri).download_artifacts(outcome["run_id"], "quarantine.jsonl")
     found = [json.loads(line) for line in Path(text).read_text().splitlines()]
     rows = storage.read_bytes(manifest).decode().splitlines()
     assert {row["id"] for row in found} == UNREADABLE.keys()
@@ -159,6 +159,9 @@ def test_unreadable_rows_are_counted_and_named_and_cost_only_themselves(undistur
         assert UNREADABLE[row["id"]] in row["reason"]
         assert f"line {row['line']} ({row['id']}): {row['reason']}" in output
     assert "3 rows could not be read" in output
+    in_the_run = storage.read_bytes("s3://videos/runs/undisturbed/quarantine.jsonl").decode().splitlines()
+    assert [json.loads(line) for line in in_the_run] == found
+    assert {row["stage"] for row in found} == {"read", "check"}
 
 
 def test_the_registered_model_answers_about_a_real_clip(undisturbed, tracking_uri, monkeypatch):

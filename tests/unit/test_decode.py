@@ -252,8 +252,8 @@ def test_a_decoder_that_spins_or_crashes_is_replaced(tmp_path):
         began = time.monotonic()
         first, spun, second, crashed, third = decoder([good, "spins", good, "crashes", good])
         assert time.monotonic() - began < 30
-    assert spun == Unreadable("decoding took over 1.5 s and was killed", "deadline")
-    assert crashed == Unreadable("the decoder died (exit code -11)", "crash")
+    assert spun == Unreadable("decoding took over 1.5 s and was killed", "deadline", attempts=2)
+    assert crashed == Unreadable("the decoder died (exit code -11)", "crash", attempts=2)
     assert np.array_equal(first, second)
     assert np.array_equal(first, third)
 

@@ -4,6 +4,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from crosslmm.config import DataConfig
 from crosslmm.data.order import Order
@@ -73,6 +75,46 @@ def test_another_number_of_ranks_goes_on_with_exactly_what_is_left():
     for ranks, first, steps in [(2, 0, 4), (3, 4, 2), (4, 6, 1), (1, 7, 3)]:
         consumed += per_rank(Layout(order, ranks, first, steps, block_rows=5))
     assert sorted(np.concatenate(consumed)) == list(range(10 * 12))
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.integers(1, 60),
+    per_rank_batch=st.integers(1, 4),
+    legs=st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 9)), min_size=1, max_size=5),
+    rows_in_block=st.integers(1, 40),
+)
+def test_any_kill_and_any_change_of_workers_leaves_exactly_what_is_left(
+    seed, rows, per_rank_batch, legs, rows_in_block
+):
+    """However often a run is killed and by how many workers it is resumed, each epoch trains on each row once."""
+    order = Order(rows, 12 * per_rank_batch, seed)
+    taken, step = [], 0
+    for ranks, steps in legs:
+        shares = per_rank(Layout(order, ranks, step, steps, rows_in_block))
+        assert len({len(share) for share in shares}) == 1, "every rank takes every step"
+        taken += shares
+        step += steps
+    rest = per_rank(Layout(order, 2, step, -step % order.steps_per_epoch, rows_in_block))
+    places = np.sort(np.concatenate([*taken, *rest]))
+    assert places.tolist() == list(range(len(places)))
+    index, weight = order.at(places)
+    epochs = len(places) // (order.steps_per_epoch * order.global_batch_size)
+    assert np.bincount(index[weight == 1], minlength=rows).tolist() == [epochs] * rows
+    assert weight.sum() == epochs * rows
+
+
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 100), place=st.integers(0, 2**40), attempt=st.integers(1, 8))
+def test_a_substitute_is_fixed_by_seed_place_and_attempt(seed, rows, place, attempt):
+    row = Order(rows, 4, seed).substitute(place, attempt)
+    assert 0 <= row < rows
+    assert row == Order(rows, 8, seed).substitute(place, attempt)
+
+
+def test_substitutes_are_spread_over_all_rows():
+    drawn = [Order(10, 4, 0).substitute(place, 1) for place in range(1000)]
+    assert np.bincount(drawn, minlength=10).min() > 60
+    assert drawn != [Order(10, 4, 0).substitute(place, 2) for place in range(1000)]
 
 
 def test_a_block_holds_16_mib_of_frames():

@@ -1,0 +1,131 @@
+"""Manifests that people have -> rows in this project's form, not yet checked.
+
+*.jsonl      one object a line: {"id", "video", "messages", "kind"}, or LLaVA's {"id", "video", "conversations"}
+*.json       a list of such objects, as LLaVA's
+*.parquet    the same as columns; `messages` as a list of structs whose `content` is a list, or as JSON
+a folder     videos, each beside a NAME.json with `messages` or `conversations`
+"""
+
+import codecs
+import io
+import json
+import posixpath
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.parquet
+
+from crosslmm import storage
+
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts")
+PLACES = ("<video>", "<image>")
+"""Where LLaVA's texts say that the video stands; LLaVA-Video's own say image."""
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class BadRow(ValueError):
+    """A row that is in none of the forms; the message says what is wrong."""
+
+
+def read(uri: str) -> tuple[bytes, Iterator[tuple[int, str | bytes | dict[str, Any]]]]:
+    """A manifest's bytes, for its digest, and its rows with their numbers from 1, as JSON or as values.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not what its name says.
+    """
+    name = uri.lower()
+    if not name.endswith((".jsonl", ".json", ".parquet")) and storage.is_folder(uri):
+        data = _folder(uri)
+        return data, _lines(data)
+    data = storage.read_bytes(uri)
+    if name.endswith(".parquet"):
+        return data, _parquet(pyarrow.parquet.ParquetFile(io.BytesIO(data)))
+    if name.endswith(".json"):
+        return data, _list(data)
+    return data, _lines(data)
+
+
+def to_row(raw: str | bytes | dict[str, Any], number: int) -> dict[str, Any]:
+    """One row in our form. LLaVA's rows bring fields of their own, which are left out, and may lack an id.
+
+    Raises:
+        BadRow: not an object, or a conversation that is in neither form.
+    """
+    try:
+        row = json.loads(raw) if isinstance(raw, str | bytes) else raw
+    except ValueError as error:
+        raise BadRow(f"Invalid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise BadRow("Input should be an object")
+    if "conversations" in row and "messages" not in row:
+        known = {key: row[key] for key in ("video", "kind") if key in row}
+        shown = {"type": "image", "image": row["image"]} if "image" in row else None
+        shown = {"type": "video"} if "video" in row else shown
+        row = {"id": str(row.get("id", number)), **known, "messages": _messages(row["conversations"], shown)}
+    return row
+
+
+def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+        if line.strip():
+            yield number, line
+
+
+def _list(data: bytes) -> Iterator[tuple[int, Any]]:
+    rows = json.loads(data)
+    if not isinstance(rows, list):
+        raise BadRow("a .json manifest is a list of objects; one object a line is .jsonl")
+    return enumerate(rows, start=1)
+
+
+def _parquet(file: pyarrow.parquet.ParquetFile) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    for batch in file.iter_batches(batch_size=4096):
+        for row in batch.to_pylist():
+            number += 1
+            row = _without_nulls(row)
+            if isinstance(row.get("messages"), str):
+                row["messages"] = json.loads(row["messages"])
+            for message in row.get("messages", []):
+                # A column has one type, so that an answer is a list of parts where a question is.
+                if message.get("role") == "assistant" and isinstance(message.get("content"), list):
+                    message["content"] = "".join(part.get("text", "") for part in message["content"])
+            yield number, row
+
+
+def _without_nulls(value: Any) -> Any:
+    """A struct has all fields of all its rows; those that a row lacks are null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _folder(uri: str) -> bytes:
+    """A folder's videos as JSONL, by name. Videos without a sidecar are none of its rows."""
+    names = storage.names_in(uri)
+    sidecars = {posixpath.splitext(name)[0]: name for name in names if name.endswith(".json")}
+    lines = []
+    for name in sorted(names):
+        stem, ending = posixpath.splitext(name)
+        if ending.lower() in VIDEOS and stem in sidecars:
+            said = json.loads(storage.read_bytes(storage.join(uri, sidecars[stem])))
+            lines.append(json.dumps({"id": stem, "video": storage.join(uri, name), **said}))
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _messages(turns: Any, shown: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """LLaVA's conversations -> messages. The first placeholder is the place of the video or image, if there is one."""
+    messages: list[dict[str, Any]] = []
+    for turn in turns if isinstance(turns, list) else []:
+        if not isinstance(turn, dict) or turn.get("from") not in SPEAKERS or not isinstance(turn.get("value"), str):
+            raise BadRow('a turn of conversations is {"from": "human", "gpt" or "system", "value": text}')
+        role, text = SPEAKERS[turn["from"]], turn["value"]
+        place = next((place for place in PLACES if place in text), None)
+        if role == "user" and shown and place:
+            before, after = (part.strip() for part in text.split(place, 1))
+            parts = [{"type": "text", "text": before}, shown, {"type": "text", "text": after}]
+            messages.append({"role": role, "content": [part for part in parts if part.get("text") != ""]})
+            shown = None
+        else:
+            messages.append({"role": role, "content": text})
+    return messages

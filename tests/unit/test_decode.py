@@ -15,8 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
+from crosslmm.data.clips import FPS, encode_clip
 from crosslmm.data.decode import Decoder, Unreadable, UnreadableVideo, decode_video
-from crosslmm.data.shapes import FPS, encode_clip
 
 SIDE = 32
 BACKENDS = ("pyav", "decord")

@@ -194,7 +194,7 @@ def train_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    gates = {name: float(p.tanh()) for name, p in model.named_parameters() if name.endswith(".gate")}
+    gates = {name: float(p.detach().tanh()) for name, p in model.named_parameters() if name.endswith(".gate")}
     return {**score(model.eval(), processor, folder, config), "loss": statistics.mean(losses[-50:]), "gates": gates}
 
 

@@ -1,10 +1,11 @@
-"""Write the sample set: short H.264 clips of moving shapes, with questions, into a folder or an s3:// URI."""
+"""Write a sample set: short H.264 clips with questions, into a folder or an s3:// URI."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from jsonargparse import auto_cli
 from pydantic import Field
 
+from crosslmm.data.digits import write_digits
 from crosslmm.data.shapes import write_sample_set
 
 
@@ -13,16 +14,20 @@ def prepare(
     train: Annotated[int, Field(ge=4)] = 3000,
     held_out: Annotated[int, Field(ge=4)] = 160,
     seed: int = 0,
+    kind: Literal["shapes", "digits"] = "shapes",
 ) -> None:
-    """Write the sample set: short H.264 clips of moving shapes, with questions about colour, shape, motion and order.
+    """Write a sample set: short H.264 clips with questions.
 
     Args:
         folder: path or s3:// URI that gets the clips, train.jsonl and held_out.jsonl.
         train: clips to train on.
         held_out: clips to validate with, drawn apart from those.
         seed: the same seed gives the same bytes.
+        kind: moving shapes, with questions about colour, shape, motion and order; or small handwritten digits, which
+            need scikit-learn.
     """
-    write_sample_set(folder, train, held_out, seed)
+    write = {"shapes": write_sample_set, "digits": write_digits}[kind]
+    write(folder, train, held_out, seed)
     print(f"{folder}: {train} clips in train.jsonl, {held_out} in held_out.jsonl")
 
 

@@ -4,19 +4,14 @@ Two kinds of clip. In a *motion* clip one shape crosses the frame; in a *sequenc
 another. The same seed gives the same bytes.
 """
 
-import io
-import itertools
-import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import av
 import numpy as np
 
 from crosslmm import storage
+from crosslmm.data.clips import Clip, write_split
 
-SIDE, FRAMES, FPS = 64, 8, 4
+SIDE, FRAMES = 64, 8
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 190, 60),
@@ -61,57 +56,28 @@ def write_sample_set(folder: str, train: int = 3000, held_out: int = 160, seed: 
 
     A training clip's questions are asked in one conversation, in random order; a held-out clip is asked one question,
     the kinds in equal shares. Held-out clips are drawn apart from the training clips.
-
     """
-    # x264 lets go of the interpreter, so two threads encode in half of the time.
-    with ThreadPoolExecutor(2) as threads:
-        for stream, (split, count) in enumerate({"train": train, "held_out": held_out}.items()):
-            rows: list[dict[str, Any]] = []
-            clips = _clips(np.random.default_rng([seed, stream]), count)
-            while part := list(itertools.islice(clips, 256)):
-                videos = [f"{split}/{len(rows) + i:05d}.mp4" for i in range(len(part))]
-                written = threads.map(
-                    lambda video, clip: storage.write_bytes(storage.join(folder, video), encode_clip(clip[2])),
-                    videos,
-                    part,
-                )
-                rows += [_row(split, video, *clip[:2]) for video, clip, _ in zip(videos, part, written, strict=True)]
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            storage.write_bytes(storage.join(folder, f"{split}.jsonl"), lines.encode())
+    for stream, (split, count) in enumerate({"train": train, "held_out": held_out}.items()):
+        write_split(folder, split, _clips(np.random.default_rng([seed, stream]), count, one_each=split == "held_out"))
 
 
-def _row(split: str, video: str, kinds: list[str], answers: dict[str, str]) -> dict[str, Any]:
-    """One line of the manifest. A held-out clip asks one of its questions, the kinds taking turns."""
-    number = int(video[-9:-4])
-    if split == "train":
-        return {"id": video[:-4], "video": video, "messages": _conversation(kinds, answers)}
-    kind = list(QUESTIONS)[number % len(QUESTIONS)]
-    return {"id": video[:-4], "video": video, "messages": _conversation([kind], answers), "kind": kind}
-
-
-def _clips(rng: np.random.Generator, count: int) -> Iterator[tuple[list[str], dict[str, str], np.ndarray]]:
-    """Draw clips: the kinds of question in the order in which they are asked, all answers, the frames."""
+def _clips(rng: np.random.Generator, count: int, one_each: bool) -> Iterator[Clip]:
+    """Draw clips. With `one_each` a clip asks one of its questions, the kinds taking turns."""
     for i in range(count):
         if i % 4 == 3:
             colours = [str(c) for c in rng.choice(list(COLOURS), 3, replace=False)]
-            yield ["first"], {"first": colours[0]}, _sequence(rng, colours)
+            kinds, answers = ["first"], {"first": colours[0]}
+            frames = _sequence(rng, colours)
         else:
             colour, shape, direction = (str(rng.choice(list(d))) for d in (COLOURS, SHAPES, DIRECTIONS))
             kinds = [str(k) for k in rng.permutation(["colour", "shape", "direction"])]
             answers = {"colour": colour, "shape": shape, "direction": direction}
-            yield kinds, answers, _motion(rng, colour, shape, direction)
+            frames = motion(rng, colour, shape, direction)
+        kind = list(QUESTIONS)[i % len(QUESTIONS)] if one_each else None
+        yield Clip(frames, [(QUESTIONS[k], answers[k]) for k in ([kind] if kind else kinds)], kind)
 
 
-def _conversation(kinds: list[str], answers: dict[str, str]) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    for kind in kinds:
-        text = {"type": "text", "text": QUESTIONS[kind]}
-        messages.append({"role": "user", "content": [text] if messages else [{"type": "video"}, text]})
-        messages.append({"role": "assistant", "content": answers[kind]})
-    return messages
-
-
-def _motion(rng: np.random.Generator, colour: str, shape: str, direction: str) -> np.ndarray:
+def motion(rng: np.random.Generator, colour: str, shape: str, direction: str) -> np.ndarray:
     """One shape that crosses the middle of the frame at an even speed."""
     ground, size, speed = rng.uniform(115, 135), rng.uniform(13, 14), rng.uniform(4.6, 4.9)
     step = np.array(DIRECTIONS[direction])
@@ -136,16 +102,3 @@ def _draw(ground: float, colour: str, shape: str, centre: np.ndarray, size: floa
     y, x = np.ogrid[:SIDE, :SIDE]
     frame[SHAPES[shape]((x - centre[0]) / size, (y - centre[1]) / size)] = COLOURS[colour]
     return frame
-
-
-def encode_clip(frames: np.ndarray) -> bytes:
-    """uint8 (frames, height, width, 3) -> an H.264 .mp4. One thread, so that the same frames give the same bytes."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "20", "preset": "veryfast", "threads": "1"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()

@@ -15,8 +15,8 @@ from wire import Wire
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data import decode
+from crosslmm.data.clips import encode_clip
 from crosslmm.data.decode import Decoder, Unreadable, decode_video
-from crosslmm.data.shapes import encode_clip
 
 SIDE = 32
 

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from crosslmm.config import DataConfig
+from crosslmm.data.clips import FPS, encode_clip
 from crosslmm.data.decode import Decoder, Unreadable, decode_video
-from crosslmm.data.shapes import FPS, encode_clip
 
 SIDE = 32
 BACKENDS = ("pyav", "decord")

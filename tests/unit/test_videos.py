@@ -269,7 +269,7 @@ def test_the_layers_that_look_back_can_be_listed(variant):
 @torch.no_grad()
 def test_a_further_question_reuses_the_video_and_the_talk_so_far(variant, processor, config, tmp_path, monkeypatch):
     from crosslmm.answer import CONFIG, Answerer
-    from crosslmm.data.shapes import encode_clip
+    from crosslmm.data.clips import encode_clip
 
     model = variant()
     model.generation_config.max_length = None

@@ -51,12 +51,12 @@ def with_pyav(file: BinaryIO, form: str, data: DataConfig, image_size: int) -> n
         if "matroska" in container.format.name:
             _rewind(container)  # only a seek makes it read its index
         duration = _claimed_duration(container, stream)
-        if not duration or duration > data.max_video_s:
+        if not 0 < duration <= data.max_video_s:
             duration = _measure(container, stream)
         if duration > data.max_video_s:
             raise UnreadableVideo(f"it lasts {duration:.0f} s, and data.max_video_s is {data.max_video_s:g}")
-        found, end = _frames_within(container, stream, file, data, duration, image_size)
-        if end < duration / 2 and (measured := _measure(container, stream)) < duration / 2:
+        found, reached = _frames_within(container, stream, file, data, duration, image_size)
+        if reached < 0.5 and (measured := _measure(container, stream)) < duration / 2:
             # The header promises more than twice of what there is.
             found, _ = _frames_within(container, stream, file, data, measured, image_size)
     if not found:
@@ -99,6 +99,11 @@ def _rewind(container: InputContainer) -> None:
         container.seek(0)
 
 
+def _jump(container: InputContainer, stream: VideoStream, time: int) -> None:
+    with contextlib.suppress(av.FFmpegError):  # the caller looks where it has landed
+        container.seek(time, stream=stream)
+
+
 def _measure(container: InputContainer, stream: VideoStream) -> float:
     """Duration of a stream whose container does not say it, or not rightly [s], from its packets."""
     _rewind(container)
@@ -117,7 +122,8 @@ def _measure(container: InputContainer, stream: VideoStream) -> float:
 def _frames_within(
     container: InputContainer, stream: VideoStream, file: BinaryIO, data: DataConfig, duration: float, image_size: int
 ) -> tuple[list[np.ndarray], float]:
-    """Images of the frames that the policy wants of so many seconds [s], and where the last of them ends [s]."""
+    """Images of the frames that the policy wants of so many seconds [s], and which share of the way to the last wanted
+    one was reached."""
     base = float(stream.time_base or 1)
     start = stream.start_time or 0
     times = Sampling(data.num_frames, data.sampling, data.fps).times(duration, duration - _gap(stream))
@@ -134,7 +140,7 @@ def _frames_within(
             image = resize.reformat(frame, image_size, image_size, format="rgb24").to_ndarray()
             # The phone was held upright: containers store the turn, decoders do not make it.
             images.append(np.rot90(image, frame.rotation // 90))
-    return images, (end - start) * base
+    return images, (end - start) / max(wanted[-1] - start, ROUNDING)
 
 
 Visit = tuple[int | None, np.ndarray]
@@ -186,7 +192,7 @@ def _visit(
     for attempt in range(3):
         if key is not None or attempt:
             # libav takes the time for one of showing, and finds the keyframe by the time in its index.
-            container.seek(0 if key is None else key + _lag(stream), stream=stream)
+            _jump(container, stream, 0 if key is None else key + _lag(stream))
         shown = _shown(stream, _decoded(container, stream, moments[-1]))
         first = next(shown, None)
         if key is None or first is None or (first[0].key_frame and (first[0].pts or 0) <= moments[0]):

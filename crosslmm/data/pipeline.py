@@ -19,6 +19,7 @@ import ray
 from ray.data import DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.collate import Sample
 from crosslmm.data.decode import Decoder, Unreadable
@@ -144,19 +145,12 @@ class ReadSamples:
         frames and with the reason in `error`. Both are named in `bad`."""
         places = self.layout.places(int(batch["block"][0]))
         index, weight = self.layout.order.at(places)
-        videos: list[list[np.ndarray] | Entry] = [[] for _ in index]
-        bad: list[list[dict[str, Any]]] = [[] for _ in index]
-        waiting = list(range(len(index)))
-        for attempt in range(1, SUBSTITUTES + 2):
-            for i, found in zip(waiting, self._read(index[waiting]), strict=True):
-                videos[i] = found
-                if isinstance(found, Entry):
-                    bad[i].append(found.to_dict())
-            waiting = [i for i in waiting if isinstance(videos[i], Entry) and weight[i]]
-            if self.layout.order.seed is None or not waiting or attempt > SUBSTITUTES:
-                break
-            for i in waiting:
-                index[i] = self.layout.order.substitute(int(places[i]), attempt)
+        unavailable = ""
+        try:
+            videos, bad = self._read_or_replace(places, index, weight)
+        except storage.Unavailable as error:
+            # Raised here it would reach the trainer's log under Ray's own tracebacks; `to_samples` raises it again.
+            videos, bad, unavailable = [[] for _ in index], [[] for _ in index], str(error)
         rows = [self.rows[i] for i in index]
         frames, counts, errors = (np.empty(len(rows), dtype=object) for _ in range(3))
         for i, found in enumerate(videos):
@@ -175,7 +169,28 @@ class ReadSamples:
             "counts": counts,
             "error": errors,
             "bad": [json.dumps(entries) for entries in bad],
+            "unavailable": [unavailable] * len(rows),
         }
+
+    def _read_or_replace(
+        self, places: np.ndarray, index: np.ndarray, weight: np.ndarray
+    ) -> tuple[list[list[np.ndarray] | Entry], list[list[dict[str, Any]]]]:
+        """The videos, and for each place the entries of all rows that could not be read there. Changes `index` to the
+        rows that stand there in the end."""
+        videos: list[list[np.ndarray] | Entry] = [[] for _ in index]
+        bad: list[list[dict[str, Any]]] = [[] for _ in index]
+        waiting = list(range(len(index)))
+        for attempt in range(1, SUBSTITUTES + 2):
+            for i, found in zip(waiting, self._read(index[waiting]), strict=True):
+                videos[i] = found
+                if isinstance(found, Entry):
+                    bad[i].append(found.to_dict())
+            waiting = [i for i in waiting if isinstance(videos[i], Entry) and weight[i]]
+            if self.layout.order.seed is None or not waiting or attempt > SUBSTITUTES:
+                break
+            for i in waiting:
+                index[i] = self.layout.order.substitute(int(places[i]), attempt)
+        return videos, bad
 
     def _read(self, index: np.ndarray) -> list[list[np.ndarray] | Entry]:
         """The videos of some rows, or what is wrong with one of them. What is known to be bad is not tried again."""
@@ -198,7 +213,10 @@ def to_samples(batch: dict[str, np.ndarray], expected_place: int) -> list[Sample
 
     Raises:
         RuntimeError: these are not the places from the expected one on, so the order would be broken.
+        storage.Unavailable: the store of the videos cannot be used.
     """
+    if unavailable := next((str(text) for text in batch["unavailable"] if text), ""):
+        raise storage.Unavailable(unavailable)
     due = expected_place + np.arange(len(batch["place"]))
     if not np.array_equal(batch["place"], due):
         raise RuntimeError(f"the data delivered places {batch['place']} of the run where {due} were due")

@@ -12,6 +12,7 @@ import pytest
 import zoo
 
 from crosslmm.config import DataConfig
+from crosslmm.data import frames
 from crosslmm.data.decode import Decoder, Unreadable, decode_video
 
 pytestmark = pytest.mark.corrupt
@@ -149,9 +150,9 @@ def decoded(decoder, tmp_path):
     return decoded
 
 
-def numbers(frames):
-    assert isinstance(frames, np.ndarray), frames
-    return [zoo.read(frame) for frame in frames]
+def numbers(found):
+    assert isinstance(found, np.ndarray), found
+    return [zoo.read(frame) for frame in found]
 
 
 def harmless(found):
@@ -167,11 +168,21 @@ def test_an_odd_file_gives_its_right_frames(decoded, kind):
     assert numbers(decoded(data)) == expected
 
 
+@pytest.mark.parametrize("form", ["mp4", "matroska", "mpegts"])
+def test_the_other_policies_see_their_frames_and_measure_nothing(tmp_path, monkeypatch, form):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(zoo.video(form))
+    monkeypatch.setattr(frames, "_measure", None)
+    for policy, expected in {"fps": [0, 5, 10], "fps_then_uniform": [0, 19, 39]}.items():
+        data = DataConfig(num_frames=3, sampling=policy, fps=2)
+        assert numbers(decode_video(str(path), data, SIDE)) == expected
+
+
 @pytest.mark.parametrize("clockwise", QUARTERS)
 def test_a_turned_file_is_turned(decoded, clockwise):
-    frames = decoded(zoo.turned(zoo.video(size=(128, 128)), QUARTERS[clockwise]))
-    assert numbers(frames)[0] != WHOLE[0]
-    assert numbers(np.rot90(frames, clockwise, axes=(1, 2))) == WHOLE
+    found = decoded(zoo.turned(zoo.video(size=(128, 128)), QUARTERS[clockwise]))
+    assert numbers(found)[0] != WHOLE[0]
+    assert numbers(np.rot90(found, clockwise, axes=(1, 2))) == WHOLE
 
 
 @pytest.mark.parametrize("kind", SALVAGED)

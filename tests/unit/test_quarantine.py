@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 
+from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.decode import Unreadable
 from crosslmm.data.order import Order
@@ -91,6 +92,19 @@ def test_validation_leaves_a_bad_row_out_and_asks_no_other_twice():
     samples, read = read_all(Order(ROWS, 4, seed=None), ranks=1)
     assert [place for place, sample in samples.items() if sample.error] == sorted(BAD)
     assert sorted(read.decoder.asked) == list(range(ROWS))
+
+
+def test_a_store_out_of_reach_stops_the_reader_with_its_own_words():
+    layout = Layout(Order(ROWS, 4, seed=0), ranks=1, first_step=0, steps=1, block_rows=4)
+    read = reader(layout, BAD)
+
+    def out_of_reach(uris):
+        raise storage.Unavailable("s3://bucket/a.mp4: could not connect")
+
+    read.decoder = out_of_reach
+    batch = {key: value if key == "frames" else np.array(value) for key, value in read({"block": [0]}).items()}
+    with pytest.raises(storage.Unavailable, match=r"^s3://bucket/a.mp4: could not connect$"):
+        to_samples(batch, 0)
 
 
 def test_a_line_of_the_ledger_is_harmless_and_complete():

@@ -73,15 +73,16 @@ class GatedCrossAttention(nn.Module):
         key_OHSC, value_OHSC = self._keys_and_values(lookup, visual, cache)
         if lookup.is_empty:
             return x_BLD
-        x_ND = x_BLD.flatten(0, 1)
-        asks_GQD = x_ND.index_select(0, lookup.rows_GQ.flatten()).unflatten(0, lookup.rows_GQ.shape)
+        rows_N = lookup.rows_GQ.flatten()
+        asks_GQD = x_BLD.flatten(0, 1).index_select(0, rows_N).unflatten(0, lookup.rows_GQ.shape)
         query_GHQC = self._heads(self.q_proj(self.query_norm(asks_GQD)))
         if self.rotary:
             query_GHQC = _turn(query_GHQC, lookup.time_GQ)
         seen_GQD = self.o_proj(self._attend(query_GHQC, key_OHSC, value_OHSC, lookup))
         seen_GQD = torch.where(lookup.valid_GQ[:, :, None], torch.tanh(self.gate) * seen_GQD, 0.0)
-        x_ND = x_ND.index_add(0, lookup.rows_GQ.flatten(), seen_GQD.flatten(0, 1).to(x_ND.dtype))
-        return x_ND.view_as(x_BLD)
+        out_BLD = x_BLD.clone()  # no view is returned: FSDP hangs its hook on the tensor
+        out_BLD.flatten(0, 1).index_add_(0, rows_N, seen_GQD.flatten(0, 1).to(x_BLD.dtype))
+        return out_BLD
 
     def _heads(self, x_GQC: Tensor) -> Tensor:
         return x_GQC.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

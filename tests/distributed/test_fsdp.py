@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ def fixed_batch(processor):
 
 def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrides: tuple[str, ...] = ()) -> None:
     torch.set_num_threads(1)
+    # pytest's filters do not reach here. What FSDP says about a module's output is about wrong gradients.
+    warnings.filterwarnings("error", category=UserWarning, module=r"torch\.distributed\.fsdp.*")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{ranks}-{resume}-{stop}", rank=rank,
                             world_size=ranks)  # fmt: skip
     config = run_config(ranks, *overrides)

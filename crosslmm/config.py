@@ -66,7 +66,7 @@ class ModelConfig(Section):
     """What a pooled token looks back at: its whole video, or its own frame alone, which costs linearly in frames."""
     cross_attention_rotary: bool = False
     """Rotary positions over frames in the cross-attentions; the paper has none."""
-    encoder_chunk: Count = 8
+    encoder_chunk: Count = 4
     """Frames that the vision encoder holds intermediates of at a time [frames]."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernels; flash_attention_2 needs a GPU, bf16 and the `flash` extra."""

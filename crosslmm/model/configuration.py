@@ -48,7 +48,7 @@ class CrossLMMConfig(PreTrainedConfig):
     t2v: bool = True
     v2v_scope: Literal["video", "frame"] = "video"
     cross_attention_rotary: bool = False
-    encoder_chunk: int = 8
+    encoder_chunk: int = 4
     video_token_id: int | None = None
     tie_word_embeddings: bool = False
 

@@ -76,9 +76,7 @@ def encode(tower: SiglipVisionModel, pixels_FCHW: Tensor, chunk: int) -> Tensor:
     dtype = tower.embeddings.patch_embedding.weight.dtype
     learns = any(parameter.requires_grad for parameter in tower.parameters())
     with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-        # In float a frame's pixels take more than its tokens: fewer of them at a time.
-        few = max(1, chunk // 4)
-        x_FPD = in_chunks(lambda part: tower.embeddings(part.to(dtype).div_(127.5).sub_(1.0)), pixels_FCHW, few)
+        x_FPD = in_chunks(lambda part: tower.embeddings(part.to(dtype).div_(127.5).sub_(1.0)), pixels_FCHW, chunk)
         for layer in tower.encoder.layers:
             x_FPD = layer(x_FPD)
         return in_chunks(tower.post_layernorm, x_FPD, chunk)[:frames]

@@ -58,8 +58,7 @@ def write_digits(folder: str, train: int = 3000, held_out: int = 160, seed: int 
     digits = load_digits(seed)
     for stream, (split, count) in enumerate({"train": train, "held_out": held_out}.items()):
         clips = _clips(np.random.default_rng([seed, stream]), count, digits[split], one_each=split == "held_out")
-        # Fine strokes want a low crf. No B-frames: with them x264 gives the same frames other bytes now and then.
-        write_split(folder, split, clips, crf="12", bf="0")
+        write_split(folder, split, clips, crf="12")  # fine strokes
 
 
 def _clips(rng: np.random.Generator, count: int, digits: Digits, one_each: bool) -> Iterator[Clip]:

@@ -60,7 +60,7 @@ def _row(name: str, clip: Clip) -> dict[str, Any]:
 def encode_clip(frames: np.ndarray, **x264: str) -> bytes:
     """uint8 (frames, height, width, 3) -> an H.264 .mp4; the same frames give the same bytes."""
     # With threads, or with B-frames, x264 gives the same frames other bytes now and then.
-    options = {"crf": "20", "preset": "veryfast", "threads": "1", "bf": "0", **x264}
+    options = {"crf": "18", "preset": "veryfast", "threads": "1", "bf": "0", **x264}
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options=options)

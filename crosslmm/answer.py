@@ -37,7 +37,9 @@ class Answerer:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.processor = AutoProcessor.from_pretrained(folder)
         # Flash attention is a matter of the machine that trained, not of the one that answers.
-        model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
+        half = self.device.startswith("cuda") and self.config.train.precision == "bf16"
+        dtype = torch.bfloat16 if half else torch.float32
+        model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype)
         self.model: Any = model.eval().to(self.device)
         self.decoder = Decoder(self.config.data, self.processor.image_size)
 
@@ -82,14 +84,15 @@ class Talk:
     def ask(self, question: str, max_new_tokens: int = 64) -> str:
         """The greedy answer to a question that may refer to those before."""
         processor, model = self.answerer.processor, self.answerer.model
-        self.messages.append(_question(question, first=not self.messages))
-        prompt = processor([self.messages], [[self.video]], answer=True).to(self.answerer.device)
+        messages = [*self.messages, _question(question, first=not self.messages)]
+        prompt = processor([messages], [[self.video]], answer=True).to(self.answerer.device)
         ids = prompt["input_ids"][0]
         if self._cache is not None:
             # What was said may be spelled in other tokens when it is read again: keep what still holds.
             shared = min(len(ids), len(self._cached))
             same = int((ids[:shared] == self._cached[:shared]).cumprod(0).sum())
             self._cache.self_attention_cache.crop(same - len(self._cached))
+            self._cached = self._cached[:same]
         out = model.generate(
             **prompt,
             past_key_values=self._cache,
@@ -100,7 +103,7 @@ class Talk:
         self._cache = out.past_key_values
         self._cached = out.sequences[0, : out.past_key_values.get_seq_length()]
         (said,) = processor.batch_decode(out.sequences[:, len(ids) :], skip_special_tokens=True)
-        self.messages.append({"role": "assistant", "content": said.strip()})
+        self.messages = [*messages, {"role": "assistant", "content": said.strip()}]
         return said.strip()
 
 
@@ -122,6 +125,8 @@ class Score:
 def score(predict: Callable[[list[str], list[str]], list[str]], manifest: Manifest, batch_size: int = 16) -> Score:
     """Ask each row's first question and compare with its answer. Rows without exactly one video are left out."""
     rows = [row for row in manifest.rows if len(row["videos"]) == 1]
+    if not rows:
+        raise ValueError(f"{manifest.uri}: no row has exactly one video, so there is nothing to ask")
     questions = [_first_question(row["messages"]) for row in rows]
     expected = [next(m["content"] for m in row["messages"] if m["role"] == "assistant").strip() for row in rows]
     videos, answers = [row["videos"][0] for row in rows], []

@@ -10,6 +10,7 @@ import codecs
 import io
 import json
 import posixpath
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,13 +19,18 @@ import pyarrow.parquet
 from crosslmm import storage
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts")
-PLACES = ("<video>", "<image>")
-"""Where LLaVA's texts say that the video stands; LLaVA-Video's own say image."""
+PLACE = re.compile("<video>|<image>")
+"""Where LLaVA's texts say that a video or image stands; LLaVA-Video's own say image of a video."""
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 class BadRow(ValueError):
     """A row that is in none of the forms; the message says what is wrong."""
+
+
+def is_folder(uri: str) -> bool:
+    """Whether a manifest is a folder of videos."""
+    return not uri.lower().endswith((".jsonl", ".json", ".parquet")) and storage.is_folder(uri)
 
 
 def read(uri: str) -> tuple[bytes, Iterator[tuple[int, str | bytes | dict[str, Any]]]]:
@@ -34,7 +40,7 @@ def read(uri: str) -> tuple[bytes, Iterator[tuple[int, str | bytes | dict[str, A
         OSError, ValueError: it cannot be read, or is not what its name says.
     """
     name = uri.lower()
-    if not name.endswith((".jsonl", ".json", ".parquet")) and storage.is_folder(uri):
+    if is_folder(uri):
         data = _folder(uri)
         return data, _lines(data)
     data = storage.read_bytes(uri)
@@ -57,10 +63,24 @@ def to_row(raw: str | bytes | dict[str, Any], number: int) -> dict[str, Any]:
         raise BadRow(f"Invalid JSON: {error}") from None
     if not isinstance(row, dict):
         raise BadRow("Input should be an object")
+    if isinstance(row.get("messages"), str):
+        try:
+            row["messages"] = json.loads(row["messages"])
+        except ValueError as error:
+            raise BadRow(f"messages: Invalid JSON: {error}") from None
+    for message in row["messages"] if isinstance(row.get("messages"), list) else []:
+        # A Parquet column has one type, so that an answer is a list of parts where a question is.
+        if (
+            isinstance(message, dict)
+            and message.get("role") == "assistant"
+            and isinstance(message.get("content"), list)
+        ):
+            message["content"] = "".join(part.get("text", "") for part in message["content"] if isinstance(part, dict))
     if "conversations" in row and "messages" not in row:
-        known = {key: row[key] for key in ("video", "kind") if key in row}
-        shown = {"type": "image", "image": row["image"]} if "image" in row else None
-        shown = {"type": "video"} if "video" in row else shown
+        known = {key: row[key] for key in ("video", "kind") if row.get(key) is not None}
+        images = row.get("image") or []
+        shown = [{"type": "image", "image": image} for image in ([images] if isinstance(images, str) else images)]
+        shown = [{"type": "video"}] if "video" in known else shown
         row = {"id": str(row.get("id", number)), **known, "messages": _messages(row["conversations"], shown)}
     return row
 
@@ -84,12 +104,6 @@ def _parquet(file: pyarrow.parquet.ParquetFile) -> Iterator[tuple[int, dict[str,
         for row in batch.to_pylist():
             number += 1
             row = _without_nulls(row)
-            if isinstance(row.get("messages"), str):
-                row["messages"] = json.loads(row["messages"])
-            for message in row.get("messages", []):
-                # A column has one type, so that an answer is a list of parts where a question is.
-                if message.get("role") == "assistant" and isinstance(message.get("content"), list):
-                    message["content"] = "".join(part.get("text", "") for part in message["content"])
             yield number, row
 
 
@@ -108,24 +122,30 @@ def _folder(uri: str) -> bytes:
     for name in sorted(names):
         stem, ending = posixpath.splitext(name)
         if ending.lower() in VIDEOS and stem in sidecars:
-            said = json.loads(storage.read_bytes(storage.join(uri, sidecars[stem])))
+            try:
+                said = json.loads(storage.read_bytes(storage.join(uri, sidecars[stem])))
+            except ValueError as error:
+                raise BadRow(f"{sidecars[stem]}: Invalid JSON: {error}") from None
+            if not isinstance(said, dict):
+                raise BadRow(f"{sidecars[stem]}: a sidecar is one object, with messages or conversations")
             lines.append(json.dumps({"id": stem, "video": storage.join(uri, name), **said}))
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _messages(turns: Any, shown: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """LLaVA's conversations -> messages. The first placeholder is the place of the video or image, if there is one."""
+def _messages(turns: Any, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """LLaVA's conversations -> messages. Each placeholder is the place of the next video or image, while there are any."""
     messages: list[dict[str, Any]] = []
     for turn in turns if isinstance(turns, list) else []:
         if not isinstance(turn, dict) or turn.get("from") not in SPEAKERS or not isinstance(turn.get("value"), str):
             raise BadRow('a turn of conversations is {"from": "human", "gpt" or "system", "value": text}')
         role, text = SPEAKERS[turn["from"]], turn["value"]
-        place = next((place for place in PLACES if place in text), None)
-        if role == "user" and shown and place:
-            before, after = (part.strip() for part in text.split(place, 1))
-            parts = [{"type": "text", "text": before}, shown, {"type": "text", "text": after}]
+        parts: list[dict[str, Any]] = []
+        while role == "user" and shown and (place := PLACE.search(text)):
+            parts += [{"type": "text", "text": text[: place.start()].strip()}, shown.pop(0)]
+            text = text[place.end() :]
+        if parts:
+            parts.append({"type": "text", "text": text.strip()})
             messages.append({"role": role, "content": [part for part in parts if part.get("text") != ""]})
-            shown = None
         else:
             messages.append({"role": role, "content": text})
     return messages

@@ -144,6 +144,7 @@ class Manifest:
         except (OSError, ValueError) as error:
             raise BadManifest(f"{uri}: cannot be read: {type(error).__name__}: {error}") from error
         self.digest = hashlib.sha256(data).hexdigest()
+        folder = self.uri if formats.is_folder(self.uri) else storage.parent(self.uri)
         self.rows: list[dict] = []
         reasons: list[str] = []
         first_line: dict[str, int] = {}
@@ -153,7 +154,7 @@ class Manifest:
                 if row.id in first_line:
                     raise ValueError(f"id {row.id!r} is also on line {first_line[row.id]}")
                 first_line[row.id] = number
-                videos = [storage.join(storage.parent(self.uri), video) for video in row.videos]
+                videos = [storage.join(folder, video) for video in row.videos]
                 for video in videos:
                     storage.scheme_of(video)
                 kept = row.model_dump(include={"id", "messages", "kind"}, exclude_none=True) | {"kind": row.kind}

@@ -257,9 +257,10 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """`GenerationMixin.generate`, with a cache that holds the video's keys and values beside the decoder's.
 
         Raises:
-            ValueError: several sequences a sample (beams, `num_return_sequences`) of a batch with frames.
+            ValueError: several sequences a sample (beams, `num_return_sequences`).
         """
-        if max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1) > 1:
+        given = [vars(kwargs.get("generation_config") or self.generation_config), kwargs]
+        if max(options.get(key) or 1 for options in given for key in ("num_beams", "num_return_sequences")) > 1:
             raise ValueError("num_beams and num_return_sequences above 1 are not supported: frames are not repeated")
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
             kwargs["past_key_values"] = self._new_cache()

@@ -118,7 +118,10 @@ def build_processor(config: ModelConfig) -> CrossLMMProcessor:
         except (OSError, ValueError, ImportError) as error:
             raise BadConfig(f"model.tokenizer: {config.tokenizer} cannot be loaded: {_first_line(error)}") from error
     processor = CrossLMMProcessor(
-        tokenizer, image_size=model.vision_config.image_size, tokens_per_frame=model.tokens_per_frame
+        tokenizer,
+        image_size=model.vision_config.image_size,
+        tokens_per_frame=model.tokens_per_frame,
+        max_length=model.text_config.max_position_embeddings,
     )
     vocabulary = model.text_config.vocab_size
     if max(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])) >= vocabulary:
@@ -150,8 +153,8 @@ def build_model(
     model_config._attn_implementation = config.attention
     try:
         model = CrossLMMForConditionalGeneration(model_config)
-    except ValueError as error:
-        raise BadConfig(f"model: {error}") from error
+    except (ValueError, ImportError) as error:  # flash-attn may not be installed
+        raise BadConfig(f"model: {_first_line(error)}") from error
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     if not config.vision_weights:
@@ -170,14 +173,24 @@ def build_model(
 
 
 def _graft(key: str, part: nn.Module, auto_class: Any, source: Checkpoint) -> None:
-    """Load a checkpoint into one part of the model; cross-attentions that it has none of stay new."""
+    """Load a checkpoint into one part of the model; a branch of cross-attentions that it has none of stays new."""
     try:
         with source.local() as arguments:
             theirs = auto_class.from_pretrained(**arguments, dtype=torch.float32).state_dict()
+        # SigLIP's attention-pooling head is never asked.
+        theirs = {name: weight for name, weight in theirs.items() if not name.startswith("head.")}
         ours = part.state_dict()
-        missing = {k for k in ours.keys() - theirs.keys() if ".v2v." not in k and ".t2v." not in k}
+        missing, beyond = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
+        for branch in (".v2v.", ".t2v."):
+            # A branch that the checkpoint has in no layer starts new.
+            if not any(branch in name for name in theirs):
+                missing = {name for name in missing if branch not in name}
         if missing:
             raise ValueError(f"it lacks {len(missing)} weights, {min(missing)} first")
+        if beyond:
+            raise ValueError(
+                f"it has {len(beyond)} weights that the configuration has no place for, {min(beyond)} first"
+            )
         for name in sorted(ours.keys() & theirs.keys()):
             if theirs[name].shape != ours[name].shape:
                 raise ValueError(

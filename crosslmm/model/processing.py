@@ -41,6 +41,7 @@ class CrossLMMProcessor(ProcessorMixin):
         tokenizer: any fast tokenizer; `<|video_pad|>`, `<|im_start|>` and `<|im_end|>` are added where missing.
         image_size: side of the square frames that the encoder takes, in pixels.
         tokens_per_frame: pooled tokens a frame, `CrossLMMConfig.tokens_per_frame`.
+        max_length: positions of the decoder; words of a training conversation beyond them are cut off.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class CrossLMMProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_size: int = 384,
         tokens_per_frame: int = 9,
+        max_length: int = 32768,
     ) -> None:
         self.image_size = image_size
         self.tokens_per_frame = tokens_per_frame
+        self.max_length = max_length
         tokenizer.add_special_tokens(
             {"additional_special_tokens": [VIDEO_TOKEN, "<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"},
             replace_extra_special_tokens=False,
@@ -136,6 +139,9 @@ class CrossLMMProcessor(ProcessorMixin):
             times = len(next(remaining)) * self.tokens_per_frame if token == self.video_token_id else 1
             tokens += [token] * times
             is_target += [target] * times
+        if not answer and self.video_token_id not in tokens[self.max_length :]:
+            # One long text must not end a run; frames that do not fit are a matter of the configuration.
+            tokens, is_target = tokens[: self.max_length], is_target[: self.max_length]
         return tokens, is_target
 
     def _check(self, video: np.ndarray) -> None:

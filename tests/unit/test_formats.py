@@ -82,6 +82,13 @@ def test_llava_s_form_is_read(tmp_path):
     assert second[3][0]["content"] == [{"type": "text", "text": "Look:"}, {"type": "video"}, text]
     assert third[1] == []
     assert third[3][0]["content"] == "What is <video>?"
+    pair = {"image": ["x.jpg", "y.jpg"], "video": None, "conversations": [
+        {"from": "human", "value": "<image>Before\n<image> after?"}, {"from": "gpt", "value": "No."}
+    ]}  # fmt: skip
+    (tmp_path / "pair.json").write_text(json.dumps([pair]))
+    (two,) = of(Manifest(str(tmp_path / "pair.json")).rows)
+    assert two[1] == [f"{tmp_path}/x.jpg", f"{tmp_path}/y.jpg"]
+    assert [part["type"] for part in two[3][0]["content"]] == ["image", "text", "image", "text"]
     assert fourth[1] == [f"{tmp_path}/c.jpg"]
     assert fourth[3][0]["content"] == [{"type": "image", "image": "c.jpg"}, text]
 
@@ -115,3 +122,25 @@ def test_what_is_in_no_form_is_named(tmp_path, name, content, reason):
     (tmp_path / name).write_text(content)
     with pytest.raises(BadManifest, match=reason):
         Manifest(str(tmp_path / name))
+
+
+def test_a_sidecar_s_own_places_are_relative_to_the_folder_and_a_bad_one_is_named(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    asked = {"role": "user", "content": [{"type": "video"}, {"type": "image", "image": "c.png"}]}
+    (tmp_path / "a.json").write_text(json.dumps({"messages": [asked, {"role": "assistant", "content": "Red."}]}))
+    (row,) = Manifest(str(tmp_path)).rows
+    assert row["videos"] == [f"{tmp_path}/a.mp4", f"{tmp_path}/c.png"]
+    for text, says in {"[1]": "a.json: a sidecar is one object", "{": "a.json: Invalid JSON"}.items():
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(BadManifest, match=says):
+            Manifest(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"), [("{broken", "line 1: messages: Invalid JSON"), ('["hello"]', "line 1: messages")]
+)
+def test_a_parquet_row_that_is_none_is_named(tmp_path, messages, says):
+    table = pa.table({"id": ["a"], "messages": [messages]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(BadManifest, match=says):
+        Manifest(str(tmp_path / "rows.parquet"))

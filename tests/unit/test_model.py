@@ -3,7 +3,13 @@
 import pytest
 import torch
 from conftest import conversation, open_gates, random_frames
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, EncoderDecoderCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    EncoderDecoderCache,
+    GenerationConfig,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from crosslmm.config import BadConfig, ModelConfig
@@ -145,6 +151,7 @@ def test_cached_generation_equals_uncached_and_computes_the_videos_keys_once(mod
     talks, videos = samples
     prompts = processor([talk[:1] for talk in talks], videos, answer=True)
     calls = []
+    model.config.encoder_chunk = 64  # one call for all frames
     for layer in model.modules():
         if isinstance(layer, DualCrossAttentionLayer):
             layer.t2v.k_proj.register_forward_hook(lambda *_: calls.append(1))
@@ -299,5 +306,25 @@ def test_one_clear_line_for_what_does_not_fit(config, model, processor, tmp_path
         ValueError, match="sample 0: the text has 8 video placeholders, but 1 frames of 4 tokens need 4"
     ):
         model(**batch | {"pixel_values": batch["pixel_values"][:1], "num_frames": torch.tensor([[1]])})
-    with pytest.raises(ValueError, match="num_beams"):
-        model.generate(**batch, num_beams=2)
+    for options in ({"num_beams": 2}, {"generation_config": GenerationConfig(num_beams=2)}):
+        with pytest.raises(ValueError, match="num_beams"):
+            model.generate(**batch, **options)
+
+
+def test_a_checkpoint_with_more_than_the_configuration_has_a_place_for_is_refused(config, processor, tmp_path):
+    whole = build_model(config.model, processor, 0)
+    whole.save_pretrained(tmp_path / "whole")
+    whole.language_model.save_pretrained(tmp_path / "decoder")
+    start = {"init_from": str(tmp_path / "whole")}
+    shallow = {"language": config.model.language | {"num_hidden_layers": 3}}
+    for changes in (
+        start | {"v2v": False},
+        start | {"cross_attention_every": 3},
+        start | shallow,
+        shallow | {"cross_attention_every": 0, "language_weights": str(tmp_path / "whole")},
+    ):
+        with pytest.raises(BadConfig, match=r"it has \d+ weights|it lacks \d+ weights|cannot be loaded"):
+            build_model(config.model.model_copy(update=changes), processor, 0)
+    # A stage may begin with a branch that the one before it had nowhere.
+    build_model(config.model.model_copy(update={"v2v": False}), processor, 0).save_pretrained(tmp_path / "t2v")
+    build_model(config.model.model_copy(update={"init_from": str(tmp_path / "t2v")}), processor, 0)

@@ -110,6 +110,16 @@ def test_text_alone_has_no_frames_but_their_shape(processor):
     assert int((batch["input_ids"] == processor.video_token_id).sum()) == 0
 
 
+def test_words_beyond_the_context_are_cut_off_and_frames_are_not(processor):
+    short = type(processor)(processor.tokenizer, image_size=SIDE, tokens_per_frame=PER_FRAME, max_length=30)
+    whole, cut = (p([TALK], [[clip(1)]]) for p in (processor, short))
+    assert cut["input_ids"].shape == (1, 30) < whole["input_ids"].shape
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:, :30])
+    assert torch.equal(cut["labels"], whole["labels"][:, :30])
+    many = short([TALK], [[clip(20)]])
+    assert int((many["input_ids"] == processor.video_token_id).sum()) == 20 * PER_FRAME
+
+
 @pytest.mark.parametrize(
     ("conversation", "videos", "says"),
     [

@@ -1,7 +1,8 @@
 """Where a training step's time goes: python -m benchmarks.profile_step [--config NAME ...] [--json].
 
-One process without FSDP, one thread, a batch of the configuration's own shape with random frames: forward, backward,
-clipping, AdamW. The table has the operators that take most, and each part's own share. The middle size, beside `tiny`:
+One process without FSDP, one thread, float32 on CPU, a batch of the configuration's own shape with random frames:
+forward, backward, clipping, AdamW. The table has the operators that take most, and each part's own share. The middle
+size, beside `tiny`:
 
   python -m benchmarks.profile_step --config tiny --data.num_frames 16 --model.pool_stride 9
       --model.vision '{hidden_size: 384, intermediate_size: 1152, num_hidden_layers: 6, num_attention_heads: 6,
@@ -25,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import report
 from crosslmm.config import BadConfig, RunConfig, fail, parse_run
 from crosslmm.model import CrossLMMForConditionalGeneration
-from crosslmm.model.components import component_of
+from crosslmm.model.components import component_of, freeze
 from crosslmm.model.pretrained import build_model, build_processor
 from crosslmm.train.optim import build_optimizer
 
@@ -41,6 +42,9 @@ class Step:
         processor = build_processor(config.model)
         self.config = config
         self.model: Any = build_model(config.model, processor, config.seed).train()
+        freeze(self.model, config.train.learning_rate)
+        if config.train.activation_checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.optimizer = build_optimizer(self.model, config.train)
         side, frames = processor.image_size, config.data.num_frames
         random = np.random.default_rng(0)

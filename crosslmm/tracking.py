@@ -163,5 +163,18 @@ def _requirements() -> list[str]:
     """What the registered model imports, at the versions that wrote it."""
     return [
         f"{name}=={version(name)}"
-        for name in ("torch", "transformers", "av", "rich", "mlflow", "pebble", "s3fs", "pydantic", "jsonargparse")
+        for name in (
+            "torch",
+            "transformers",
+            "numpy",
+            "pyarrow",
+            "av",
+            "rich",
+            "mlflow",
+            "pebble",
+            "psutil",
+            "s3fs",
+            "pydantic",
+            "jsonargparse",
+        )
     ]

@@ -133,7 +133,7 @@ def _folder(uri: str) -> bytes:
 
 
 def _messages(turns: Any, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """LLaVA's conversations -> messages. Each placeholder is the place of the next video or image, while there are any."""
+    """LLaVA's conversations -> messages; each placeholder is the place of the next video or image, if there is one."""
     messages: list[dict[str, Any]] = []
     for turn in turns if isinstance(turns, list) else []:
         if not isinstance(turn, dict) or turn.get("from") not in SPEAKERS or not isinstance(turn.get("value"), str):

@@ -13,6 +13,7 @@ from conftest import conversation, open_gates, random_frames
 from transformers import AutoModelForImageTextToText
 
 from crosslmm.config import RunConfig, parse_run
+from crosslmm.data.collate import ValidationBatch
 from crosslmm.model.pretrained import build_model, build_processor
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.optim import build_optimizer
@@ -178,3 +179,39 @@ def test_frozen_components_stay_and_bf16_with_checkpointing_trains(tmp_path):
     changed = {name for name, value in start.state_dict().items() if not torch.equal(value, trained[name])}
     assert changed
     assert all(name.startswith("projector.") or ".v2v." in name for name in changed)
+
+
+def validate(rank: int, ranks: int, folder: Path) -> None:
+    """Of two ranks the first has a video and talks long, the other has words alone."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/validate-{ranks}", rank=rank, world_size=ranks)
+    config = run_config(ranks, "--train.max_new_tokens=6")
+    processor = build_processor(config.model)
+
+    def build(weights: bool):
+        model = build_model(config.model, processor, seed=0)
+        if weights:
+            open_gates(model, 0.5)
+        return model
+
+    model = parallelize(build, config.train, torch.device("cpu"))
+    batches = []
+    for videos in [[random_frames(3)]], [[]]:
+        talks = [conversation("What is it?", "red circle", video=bool(videos[0]))]
+        prompts = processor([talks[0][:1]], videos, answer=True)
+        batches.append(
+            ValidationBatch(processor(talks, videos), prompts, ["red circle"], ["first" if videos[0] else "words"])
+        )
+    metrics = loop.validate(config, model, processor, batches[rank::ranks] if ranks > 1 else batches)
+    if rank == 0:
+        (folder / f"metrics-{ranks}.json").write_text(json.dumps(metrics))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_validation_of_ranks_with_and_without_video_is_that_of_one_process(tmp_path):
+    for ranks in (1, 2):
+        torch.multiprocessing.spawn(validate, (ranks, tmp_path), nprocs=ranks)
+    one, two = (json.loads((tmp_path / f"metrics-{ranks}.json").read_text()) for ranks in (1, 2))
+    assert two == pytest.approx(one, rel=1e-5)
+    assert {"validation/accuracy/first", "validation/accuracy/words"} <= one.keys()

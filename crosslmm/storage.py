@@ -131,7 +131,8 @@ class RangedFile(io.RawIOBase):
         self._announced = [
             (at, min(at + self.MOST, end)) for start, end in joined for at in range(start, end, self.MOST)
         ]
-        self._ask(0)
+        if self._announced:  # a file without an index announces nothing
+            self._ask(0)
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer with what is at hand, one byte at least before the end of the file."""

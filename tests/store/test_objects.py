@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -184,3 +185,13 @@ def test_children_see_the_environment_as_it_is_now(monkeypatch):
     monkeypatch.setenv("CROSSLMM_TEST", "now")
     with Decoder(DataConfig(num_frames=2), SIDE) as decoder:
         assert decoder._schedule(os.getenv, "CROSSLMM_TEST").result() == "now"
+
+
+def test_an_image_in_the_store_is_a_video_of_one_frame(decoder):
+    encoder = av.codec.CodecContext.create("png", "w")
+    encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = 48, 64, "rgb24", Fraction(1)
+    grey_image = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 99, np.uint8), format="rgb24")
+    png = b"".join(bytes(packet) for packet in [*encoder.encode(grey_image), *encoder.encode(None)])
+    storage.write_bytes("s3://videos/still.png", png)
+    (frames,) = decoder(["s3://videos/still.png"])
+    assert np.array_equal(frames, np.full((1, SIDE, SIDE, 3), 99, np.uint8))

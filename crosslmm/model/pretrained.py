@@ -94,7 +94,7 @@ def _published_config(part: str, uri: str, revision: str | None) -> dict[str, An
     try:
         with Checkpoint(uri, revision).local() as arguments:
             published = AutoConfig.from_pretrained(**arguments)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a broken file makes its reader raise anything
         raise BadConfig(f"model.{part}_weights: {uri} cannot be read: {_first_line(error)}") from error
     return (
         published.vision_config if part == "vision" and hasattr(published, "vision_config") else published
@@ -115,7 +115,7 @@ def build_processor(config: ModelConfig) -> CrossLMMProcessor:
         try:
             with Checkpoint(config.tokenizer, config.language_revision).local() as arguments:
                 tokenizer = AutoTokenizer.from_pretrained(**arguments)
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # a broken file makes its reader raise anything
             raise BadConfig(f"model.tokenizer: {config.tokenizer} cannot be loaded: {_first_line(error)}") from error
     processor = CrossLMMProcessor(
         tokenizer,
@@ -198,7 +198,7 @@ def _graft(key: str, part: nn.Module, auto_class: Any, source: Checkpoint) -> No
                     f"and the configuration asks for {tuple(ours[name].shape)}"
                 )
         part.load_state_dict({k: theirs[k] for k in ours.keys() & theirs.keys()}, strict=False)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # a broken file makes its reader raise anything
         raise BadConfig(f"{key}: {source.uri} cannot be loaded: {_first_line(error)}") from error
 
 

@@ -48,6 +48,19 @@ def fixed_batch(processor):
     return processor(talks, videos)
 
 
+def sharded(config: RunConfig, gates: float):
+    """The run's model over all ranks, its cross-attentions at work, and its processor."""
+    processor = build_processor(config.model)
+
+    def build(weights: bool):
+        model = build_model(config.model, processor, seed=0)
+        if weights:
+            open_gates(model, gates)
+        return model
+
+    return parallelize(build, config.train, torch.device("cpu")), processor
+
+
 def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrides: tuple[str, ...] = ()) -> None:
     torch.set_num_threads(1)
     # pytest's filters do not reach here. What FSDP says about a module's output is about wrong gradients.
@@ -55,15 +68,7 @@ def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrid
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{ranks}-{resume}-{stop}", rank=rank,
                             world_size=ranks)  # fmt: skip
     config = run_config(ranks, *overrides)
-    processor = build_processor(config.model)
-
-    def build(weights: bool):
-        model = build_model(config.model, processor, seed=0)
-        if weights:
-            open_gates(model, 0.3)
-        return model
-
-    model = parallelize(build, config.train, torch.device("cpu"))
+    model, processor = sharded(config, gates=0.3)
     optimizer = build_optimizer(model, config.train)
     first = checkpoint.load(folder / "checkpoint", model, optimizer) if resume else 0
     losses = {}
@@ -186,15 +191,7 @@ def validate(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/validate-{ranks}", rank=rank, world_size=ranks)
     config = run_config(ranks, "--train.max_new_tokens=6")
-    processor = build_processor(config.model)
-
-    def build(weights: bool):
-        model = build_model(config.model, processor, seed=0)
-        if weights:
-            open_gates(model, 0.5)
-        return model
-
-    model = parallelize(build, config.train, torch.device("cpu"))
+    model, processor = sharded(config, gates=0.5)
     batches = []
     for videos in [[random_frames(3)]], [[]]:
         talks = [conversation("What is it?", "red circle", video=bool(videos[0]))]

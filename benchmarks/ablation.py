@@ -177,7 +177,7 @@ def train_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
     freeze(model, config.train.learning_rate)
     optimizer = build_optimizer(model, config.train)
     rows, videos = clips(folder, "train", config.data.num_frames)
-    order = Order(len(rows), config.train.global_batch_size, config.seed)
+    order = Order((len(rows),), config.train.global_batch_size, config.seed)
     losses = []
     for step in range(ARM_STEPS):
         set_learning_rate(optimizer, step, ARM_STEPS, config.train)

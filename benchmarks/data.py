@@ -16,6 +16,7 @@ Arms take turns, three rounds at least; a figure is the median of the rounds' ra
 
 import argparse
 import functools
+import json
 import logging
 import multiprocessing
 import os
@@ -40,6 +41,7 @@ from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data import sampling
 from crosslmm.data.decode import Decoder, Unreadable, decode_video
+from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.order import Order
 from crosslmm.data.pipeline import Layout, block_rows, build_dataset, to_samples
 from tests.object_store import running_object_store
@@ -210,19 +212,20 @@ def over_http(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
 
 def run_pipeline(videos: list[Path], data: DataConfig) -> dict[str, Any]:
     """One epoch over these videos through Ray Data as training reads it; rates are counted from the first batch on."""
-    rows: list[dict[str, Any]] = [
-        {"line": i + 1, "id": f"{i}", "videos": [str(path)], "messages": [], "kind": None}
-        for i, path in enumerate(videos)
-    ]
-    order = Order(len(rows), 1, seed=0)
+    said = [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "-"}]
+    lines = [json.dumps({"id": f"{i}", "video": str(path), "messages": said}) for i, path in enumerate(videos)]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "rows.jsonl").write_text("\n".join(lines))
+        rows = Rows([Manifest(f"{folder}/rows.jsonl")])
+    order = Order((len(videos),), 1, seed=0)
     layout = Layout(order, 1, 0, order.steps_per_epoch, block_rows(data, SIDE))
     began = time.perf_counter()
     dataset = build_dataset(layout, ray.put(rows), data, SIDE, workers=PROCESSES, cpus_per_worker=0.5)
     samples, frames, first = [], 0, 0.0
     for place, batch in enumerate(dataset.iter_batches(batch_size=1, prefetch_batches=2)):
-        if place == len(rows):
+        if place == len(videos):
             break  # what fills up the last block
-        (sample,) = to_samples(batch, place)
+        (sample,) = to_samples(batch, np.array([place]))
         first = first or time.perf_counter()
         samples.append(sample)
         frames += sum(len(video) for video in sample.videos)

@@ -75,8 +75,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """What it is trained on."""
 
-    manifest: str = "sample"
-    """JSONL, JSON (LLaVA's) or Parquet manifest, or a folder of videos with sidecars; path or s3:// URI.
+    manifest: dict[str, Count] | str = "sample"
+    """JSONL, JSON (LLaVA's) or Parquet manifest, a folder of videos with sidecars, or what jobs/prepare.py made of one;
+    path or s3:// URI. Several as {manifest: share, ...}: of each sum-of-shares samples so many are its own.
     "sample" generates the sample set (with its held-out manifest) if missing."""
     validation_manifest: str | None = None
     """Held-out manifest, path or URI; null validates nothing (with "sample": the sample set's own)."""
@@ -100,9 +101,15 @@ class DataConfig(Section):
     max_frame_pixels: Count = 8192 * 4352
     """Largest frame that is decoded, width x height [px]."""
     max_bad_share: Share = 0.1
-    """Share of a worker's samples whose videos may be unreadable; beyond it the run stops and says why."""
+    """Share of a worker's samples from one manifest whose videos may be unreadable; beyond it the run stops and says
+    why."""
     bad_allowed: Annotated[int, Field(ge=0)] = 20
-    """So many unreadable videos a worker never stop a run, whatever their share [videos]."""
+    """So many unreadable videos of a worker and manifest never stop a run, whatever their share [videos]."""
+
+    @property
+    def manifests(self) -> dict[str, int]:
+        """Share of each training manifest."""
+        return {self.manifest: 1} if isinstance(self.manifest, str) else self.manifest
 
 
 class LearningRates(Section):
@@ -137,6 +144,9 @@ class TrainConfig(Section):
     """Samples of one optimizer step, over all workers [samples]."""
     micro_batch_size: Count = 1
     """Samples that one worker holds at once; the rest is accumulated [samples]."""
+    micro_batch_tokens: Count | None = None
+    """Instead of it, in training: the most tokens that one worker holds at once, visual ones and padding included.
+    Samples of like length go together, and each worker gets about as many tokens of a step [tokens]."""
     learning_rate: LearningRates = LearningRates()
     """Peak learning rates by component."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
@@ -215,13 +225,19 @@ class RunConfig(Section):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of each worker in one optimizer step."""
+        """Micro-batches of each worker in one optimizer step, where they are counted in samples."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.scaling.num_workers)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
-        at_once = self.train.micro_batch_size * self.scaling.num_workers
-        if self.train.global_batch_size % at_once:
+        at_once = self.scaling.num_workers
+        if self.train.micro_batch_tokens and self.train.global_batch_size % at_once:
+            raise ValueError(
+                f"train.global_batch_size is {self.train.global_batch_size}; it must be a multiple of "
+                f"scaling.num_workers {at_once}"
+            )
+        at_once *= self.train.micro_batch_size
+        if not self.train.micro_batch_tokens and self.train.global_batch_size % at_once:
             raise ValueError(
                 f"train.global_batch_size is {self.train.global_batch_size}; with {self.scaling.num_workers} workers "
                 f"of micro_batch_size {self.train.micro_batch_size} it must be a multiple of {at_once}"

@@ -176,6 +176,11 @@ def _price(assumptions: Assumptions) -> float:
 
 def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     model = cost.empty_model(config.model)
+    if config.train.micro_batch_tokens:
+        # All samples are taken to be equally long here, so that tokens are a number of samples.
+        at_once = config.train.micro_batch_tokens // (frames * model.config.tokens_per_frame + assumptions.text_tokens)
+        train = config.train.model_copy(update={"micro_batch_size": max(1, at_once), "micro_batch_tokens": None})
+        config = config.model_copy(update={"train": train})
     gpu, gpus, train = GPUS[assumptions.gpu], config.scaling.num_workers, config.train
     macs = cost.macs(model, frames, assumptions.text_tokens)
     traced = cost.training_trace(config, frames, assumptions.text_tokens)

@@ -246,10 +246,10 @@ def _require_bucket(uri: str) -> None:
         raise Unavailable(f"{uri}: {type(error).__name__}: {error}") from error
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole object."""
+def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+    """The whole object, or its bytes [start, end)."""
     fs, path = _filesystem(uri)
-    return fs.cat_file(path)
+    return fs.cat_file(path, start, end)
 
 
 def write_bytes(uri: str, data: bytes) -> None:

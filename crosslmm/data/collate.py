@@ -17,6 +17,8 @@ NOTHING = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-
 class Sample:
     """One row of the manifest at one place of the run, read."""
 
+    manifest: str
+    """Path or URI of its manifest."""
     line: int
     """Line of the manifest, from 1."""
     id: str
@@ -44,6 +46,31 @@ class ValidationBatch:
     """The last answers; None where the row has no weight."""
     kinds: list[str | None]
     """What sort of question each one is."""
+
+
+def micro_batches(
+    samples: list[Sample], size: int, tokens: int | None = None, length_of: Callable[[Sample], int] | None = None
+) -> list[list[Sample]]:
+    """Share the samples of one rank in one step out to its micro-batches.
+
+    Args:
+        samples: in any order.
+        size: samples of a micro-batch, where `tokens` is None.
+        tokens: the most tokens of a micro-batch, padding included: samples x the longest one's. The samples are taken
+            by length, so that those of one micro-batch need little padding. A sample that is longer stands alone.
+        length_of: a sample's tokens, visual ones included.
+    """
+    if tokens is None or length_of is None:
+        return [samples[i : i + size] for i in range(0, len(samples), size)]
+    longest_first = sorted((-length_of(sample), i) for i, sample in enumerate(samples))
+    batches: list[list[Sample]] = []
+    longest = 0
+    for minus_length, i in longest_first:
+        if not batches or (len(batches[-1]) + 1) * longest > tokens:
+            batches.append([])
+            longest = -minus_length
+        batches[-1].append(samples[i])
+    return batches
 
 
 def collate(samples: list[Sample], processor: Callable[..., Batch]) -> Batch:

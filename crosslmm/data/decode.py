@@ -21,6 +21,7 @@ import psutil
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.frames import UnreadableVideo, with_decord, with_pyav
+from crosslmm.data.sampling import excerpt
 
 BACKENDS: dict[str, Any] = {"pyav": with_pyav, "decord": with_decord}
 
@@ -156,7 +157,7 @@ class Decoder:
 
 
 def decode_video(uri: str, data: DataConfig, image_size: int) -> np.ndarray | Unreadable:
-    """Decode one video in this process.
+    """Decode one video, or the part of it that `#t=START,END` behind its place names, in this process.
 
     Returns:
         uint8 (up to data.num_frames, image_size, image_size, 3), RGB; or whatever is wrong with the file, in one line.
@@ -167,11 +168,12 @@ def decode_video(uri: str, data: DataConfig, image_size: int) -> np.ndarray | Un
     """
     version = None
     try:
-        with storage.open_read(uri) as file:
+        place, *part = excerpt(uri)
+        with storage.open_read(place) as file:
             version = storage.version_of(file)
             form = _container_of(file, data.max_video_bytes)
             backend = "pyav" if form in IMAGES else data.decoder  # decord reads no images
-            return BACKENDS[backend](file, form, data, image_size)
+            return BACKENDS[backend](file, form, data, image_size, *part)
     except UnreadableVideo as error:
         return Unreadable(str(error), "check", version)
     except MemoryError:
@@ -231,7 +233,7 @@ def _bucket_of(uri: str) -> str:
 
 def _touch(uri: str) -> None:
     """Ask the store for the object's first bytes."""
-    with storage.open_read(uri) as file:
+    with storage.open_read(excerpt(uri)[0]) as file:
         file.read(1)
 
 

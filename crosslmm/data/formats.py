@@ -29,7 +29,7 @@ class BadRow(ValueError):
 
 
 def is_folder(uri: str) -> bool:
-    """Whether a manifest is a folder of videos."""
+    """Whether a manifest is a folder: of videos, or a prepared one."""
     return not uri.lower().endswith((".jsonl", ".json", ".parquet")) and storage.is_folder(uri)
 
 

@@ -29,7 +29,9 @@ class UnreadableVideo(Exception):
     """A video that cannot be decoded; the message is the reason."""
 
 
-def with_pyav(file: BinaryIO, form: str, data: DataConfig, image_size: int) -> np.ndarray:
+def with_pyav(
+    file: BinaryIO, form: str, data: DataConfig, image_size: int, begin: float = 0.0, end: float | None = None
+) -> np.ndarray:
     """Decode with PyAV.
 
     Args:
@@ -37,6 +39,7 @@ def with_pyav(file: BinaryIO, form: str, data: DataConfig, image_size: int) -> n
         form: libav's name of its container. Only that demuxer is used: playlists are never looked for.
         data: which frames, limits.
         image_size: side of the square that frames are resized to [px].
+        begin, end: the part of the video that is looked at; None goes to its end [s].
 
     Returns:
         uint8 (up to data.num_frames, image_size, image_size, 3), RGB.
@@ -55,13 +58,20 @@ def with_pyav(file: BinaryIO, form: str, data: DataConfig, image_size: int) -> n
             duration = _measure(container, stream)
         if duration > data.max_video_s:
             raise UnreadableVideo(f"it lasts {duration:.0f} s, and data.max_video_s is {data.max_video_s:g}")
-        found, reached = _frames_within(container, stream, file, data, duration, image_size)
+        found, reached = _frames_within(container, stream, file, data, _part(begin, end, duration), image_size)
         if reached < 0.5 and (measured := _measure(container, stream)) < duration / 2:
             # The header promises more than twice of what there is.
-            found, _ = _frames_within(container, stream, file, data, measured, image_size)
+            found, _ = _frames_within(container, stream, file, data, _part(begin, end, measured), image_size)
     if not found:
         raise UnreadableVideo("the file has no frames that can be decoded")
     return np.ascontiguousarray(np.stack(found))
+
+
+def _part(begin: float, end: float | None, duration: float) -> tuple[float, float]:
+    """The part of a video of this duration that is looked at [s]."""
+    if begin >= duration:
+        raise UnreadableVideo(f"it lasts {duration:.1f} s, and the part that is wanted begins at {begin:g} s")
+    return begin, duration if end is None else min(end, duration)
 
 
 def _choose_stream(container: InputContainer, data: DataConfig) -> VideoStream:
@@ -120,13 +130,20 @@ def _measure(container: InputContainer, stream: VideoStream) -> float:
 
 
 def _frames_within(
-    container: InputContainer, stream: VideoStream, file: BinaryIO, data: DataConfig, duration: float, image_size: int
+    container: InputContainer,
+    stream: VideoStream,
+    file: BinaryIO,
+    data: DataConfig,
+    part: tuple[float, float],
+    image_size: int,
 ) -> tuple[list[np.ndarray], float]:
-    """Images of the frames that the policy wants of so many seconds [s], and which share of the way to the last wanted
-    one was reached."""
+    """Images of the frames that the policy wants of this part [s], and which share of the way to the last wanted one
+    was reached."""
     base = float(stream.time_base or 1)
-    start = stream.start_time or 0
-    times = Sampling(data.num_frames, data.sampling, data.fps).times(duration, duration - _gap(stream))
+    begin, finish = part
+    start = (stream.start_time or 0) + round(begin / base)
+    duration = finish - begin
+    times = Sampling(data.num_frames, data.sampling, data.fps).times(duration, max(duration - _gap(stream), 0))
     wanted = start + times / base + ROUNDING
     visits = _visits(container, stream, wanted)
     storage.will_read(file, _ranges(container, stream, visits))
@@ -273,7 +290,9 @@ def _gap(stream: VideoStream) -> float:
     return 1 / float(rate) if rate else 0.0
 
 
-def with_decord(file: BinaryIO, form: str, data: DataConfig, image_size: int) -> np.ndarray:
+def with_decord(
+    file: BinaryIO, form: str, data: DataConfig, image_size: int, begin: float = 0.0, end: float | None = None
+) -> np.ndarray:
     """Decode with decord, which reads the whole file into memory. Like `with_pyav`; errors are decord's own."""
     import decord  # x86_64 only
 
@@ -290,7 +309,9 @@ def with_decord(file: BinaryIO, form: str, data: DataConfig, image_size: int) ->
     duration = float(times[:, 1].max() - times[:, 0].min())
     if duration > data.max_video_s:
         raise UnreadableVideo(f"it lasts {duration:.0f} s, and data.max_video_s is {data.max_video_s:g}")
-    wanted = Sampling(data.num_frames, data.sampling, data.fps).times(duration, float(begins[-1]))
+    first, last = _part(begin, end, duration)
+    latest = float(begins[np.searchsorted(begins, last) - 1])  # of the part's frames
+    wanted = first + Sampling(data.num_frames, data.sampling, data.fps).times(last - first, max(latest - first, 0))
     # decord's own resize fails on some widths (48: "the size must exactly match"), so the same one as above is used.
     resize = VideoReformatter()
     frames = reader.get_batch(order[nearest(begins, wanted + 1e-6)]).asnumpy()

@@ -1,12 +1,20 @@
 """The manifest: rows, each a conversation, most of them about a video. `formats` says what it may be written in."""
 
+import functools
 import hashlib
-from typing import Annotated, Literal
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
 
+import numpy as np
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crosslmm import storage
-from crosslmm.data import formats
+from crosslmm.data import formats, prepared
+from crosslmm.data.prepared import SCHEMA
+from crosslmm.data.sampling import Sampling, excerpt
 
 RESERVED = ("<|im_start|>", "<|im_end|>", "<|video_pad|>")
 """Tokens of the chat format: written out in a text they would break out of their message."""
@@ -21,7 +29,8 @@ class VideoPart(_Strict):
 
     type: Literal["video"]
     video: str | None = None
-    """Which one: path relative to the manifest, absolute path, or s3:// URI; none for the row's own `video`."""
+    """Which one: path relative to the manifest, absolute path, or s3:// URI, `#t=START,END` [s] behind it for a part of
+    it; none for the row's own `video`."""
 
     @property
     def source(self) -> str | None:
@@ -70,7 +79,8 @@ class Row(_Strict):
 
     id: Annotated[str, Field(min_length=1)]
     video: str | None = None
-    """Path relative to the manifest, absolute path, or s3:// URI; none for text alone."""
+    """Path relative to the manifest, absolute path, or s3:// URI, `#t=START,END` [s] behind it for a part of it; none
+    for text alone."""
     messages: Annotated[
         list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]], Field(min_length=1)
     ]
@@ -120,58 +130,156 @@ class BadManifest(Exception):
     """A manifest that cannot be read as one; the message names the file, the line and the reason."""
 
 
-class Manifest:
-    """All rows of a manifest, checked, with their videos' places resolved.
+MOST_UNPREPARED = 1_000_000
+"""Rows of a manifest that is read and checked as a whole, in the driver: about a minute, and 0.3 to 1 kB a row."""
 
-    Rows are held in memory: about 1 kB each.
+
+class Manifest:
+    """The rows of a manifest, with their videos' places resolved.
+
+    A prepared manifest (`jobs/prepare.py convert`) was checked when it was made, and its rows are read when they are
+    asked for. Any other is read whole and checked now.
 
     Attributes:
         uri: where it was read.
-        digest: sha256 of its bytes, hex.
-        rows: one dict a line, `line` (from 1) included; `videos` are the
-            absolute paths or URIs of its video and image parts, in order.
+        digest: sha256, hex, of its bytes, or of a prepared one's seal, which holds its parts' digests.
     """
 
     def __init__(self, uri: str) -> None:
-        """Read and check the whole manifest.
+        """Open a manifest.
 
         Raises:
-            BadManifest: unreadable, empty, or with malformed lines; up to five of them are named.
+            BadManifest: unreadable, empty, too long to be read whole, or with malformed lines; up to five of them are
+                named.
         """
         self.uri = storage.absolute(uri)
+        self._table: pa.Table | prepared.PreparedTable
         try:
+            if prepared.is_prepared(self.uri):
+                self._table = prepared.PreparedTable(self.uri)
+                self.digest = self._table.digest
+                return
             data, raw_rows = formats.read(self.uri)
         except (OSError, ValueError) as error:
             raise BadManifest(f"{uri}: cannot be read: {type(error).__name__}: {error}") from error
         self.digest = hashlib.sha256(data).hexdigest()
-        folder = self.uri if formats.is_folder(self.uri) else storage.parent(self.uri)
-        self.rows: list[dict] = []
-        reasons: list[str] = []
-        first_line: dict[str, int] = {}
-        for number, raw in raw_rows:
-            try:
-                row = Row.model_validate(formats.to_row(raw, number))
-                if row.id in first_line:
-                    raise ValueError(f"id {row.id!r} is also on line {first_line[row.id]}")
-                first_line[row.id] = number
-                videos = [storage.join(folder, video) for video in row.videos]
-                for video in videos:
-                    storage.scheme_of(video)
-                kept = row.model_dump(include={"id", "messages", "kind"}, exclude_none=True) | {"kind": row.kind}
-                self.rows.append({**kept, "videos": videos, "line": number})
-            except (ValidationError, ValueError) as error:
-                reasons.append(f"line {number}: {_reason(error)}")
+        records, reasons = check_rows(itertools.islice(raw_rows, MOST_UNPREPARED + 1), folder_of(self.uri))
+        if len(records) + len(reasons) > MOST_UNPREPARED:
+            raise BadManifest(
+                f"{uri}: has more than {MOST_UNPREPARED} rows; make it one that is read piece by piece: "
+                f"python jobs/prepare.py convert {uri} FOLDER"
+            )
         if reasons:
             more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
-            raise BadManifest(f"{uri}: {'; '.join(reasons[:5])}{more}")
-        if not self.rows:
+            named = "; ".join(f"line {number}: {reason}" for number, reason in reasons[:5])
+            raise BadManifest(f"{uri}: {named}{more}")
+        if not records:
             raise BadManifest(f"{uri}: is empty")
+        self._table = pa.Table.from_pylist(records, SCHEMA)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._table.num_rows
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+        """Some rows, by their numbers from 0: `id`, `messages`, `kind`, `line` (from 1), `manifest`, and `videos`, the
+        absolute paths or URIs of its video and image parts, in order."""
+        folder = folder_of(self.uri)
+        rows = self._table.take(pa.array(indices, pa.int64())).select(["id", "videos", "messages", "kind", "line"])
+        return [
+            row
+            | {
+                "videos": [storage.join(folder, video) for video in row["videos"]],
+                "messages": json.loads(row["messages"]),
+                "manifest": self.uri,
+            }
+            for row in rows.to_pylist()
+        ]
+
+    @functools.cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """All of them, for small manifests."""
+        return self.take(np.arange(len(self)))
+
+    def lengths(self, sampling: Sampling, tokens_per_frame: int) -> np.ndarray:
+        """About how many tokens each row is, before anything is opened: float32 (rows,). Characters count as a quarter;
+        a video of unknown duration as the most frames that it may give."""
+        table = self._table.lengths() if isinstance(self._table, prepared.PreparedTable) else self._table
+        seconds = table["seconds"].combine_chunks()
+        frames = sampling.count(np.asarray(seconds.flatten().to_numpy(zero_copy_only=False), np.float64))
+        ends = np.concatenate([[0], np.cumsum(np.asarray(seconds.value_lengths().fill_null(0)))])
+        summed = np.concatenate([[0], np.cumsum(frames)])[ends]
+        chars = np.asarray(table["chars"].combine_chunks())
+        return (chars / 4 + np.diff(summed) * tokens_per_frame).astype(np.float32)
 
 
-def _reason(error: Exception) -> str:
+class Rows:
+    """The rows of several manifests, numbered one manifest behind the other, as `Order` does."""
+
+    def __init__(self, manifests: Sequence[Manifest]) -> None:
+        self.manifests = manifests
+        self._starts = np.cumsum([0, *map(len, manifests)])
+
+    def take(self, numbers: np.ndarray) -> list[dict[str, Any]]:
+        """The rows of these numbers, int64 (n,), in their order; see `Manifest.take`."""
+        source = np.searchsorted(self._starts, numbers, side="right") - 1
+        found: dict[int, dict[str, Any]] = {}
+        for which in np.unique(source):
+            mine = np.unique(numbers[source == which])
+            found |= zip(mine.tolist(), self.manifests[which].take(mine - self._starts[which]), strict=True)
+        return [found[number] for number in numbers.tolist()]
+
+
+def folder_of(uri: str) -> str:
+    """What a manifest's relative places are relative to."""
+    return uri if formats.is_folder(uri) else storage.parent(uri)
+
+
+def check_rows(raw_rows: Iterable[tuple[int, Any]], folder: str) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+    """Rows as `formats` reads them -> records of `SCHEMA`, and (line, reason) of each malformed row."""
+    records: list[dict[str, Any]] = []
+    reasons: list[tuple[int, str]] = []
+    first_line: dict[str, int] = {}
+    for number, raw in raw_rows:
+        try:
+            record = to_record(raw, number, folder)
+            before = first_line.setdefault(record["id"], number)
+            if before != number:
+                raise ValueError(f"id {record['id']!r} is also on line {before}")
+            records.append(record)
+        except ValueError as error:
+            reasons.append((number, reason_of(error)))
+    return records, reasons
+
+
+def to_record(raw: Any, number: int, folder: str) -> dict[str, Any]:
+    """One row as `formats` reads it -> a record of `SCHEMA`, its videos' places resolved.
+
+    Raises:
+        ValueError: it is malformed; `reason_of` says why in one line.
+    """
+    row = Row.model_validate(formats.to_row(raw, number))
+    videos = [storage.join(folder, video) for video in row.videos]
+    for video in videos:
+        storage.scheme_of(video)
+        excerpt(video)
+    messages = row.model_dump(include={"messages"}, exclude_none=True)["messages"]
+    return {
+        "id": row.id,
+        "videos": videos,
+        "messages": json.dumps(messages),
+        "kind": row.kind,
+        "line": number,
+        "chars": sum(len(m.content) if isinstance(m.content, str) else _letters(m.content) for m in row.messages),
+        "seconds": [0.0 if isinstance(part, ImagePart) else None for part in row.shown],
+    }
+
+
+def _letters(parts: Sequence[VideoPart | ImagePart | TextPart]) -> int:
+    return sum(len(part.text) for part in parts if isinstance(part, TextPart))
+
+
+def reason_of(error: Exception) -> str:
+    """Why a row is malformed, in one line."""
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]

@@ -23,6 +23,7 @@ from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.collate import Sample
 from crosslmm.data.decode import Decoder, Unreadable
+from crosslmm.data.manifest import Rows
 from crosslmm.data.order import Order
 from crosslmm.data.quarantine import Entry
 
@@ -36,6 +37,9 @@ BLOCK_ROWS = 128
 SUBSTITUTES = 8
 """Other rows that are tried at the place of an unreadable one; beyond them the place has no weight."""
 
+NO_ROW: dict[str, Any] = {"manifest": "", "line": 0, "id": "", "kind": None, "messages": []}
+"""Stands at the places of a block that no store would give."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -47,6 +51,8 @@ class Layout:
         first_step: the step that the first block begins with.
         steps: how many steps follow from there.
         block_rows: samples in a block.
+        lengths: about how long each row is, float32 (rows,): a step's samples are dealt out so that ranks have equally
+            much to do. None deals them out as they stand.
     """
 
     order: Order
@@ -54,6 +60,7 @@ class Layout:
     first_step: int
     steps: int
     block_rows: int
+    lengths: np.ndarray | None = None
 
     @property
     def rank_rows(self) -> int:
@@ -68,9 +75,27 @@ class Layout:
     def places(self, block: int) -> np.ndarray:
         """Places of the samples in a block, int64 (block_rows,). Block i belongs to rank i % ranks."""
         rank, number = block % self.ranks, block // self.ranks
-        mine = number * self.block_rows + np.arange(self.block_rows)
-        step, position = np.divmod(mine, self.rank_rows)
-        return (self.first_step + step) * self.order.global_batch_size + rank * self.rank_rows + position
+        return self.places_of(rank, number * self.block_rows + np.arange(self.block_rows))
+
+    def places_of(self, rank: int, numbers: np.ndarray) -> np.ndarray:
+        """Places of a rank's samples, which are numbered from the first step on; int64 (n,) both."""
+        step, position = np.divmod(numbers, self.rank_rows)
+        places = np.empty_like(numbers)
+        for one in np.unique(step):
+            here = step == one
+            places[here] = self._dealt(self.first_step + int(one))[rank][position[here]]
+        return places
+
+    def _dealt(self, step: int) -> np.ndarray:
+        """Places of a step, int64 (ranks, rank_rows). By length the longest go to ranks 0, 1, ..., the next ones to
+        ..., 1, 0, and so on."""
+        places = step * self.order.global_batch_size + np.arange(self.order.global_batch_size)
+        if self.lengths is None:
+            return places.reshape(self.ranks, self.rank_rows)
+        rows, weights = self.order.at(places)
+        rounds = places[np.argsort(-self.lengths[rows] * weights, kind="stable")].reshape(self.rank_rows, self.ranks)
+        rounds[1::2] = rounds[1::2, ::-1]
+        return np.sort(rounds.T, axis=1)
 
 
 def block_rows(data: DataConfig, image_size: int) -> int:
@@ -85,7 +110,7 @@ def build_dataset(
 
     Args:
         layout: what goes where.
-        rows: the manifest's rows, in the object store.
+        rows: `Rows` of the manifests, in the object store.
         data: frames, decoder, deadline.
         image_size: side of a frame [px].
         workers: decoding processes.
@@ -136,7 +161,7 @@ class ReadSamples:
 
     def __init__(self, layout: Layout, rows: ray.ObjectRef, data: DataConfig, image_size: int) -> None:
         self.layout = layout
-        self.rows: list[dict[str, Any]] = ray.get(rows)
+        self.rows: Rows = ray.get(rows)
         self.decoder = Decoder(data, image_size)
         self.unreadable: dict[int, Entry] = {}
 
@@ -147,11 +172,11 @@ class ReadSamples:
         index, weight = self.layout.order.at(places)
         unavailable = ""
         try:
-            videos, bad = self._read_or_replace(places, index, weight)
+            rows, videos, bad = self._read_or_replace(places, index, weight)
         except storage.Unavailable as error:
             # Raised here it would reach the trainer's log under Ray's own tracebacks; `to_samples` raises it again.
-            videos, bad, unavailable = [[] for _ in index], [[] for _ in index], str(error)
-        rows = [self.rows[i] for i in index]
+            unavailable = str(error)
+            rows, videos, bad = [NO_ROW] * len(index), [[] for _ in index], [[] for _ in index]
         frames, counts, errors = (np.empty(len(rows), dtype=object) for _ in range(3))
         for i, found in enumerate(videos):
             readable = [] if isinstance(found, Entry) else found
@@ -161,6 +186,7 @@ class ReadSamples:
         return {
             "place": places,
             "weight": weight,
+            "manifest": [row["manifest"] for row in rows],
             "line": [row["line"] for row in rows],
             "id": [row["id"] for row in rows],
             "kind": [row["kind"] or "" for row in rows],
@@ -174,15 +200,18 @@ class ReadSamples:
 
     def _read_or_replace(
         self, places: np.ndarray, index: np.ndarray, weight: np.ndarray
-    ) -> tuple[list[list[np.ndarray] | Entry], list[list[dict[str, Any]]]]:
-        """The videos, and for each place the entries of all rows that could not be read there. Changes `index` to the
-        rows that stand there in the end."""
+    ) -> tuple[list[dict[str, Any]], list[list[np.ndarray] | Entry], list[list[dict[str, Any]]]]:
+        """The rows that stand at each place in the end, their videos, and the entries of all rows that could not be
+        read there."""
+        rows: list[dict[str, Any]] = [NO_ROW] * len(index)
         videos: list[list[np.ndarray] | Entry] = [[] for _ in index]
         bad: list[list[dict[str, Any]]] = [[] for _ in index]
         waiting = list(range(len(index)))
         for attempt in range(1, SUBSTITUTES + 2):
-            for i, found in zip(waiting, self._read(index[waiting]), strict=True):
-                videos[i] = found
+            numbers = index[waiting]
+            taken = self.rows.take(numbers)
+            for i, row, found in zip(waiting, taken, self._read(numbers.tolist(), taken), strict=True):
+                rows[i], videos[i] = row, found
                 if isinstance(found, Entry):
                     bad[i].append(found.to_dict())
             waiting = [i for i in waiting if isinstance(videos[i], Entry) and weight[i]]
@@ -190,38 +219,38 @@ class ReadSamples:
                 break
             for i in waiting:
                 index[i] = self.layout.order.substitute(int(places[i]), attempt)
-        return videos, bad
+        return rows, videos, bad
 
-    def _read(self, index: np.ndarray) -> list[list[np.ndarray] | Entry]:
+    def _read(self, numbers: list[int], rows: list[dict[str, Any]]) -> list[list[np.ndarray] | Entry]:
         """The videos of some rows, or what is wrong with one of them. What is known to be bad is not tried again."""
-        new = sorted({int(i) for i in index if i not in self.unreadable})
-        decoded = iter(self.decoder([uri for i in new for uri in self.rows[i]["videos"]]))
+        new = {number: row for number, row in zip(numbers, rows, strict=True) if number not in self.unreadable}
+        decoded = iter(self.decoder([uri for row in new.values() for uri in row["videos"]]))
         found: dict[int, list[np.ndarray]] = {}
-        for i in new:
-            row, found[i] = self.rows[i], []
+        for number, row in new.items():
+            found[number] = []
             for uri in row["videos"]:
                 video = next(decoded)
                 if isinstance(video, Unreadable):
-                    self.unreadable[i] = Entry.of(row, uri, video)
+                    self.unreadable[number] = Entry.of(row, uri, video)
                 else:
-                    found[i].append(video)
-        return [self.unreadable.get(int(i), found.get(int(i), [])) for i in index]
+                    found[number].append(video)
+        return [self.unreadable.get(number, found.get(number, [])) for number in numbers]
 
 
-def to_samples(batch: dict[str, np.ndarray], expected_place: int) -> list[Sample]:
+def to_samples(batch: dict[str, np.ndarray], due: np.ndarray) -> list[Sample]:
     """A batch as Ray Data delivers it -> samples.
 
     Raises:
-        RuntimeError: these are not the places from the expected one on, so the order would be broken.
+        RuntimeError: these are not the places that are due, int64 (n,), so the order would be broken.
         storage.Unavailable: the store of the videos cannot be used.
     """
     if unavailable := next((str(text) for text in batch["unavailable"] if text), ""):
         raise storage.Unavailable(unavailable)
-    due = expected_place + np.arange(len(batch["place"]))
     if not np.array_equal(batch["place"], due):
         raise RuntimeError(f"the data delivered places {batch['place']} of the run where {due} were due")
     return [
         Sample(
+            manifest=str(batch["manifest"][i]),
             line=int(batch["line"][i]),
             id=str(batch["id"][i]),
             messages=json.loads(batch["messages"][i]),

@@ -1,6 +1,7 @@
 """What could not be read, and why; who takes its place; and when there is too much of it."""
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ from crosslmm.data.decode import Unreadable
 class Entry:
     """One row whose video could not be read: a line of the ledger. All text is printable ASCII."""
 
+    manifest: str
+    """Path or URI of the row's manifest."""
     line: int
-    """Line of the manifest, from 1."""
+    """Line of that manifest, from 1 (of the one that it was prepared from)."""
     id: str
     uri: str
     version: str | None
@@ -26,8 +29,8 @@ class Entry:
     @classmethod
     def of(cls, row: dict[str, Any], uri: str, video: Unreadable) -> "Entry":
         """The entry of a manifest's row, one of whose videos cannot be read."""
-        names = _plain(row["id"]), _plain(uri)
-        return cls(row["line"], *names, video.version, video.stage, _plain(video.reason), video.attempts)
+        manifest, name, place = (_plain(text) for text in (row["manifest"], row["id"], uri))
+        return cls(manifest, row["line"], name, place, video.version, video.stage, _plain(video.reason), video.attempts)
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written to the ledger."""
@@ -39,35 +42,41 @@ class TooManyBad(Exception):
 
 
 class Tally:
-    """Counts samples that were due and those that could not be read, and stops the run when these are too many.
+    """Counts the samples of each source that were due and those that could not be read, and stops the run when these
+    are too many of one source.
 
     Args:
-        source: what is counted, for the message.
-        max_share: of the samples that were due.
-        allowed: so many bad samples are no reason to stop, whatever their share.
+        max_share: of a source's samples that were due.
+        allowed: so many bad samples of a source are no reason to stop, whatever their share.
     """
 
-    def __init__(self, source: str, max_share: float, allowed: int) -> None:
-        self.source, self.max_share, self.allowed = source, max_share, allowed
-        self.due = 0
-        self.reasons: Counter[str] = Counter()
+    def __init__(self, max_share: float, allowed: int) -> None:
+        self.max_share, self.allowed = max_share, allowed
+        self.due: Counter[str] = Counter()
+        self.reasons: dict[str, Counter[str]] = defaultdict(Counter)
 
-    def count(self, due: int, entries: list[dict[str, Any]]) -> None:
+    def count(self, due: Iterable[str], entries: list[dict[str, Any]]) -> None:
         """Take note of some samples.
+
+        Args:
+            due: the manifest of each sample.
+            entries: what could not be read in their places.
 
         Raises:
             TooManyBad: beyond both limits.
         """
-        self.due += due
-        self.reasons.update(f"{entry['stage']}: {entry['reason']}" for entry in entries)
-        bad = self.reasons.total()
-        if bad > self.allowed and bad > self.max_share * self.due:
-            most = "; ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(5))
-            more = f"; and {len(self.reasons) - 5} other reasons" if len(self.reasons) > 5 else ""
-            raise TooManyBad(
-                f"{self.source}: {bad} videos could not be read for {self.due} samples, which is more than "
-                f"data.max_bad_share {self.max_share:g} and data.bad_allowed {self.allowed}: {most}{more}"
-            )
+        self.due.update(due)
+        for entry in entries:
+            self.reasons[entry["manifest"]][f"{entry['stage']}: {entry['reason']}"] += 1
+        for source, reasons in self.reasons.items():
+            bad = reasons.total()
+            if bad > self.allowed and bad > self.max_share * self.due[source]:
+                most = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+                more = f"; and {len(reasons) - 5} other reasons" if len(reasons) > 5 else ""
+                raise TooManyBad(
+                    f"{source}: {bad} videos could not be read for {self.due[source]} samples, which is more than "
+                    f"data.max_bad_share {self.max_share:g} and data.bad_allowed {self.allowed}: {most}{more}"
+                )
 
 
 def _plain(text: str) -> str:

@@ -3,12 +3,32 @@
 A policy is named in the configuration and stored with the model, so that training and evaluation cannot drift apart.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 Policy = Literal["uniform", "fps", "fps_then_uniform"]
+
+EXCERPT = re.compile(r"#t=(\d+(?:\.\d+)?)?(?:,(\d+(?:\.\d+)?))?$")
+"""What stands behind a video's place where a part of it is meant: the temporal fragment of W3C's Media Fragments."""
+
+
+def excerpt(uri: str) -> tuple[str, float, float | None]:
+    """`clip.mp4#t=START,END` -> (place of the file, start, end) [s]; without START from the beginning, without END or
+    without a fragment to the end (None).
+
+    Raises:
+        ValueError: a part that ends before it begins.
+    """
+    found = EXCERPT.search(uri)
+    if not found:
+        return uri, 0.0, None
+    start, end = float(found[1] or 0), float(found[2]) if found[2] else None
+    if end is not None and end <= start:
+        raise ValueError(f"{uri!r}: the part ends before it begins")
+    return uri[: found.start()], start, end
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,14 @@ class Sampling:
         if self.policy == "fps":
             return regular[: self.num_frames]
         return np.linspace(0, duration if last is None else last, self.num_frames)
+
+    def count(self, seconds: np.ndarray) -> np.ndarray:
+        """How many frames videos of these durations give at most, float64 [s] -> int64; a duration of NaN is unknown,
+        one of 0 that of an image."""
+        if self.policy == "uniform":
+            return np.where(seconds == 0, 1, self.num_frames)
+        frames = np.clip(np.ceil(seconds * self.fps - 1e-6), 1, self.num_frames)
+        return np.where(np.isnan(seconds), self.num_frames, frames).astype(np.int64)
 
 
 def uniform(duration: float, count: int) -> np.ndarray:

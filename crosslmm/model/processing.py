@@ -91,7 +91,9 @@ class CrossLMMProcessor(ProcessorMixin):
         """
         ids, labels, pixels = [], [], []
         for i, (conversation, own) in enumerate(zip(messages, videos, strict=True)):
-            tokens, is_target = self._tokenize(conversation, own, answer)
+            for video in own:
+                self._check(video)
+            tokens, is_target = self._tokenize(conversation, [len(video) for video in own], answer)
             dropped = weights is not None and weights[i] == 0
             ids.append(torch.tensor(tokens))
             labels.append(
@@ -114,12 +116,14 @@ class CrossLMMProcessor(ProcessorMixin):
     def _no_frames(self) -> torch.Tensor:
         return torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
 
+    def length(self, conversation: list[dict[str, Any]], num_frames: Sequence[int]) -> int:
+        """Tokens of a conversation in training, with so many frames of each of its videos."""
+        return len(self._tokenize(conversation, num_frames, answer=False)[0])
+
     def _tokenize(
-        self, conversation: list[dict[str, Any]], videos: Sequence[np.ndarray], answer: bool
+        self, conversation: list[dict[str, Any]], num_frames: Sequence[int], answer: bool
     ) -> tuple[list[int], list[int]]:
         """One conversation -> token ids and the mask of what the loss is taken of; each video part drawn out."""
-        for video in videos:
-            self._check(video)
         out = self.tokenizer.apply_chat_template(
             conversation,
             chat_template=self.chat_template,
@@ -128,15 +132,15 @@ class CrossLMMProcessor(ProcessorMixin):
             return_dict=True,
         )
         places = out["input_ids"].count(self.video_token_id)
-        if places != len(videos):
+        if places != len(num_frames):
             raise ValueError(
                 f"the conversation has {places} video or image parts (or {VIDEO_TOKEN} in its text), "
-                f"and {len(videos)} videos"
+                f"and {len(num_frames)} videos"
             )
-        remaining = iter(videos)
+        remaining = iter(num_frames)
         tokens, is_target = [], []
         for token, target in zip(out["input_ids"], out["assistant_masks"], strict=True):
-            times = len(next(remaining)) * self.tokens_per_frame if token == self.video_token_id else 1
+            times = next(remaining) * self.tokens_per_frame if token == self.video_token_id else 1
             tokens += [token] * times
             is_target += [target] * times
         if not answer and self.video_token_id not in tokens[self.max_length :]:

@@ -50,23 +50,25 @@ def run(config: RunConfig) -> Outcome:
     console = Console(highlight=False, soft_wrap=True)
     config = resolve(config)
     build_processor(config.model)
-    manifest = Manifest(config.data.manifest)
+    manifests = [Manifest(uri) for uri in config.data.manifests]
     validation = Manifest(config.data.validation_manifest) if config.data.validation_manifest else None
     launch.start_ray()
     launch.check_placement(config)
-    job = launch.prepare(config, manifest, validation)
+    job = launch.prepare(config, manifests, validation)
     order = {
-        "manifest": manifest.digest,
+        "manifest": [manifest.digest for manifest in manifests],
+        "shares": list(config.data.manifests.values()),
         "train.global_batch_size": config.train.global_batch_size,
         "seed": config.seed,
     }
     record = tracking.Run(config, _run_to_resume(config, job.folder, order))
     begun = json.dumps({"run_id": record.run_id, "order": order})
     storage.write_bytes(storage.join(job.folder, "run.json"), begun.encode())
-    record.log_dataset(manifest.uri, manifest.digest, len(manifest), "training")
+    for manifest in manifests:
+        record.log_dataset(manifest.uri, manifest.digest, len(manifest), "training")
     if validation:
         record.log_dataset(validation.uri, validation.digest, len(validation), "validation")
-    _announce(console, config, job, len(manifest), record)
+    _announce(console, config, job, manifests, record)
 
     follower = Follower(job, record, console)
     status = "FAILED"
@@ -140,11 +142,14 @@ def _run_to_resume(config: RunConfig, folder: str, order: dict[str, Any]) -> str
     return str(begun["run_id"])
 
 
-def _announce(console: Console, config: RunConfig, job: launch.Job, rows: int, record: tracking.Run) -> None:
+def _announce(
+    console: Console, config: RunConfig, job: launch.Job, manifests: list[Manifest], record: tracking.Run
+) -> None:
     processor = "GPU" if config.scaling.use_gpu else "CPU"
     lines = {
         "run": f"{config.name} (the same command with --name {config.name} resumes it)",
-        "data": f"{rows} rows of {config.data.manifest}",
+        "data": ", ".join(f"{len(manifest)} rows of {manifest.uri}" for manifest in manifests)
+        + (f", {' : '.join(map(str, config.data.manifests.values()))}" if len(manifests) > 1 else ""),
         "training": f"{job.total_steps} steps of {config.train.global_batch_size} samples, "
         f"{config.scaling.num_workers} {processor} workers",
         "storage": job.folder,
@@ -174,7 +179,7 @@ class Follower:
         # A resumed run goes on with its ledger.
         written = storage.read_bytes(self._ledger_uri) if storage.exists(self._ledger_uri) else b""
         entries = [json.loads(line) for line in written.splitlines()]
-        self._unreadable: dict[tuple[str, int], dict[str, Any]] = {(e["split"], e["line"]): e for e in entries}
+        self._unreadable: dict[tuple[str, str, int], dict[str, Any]] = {_key(e): e for e in entries}
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[news]}"), console=console, disable=not console.is_terminal,
@@ -249,12 +254,9 @@ class Follower:
     def _take_unreadable(self, items: list[dict[str, Any]]) -> None:
         known = len(self._unreadable)
         for item in items:
-            key = (item["split"], item["line"])
-            if key not in self._unreadable:
-                self._unreadable[key] = item
-                data = self.job.config.data
-                manifest = data.manifest if item["split"] == launch.TRAIN else data.validation_manifest
-                line = f"left out: {manifest} line {item['line']} ({item['id']}): {item['reason']}"
+            if _key(item) not in self._unreadable:
+                self._unreadable[_key(item)] = item
+                line = f"left out: {item['manifest']} line {item['line']} ({item['id']}): {item['reason']}"
                 self.console.print(line, markup=False)
         self._ledger_is_old |= len(self._unreadable) > known
         if self._ledger_is_old:
@@ -266,6 +268,10 @@ class Follower:
 
     def _ledger(self) -> str:
         return "".join(json.dumps(item) + "\n" for _, item in sorted(self._unreadable.items()))
+
+
+def _key(entry: dict[str, Any]) -> tuple[str, str, int]:
+    return entry["split"], entry["manifest"], entry["line"]
 
 
 def _validation_line(step: int, metrics: dict[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import secrets
 import tempfile
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.fs
 import ray
 import ray.train
@@ -23,11 +25,12 @@ from transformers import BatchFeature
 from crosslmm import storage
 from crosslmm.answer import CONFIG
 from crosslmm.config import BadConfig, RunConfig, to_yaml
-from crosslmm.data.collate import Sample, collate, collate_for_validation
-from crosslmm.data.manifest import Manifest
+from crosslmm.data.collate import Sample, collate, collate_for_validation, micro_batches
+from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.order import Order
 from crosslmm.data.pipeline import Layout, ahead, block_rows, build_dataset, to_samples
 from crosslmm.data.quarantine import Tally
+from crosslmm.data.sampling import Sampling
 from crosslmm.model.pretrained import build_config, build_model, build_processor
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.optim import build_optimizer
@@ -52,6 +55,8 @@ class Job:
     total_steps: int
     order: Order
     rows: ray.ObjectRef
+    lengths: np.ndarray | None
+    """About how many tokens each row is, where micro-batches are counted in tokens."""
     validation_order: Order | None
     validation_rows: ray.ObjectRef | None
     image_size: int
@@ -62,7 +67,7 @@ class Job:
         """What is left of the run after `first_step` steps."""
         steps = self.total_steps - first_step
         rows = block_rows(self.config.data, self.image_size)
-        return Layout(self.order, self.config.scaling.num_workers, first_step, steps, rows)
+        return Layout(self.order, self.config.scaling.num_workers, first_step, steps, rows, self.lengths)
 
     def validation(self) -> Layout:
         """Validation's "steps" are rounds in which every rank takes one micro-batch."""
@@ -128,21 +133,32 @@ def check_placement(config: RunConfig) -> None:
         )
 
 
-def prepare(config: RunConfig, manifest: Manifest, validation: Manifest | None) -> Job:
+def prepare(config: RunConfig, manifests: list[Manifest], validation: Manifest | None) -> Job:
     """Decide what workers must agree upon, and hand the rows to Ray."""
-    train = config.train
-    order = Order(len(manifest), train.global_batch_size, config.seed)
+    train, data = config.train, config.data
+    order = Order(
+        tuple(len(manifest) for manifest in manifests),
+        train.global_batch_size,
+        config.seed,
+        tuple(data.manifests.values()),
+    )
     steps = train.epochs * order.steps_per_epoch
     at_once = train.micro_batch_size * config.scaling.num_workers
+    model = build_config(config.model)
+    sampling = Sampling(data.num_frames, data.sampling, data.fps)
+    lengths = [
+        manifest.lengths(sampling, model.tokens_per_frame) for manifest in manifests * bool(train.micro_batch_tokens)
+    ]
     return Job(
         config=config,
         folder=storage.join(config.storage, str(config.name)),
         total_steps=min(steps, train.max_steps or steps),
         order=order,
-        rows=ray.put(manifest.rows),
-        validation_order=Order(len(validation), at_once, None) if validation else None,
-        validation_rows=ray.put(validation.rows) if validation else None,
-        image_size=build_config(config.model).vision_config.image_size,
+        rows=ray.put(Rows(manifests)),
+        lengths=np.concatenate(lengths) if lengths else None,
+        validation_order=Order((len(validation),), at_once, None) if validation else None,
+        validation_rows=ray.put(Rows([validation])) if validation else None,
+        image_size=model.vision_config.image_size,
         board=Board.remote(),  # type: ignore[attr-defined]
     )
 
@@ -265,15 +281,18 @@ def _worker(loop_config: dict[str, Any]) -> None:
 
     def validate() -> loop.Metrics:
         layout = job.validation()
-        batches = ahead(_samples(job, VALIDATION, layout, layout.steps), lambda s: collate_for_validation(s, processor))
+        batches = ahead(_samples(job, VALIDATION, layout), lambda s: collate_for_validation(s, processor))
         return loop.validate(config, model, processor, batches)
 
-    layout = job.training(first_step)
-    batches: Iterator[BatchFeature] = ahead(
-        _samples(job, TRAIN, layout, layout.steps * config.accumulation),
-        lambda s: collate(s, processor),
-        depth=max(2, config.accumulation),
-    )
+    def length_of(sample: Sample) -> int:
+        return processor.length(sample.messages, [len(video) for video in sample.videos])
+
+    def collate_step(samples: list[Sample]) -> list[BatchFeature]:
+        micro = micro_batches(samples, config.train.micro_batch_size, config.train.micro_batch_tokens, length_of)
+        return [collate(part, processor) for part in micro]
+
+    # One step's frames are held while those of the step before are trained on.
+    batches = ahead(_samples(job, TRAIN, job.training(first_step)), collate_step, depth=1)
     loop.train(
         config,
         model,
@@ -292,20 +311,22 @@ def _worker(loop_config: dict[str, Any]) -> None:
     dist.barrier()
 
 
-def _samples(job: Job, name: str, layout: Layout, micro_batches: int) -> Iterator[list[Sample]]:
-    """This rank's samples, a micro-batch at a time, checked to be the ones that are due."""
-    size, rank = job.config.train.micro_batch_size, dist.get_rank()
-    tally = Tally(name, job.config.data.max_bad_share, job.config.data.bad_allowed)
-    shard = iter(ray.train.get_dataset_shard(name).iter_batches(batch_size=size, prefetch_batches=2))
-    for number in range(micro_batches):
-        step, position = divmod(number * size, layout.rank_rows)
-        due = (layout.first_step + step) * layout.order.global_batch_size + rank * layout.rank_rows + position
-        batch = next(shard, None)
-        if batch is None:
-            raise RuntimeError(f"the data ended where place {due} of the run was due")
-        samples = to_samples(batch, due)
+def _samples(job: Job, name: str, layout: Layout) -> Iterator[list[Sample]]:
+    """This rank's samples, a step at a time, checked to be the ones that are due."""
+    rank, data = dist.get_rank(), job.config.data
+    tally = Tally(data.max_bad_share, data.bad_allowed)
+    at_once = math.gcd(layout.rank_rows, layout.block_rows)  # never a whole step's frames twice
+    shard = iter(ray.train.get_dataset_shard(name).iter_batches(batch_size=at_once, prefetch_batches=2))
+    for first in range(0, layout.steps * layout.rank_rows, layout.rank_rows):
+        samples: list[Sample] = []
+        for number in range(first, first + layout.rank_rows, at_once):
+            due = layout.places_of(rank, number + np.arange(at_once))
+            batch = next(shard, None)
+            if batch is None:
+                raise RuntimeError(f"the data ended where place {due[0]} of the run was due")
+            samples += to_samples(batch, due)
         bad = [entry for sample in samples for entry in sample.bad]
         for entry in bad:
             job.board.post.remote("unreadable", {"split": name, **entry})
-        tally.count(len(samples), bad)
+        tally.count([sample.manifest for sample in samples], bad)
         yield samples

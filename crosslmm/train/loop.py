@@ -25,7 +25,7 @@ def train(
     config: RunConfig,
     model: CrossLMMForConditionalGeneration,
     optimizer: torch.optim.Optimizer,
-    batches: Iterator[BatchFeature],
+    batches: Iterator[list[BatchFeature]],
     steps: range,
     *,
     log: Callable[[int, Metrics], None],
@@ -35,10 +35,10 @@ def train(
     """Train from step `steps.start` to `steps.stop`; every rank calls it, and every rank takes every step.
 
     Args:
-        config: intervals, clipping, rates, accumulation.
+        config: intervals, clipping, rates.
         model: sharded by `parallelize`.
         optimizer: made by `build_optimizer`.
-        batches: this rank's micro-batches, from step `steps.start` on.
+        batches: this rank's micro-batches of each step, from step `steps.start` on.
         steps: optimizer steps to take; `steps.stop` is the whole run's length.
         log: takes the number of steps done and that step's metrics.
         save: takes the number of steps done.
@@ -51,7 +51,11 @@ def train(
     empty = 0
     for step in steps:
         set_learning_rate(optimizer, step, steps.stop, config.train)
-        metrics = _step(config, model, optimizer, batches)
+        began = time.perf_counter()
+        micro = next(batches, None)
+        if micro is None:
+            raise RuntimeError("the data ended before the last step")
+        metrics = _step(config, model, optimizer, micro, began)
         empty = 0 if metrics["labelled_tokens"] else empty + 1
         if empty == min(EMPTY_STEPS, len(steps)):
             raise RuntimeError(
@@ -71,24 +75,24 @@ def _step(
     config: RunConfig,
     model: Any,
     optimizer: torch.optim.Optimizer,
-    batches: Iterator[BatchFeature],
+    micro: list[BatchFeature],
+    began: float,
 ) -> Metrics:
-    """One optimizer step over `config.accumulation` micro-batches of every rank."""
-    began = time.perf_counter()
-    try:
-        micro = [next(batches) for _ in range(config.accumulation)]
-    except StopIteration:
-        raise RuntimeError("the data ended before the last step") from None
+    """One optimizer step over the micro-batches of every rank; `began` is when this one began to wait for them [s]."""
     waited = time.perf_counter() - began
     device, world = _device_of(model), dist.get_world_size()
 
+    labelled_here = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro)
+    everyone = torch.empty(world, 2, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(everyone, torch.tensor([[labelled_here, len(micro)]], device=device))
     # Every labelled token of the whole global batch weighs the same, wherever it lies.
-    labelled = torch.tensor(sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro), device=device)
-    dist.all_reduce(labelled)
-    divisor = labelled.clamp(min=1)
+    labelled, most = int(everyone[:, 0].sum()), int(everyone[:, 1].max())
+    divisor = max(labelled, 1)
+    # FSDP needs every rank in every pass: those with fewer micro-batches pass their smallest again, without labels.
+    passed = [*micro, *[_without_labels(micro[-1])] * (most - len(micro))]
     loss = torch.zeros((), device=device)
     model.train()
-    for batch in micro:
+    for batch in passed:
         # Gradients are reduced with every micro-batch: those that waited for the last would be whole, in float32.
         # FSDP averages gradients over ranks; the sum is wanted.
         # Divided out here: FSDP in bf16 would round the divisor on its way into the model.
@@ -103,9 +107,10 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
 
     frames, tokens = (sum(int(b[key].sum()) for b in micro) for key in ("num_frames", "attention_mask"))
-    sums = torch.stack([loss, *torch.tensor([frames, tokens, waited / world], device=device)])
+    room = sum(b["attention_mask"].numel() for b in passed)
+    sums = torch.stack([loss, *torch.tensor([frames, tokens, room, waited / world], device=device)])
     dist.all_reduce(sums)
-    loss_sum, frames_sum, tokens_sum, wait = sums.tolist()
+    loss_sum, frames_sum, tokens_sum, room_sum, wait = sums.tolist()
     seconds = time.perf_counter() - began
     return {
         "loss": loss_sum,
@@ -113,9 +118,14 @@ def _step(
         "labelled_tokens": float(labelled),
         "frames_per_s": frames_sum / seconds,
         "tokens_per_s": tokens_sum / seconds,
+        "padding_share": 1 - tokens_sum / room_sum,
         "samples_per_s": config.train.global_batch_size / seconds,
         "data_wait_share": wait / seconds,
     }
+
+
+def _without_labels(batch: BatchFeature) -> BatchFeature:
+    return BatchFeature({**batch, "labels": torch.full_like(batch["labels"], -100)})
 
 
 @torch.no_grad()

@@ -35,12 +35,14 @@ def sample(place: int):
 
 
 def batches(processor, ranks: int, rank: int, first_step: int):
-    """This rank's micro-batches: its share of each global batch, two samples at a time."""
+    """This rank's micro-batches of each step: its share of the global batch, two samples at a time."""
     mine = BATCH // ranks
     for step in range(first_step, STEPS):
+        micro = []
         for start in range(step * BATCH + rank * mine, step * BATCH + (rank + 1) * mine, 2):
             talks, videos = zip(*[sample(place) for place in (start, start + 1)], strict=True)
-            yield processor(talks, videos)
+            micro.append(processor(talks, videos))
+        yield micro
 
 
 def fixed_batch(processor):

@@ -16,9 +16,16 @@ ROWS, BAD = 40, {3, 7, 8, 21}
 
 def rows():
     return [
-        {"line": i + 1, "id": f"row {i}", "videos": [f"/videos/{i}.mp4"], "messages": [], "kind": None}
+        {"manifest": "m", "line": i + 1, "id": f"row {i}", "videos": [f"/videos/{i}.mp4"], "messages": [], "kind": None}
         for i in range(ROWS)
     ]
+
+
+class Rows:
+    """Stands where the manifests are."""
+
+    def take(self, numbers):
+        return [rows()[i] for i in numbers]
 
 
 class Decodes:
@@ -37,7 +44,7 @@ class Decodes:
 
 def reader(layout, bad):
     read = ReadSamples.__new__(ReadSamples)
-    read.layout, read.rows, read.decoder, read.unreadable = layout, rows(), Decodes(bad), {}
+    read.layout, read.rows, read.decoder, read.unreadable = layout, Rows(), Decodes(bad), {}
     return read
 
 
@@ -51,12 +58,12 @@ def read_all(order, ranks, first=0, steps=10, rows_in_block=4, bad=BAD):
         # A block's places follow one another within a step only.
         for i, place in enumerate(batch["place"]):
             one = {key: value[i : i + 1] for key, value in batch.items()}
-            samples[int(place)] = to_samples(one, int(place))[0]
+            samples[int(place)] = to_samples(one, np.array([place]))[0]
     return samples, read
 
 
 def test_a_bad_row_s_place_is_taken_by_another_row_and_named():
-    order = Order(ROWS, 4, seed=0)
+    order = Order((ROWS,), 4, seed=0)
     samples, read = read_all(order, ranks=2)
     assert len(samples) == 40
     for place, sample in samples.items():
@@ -72,7 +79,7 @@ def test_a_bad_row_s_place_is_taken_by_another_row_and_named():
 
 
 def test_the_substitutes_are_the_same_whatever_the_workers_blocks_and_resumes():
-    order = Order(ROWS, 4, seed=5)
+    order = Order((ROWS,), 4, seed=5)
     whole, _ = read_all(order, ranks=1)
     for ranks, rows_in_block, first in [(2, 1, 0), (4, 7, 0), (2, 3, 4)]:
         again, _ = read_all(order, ranks, first, 10 - first, rows_in_block)
@@ -83,19 +90,19 @@ def test_the_substitutes_are_the_same_whatever_the_workers_blocks_and_resumes():
 
 
 def test_where_nothing_can_be_read_the_place_stays_without_frames():
-    samples, _ = read_all(Order(ROWS, 4, seed=0), ranks=1, steps=2, bad=set(range(ROWS)))
+    samples, _ = read_all(Order((ROWS,), 4, seed=0), ranks=1, steps=2, bad=set(range(ROWS)))
     assert all(sample.error == "no such file" for sample in samples.values())
     assert all(len(sample.bad) == 9 for sample in samples.values())
 
 
 def test_validation_leaves_a_bad_row_out_and_asks_no_other_twice():
-    samples, read = read_all(Order(ROWS, 4, seed=None), ranks=1)
+    samples, read = read_all(Order((ROWS,), 4, seed=None), ranks=1)
     assert [place for place, sample in samples.items() if sample.error] == sorted(BAD)
     assert sorted(read.decoder.asked) == list(range(ROWS))
 
 
 def test_a_store_out_of_reach_stops_the_reader_with_its_own_words():
-    layout = Layout(Order(ROWS, 4, seed=0), ranks=1, first_step=0, steps=1, block_rows=4)
+    layout = Layout(Order((ROWS,), 4, seed=0), ranks=1, first_step=0, steps=1, block_rows=4)
     read = reader(layout, BAD)
 
     def out_of_reach(uris):
@@ -104,13 +111,14 @@ def test_a_store_out_of_reach_stops_the_reader_with_its_own_words():
     read.decoder = out_of_reach
     batch = {key: value if key == "frames" else np.array(value) for key, value in read({"block": [0]}).items()}
     with pytest.raises(storage.Unavailable, match=r"^s3://bucket/a.mp4: could not connect$"):
-        to_samples(batch, 0)
+        to_samples(batch, np.arange(4))
 
 
 def test_a_line_of_the_ledger_is_harmless_and_complete():
-    row = {"line": 3, "id": "a\x1b[31m\n"}
+    row = {"manifest": "m.jsonl\n", "line": 3, "id": "a\x1b[31m\n"}
     entry = Entry.of(row, "s3://bucket/\u202e.mp4", Unreadable("empty", "check", "etag", 2)).to_dict()
     assert entry == {
+        "manifest": r"m.jsonl\n",
         "line": 3,
         "id": r"a\x1b[31m\n",
         "uri": r"s3://bucket/\u202e.mp4",
@@ -123,12 +131,24 @@ def test_a_line_of_the_ledger_is_harmless_and_complete():
 
 
 def test_the_run_stops_beyond_both_limits_and_says_why():
-    empty, missing = ({"stage": "check", "reason": "empty"}, {"stage": "read", "reason": "no such file"})
-    tally = Tally("train", max_share=0.1, allowed=3)
-    tally.count(3, [empty, missing, missing])
-    tally.count(97, [empty] * 7)
-    with pytest.raises(TooManyBad, match=r"11 videos .* for 101 samples, .*: 9 x check: empty; 2 x read: no such file"):
-        tally.count(1, [empty])
-    Tally("train", 0.5, 0).count(10, [empty] * 5)
+    empty, missing = (
+        {"manifest": "a", "stage": "check", "reason": "empty"},
+        {"manifest": "a", "stage": "read", "reason": "no such file"},
+    )
+    tally = Tally(max_share=0.1, allowed=3)
+    tally.count(["a"] * 3, [empty, missing, missing])
+    tally.count(["a"] * 97, [empty] * 7)
+    says = r"a: 11 videos .* for 101 samples, .*: 9 x check: empty; 2 x read: no such file"
+    with pytest.raises(TooManyBad, match=says):
+        tally.count(["a"], [empty])
+    Tally(0.5, 0).count(["a"] * 10, [empty] * 5)
     with pytest.raises(TooManyBad):
-        Tally("train", DataConfig().max_bad_share, DataConfig().bad_allowed).count(30, [missing] * 21)
+        Tally(DataConfig().max_bad_share, DataConfig().bad_allowed).count(["a"] * 30, [missing] * 21)
+
+
+def test_each_source_is_held_to_the_limits_by_itself():
+    bad = [{"manifest": "small", "stage": "check", "reason": "empty"}] * 4
+    tally = Tally(max_share=0.1, allowed=3)
+    tally.count(["small"] * 50 + ["large"] * 500, bad)
+    with pytest.raises(TooManyBad, match="small: 8 videos could not be read for 60 samples"):
+        tally.count(["small"] * 10 + ["large"] * 500, bad)

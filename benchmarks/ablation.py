@@ -3,11 +3,12 @@
 python -m benchmarks.ablation [--json] prints a table, and as its last line one JSON object. About 25 minutes on two
 cores; interrupted, the same command goes on where it was.
 
-Real handwritten digits stand small on plates of four colours, each for a moment, and the question names a colour. The
-vision encoder is frozen, as in the paper's first stage: no published weights are a download away here, so one encoder
-is first taught to name, patch by patch, the digits and colours of still frames, from the training digits alone. All
-arms start from that encoder and see the same clips in the same order; projector, decoder and cross-attentions start
-from random weights, and are trained by the project's own loss and optimizer.
+Real handwritten digits stand small on plates of four colours, each for a moment, and the question is about the red one:
+which digits a frame shows survives pooling, which of them is red has to be looked up (guessing among the digits of a
+clip is right in 0.325 of cases). The vision encoder is frozen, as in the paper's first stage: no published weights are
+a download away here, so one encoder is first taught to name, patch by patch, digits and colours of still frames, from
+the training digits alone. All arms start from that encoder and see the same clips in the same order; projector, decoder
+and cross-attentions start from random weights, and are trained by the project's own loss and optimizer.
 """
 
 import argparse
@@ -44,7 +45,7 @@ ARMS = {"none": (), "T2V": ("t2v",), "V2V": ("v2v",), "both": ("v2v", "t2v")}
 PAPER = {"none": (47.2, 47.5), "T2V": (47.3, 47.7), "V2V": (48.4, 48.9), "both": (48.7, 49.9)}
 SEEDS = (0, 1, 2)
 TRAIN_CLIPS, HELD_OUT_CLIPS = 3000, 500
-ENCODER_STEPS, ARM_STEPS = 3000, 500
+ENCODER_STEPS, ARM_STEPS = 3000, 800
 NAMES = (10 + 1, len(digits.PLATES) + 1)
 """What the encoder learns to tell apart: digits and ground, colours and ground."""
 

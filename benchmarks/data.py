@@ -222,13 +222,12 @@ def run_pipeline(videos: list[Path], data: DataConfig) -> dict[str, Any]:
     began = time.perf_counter()
     dataset = build_dataset(layout, ray.put(rows), data, SIDE, workers=PROCESSES, cpus_per_worker=0.5)
     samples, frames, first = [], 0, 0.0
-    for place, batch in enumerate(dataset.iter_batches(batch_size=1, prefetch_batches=2)):
-        if place == len(videos):
-            break  # what fills up the last block
-        (sample,) = to_samples(batch, np.array([place]))
-        first = first or time.perf_counter()
-        samples.append(sample)
-        frames += sum(len(video) for video in sample.videos)
+    for block in dataset.iter_batches(batch_size=1, prefetch_batches=2):
+        for sample in to_samples(block):
+            first = first or time.perf_counter()
+            samples.append(sample)
+            frames += sum(len(video) for video in sample.videos)
+    del samples[len(videos) :]  # what fills up the last block
     took = time.perf_counter() - first
     own = {s.line for s in samples if not s.bad and not s.error}
     return {

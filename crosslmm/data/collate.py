@@ -17,6 +17,7 @@ NOTHING = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-
 class Sample:
     """One row of the manifest at one place of the run, read."""
 
+    place: int
     manifest: str
     """Path or URI of its manifest."""
     line: int

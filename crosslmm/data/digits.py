@@ -13,7 +13,7 @@ from crosslmm.data.clips import Clip, write_split
 from crosslmm.data.shapes import COLOURS, FRAMES, SIDE
 
 PLATES = ("red", "green", "blue", "magenta")
-"""Each clip shows one digit on a plate of each of these colours."""
+"""Each clip shows one digit on a plate of each of these colours, and is asked about the first: the others distract."""
 CHANCE = 1 / 10
 SCALE = 2
 """A plate of 16 x 16 pixels covers a sixteenth of the frame."""
@@ -23,9 +23,7 @@ SHOWN = 2
 """A plate is on screen for so many frames."""
 
 
-def question(colour: str) -> str:
-    """What is asked about the plate of a colour."""
-    return f"Which digit is {colour}?"
+QUESTION = f"Which digit is {PLATES[0]}?"
 
 
 @dataclass(frozen=True)
@@ -52,16 +50,15 @@ def load_digits(seed: int = 0) -> dict[str, Digits]:
 def write_digits(folder: str, train: int = 3000, held_out: int = 160, seed: int = 0) -> None:
     """Write clips and the manifests `train.jsonl` and `held_out.jsonl` into `folder` (a path or an `s3://` URI).
 
-    A training clip is asked about all of its digits in one conversation, in random order; a held-out clip about one,
-    of the kind `late digit` if only the last frames show it, or else `digit`.
+    A clip is of the kind `late digit` if only its last frames show what is asked for, or else `digit`.
     """
     digits = load_digits(seed)
     for stream, (split, count) in enumerate({"train": train, "held_out": held_out}.items()):
-        clips = _clips(np.random.default_rng([seed, stream]), count, digits[split], one_each=split == "held_out")
+        clips = _clips(np.random.default_rng([seed, stream]), count, digits[split])
         write_split(folder, split, clips, crf="12")  # fine strokes
 
 
-def _clips(rng: np.random.Generator, count: int, digits: Digits, one_each: bool) -> Iterator[Clip]:
+def _clips(rng: np.random.Generator, count: int, digits: Digits) -> Iterator[Clip]:
     for _ in range(count):
         frames = empty(rng, FRAMES)
         chosen = rng.choice(len(digits.names), len(PLATES), replace=False)
@@ -69,12 +66,8 @@ def _clips(rng: np.random.Generator, count: int, digits: Digits, one_each: bool)
         for colour, digit, first, (y, x) in zip(PLATES, chosen, begins, places(rng, len(PLATES)), strict=True):
             drawn = plate(digits.images[digit], colour)
             frames[first : first + SHOWN, y : y + len(drawn), x : x + len(drawn)] = drawn
-        asked = rng.permutation(len(PLATES))
-        kind = None
-        if one_each:
-            asked = asked[:1]
-            kind = "late digit" if begins[asked[0]] == FRAMES - SHOWN else "digit"
-        yield Clip(frames, [(question(PLATES[i]), str(digits.names[chosen[i]])) for i in asked], kind)
+        kind = "late digit" if begins[0] == FRAMES - SHOWN else "digit"
+        yield Clip(frames, [(QUESTION, str(digits.names[chosen[0]]))], kind)
 
 
 def empty(rng: np.random.Generator, frames: int) -> np.ndarray:

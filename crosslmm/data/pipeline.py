@@ -1,8 +1,8 @@
 """The Ray Data graph: places of a run -> rows -> frames, in blocks that an equal split keeps in order.
 
 `streaming_split(equal=True)` hands block i to rank i % W as long as all blocks have the same number of rows and none is
-cut. So the source emits block numbers, each of which becomes `block_rows` consecutive samples *of one rank*, and Ray
-Data never needs to know what is in them.
+cut. So the source emits block numbers, each of which becomes one row: `block_rows` consecutive samples *of one rank*.
+Ray Data never needs to know what is in them.
 """
 
 import functools
@@ -30,7 +30,7 @@ from crosslmm.data.quarantine import Entry
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
-# A block costs Ray Data 30 to 40 ms whatever it holds, so small samples travel together.
+# A block costs Ray Data 30 to 50 ms whatever it holds, so small samples travel together.
 BLOCK_BYTES = 16 * 2**20
 BLOCK_ROWS = 128
 
@@ -117,26 +117,24 @@ def build_dataset(
         cpus_per_worker: CPUs that each of them reserves.
     """
     context = DataContext.get_current()
-    context.target_max_block_size = None  # never cut a block: the order hangs on their size
+    context.target_max_block_size = 1  # bytes: no two rows ever share a block, and a row cannot be cut
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # while validation runs, training's data stands still
-    # Reading and decoding are one operator only with equal CPUs and without a batch size; two would wait for each
-    # other's CPUs in silence.
-    blocks = ray.data.read_datasource(
-        _BlockNumbers(layout.blocks), override_num_blocks=layout.blocks, num_cpus=cpus_per_worker
-    )
-    return blocks.map_batches(
+    # One task that counts, as far ahead as the readers need: tasks of their own for millions of blocks would be made
+    # before the first one runs. It takes no CPU, which the readers could wait for in silence.
+    numbers = ray.data.read_datasource(_BlockNumbers(layout.blocks), override_num_blocks=1, num_cpus=0)
+    return numbers.map_batches(
         ReadSamples,
         batch_size=None,
-        concurrency=workers,
+        compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=cpus_per_worker,
         fn_constructor_kwargs={"layout": layout, "rows": rows, "data": data, "image_size": image_size},
     )
 
 
 class _BlockNumbers(Datasource):
-    """One row, a block's number, for each read task."""
+    """0, 1, 2, ..., one in a block."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -148,12 +146,13 @@ class _BlockNumbers(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        metadata = BlockMetadata(num_rows=1, size_bytes=8, input_files=None, exec_stats=None)
-        return [ReadTask(functools.partial(self._read, number), metadata) for number in range(self.count)]
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(functools.partial(self._read, self.count), metadata)]
 
     @staticmethod
-    def _read(number: int) -> list[pa.Table]:
-        return [pa.table({"block": [number]})]
+    def _read(count: int) -> Iterator[pa.Table]:
+        for number in range(count):
+            yield pa.table({"block": [number]})
 
 
 class ReadSamples:
@@ -166,8 +165,11 @@ class ReadSamples:
         self.unreadable: dict[int, Entry] = {}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """In training a row that cannot be read is replaced by another one; in validation it keeps its place, without
-        frames and with the reason in `error`. Both are named in `bad`."""
+        """One row: the frames of all samples, one behind the other, and what else `Sample` holds, as JSON.
+
+        In training a row that cannot be read is replaced by another one; in validation it keeps its place, without
+        frames and with the reason in `error`. Both are named in `bad`.
+        """
         places = self.layout.places(int(batch["block"][0]))
         index, weight = self.layout.order.at(places)
         unavailable = ""
@@ -177,26 +179,23 @@ class ReadSamples:
             # Raised here it would reach the trainer's log under Ray's own tracebacks; `to_samples` raises it again.
             unavailable = str(error)
             rows, videos, bad = [NO_ROW] * len(index), [[] for _ in index], [[] for _ in index]
-        frames, counts, errors = (np.empty(len(rows), dtype=object) for _ in range(3))
-        for i, found in enumerate(videos):
+        samples, frames = [], []
+        for i, (row, found) in enumerate(zip(rows, videos, strict=True)):
             readable = [] if isinstance(found, Entry) else found
-            frames[i] = np.concatenate(readable) if readable else np.empty((0, 0, 0, 3), np.uint8)
-            counts[i] = np.array([len(video) for video in readable], dtype=np.int64)
-            errors[i] = found.reason if isinstance(found, Entry) else ""
-        return {
-            "place": places,
-            "weight": weight,
-            "manifest": [row["manifest"] for row in rows],
-            "line": [row["line"] for row in rows],
-            "id": [row["id"] for row in rows],
-            "kind": [row["kind"] or "" for row in rows],
-            "messages": [json.dumps(row["messages"]) for row in rows],
-            "frames": frames,
-            "counts": counts,
-            "error": errors,
-            "bad": [json.dumps(entries) for entries in bad],
-            "unavailable": [unavailable] * len(rows),
-        }
+            frames += readable
+            samples.append(
+                {key: row[key] for key in ("manifest", "line", "id", "kind", "messages")}
+                | {
+                    "place": int(places[i]),
+                    "weight": float(weight[i]),
+                    "videos": [len(video) for video in readable],
+                    "error": found.reason if isinstance(found, Entry) else None,
+                    "bad": bad[i],
+                }
+            )
+        packed = np.empty(1, dtype=object)
+        packed[0] = np.concatenate(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
+        return {"frames": packed, "samples": [json.dumps(samples)], "unavailable": [unavailable]}
 
     def _read_or_replace(
         self, places: np.ndarray, index: np.ndarray, weight: np.ndarray
@@ -237,34 +236,22 @@ class ReadSamples:
         return [self.unreadable.get(number, found.get(number, [])) for number in numbers]
 
 
-def to_samples(batch: dict[str, np.ndarray], due: np.ndarray) -> list[Sample]:
-    """A batch as Ray Data delivers it -> samples.
+def to_samples(block: dict[str, np.ndarray]) -> Iterator[Sample]:
+    """A block as Ray Data delivers it -> its samples.
 
     Raises:
-        RuntimeError: these are not the places that are due, int64 (n,), so the order would be broken.
         storage.Unavailable: the store of the videos cannot be used.
     """
-    if unavailable := next((str(text) for text in batch["unavailable"] if text), ""):
+    if unavailable := str(block["unavailable"][0]):
         raise storage.Unavailable(unavailable)
-    if not np.array_equal(batch["place"], due):
-        raise RuntimeError(f"the data delivered places {batch['place']} of the run where {due} were due")
-    return [
-        Sample(
-            manifest=str(batch["manifest"][i]),
-            line=int(batch["line"][i]),
-            id=str(batch["id"][i]),
-            messages=json.loads(batch["messages"][i]),
-            # Ray's batches are views of shared memory, which torch would rather not write to.
-            videos=np.split(np.array(batch["frames"][i]), np.cumsum(batch["counts"][i])[:-1])
-            if len(batch["counts"][i])
-            else [],
-            kind=str(batch["kind"][i]) or None,
-            weight=float(batch["weight"][i]),
-            error=str(batch["error"][i]) or None,
-            bad=json.loads(batch["bad"][i]),
-        )
-        for i in range(len(batch["place"]))
-    ]
+    frames, start = block["frames"][0], 0
+    for said in json.loads(block["samples"][0]):
+        videos = []
+        for count in said.pop("videos"):
+            # Ray's blocks are views of shared memory, which torch would rather not write to.
+            videos.append(np.array(frames[start : start + count]))
+            start += count
+        yield Sample(videos=videos, **said)
 
 
 def ahead(items: Iterable[Item], make: Callable[[Item], Made], depth: int = 2) -> Iterator[Made]:

@@ -1,8 +1,8 @@
 """RunConfig -> data, model and loop in Ray Train workers -> checkpoints and an exported model in storage."""
 
+import itertools
 import json
 import logging
-import math
 import secrets
 import tempfile
 import time
@@ -315,16 +315,15 @@ def _samples(job: Job, name: str, layout: Layout) -> Iterator[list[Sample]]:
     """This rank's samples, a step at a time, checked to be the ones that are due."""
     rank, data = dist.get_rank(), job.config.data
     tally = Tally(data.max_bad_share, data.bad_allowed)
-    at_once = math.gcd(layout.rank_rows, layout.block_rows)  # never a whole step's frames twice
-    shard = iter(ray.train.get_dataset_shard(name).iter_batches(batch_size=at_once, prefetch_batches=2))
+    blocks = ray.train.get_dataset_shard(name).iter_batches(batch_size=1, prefetch_batches=2)
+    stream = itertools.chain.from_iterable(map(to_samples, blocks))
     for first in range(0, layout.steps * layout.rank_rows, layout.rank_rows):
-        samples: list[Sample] = []
-        for number in range(first, first + layout.rank_rows, at_once):
-            due = layout.places_of(rank, number + np.arange(at_once))
-            batch = next(shard, None)
-            if batch is None:
-                raise RuntimeError(f"the data ended where place {due[0]} of the run was due")
-            samples += to_samples(batch, due)
+        due = layout.places_of(rank, first + np.arange(layout.rank_rows)).tolist()
+        samples = list(itertools.islice(stream, layout.rank_rows))
+        if [sample.place for sample in samples] != due:
+            raise RuntimeError(
+                f"the data delivered places {[s.place for s in samples]} of the run where {due} were due"
+            )
         bad = [entry for sample in samples for entry in sample.bad]
         for entry in bad:
             job.board.post.remote("unreadable", {"split": name, **entry})

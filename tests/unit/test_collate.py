@@ -5,7 +5,7 @@ from crosslmm.data.collate import Sample, micro_batches
 
 
 def samples(lengths):
-    return [Sample("m", i, f"{i}", [], [], None, 1.0, None) for i, _ in enumerate(lengths)]
+    return [Sample(i, "m", i, f"{i}", [], [], None, 1.0, None) for i, _ in enumerate(lengths)]
 
 
 def test_counted_in_samples_they_stand_as_they_came():

@@ -54,11 +54,9 @@ def read_all(order, ranks, first=0, steps=10, rows_in_block=4, bad=BAD):
     read = reader(layout, bad)
     samples = {}
     for block in range(layout.blocks):
-        batch = {key: np.array(value) if key != "frames" else value for key, value in read({"block": [block]}).items()}
-        # A block's places follow one another within a step only.
-        for i, place in enumerate(batch["place"]):
-            one = {key: value[i : i + 1] for key, value in batch.items()}
-            samples[int(place)] = to_samples(one, np.array([place]))[0]
+        found = list(to_samples(read({"block": [block]})))
+        assert [sample.place for sample in found] == layout.places(block).tolist()
+        samples |= {sample.place: sample for sample in found}
     return samples, read
 
 
@@ -109,9 +107,8 @@ def test_a_store_out_of_reach_stops_the_reader_with_its_own_words():
         raise storage.Unavailable("s3://bucket/a.mp4: could not connect")
 
     read.decoder = out_of_reach
-    batch = {key: value if key == "frames" else np.array(value) for key, value in read({"block": [0]}).items()}
     with pytest.raises(storage.Unavailable, match=r"^s3://bucket/a.mp4: could not connect$"):
-        to_samples(batch, np.arange(4))
+        list(to_samples(read({"block": [0]})))
 
 
 def test_a_line_of_the_ledger_is_harmless_and_complete():

@@ -35,12 +35,14 @@ def sample(place: int):
 
 
 def batches(processor, ranks: int, rank: int, first_step: int):
-    """This rank's micro-batches of each step: its share of the global batch, two samples at a time."""
+    """This rank's micro-batches of each step: its share of the global batch, two samples at a time. On every other step
+    the second rank has fewer micro-batches than the first, as it may where they are counted in tokens."""
     mine = BATCH // ranks
     for step in range(first_step, STEPS):
+        size = 4 if rank == 1 and step % 2 else 2
         micro = []
-        for start in range(step * BATCH + rank * mine, step * BATCH + (rank + 1) * mine, 2):
-            talks, videos = zip(*[sample(place) for place in (start, start + 1)], strict=True)
+        for start in range(step * BATCH + rank * mine, step * BATCH + (rank + 1) * mine, size):
+            talks, videos = zip(*[sample(place) for place in range(start, start + size)], strict=True)
             micro.append(processor(talks, videos))
         yield micro
 

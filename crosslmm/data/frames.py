@@ -1,6 +1,7 @@
 """An open file -> the frames on screen at the wanted moments, decoding no more groups of pictures than hold them."""
 
 import contextlib
+import ctypes
 import heapq
 import itertools
 from collections.abc import Iterator
@@ -45,8 +46,7 @@ def with_pyav(file: BinaryIO, form: str, data: DataConfig, image_size: int) -> n
         UnreadableVideo: naming what is missing or beyond a limit.
         av.FFmpegError, OSError: as they come.
     """
-    options = {"protocol_whitelist": "none", "format_whitelist": form}
-    with av.open(file, "r", format=form, options=options, metadata_errors="replace") as container:
+    with _open(file, form) as container:
         stream = _choose_stream(container, data)
         if "matroska" in container.format.name:
             _rewind(container)  # only a seek makes it read its index
@@ -62,6 +62,11 @@ def with_pyav(file: BinaryIO, form: str, data: DataConfig, image_size: int) -> n
     if not found:
         raise UnreadableVideo("the file has no frames that can be decoded")
     return np.ascontiguousarray(np.stack(found))
+
+
+def _open(file: BinaryIO, form: str) -> InputContainer:
+    options = {"protocol_whitelist": "none", "format_whitelist": form}
+    return av.open(file, "r", format=form, options=options, metadata_errors="replace")
 
 
 def _choose_stream(container: InputContainer, data: DataConfig) -> VideoStream:
@@ -300,3 +305,77 @@ def with_decord(file: BinaryIO, form: str, data: DataConfig, image_size: int) ->
             for f in frames
         ]
     )
+
+
+def with_torchcodec(file: BinaryIO, form: str, data: DataConfig, image_size: int) -> np.ndarray:
+    """Decode with torchcodec, which reads the whole file for its frames' times. Like `with_pyav`; errors are its own.
+
+    Its FFmpeg guesses the container and opens whatever a playlist names; neither can be forbidden. So that FFmpeg is
+    asked first what it would guess, and a file that it takes for anything but `form` is refused. A stream that grows on
+    its way is held by the process's memory alone, not by `max_frame_pixels`.
+    """
+    from torchcodec.decoders import VideoDecoder
+    from torchcodec.transforms import Resize
+
+    with _open(file, form) as container:
+        stream = _choose_stream(container, data)
+        number, gap = stream.index, _gap(stream)
+    guess = _guessed_by_torchcodec(file)
+    if form not in guess.split(","):
+        raise UnreadableVideo(f"it begins as {form}, and torchcodec takes it for {guess or 'nothing that it knows'}")
+    file.seek(0)
+    decoder = VideoDecoder(  # one thread; it turns a phone's video upright, and resizes by the same filter as above
+        file,
+        stream_index=number,
+        dimension_order="NHWC",
+        device="cpu",
+        transforms=[Resize((image_size, image_size))],
+    )
+    begin, end = decoder.metadata.begin_stream_seconds, decoder.metadata.end_stream_seconds
+    if not len(decoder):
+        raise UnreadableVideo("the file has no frames that can be decoded")
+    if end - begin > data.max_video_s:
+        raise UnreadableVideo(f"it lasts {end - begin:.0f} s, and data.max_video_s is {data.max_video_s:g}")
+    times = Sampling(data.num_frames, data.sampling, data.fps).times(end - begin, end - begin - gap)
+    wanted = np.minimum(begin + times + 1e-6, np.nextafter(end, begin))
+    found = decoder.get_frames_played_at(wanted.tolist())
+    shown = found.pts_seconds.numpy()
+    if (shown > wanted).any():
+        # In transport streams, and before the first keyframe of an edit list, it lands behind and says nothing.
+        raise UnreadableVideo("torchcodec finds no way back to the frames before a keyframe")
+    _, once = np.unique(shown, return_index=True)
+    return np.ascontiguousarray(found.data.numpy()[once])
+
+
+class _Probed(ctypes.Structure):
+    """libav's AVProbeData."""
+
+    _fields_ = (
+        ("filename", ctypes.c_char_p),
+        ("bytes", ctypes.c_char_p),
+        ("size", ctypes.c_int),
+        ("mime_type", ctypes.c_char_p),
+    )
+
+
+def _guessed_by_torchcodec(file: BinaryIO) -> str:
+    """What torchcodec's FFmpeg takes a file for, as libav names it ("mov,mp4,m4a,..."); empty: it does not know.
+
+    As in libav's own opening, the first guess from 2 KiB or twice, four times, ... as much is taken that is no weak one
+    (AVPROBE_SCORE_RETRY), and any from 1 MiB.
+    """
+    import torchcodec
+
+    guess = ctypes.CDLL(torchcodec.core_library_path).av_probe_input_format2
+    guess.restype = ctypes.POINTER(ctypes.c_char_p)  # AVInputFormat begins with its names
+    file.seek(0)
+    head = b""
+    for size in (2**power for power in range(11, 21)):
+        while len(head) < size and (piece := file.read(size - len(head))):
+            head += piece
+        probed = _Probed(b"", head + bytes(32), len(head), None)  # AVPROBE_PADDING_SIZE
+        score = ctypes.c_int(25 if size < 2**20 else 0)
+        found = guess(ctypes.byref(probed), 1, ctypes.byref(score))
+        if found:
+            return (found.contents.value or b"").decode()
+    return ""

@@ -274,7 +274,7 @@ def lures(url):
     }
 
 
-@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("backend", ["pyav", "decord", "torchcodec"])
 def test_no_file_makes_a_decoder_ask_a_server(listener, tmp_path, backend):
     url, asked = listener
     files = lures(url)

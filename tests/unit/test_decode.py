@@ -19,7 +19,6 @@ from crosslmm.config import BadConfig, DataConfig, parse_run
 from crosslmm.data.clips import FPS, encode_clip
 from crosslmm.data.decode import BACKENDS as DECODERS
 from crosslmm.data.decode import Decoder, Unreadable, decode_video, require_backend
-from crosslmm.train import driver
 
 SIDE = 32
 
@@ -32,7 +31,8 @@ def loads(backend):
     return True
 
 
-needs_torchcodec = pytest.mark.skipif(not loads("torchcodec"), reason="torchcodec, or its FFmpeg, does not load here")
+# As text: what children import of this file stays light.
+needs_torchcodec = pytest.mark.skipif("not loads('torchcodec')", reason="torchcodec, or its FFmpeg, does not load here")
 BACKENDS = ("pyav", "decord", pytest.param("torchcodec", marks=needs_torchcodec))
 LEVELS = range(20, 220, 10)
 
@@ -295,6 +295,8 @@ def test_auto_is_pyav():
 @pytest.mark.parametrize("error", [RuntimeError, OSError, ImportError])
 @pytest.mark.parametrize(("backend", "remedy"), [("decord", "x86_64"), ("torchcodec", "pip install 'torchcodec>=0.13")])
 def test_a_decoder_that_does_not_load_is_refused_before_anything_starts(monkeypatch, tmp_path, backend, remedy, error):
+    from crosslmm.train import driver
+
     def refuse(name):
         raise error("libavutil.so.60: cannot open shared object file\nand a page more")
 

@@ -88,8 +88,8 @@ class DataConfig(Section):
     evenly where they would be too many (LLaVA-Video's)."""
     fps: Annotated[float, Field(gt=0)] = 1.0
     """Frames per second of video that the two fps policies look at [1/s]."""
-    decoder: Literal["pyav", "decord"] = "pyav"
-    """Which library decodes; docs/decisions.md has the measurements."""
+    decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
+    """Which library decodes; auto is pyav, by the measurements in docs/decisions.md."""
     decode_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Wall clock for one video, after which its decoder is killed and the row is counted as unreadable [s]."""
     decode_memory_gib: Annotated[float, Field(gt=0)] = 4.0

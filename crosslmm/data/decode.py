@@ -1,6 +1,7 @@
 """URI -> frames, in a child process that can be killed: decoders are old native code fed with foreign bytes."""
 
 import functools
+import importlib
 import multiprocessing
 import os
 import resource
@@ -19,11 +20,21 @@ import pebble
 import psutil
 
 from crosslmm import storage
-from crosslmm.config import DataConfig
-from crosslmm.data.frames import UnreadableVideo, with_decord, with_pyav
+from crosslmm.config import BadConfig, DataConfig
+from crosslmm.data.alternatives import with_decord, with_torchcodec
+from crosslmm.data.frames import UnreadableVideo, with_pyav
 from crosslmm.data.sampling import excerpt
 
-BACKENDS: dict[str, Any] = {"pyav": with_pyav, "decord": with_decord}
+BACKENDS: dict[str, Any] = {
+    "auto": with_pyav,  # by `python -m benchmarks.decoders`
+    "pyav": with_pyav,
+    "decord": with_decord,
+    "torchcodec": with_torchcodec,
+}
+REMEDIES = {
+    "decord": "its wheels are for x86_64 (pip install decord)",
+    "torchcodec": "pip install 'torchcodec>=0.13,<0.14', beside the shared libraries of an FFmpeg from 4 to 8",
+}
 
 IMAGES = {"jpeg_pipe": b"\xff\xd8\xff", "png_pipe": b"\x89PNG\r\n\x1a\n"}
 """An image is a video of one frame."""
@@ -172,7 +183,7 @@ def decode_video(uri: str, data: DataConfig, image_size: int) -> np.ndarray | Un
         with storage.open_read(place) as file:
             version = storage.version_of(file)
             form = _container_of(file, data.max_video_bytes)
-            backend = "pyav" if form in IMAGES else data.decoder  # decord reads no images
+            backend = "pyav" if form in IMAGES else data.decoder  # the others read no images
             return BACKENDS[backend](file, form, data, image_size, *part)
     except UnreadableVideo as error:
         return Unreadable(str(error), "check", version)
@@ -190,6 +201,20 @@ def decode_video(uri: str, data: DataConfig, image_size: int) -> np.ndarray | Un
     except Exception as error:
         stage: Stage = "read" if isinstance(error, OSError) else "decode"
         return Unreadable(f"{type(error).__name__}: {_harmless(error)}", stage, version)
+
+
+def require_backend(decoder: str) -> None:
+    """Load what `data.decoder` names: that it is installed does not say that it finds what it is linked with.
+
+    Raises:
+        BadConfig: it does not load here; what would help.
+    """
+    if decoder in REMEDIES:
+        try:
+            importlib.import_module(decoder)
+        except Exception as error:  # RuntimeError and OSError among them
+            why = f"{decoder} does not load here ({type(error).__name__})"
+            raise BadConfig(f"data.decoder: {why}; {REMEDIES[decoder]}; or take auto") from error
 
 
 def _harmless(error: Exception) -> str:

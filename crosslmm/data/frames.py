@@ -15,7 +15,7 @@ from av.video.stream import VideoStream
 
 from crosslmm import storage
 from crosslmm.config import DataConfig
-from crosslmm.data.sampling import Sampling, nearest
+from crosslmm.data.sampling import Sampling
 
 # Demuxers whose index names the keyframes. A transport stream has none, and is decoded from its start.
 INDEXED = ("mov", "matroska", "avi")
@@ -48,9 +48,8 @@ def with_pyav(
         UnreadableVideo: naming what is missing or beyond a limit.
         av.FFmpegError, OSError: as they come.
     """
-    options = {"protocol_whitelist": "none", "format_whitelist": form}
-    with av.open(file, "r", format=form, options=options, metadata_errors="replace") as container:
-        stream = _choose_stream(container, data)
+    with open_container(file, form) as container:
+        stream = choose_stream(container, data)
         if "matroska" in container.format.name:
             _rewind(container)  # only a seek makes it read its index
         duration = _claimed_duration(container, stream)
@@ -58,23 +57,29 @@ def with_pyav(
             duration = _measure(container, stream)
         if duration > data.max_video_s:
             raise UnreadableVideo(f"it lasts {duration:.0f} s, and data.max_video_s is {data.max_video_s:g}")
-        found, reached = _frames_within(container, stream, file, data, _part(begin, end, duration), image_size)
+        found, reached = _frames_within(container, stream, file, data, part_of(begin, end, duration), image_size)
         if reached < 0.5 and (measured := _measure(container, stream)) < duration / 2:
             # The header promises more than twice of what there is.
-            found, _ = _frames_within(container, stream, file, data, _part(begin, end, measured), image_size)
+            found, _ = _frames_within(container, stream, file, data, part_of(begin, end, measured), image_size)
     if not found:
         raise UnreadableVideo("the file has no frames that can be decoded")
     return np.ascontiguousarray(np.stack(found))
 
 
-def _part(begin: float, end: float | None, duration: float) -> tuple[float, float]:
+def part_of(begin: float, end: float | None, duration: float) -> tuple[float, float]:
     """The part of a video of this duration that is looked at [s]."""
     if begin >= duration:
         raise UnreadableVideo(f"it lasts {duration:.1f} s, and the part that is wanted begins at {begin:g} s")
     return begin, duration if end is None else min(end, duration)
 
 
-def _choose_stream(container: InputContainer, data: DataConfig) -> VideoStream:
+def open_container(file: BinaryIO, form: str) -> InputContainer:
+    """Open a file as libav's `form` and as nothing else; playlists are never looked for."""
+    options = {"protocol_whitelist": "none", "format_whitelist": form}
+    return av.open(file, "r", format=form, options=options, metadata_errors="replace")
+
+
+def choose_stream(container: InputContainer, data: DataConfig) -> VideoStream:
     """The first video stream that is no cover picture; no other stream's bytes are read."""
     videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not videos:
@@ -143,7 +148,7 @@ def _frames_within(
     begin, finish = part
     start = (stream.start_time or 0) + round(begin / base)
     duration = finish - begin
-    times = Sampling(data.num_frames, data.sampling, data.fps).times(duration, max(duration - _gap(stream), 0))
+    times = Sampling(data.num_frames, data.sampling, data.fps).times(duration, max(duration - gap_of(stream), 0))
     wanted = start + times / base + ROUNDING
     visits = _visits(container, stream, wanted)
     storage.will_read(file, _ranges(container, stream, visits))
@@ -237,7 +242,7 @@ def _shown(stream: VideoStream, frames: Iterator[av.VideoFrame | None]) -> Itera
     for frame in itertools.chain(frames, [None]):
         if before is not None:
             assert before.pts is not None
-            lasts = before.duration or _gap(stream) / base
+            lasts = before.duration or gap_of(stream) / base
             yield before, before.pts + lasts if frame is None or frame.pts is None else frame.pts
         before = frame if frame is not None and frame.pts is not None else None
 
@@ -284,40 +289,7 @@ def _untimed(container: InputContainer) -> bool:
     return container.format.name == "avi"
 
 
-def _gap(stream: VideoStream) -> float:
+def gap_of(stream: VideoStream) -> float:
     """From one frame to the next where they come regularly [s]."""
     rate = stream.average_rate or stream.guessed_rate
     return 1 / float(rate) if rate else 0.0
-
-
-def with_decord(
-    file: BinaryIO, form: str, data: DataConfig, image_size: int, begin: float = 0.0, end: float | None = None
-) -> np.ndarray:
-    """Decode with decord, which reads the whole file into memory. Like `with_pyav`; errors are decord's own."""
-    import decord  # x86_64 only
-
-    decord.logging.set_level(decord.logging.QUIET)
-    reader = decord.VideoReader(file, num_threads=1)
-    height, width = reader[0].shape[:2]
-    if width * height > data.max_frame_pixels:
-        raise UnreadableVideo(
-            f"its frames are {width} x {height}, and data.max_frame_pixels is {data.max_frame_pixels}"
-        )
-    times = reader.get_frame_timestamp(range(len(reader)))
-    order = np.argsort(times[:, 0])
-    begins = times[order, 0] - times[:, 0].min()
-    duration = float(times[:, 1].max() - times[:, 0].min())
-    if duration > data.max_video_s:
-        raise UnreadableVideo(f"it lasts {duration:.0f} s, and data.max_video_s is {data.max_video_s:g}")
-    first, last = _part(begin, end, duration)
-    latest = float(begins[np.searchsorted(begins, last) - 1])  # of the part's frames
-    wanted = first + Sampling(data.num_frames, data.sampling, data.fps).times(last - first, max(latest - first, 0))
-    # decord's own resize fails on some widths (48: "the size must exactly match"), so the same one as above is used.
-    resize = VideoReformatter()
-    frames = reader.get_batch(order[nearest(begins, wanted + 1e-6)]).asnumpy()
-    return np.stack(
-        [
-            resize.reformat(av.VideoFrame.from_ndarray(f, format="rgb24"), image_size, image_size).to_ndarray()
-            for f in frames
-        ]
-    )

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from crosslmm import storage, tracking
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.data import shapes
+from crosslmm.data.decode import require_backend
 from crosslmm.data.manifest import Manifest
 from crosslmm.model.pretrained import build_config, build_processor
 from crosslmm.train import launch
@@ -103,9 +104,11 @@ def resolve(config: RunConfig) -> RunConfig:
     """Fill in what the configuration leaves to the moment: name, absolute storage, sample data.
 
     Raises:
-        BadConfig: relative storage in a job whose working directory is a copy that will be thrown away.
+        BadConfig: relative storage in a job whose working directory is a copy that will be thrown away; a decoder that
+            does not load.
     """
     build_config(config.model)
+    require_backend(config.data.decoder)
     here = str(Path.cwd())
     uploaded = "/working_dir_files/" in here  # where Ray unpacks `ray job submit --working-dir`
     for key, uri in (("storage", config.storage), ("tracking.uri", tracking.tracking_uri(config.tracking))):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import zoo
 
-from crosslmm.config import DataConfig
+from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data import frames
-from crosslmm.data.decode import Decoder, Unreadable, decode_video
+from crosslmm.data.decode import Decoder, Unreadable, decode_video, require_backend
 
 pytestmark = pytest.mark.corrupt
 
@@ -274,8 +274,12 @@ def lures(url):
     }
 
 
-@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("backend", ["pyav", "decord", "torchcodec"])
 def test_no_file_makes_a_decoder_ask_a_server(listener, tmp_path, backend):
+    try:
+        require_backend(backend)
+    except BadConfig as error:
+        pytest.skip(str(error))
     url, asked = listener
     files = lures(url)
     for name, data in files.items():

@@ -32,7 +32,10 @@ def read(image):
     return int(sum(1 << i for i, bit in enumerate(bits[:2].ravel()) if bit))
 
 
-def video(form="mp4", codec="libx264", frames=FRAMES, times=None, container=None, audio=False, first=0, size=None, **o):
+def video(
+    form="mp4", codec="libx264", frames=FRAMES, times=None, container=None, audio=False, first=0, size=None,
+    picture=draw, **o,
+):  # fmt: skip
     """Encoded bytes; frame i is shown from times[i] on [s] and reads first + i."""
     width, height = size or (8 * CELL, 4 * CELL)
     times = np.arange(frames) / FPS if times is None else times
@@ -47,7 +50,7 @@ def video(form="mp4", codec="libx264", frames=FRAMES, times=None, container=None
             sound = output.add_stream("aac", rate=44100) if audio else None
             ticks = int(1 / stream.codec_context.time_base) if stream.codec_context.time_base else FPS
             for i, moment in enumerate(times):
-                frame = av.VideoFrame.from_ndarray(draw(first + i, width, height), format="rgb24")
+                frame = av.VideoFrame.from_ndarray(picture(first + i, width, height), format="rgb24")
                 frame.pts, frame.time_base = round(moment * ticks), Fraction(1, ticks)
                 output.mux(stream.encode(frame))
                 if sound:

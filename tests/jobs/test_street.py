@@ -82,6 +82,12 @@ def manifest(store):
     for name in UNREADABLE:
         rows.append(json.dumps({"id": name, "video": f"{name}.mp4", "messages": conversation("What?", "nothing")}))
     storage.write_bytes(f"{folder}/mixed.jsonl", ("\n".join(rows) + "\n").encode())
+    stills = [
+        {"id": f"{i}", "image": "still.png", "conversations": [
+            {"from": "human", "value": f"<image>\nWhich one is {i}?"}, {"from": "gpt", "value": "a still"},
+        ]} for i in range(5)
+    ]  # fmt: skip
+    storage.write_bytes(f"{folder}/stills.json", json.dumps(stills).encode())
     return f"{folder}/mixed.jsonl"
 
 
@@ -94,14 +100,14 @@ def arguments(manifest, tracking_uri, name):
     return [
         f"--name={name}",
         "--storage=s3://videos/runs",
-        f"--data.manifest={manifest}",
+        "--data.manifest=" + json.dumps({manifest: 3, "s3://videos/data/stills.json": 1}),
         "--data.validation_manifest=s3://videos/data/held_out.jsonl",
         f"--tracking.uri={tracking_uri}",
         "--tracking.artifacts=s3://videos/artifacts",
         f"--train.max_steps={STEPS}",
         "--train.epochs=20",
         "--train.global_batch_size=8",
-        "--train.micro_batch_size=2",
+        "--train.micro_batch_tokens=300",
         f"--train.checkpoint_every={CHECKPOINT_EVERY}",
         f"--train.validate_every={STEPS}",
     ]
@@ -130,12 +136,14 @@ def losses(tracking_uri, run_id):
 
 
 def test_the_whole_job_in_an_object_store(undisturbed, manifest, tracking_uri):
-    outcome, _ = undisturbed
+    outcome, output = undisturbed
+    assert f"47 rows of {manifest}, 5 rows of s3://videos/data/stills.json, 3 : 1" in output
     client = MlflowClient(tracking_uri)
     run = client.get_run(outcome["run_id"])
     assert run.info.status == "FINISHED"
     assert sorted(losses(tracking_uri, run.info.run_id)) == list(range(1, STEPS + 1))
     assert {"grad_norm", "frames_per_s", "tokens_per_s", "data_wait_share", "lr/vision"} <= run.data.metrics.keys()
+    assert 0 < run.data.metrics["padding_share"] < 0.3
     assert {"validation/loss", "validation/accuracy", "validation/accuracy/first"} <= run.data.metrics.keys()
     assert any(key.startswith("system/") for key in run.data.metrics)
     assert run.data.params["model.pool_stride"] == "2"

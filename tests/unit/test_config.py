@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -193,3 +194,12 @@ def test_the_job_refuses_an_unknown_key_in_one_line():
     done = run_job("--model.pool_strid", "9")
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: .*--model\.pool_strid.*\n", done.stderr)
+
+
+def test_several_manifests_have_shares():
+    assert parse_run(["--data.manifest=a.jsonl"], "").data.manifests == {"a.jsonl": 1}
+    several = {"s3://bucket/a.jsonl": 3, "b": 1}
+    assert parse_run(["--data.manifest", json.dumps(several)], "").data.manifests == several
+    for wrong in ('{"a": 0}', '{"a": 1.5}', "{}", '{"a": "b"}'):
+        with pytest.raises(BadConfig, match=r"data: manifest: .* is neither a place nor {place: share, ...}"):
+            parse_run(["--data.manifest", wrong], "")

@@ -1,0 +1,152 @@
+"""A manifest of ten million rows: when the first batch is there, and what every process holds.
+
+    python -m benchmarks.manifest --json
+
+Prepared manifests of one and of ten million rows (text alone, so that nothing is decoded) are written to a local folder
+and read as training reads them: order, lengths for balanced ranks, Ray Data. Each is measured in a process of its own,
+with a Ray cluster of its own. Figures, per size: `first_batch_s`, from opening the manifest to the ids of the first 128
+rows (start of the cluster apart); `rows_per_s` after that; `driver_mib` and `reader_mib`, peak resident memory of the
+driver and of the largest of Ray's workers, of which what is shared with the object store is a part.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from rich.table import Table
+
+from benchmarks import report
+from benchmarks.data import start_ray
+from crosslmm.config import DataConfig
+from crosslmm.data import prepared
+from crosslmm.data.manifest import Manifest, Rows
+from crosslmm.data.order import Order
+from crosslmm.data.pipeline import Layout, block_rows, build_dataset, to_samples
+from crosslmm.data.sampling import Sampling
+
+SIZES = {"1m": 1_000_000, "10m": 10_000_000}
+PART_ROWS, BATCH, BLOCKS, SIDE = 250_000, 256, 40, 64
+LIMITS = {"driver_mib_10m": "< 2048"}
+WORDS = "the answer to a question about a long video, in so many words as people write, " * 3
+
+
+def write_manifest(folder: str, rows: int) -> None:
+    """Write a prepared manifest of conversations of about 400 characters."""
+    parts, lengths = [], []
+    for number, start in enumerate(range(0, rows, PART_ROWS)):
+        numbers = pa.array(np.arange(start, min(start + PART_ROWS, rows))).cast(pa.string())
+        count = len(numbers)
+        said = ['[{"role": "user", "content": "Question ', f'?"}}, {{"role": "assistant", "content": "{WORDS}', '"}]']
+        # Half of each answer is like no other's, so that compression has something to do.
+        hexadecimal = np.random.default_rng(number).bytes(count * 100).hex()
+        own = pa.array([hexadecimal[i : i + 200] for i in range(0, len(hexadecimal), 200)])
+        nothing = pa.array([[]] * count, pa.list_(pa.float32()))
+        table = pa.table(
+            {
+                "id": pc.binary_join_element_wise("row", numbers, " "),
+                "videos": pa.array([[]] * count, pa.list_(pa.string())),
+                "messages": pc.binary_join_element_wise(said[0], numbers, said[1], own, said[2], ""),
+                "kind": pa.nulls(count, pa.string()),
+                "line": pa.array(np.arange(start + 1, start + count + 1)),
+                "chars": pa.array(np.random.default_rng(number).integers(100, 1000, count), pa.int32()),
+                "seconds": nothing,
+            }
+        )
+        parts.append(prepared.write_part(folder, number, table))
+        lengths.append(table.select(prepared.LENGTHS))
+    prepared.seal(folder, parts, pa.concat_tables(lengths), {"made_by": "benchmarks.manifest"})
+
+
+def measure(folder: str) -> dict[str, Any]:
+    """Read the manifest as training does; run in a process of its own."""
+    start_ray()
+    began = time.perf_counter()
+    data = DataConfig(num_frames=4)
+    manifest = Manifest(folder)
+    lengths = manifest.lengths(Sampling(data.num_frames), tokens_per_frame=9)
+    order = Order((len(manifest),), BATCH, seed=0)
+    layout = Layout(order, 2, 0, order.steps_per_epoch, block_rows(data, SIDE), lengths)
+    planned = time.perf_counter() - began
+    dataset = build_dataset(layout, ray.put(Rows([manifest])), data, SIDE, workers=2, cpus_per_worker=0.5)
+    ids: list[str] = []
+    first = 0.0
+    for number, block in enumerate(dataset.iter_batches(batch_size=1, prefetch_batches=2)):
+        ids += [sample.id for sample in to_samples(block)]
+        first = first or time.perf_counter() - began
+        if number == BLOCKS:
+            peaks = _peaks_mib()  # before the workers end
+            break
+    rate = BLOCKS * layout.block_rows / (time.perf_counter() - began - first)
+    rows = order.at(np.concatenate([layout.places(block) for block in range(BLOCKS + 1)]))[0]
+    assert ids == [f"row {row}" for row in rows], "these are not the rows that the order names"
+    return {
+        "planned_s": planned,
+        "first_batch_s": first,
+        "rows_per_s": rate,
+        "driver_mib": peaks.pop("driver"),
+        "reader_mib": next(peak for name, peak in peaks.items() if name.startswith("ray::MapWorker")),
+        "others_mib": {name: round(peak) for name, peak in sorted(peaks.items())},
+    }
+
+
+def _peaks_mib() -> dict[str, float]:
+    """Peak resident memory of this process and of all that it has started, the largest of each name [MiB]."""
+    peaks = {"driver": _peak_mib(os.getpid())}
+    for process in psutil.Process().children(recursive=True):
+        name = process.name()
+        peaks[name] = max(peaks.get(name, 0.0), _peak_mib(process.pid))
+    return peaks
+
+
+def _peak_mib(pid: int) -> float:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it has ended
+        return 0.0
+    peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
+    return int(peak.split()[1]) / 1024
+
+
+def main() -> None:
+    """Write, measure and print each figure beside its limit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure)))
+        return
+    figures: dict[str, float] = {}
+    detail: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in SIZES.items():
+            began = time.perf_counter()
+            write_manifest(f"{folder}/{name}", rows)
+            print(f"wrote {rows} rows in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+            command = [sys.executable, "-m", "benchmarks.manifest", "--measure", f"{folder}/{name}"]
+            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))  # Ray prints too
+            size = sum(path.stat().st_size for path in Path(folder, name).iterdir())
+            detail[name] = {"rows": rows, "file_mb": size / 1e6, **found}
+            figures |= {f"{key}_{name}": value for key, value in found.items() if isinstance(value, float)}
+    for key in ("first_batch_s", "driver_mib", "reader_mib"):
+        figures[f"{key}_10m_over_1m"] = figures[f"{key}_10m"] / figures[f"{key}_1m"]
+    table = Table("figure", "measured", "limit", title="manifest")
+    for figure, value in figures.items():
+        table.add_row(figure, f"{value:.3g}" if value < 100 else f"{value:.0f}", LIMITS.get(figure, ""))
+    report("manifest", table, figures, detail, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

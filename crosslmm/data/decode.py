@@ -5,6 +5,7 @@ import importlib
 import multiprocessing
 import os
 import resource
+import threading
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as Overtime
 from concurrent.futures.process import BrokenProcessPool
@@ -64,7 +65,7 @@ class Unreadable:
 
 
 class Decoder:
-    """Decodes videos in one child process, each under a deadline and a limit of memory.
+    """Decodes videos in one child process, each under a deadline and a limit of memory. Threads may share it.
 
     A child that spins or crashes in native code is killed and replaced; the other videos do not notice. Use as a
     context manager, or leave it to the end of the process.
@@ -78,6 +79,7 @@ class Decoder:
         self.data = data
         self._decode = functools.partial(decode_video, data=data, image_size=image_size)
         self._read_before: dict[str, str] = {}
+        self._restart = threading.Lock()
         self._pool = self._start()
 
     def _start(self) -> pebble.ProcessPool:
@@ -99,9 +101,10 @@ class Decoder:
         return [self._result(uri, future) for uri, future in zip(uris, futures, strict=True)]
 
     def _schedule(self, function: Any, uri: str, timeout_s: float | None = None) -> pebble.ProcessFuture:
-        if not self._pool.active:
-            # A child that was killed between two calls, by the kernel for its memory, takes the pool with it.
-            self._pool = self._start()
+        with self._restart:
+            if not self._pool.active:
+                # A child that was killed between two calls, by the kernel for its memory, takes the pool with it.
+                self._pool = self._start()
         return self._pool.schedule(function, (uri,), timeout=timeout_s or self.data.decode_timeout_s)
 
     def _result(self, uri: str, future: pebble.ProcessFuture) -> np.ndarray | Unreadable:

@@ -127,7 +127,10 @@ def build_dataset(
     return numbers.map_batches(
         ReadSamples,
         batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        # While one block is packed and put into the object store, the child decodes the next one.
+        compute=ray.data.ActorPoolStrategy(
+            size=workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        ),
         num_cpus=cpus_per_worker,
         fn_constructor_kwargs={"layout": layout, "rows": rows, "data": data, "image_size": image_size},
     )
@@ -156,7 +159,7 @@ class _BlockNumbers(Datasource):
 
 
 class ReadSamples:
-    """Block number -> that block's samples, read and decoded. Runs as a Ray Data actor."""
+    """Block number -> that block's samples, read and decoded. Runs as a Ray Data actor, two blocks at a time."""
 
     def __init__(self, layout: Layout, rows: ray.ObjectRef, data: DataConfig, image_size: int) -> None:
         self.layout = layout

@@ -21,6 +21,7 @@ import logging
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -378,6 +379,7 @@ def main() -> None:
         for point in arguments.points:
             found, detail[point] = points[point]()
             figures |= found
+            print(f"({point}) {found}", file=sys.stderr, flush=True)
     table = Table("figure", "measured", "limit", title="data path")
     for figure, value in figures.items():
         table.add_row(figure, f"{value:.3f}", LIMITS.get(figure, ""))

@@ -7,9 +7,10 @@ import errno
 import io
 import os
 import posixpath
+import secrets
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,38 +248,98 @@ def _require_bucket(uri: str) -> None:
 
 
 def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-    """The whole object, or its bytes [start, end)."""
-    fs, path = _filesystem(uri)
-    return fs.cat_file(path, start, end)
+    """The whole object, or its bytes [start, end).
+
+    Raises:
+        OSError: of this object.
+        Unavailable: of the whole store.
+    """
+    with _told_apart(uri):
+        fs, path = _filesystem(uri)
+        # Another process may have written it since this one last looked, and s3fs would believe its listing.
+        fs.invalidate_cache()
+        return fs.cat_file(path, start=start, end=end)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write the whole object, and the folders above it where there are such."""
-    fs, path = _filesystem(uri)
-    if scheme_of(uri) == "file":  # an object store has no folders, and would make a bucket of a typing error
-        fs.makedirs(posixpath.dirname(path), exist_ok=True)
-    fs.pipe_file(path, data)
+    """Write the whole object, and the folders above it where there are such. It appears whole or not at all."""
+    write_chunks(uri, [data])
+
+
+def write_chunks(uri: str, chunks: Iterable[bytes]) -> None:
+    """`write_bytes` of data that is made while it is written, and may be larger than memory."""
+    with _told_apart(uri):
+        fs, path = _filesystem(uri)
+        if scheme_of(uri) == "file":  # an object store has no folders, and would make a bucket of a typing error
+            fs.makedirs(posixpath.dirname(path), exist_ok=True)
+            # An object store shows nothing until all is there; a local file is put in its place when it is whole.
+            begun = Path(f"{path}.{secrets.token_hex(4)}.part")
+            try:
+                with begun.open("wb") as file:
+                    file.writelines(chunks)
+                begun.replace(path)
+            finally:
+                begun.unlink(missing_ok=True)
+        elif isinstance(chunks, list) and len(chunks) == 1:
+            fs.pipe_file(path, chunks[0])
+        else:
+            with fs.open(path, "wb") as file:
+                file.writelines(chunks)
+
+
+def remove(uris: Sequence[str]) -> None:
+    """Remove objects, one after the other."""
+    for uri in uris:
+        fs, path = _filesystem(uri)
+        fs.rm_file(path)
+
+
+def stamp_of(uri: str) -> tuple[int, str]:
+    """Size [bytes], and what changes when the object does: its ETag, or a local file's time of change.
+
+    Raises:
+        OSError: there is none, or no way to it.
+        Unavailable: of the whole store.
+    """
+    with _told_apart(uri):
+        fs, path = _filesystem(uri)
+        fs.invalidate_cache()
+        info = fs.info(path)
+        return int(info["size"]), str(info.get("ETag") or info.get("mtime")).strip('"')
+
+
+def is_empty(folder: str) -> bool:
+    """Whether nothing is in it, or there is no such folder."""
+    with _told_apart(folder):
+        fs, path = _filesystem(folder)
+        fs.invalidate_cache()
+        return not fs.exists(path) or (fs.isdir(path) and not fs.ls(path, detail=False))
 
 
 def exists(uri: str) -> bool:
     """Whether there is such an object now."""
-    fs, path = _filesystem(uri)
-    # Another process may have written it since this one last looked.
-    fs.invalidate_cache()
-    return fs.exists(path)
+    with _told_apart(uri):
+        fs, path = _filesystem(uri)
+        # Another process may have written it since this one last looked.
+        fs.invalidate_cache()
+        return fs.exists(path)
 
 
 def is_folder(uri: str) -> bool:
     """Whether there are objects in it."""
-    fs, path = _filesystem(uri)
-    return fs.isdir(path)
+    with _told_apart(uri):
+        fs, path = _filesystem(uri)
+        fs.invalidate_cache()
+        return fs.isdir(path)
 
 
 def names_in(folder: str) -> list[str]:
     """Names of the files in a folder and the folders below it, relative to it."""
-    fs, path = _filesystem(folder)
-    root = path.rstrip("/") + "/"
-    return sorted(name.removeprefix(root) for name in fs.find(path))
+    with _told_apart(folder):
+        fs, path = _filesystem(folder)
+        fs.invalidate_cache()
+        root = path.rstrip("/") + "/"
+        return sorted(name.removeprefix(root) for name in fs.find(path))
 
 
 def download(uri: str, folder: str) -> None:

@@ -44,6 +44,7 @@ class LocalCluster:
             file.write(secrets.token_hex(32))
         gcs, dashboard, client, agent, agent_grpc, metrics = _free_ports(6)
         self.address = f"http://127.0.0.1:{dashboard}"
+        self.gcs_address = f"127.0.0.1:{gcs}"  # RAY_ADDRESS of a driver that is no submitted job
         self.environment = {
             **os.environ,
             **(environment or {}),

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import resource
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as Overtime
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ from crosslmm import storage
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data.alternatives import with_decord, with_torchcodec
 from crosslmm.data.frames import UnreadableVideo, with_pyav
+from crosslmm.data.headers import Probe, probe
 from crosslmm.data.sampling import excerpt
 
 BACKENDS: dict[str, Any] = {
@@ -64,35 +65,32 @@ class Unreadable:
     """How often it was tried: twice where the machine may have been the cause, by time or by killing."""
 
 
-class Decoder:
-    """Decodes videos in one child process, each under a deadline and a limit of memory. Threads may share it.
+class _Children:
+    """Child processes that read videos, each under a deadline and a limit of memory. Threads may share it.
 
     A child that spins or crashes in native code is killed and replaced; the other videos do not notice. Use as a
     context manager, or leave it to the end of the process.
-
-    Args:
-        data: frames, decoder, deadline, limits.
-        image_size: side of the square that frames are resized to [px]. Aspect ratio is not kept, as in SigLIP.
     """
 
-    def __init__(self, data: DataConfig, image_size: int) -> None:
+    def __init__(self, data: DataConfig, decode: Callable[[str], Any], children: int) -> None:
         self.data = data
-        self._decode = functools.partial(decode_video, data=data, image_size=image_size)
+        self._decode = decode
+        self._children = children
         self._read_before: dict[str, str] = {}
         self._restart = threading.Lock()
         self._pool = self._start()
 
     def _start(self) -> pebble.ProcessPool:
         return pebble.ProcessPool(
-            max_workers=1,
+            max_workers=self._children,
             max_tasks=RECYCLE_AFTER,
             context=_context(),
             initializer=_settle_in,
             initargs=(int(self.data.decode_memory_gib * 2**30), dict(os.environ)),
         )
 
-    def __call__(self, uris: Sequence[str]) -> list[np.ndarray | Unreadable]:
-        """Decode videos, in order: uint8 (frames, image_size, image_size, 3) each, or why there is none.
+    def __call__(self, uris: Sequence[str]) -> list[Any]:
+        """Read videos, in order: what the child makes of each, or `Unreadable`.
 
         Raises:
             storage.Unavailable: the store cannot be used, and did not recover in half a minute; no video's fault.
@@ -107,7 +105,7 @@ class Decoder:
                 self._pool = self._start()
         return self._pool.schedule(function, (uri,), timeout=timeout_s or self.data.decode_timeout_s)
 
-    def _result(self, uri: str, future: pebble.ProcessFuture) -> np.ndarray | Unreadable:
+    def _result(self, uri: str, future: pebble.ProcessFuture) -> Any:
         for wait in (*WAITS_S, None):
             try:
                 result = self._verdict(uri, future)
@@ -122,7 +120,7 @@ class Decoder:
                 future = self._schedule(self._decode, uri)
         raise AssertionError("the last turn returns or raises")
 
-    def _verdict(self, uri: str, future: pebble.ProcessFuture) -> np.ndarray | Unreadable:
+    def _verdict(self, uri: str, future: pebble.ProcessFuture) -> Any:
         try:
             result = future.result()
         except Overtime:
@@ -135,7 +133,7 @@ class Decoder:
         except PermissionError:
             self._require_open(uri)
             return Unreadable("permission denied", "read")
-        if isinstance(result, np.ndarray):
+        if not isinstance(result, Unreadable):
             self._read_before[_bucket_of(uri)] = uri
         return result
 
@@ -170,6 +168,45 @@ class Decoder:
         self._pool.join()
 
 
+class Decoder(_Children):
+    """Decodes videos in one child process.
+
+    Args:
+        data: frames, decoder, deadline, limits.
+        image_size: side of the square that frames are resized to [px]. Aspect ratio is not kept, as in SigLIP.
+    """
+
+    def __init__(self, data: DataConfig, image_size: int) -> None:
+        super().__init__(data, functools.partial(decode_video, data=data, image_size=image_size), children=1)
+
+    def __call__(self, uris: Sequence[str]) -> list[np.ndarray | Unreadable]:
+        """Decode videos, in order: uint8 (frames, image_size, image_size, 3) each, or why there is none.
+
+        Raises:
+            storage.Unavailable: the store cannot be used, and did not recover in half a minute; no video's fault.
+        """
+        return super().__call__(uris)
+
+
+class Prober(_Children):
+    """Reads the headers of videos in four child processes, which wait for the store most of the time.
+
+    Args:
+        data: deadline, limits.
+    """
+
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__(data, functools.partial(probe_video, data=data), children=4)
+
+    def __call__(self, uris: Sequence[str]) -> list[Probe | Unreadable]:
+        """Probe whole videos (no `#t=` behind their places), in order.
+
+        Raises:
+            storage.Unavailable: the store cannot be used, and did not recover in half a minute; no video's fault.
+        """
+        return super().__call__(uris)
+
+
 def decode_video(uri: str, data: DataConfig, image_size: int) -> np.ndarray | Unreadable:
     """Decode one video, or the part of it that `#t=START,END` behind its place names, in this process.
 
@@ -180,14 +217,35 @@ def decode_video(uri: str, data: DataConfig, image_size: int) -> np.ndarray | Un
         storage.Unavailable: the whole store is, so nothing can be said about the file.
         PermissionError: this object, or the whole store.
     """
+
+    def decode(file: BinaryIO, form: str) -> np.ndarray:
+        backend = "pyav" if form in IMAGES else data.decoder  # the others read no images
+        return BACKENDS[backend](file, form, data, image_size, *excerpt(uri)[1:])
+
+    return _judged(uri, data, decode)
+
+
+def probe_video(uri: str, data: DataConfig) -> Probe | Unreadable:
+    """Read one video's header in this process; otherwise as `decode_video`."""
+
+    def look(file: BinaryIO, form: str) -> Probe:
+        found = probe(file, form, data)
+        if form in IMAGES and not found.width * found.height:
+            raise UnreadableVideo("the file has no frames that can be decoded")
+        size = file.seek(0, os.SEEK_END)
+        seconds, frames = (0.0, 1) if form in IMAGES else (found.seconds, found.frames)
+        return replace(found, seconds=seconds, frames=frames, bytes=size, version=storage.version_of(file))
+
+    return _judged(uri, data, look)
+
+
+def _judged(uri: str, data: DataConfig, read: Callable[[BinaryIO, str], Any]) -> Any:
+    """What `read` makes of an open video of a container, or what is wrong with it."""
     version = None
     try:
-        place, *part = excerpt(uri)
-        with storage.open_read(place) as file:
+        with storage.open_read(excerpt(uri)[0]) as file:
             version = storage.version_of(file)
-            form = _container_of(file, data.max_video_bytes)
-            backend = "pyav" if form in IMAGES else data.decoder  # the others read no images
-            return BACKENDS[backend](file, form, data, image_size, *part)
+            return read(file, _container_of(file, data.max_video_bytes))
     except UnreadableVideo as error:
         return Unreadable(str(error), "check", version)
     except MemoryError:
@@ -267,9 +325,9 @@ def _touch(uri: str) -> None:
 
 def _context() -> BaseContext:
     """Children are forked from a clean process that has imported what they need: neither threads nor readers survive
-    a fork from this one, and a replacement is there in milliseconds."""
+    a fork from this one, and a replacement is there in milliseconds. fsspec would import s3fs in each of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "crosslmm.data.decode"])
+    context.set_forkserver_preload(["__main__", "crosslmm.data.decode", "s3fs"])
     return context
 
 

@@ -8,10 +8,11 @@ a folder     videos, each beside a NAME.json with `messages` or `conversations`
 
 import codecs
 import io
+import itertools
 import json
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow.parquet
@@ -42,13 +43,13 @@ def read(uri: str) -> tuple[bytes, Iterator[tuple[int, str | bytes | dict[str, A
     name = uri.lower()
     if is_folder(uri):
         data = _folder(uri)
-        return data, _lines(data)
+        return data, lines(data.removeprefix(codecs.BOM_UTF8))
     data = storage.read_bytes(uri)
     if name.endswith(".parquet"):
-        return data, _parquet(pyarrow.parquet.ParquetFile(io.BytesIO(data)))
+        return data, parquet_rows(pyarrow.parquet.ParquetFile(io.BytesIO(data)))
     if name.endswith(".json"):
         return data, _list(data)
-    return data, _lines(data)
+    return data, lines(data.removeprefix(codecs.BOM_UTF8))
 
 
 def to_row(raw: str | bytes | dict[str, Any], number: int) -> dict[str, Any]:
@@ -85,8 +86,9 @@ def to_row(raw: str | bytes | dict[str, Any], number: int) -> dict[str, Any]:
     return row
 
 
-def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+def lines(data: bytes, first: int = 1) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers from `first`."""
+    for number, line in enumerate(data.splitlines(), start=first):
         if line.strip():
             yield number, line
 
@@ -98,13 +100,14 @@ def _list(data: bytes) -> Iterator[tuple[int, Any]]:
     return enumerate(rows, start=1)
 
 
-def _parquet(file: pyarrow.parquet.ParquetFile) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    for batch in file.iter_batches(batch_size=4096):
+def parquet_rows(
+    file: pyarrow.parquet.ParquetFile, groups: Sequence[int] | None = None, first: int = 1
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of these row groups, or of all, with their numbers from `first`."""
+    numbers = itertools.count(first)
+    for batch in file.iter_batches(batch_size=4096, row_groups=groups):
         for row in batch.to_pylist():
-            number += 1
-            row = _without_nulls(row)
-            yield number, row
+            yield next(numbers), _without_nulls(row)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -50,13 +50,7 @@ def with_pyav(
     """
     with open_container(file, form) as container:
         stream = choose_stream(container, data)
-        if "matroska" in container.format.name:
-            _rewind(container)  # only a seek makes it read its index
-        duration = _claimed_duration(container, stream)
-        if not 0 < duration <= data.max_video_s:
-            duration = _measure(container, stream)
-        if duration > data.max_video_s:
-            raise UnreadableVideo(f"it lasts {duration:.0f} s, and data.max_video_s is {data.max_video_s:g}")
+        duration = duration_of(container, stream, data)
         found, reached = _frames_within(container, stream, file, data, part_of(begin, end, duration), image_size)
         if reached < 0.5 and (measured := _measure(container, stream)) < duration / 2:
             # The header promises more than twice of what there is.
@@ -67,7 +61,11 @@ def with_pyav(
 
 
 def part_of(begin: float, end: float | None, duration: float) -> tuple[float, float]:
-    """The part of a video of this duration that is looked at [s]."""
+    """The part of a video of this duration that is looked at [s].
+
+    Raises:
+        UnreadableVideo: the video ends before it.
+    """
     if begin >= duration:
         raise UnreadableVideo(f"it lasts {duration:.1f} s, and the part that is wanted begins at {begin:g} s")
     return begin, duration if end is None else min(end, duration)
@@ -98,6 +96,22 @@ def choose_stream(container: InputContainer, data: DataConfig) -> VideoStream:
     context.thread_count = 1
     context.options = {"max_pixels": str(data.max_frame_pixels)}  # a stream may change its size
     return stream
+
+
+def duration_of(container: InputContainer, stream: VideoStream, data: DataConfig) -> float:
+    """What the header says, or else what the packets do [s]; the index is read on the way.
+
+    Raises:
+        UnreadableVideo: too long, or without a packet.
+    """
+    if "matroska" in container.format.name:
+        _rewind(container)  # only a seek makes it read its index
+    duration = _claimed_duration(container, stream)
+    if not 0 < duration <= data.max_video_s:
+        duration = _measure(container, stream)
+    if duration > data.max_video_s:
+        raise UnreadableVideo(f"it lasts {duration:.0f} s, and data.max_video_s is {data.max_video_s:g}")
+    return duration
 
 
 def _claimed_duration(container: InputContainer, stream: VideoStream) -> float:

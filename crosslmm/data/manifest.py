@@ -234,11 +234,14 @@ def folder_of(uri: str) -> str:
     return uri if formats.is_folder(uri) else storage.parent(uri)
 
 
-def check_rows(raw_rows: Iterable[tuple[int, Any]], folder: str) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
-    """Rows as `formats` reads them -> records of `SCHEMA`, and (line, reason) of each malformed row."""
+def check_rows(
+    raw_rows: Iterable[tuple[int, Any]], folder: str, first_line: dict[str, int] | None = None
+) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+    """Rows as `formats` reads them -> records of `SCHEMA`, and (line, reason) of each malformed row. `first_line` knows
+    the ids of the rows before these, and learns theirs."""
     records: list[dict[str, Any]] = []
     reasons: list[tuple[int, str]] = []
-    first_line: dict[str, int] = {}
+    first_line = {} if first_line is None else first_line
     for number, raw in raw_rows:
         try:
             record = to_record(raw, number, folder)

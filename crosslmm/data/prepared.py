@@ -1,7 +1,8 @@
 """Prepared manifests: rows that were checked once, in Parquet files of small row groups, read when they are asked for.
 
-A folder with `part-00000.parquet`, ..., `lengths.parquet`, and `_prepared.json`, the seal, which is written last: a
-folder without it is not finished. A row costs one request for its group, so that no process ever holds a manifest.
+A folder with `part-00000.parquet`, ..., `lengths-....parquet`, and `_prepared.json`, the seal, which is written last: a
+folder without it is not finished. A row costs one request for its group, so that no process ever holds a manifest. What
+a seal names never changes; a later seal names other files.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ SCHEMA = pa.schema(
     }
 )
 LENGTHS = ["chars", "seconds"]
-"""Columns that say about how many tokens a row is; `lengths.parquet` has those of all rows."""
+"""Columns that say about how many tokens a row is; one file has those of all rows."""
 SEAL = "_prepared.json"
 GROUP_ROWS = 512
 """Rows of a row group: 50 to 100 kB on the wire."""
@@ -45,10 +46,7 @@ def is_prepared(uri: str) -> bool:
 def write_part(folder: str, number: int, records: pa.Table) -> dict[str, Any]:
     """Write one part, a table of `SCHEMA` -> what the seal says of it."""
     name = f"part-{number:05d}.parquet"
-    buffer = io.BytesIO()
-    # Statistics would be most of the footers, and nobody asks them.
-    pq.write_table(records.cast(SCHEMA), buffer, row_group_size=GROUP_ROWS, compression="zstd", write_statistics=False)
-    data = buffer.getvalue()
+    data = to_bytes(records.cast(SCHEMA), GROUP_ROWS)
     storage.write_bytes(storage.join(folder, name), data)
     return {
         "name": name,
@@ -66,13 +64,27 @@ def seal(folder: str, parts: Sequence[dict[str, Any]], lengths: pa.Table, about:
         folder: of the parts.
         parts: as `write_part` returned them, in order.
         lengths: the `LENGTHS` of all rows.
-        about: how it was made, for people.
+        about: how it was made, and what was left out.
     """
-    buffer = io.BytesIO()
-    pq.write_table(lengths.select(LENGTHS), buffer, compression="zstd", write_statistics=False)
-    storage.write_bytes(storage.join(folder, "lengths.parquet"), buffer.getvalue())
-    said = {"rows": sum(part["rows"] for part in parts), "group_rows": GROUP_ROWS, "about": about, "parts": list(parts)}
+    data = to_bytes(lengths.select(LENGTHS))
+    name = f"lengths-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
+    storage.write_bytes(storage.join(folder, name), data)
+    said = {
+        "rows": sum(part["rows"] for part in parts),
+        "group_rows": GROUP_ROWS,
+        "lengths": name,
+        "about": about,
+        "parts": list(parts),
+    }
     storage.write_bytes(storage.join(folder, SEAL), json.dumps(said, indent=1).encode())
+
+
+def to_bytes(table: pa.Table, group_rows: int | None = None) -> bytes:
+    """A table as a Parquet file."""
+    buffer = io.BytesIO()
+    # Statistics would be most of the footers, and nobody asks them.
+    pq.write_table(table, buffer, row_group_size=group_rows, compression="zstd", write_statistics=False)
+    return buffer.getvalue()
 
 
 class PreparedTable:
@@ -81,6 +93,8 @@ class PreparedTable:
     Attributes:
         num_rows: of all parts.
         digest: sha256 of the seal, hex.
+        about: how it was made, and what was left out.
+        parts: what `write_part` returned for each, in order.
     """
 
     def __init__(self, folder: str) -> None:
@@ -89,9 +103,11 @@ class PreparedTable:
         self.digest = hashlib.sha256(data).hexdigest()
         said = json.loads(data)
         self.num_rows = int(said["rows"])
+        self.about: dict[str, Any] = said["about"]
         self._group_rows = int(said["group_rows"])
-        self._parts: list[dict[str, Any]] = said["parts"]
-        self._ends = np.cumsum([part["rows"] for part in self._parts])
+        self._lengths: str = said["lengths"]
+        self.parts: list[dict[str, Any]] = said["parts"]
+        self._ends = np.cumsum([part["rows"] for part in self.parts])
         self._footers: dict[int, pq.FileMetaData] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,12 +129,12 @@ class PreparedTable:
 
     def lengths(self) -> pa.Table:
         """The `LENGTHS` of all rows."""
-        return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.folder, "lengths.parquet"))))
+        return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.folder, self._lengths))))
 
     def _group(self, key: tuple[int, int]) -> pa.Table:
         """One row group, by one request for its bytes."""
         number, group = key
-        part = self._parts[number]
+        part = self.parts[number]
         uri = storage.join(self.folder, part["name"])
         if number not in self._footers:
             tail = storage.read_bytes(uri, part["bytes"] - part["footer"], part["bytes"])

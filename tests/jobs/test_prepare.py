@@ -1,0 +1,223 @@
+"""jobs/prepare.py end to end: a real cluster, a real object store over HTTP, real videos, a kill in the middle."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import ray
+from conftest import ROOT, conversation
+from object_store import running_object_store
+from s3fs import S3FileSystem
+
+from crosslmm import storage
+from crosslmm.config import DataConfig
+from crosslmm.data.clips import encode_clip
+from crosslmm.data.manifest import Manifest, Rows
+from crosslmm.data.order import Order
+from crosslmm.data.pipeline import Layout, ReadSamples, to_samples
+from crosslmm.data.sampling import Sampling
+
+sys.path.insert(0, str(ROOT / "jobs"))
+from local_cluster import LocalCluster
+
+ROWS, CLIPS = 4000, 6
+BAD = {2000: "{broken", 3001: json.dumps({"id": "row 1", "messages": conversation("?", "again", video=False)})}
+SOURCE, TARGET = "s3://videos/data", "s3://videos/prepared"
+# Small pieces, so that a kill comes between two of them.
+PIECES = ("--piece_bytes", "150000")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with running_object_store(tmp_path_factory.mktemp("store") / "swift", venv=ROOT / ".cache" / "swift-venv") as store:
+        store.make_bucket("videos")
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in store.environment().items():
+                patch.setenv(name, value)
+            S3FileSystem.clear_instance_cache()
+            yield store
+
+
+@pytest.fixture(scope="module")
+def cluster(store):
+    with LocalCluster(num_cpus=2, environment=store.environment()) as cluster:
+        yield cluster
+
+
+def row(i):
+    if i in BAD:
+        return BAD[i]
+    place = "gone.mp4" if i == 17 else f"clips/{i % CLIPS}.mp4{'#t=0.5,1' if i % 5 == 0 else ''}"
+    return json.dumps({"id": f"row {i}", "video": place, "messages": conversation("What?", f"{i}")})
+
+
+@pytest.fixture(scope="module")
+def manifest(store):
+    for i in range(CLIPS):
+        storage.write_bytes(f"{SOURCE}/clips/{i}.mp4", clip(4 + 2 * i))
+    lines = "".join(f"{row(i)}\n" for i in range(ROWS))
+    storage.write_bytes(f"{SOURCE}/rows.jsonl", lines.encode())
+    good = "".join(f"{row(i)}\n" for i in range(ROWS) if i not in BAD)
+    storage.write_bytes(f"{SOURCE}/good.jsonl", good.encode())
+    return f"{SOURCE}/rows.jsonl"
+
+
+def clip(frames):
+    """4 frames a second."""
+    return encode_clip(np.full((frames, 48, 64, 3), 90, np.uint8))
+
+
+def start(cluster, *arguments):
+    """As a driver on the cluster; `ray job submit` would be three seconds more, and nobody's process to kill."""
+    command = [sys.executable, ROOT / "jobs" / "prepare.py", *arguments]
+    environment = cluster.environment | {"RAY_ADDRESS": cluster.gcs_address}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def run(cluster, *arguments):
+    job = start(cluster, *arguments)
+    output, _ = job.communicate(timeout=120)
+    return job.returncode, output
+
+
+def last(output):
+    return json.loads(output.splitlines()[-1])
+
+
+def done():
+    """Time of the parts of each piece that is done."""
+    names = [name for name in storage.names_in(f"{TARGET}/pieces") if re.fullmatch(r"\d+\.json", name)]
+    fs = S3FileSystem()
+    fs.invalidate_cache()
+    return {name: fs.info(f"{TARGET}/part-{name[3:5]}000.parquet")["LastModified"] for name in names}
+
+
+@pytest.fixture(scope="module")
+def prepared(cluster, manifest):
+    """Killed after some pieces, refused for its malformed rows, and then done without them."""
+    command = ["convert", manifest, TARGET, *PIECES]
+    job = start(cluster, *command)
+    until = time.monotonic() + 60
+    while not done():
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    before = done()
+    refused = run(cluster, *command)
+    unsealed = not storage.exists(f"{TARGET}/_prepared.json")
+    finished = run(cluster, *command, "--skip_bad", "true")
+    return before, refused, unsealed, finished
+
+
+def test_a_killed_conversion_goes_on_and_does_nothing_twice(prepared):
+    before, (_, refused), _, (_, finished) = prepared
+    pieces = len(json.loads(storage.read_bytes(f"{TARGET}/pieces/plan.json"))["pieces"])
+    assert 1 <= len(before) < pieces
+    begun = int(refused.split("going on: ")[1].split(" of ")[0])
+    assert len(before) <= begun < pieces
+    assert f"going on: {pieces} of {pieces} pieces are done" in finished
+    after = done()
+    assert len(after) == pieces
+    assert before.items() <= after.items()
+
+
+def test_malformed_rows_leave_the_folder_unsealed_and_are_named(prepared):
+    _, (status, output), unsealed, _ = prepared
+    assert status == 1
+    assert unsealed
+    error = next(line for line in output.splitlines() if line.startswith("error:"))
+    assert "2 rows are malformed: line 2001: Invalid JSON" in error
+    assert "line 3002: its id is also on line 2; all are in s3://videos/prepared/rejected.jsonl" in error
+
+
+def test_the_prepared_rows_are_the_manifest_s(prepared):
+    _, _, _, (status, output) = prepared
+    assert status == 0, output
+    said = last(output)
+    assert (said["rows"], said["rejected"], said["quarantined"]) == (ROWS - 3, 2, 1)
+    assert said["codecs"].keys() == {"h264"}
+    manifest, good = Manifest(TARGET), Manifest(f"{SOURCE}/good.jsonl")
+    assert len(manifest) == ROWS - 3
+    rows = {row["id"]: row for row in good.rows}
+    found = manifest.rows
+    assert [row["id"] for row in found] == [name for name in rows if name != "row 17"]
+    for one in found:
+        number = int(one["id"].removeprefix("row "))
+        assert one["line"] == number + 1
+        assert {**one, "line": 0, "manifest": ""} == {**rows[one["id"]], "line": 0, "manifest": ""}
+    # 4 + 2i frames, 4 a second; half a second of every fifth.
+    lengths = manifest.lengths(Sampling(64, "fps", 4.0), 100)
+    assert Counter(np.round(lengths[:6] / 100).astype(int).tolist()) == Counter([2, 6, 8, 10, 12, 2])
+    (rejected, again) = map(json.loads, storage.read_bytes(f"{TARGET}/rejected.jsonl").splitlines())
+    assert (rejected["line"], again["line"]) == (2001, 3002)
+    (entry,) = map(json.loads, storage.read_bytes(f"{TARGET}/quarantine.jsonl").splitlines())
+    assert (entry["id"], entry["line"], entry["stage"]) == ("row 17", 18, "read")
+
+
+def test_the_pipeline_reads_from_the_prepared_folder(prepared, monkeypatch):
+    data = DataConfig(num_frames=2)
+    samples = []
+    for uri in (TARGET, f"{SOURCE}/good.jsonl"):
+        monkeypatch.setattr(ray, "get", lambda rows: rows)
+        rows = Rows([Manifest(uri)])
+        reader = ReadSamples(Layout(Order((10,), 4, None), 1, 0, 2, 4), rows, data, 32)
+        samples.append(reader({"block": [0]}))
+        reader.decoder.__exit__(None, None, None)
+    found, expected = map(list, map(to_samples, samples))
+    assert [sample.id for sample in found] == [f"row {i}" for i in range(4)]
+    for one, other in zip(found, expected, strict=True):
+        assert (one.id, one.messages, one.error) == (other.id, other.messages, None)
+        assert all(np.array_equal(a, b) for a, b in zip(one.videos, other.videos, strict=True))
+
+
+def test_sealed_and_unchanged_is_said_at_once(prepared, cluster, manifest):
+    status, output = run(cluster, "convert", manifest, TARGET, *PIECES)
+    assert status == 0
+    assert "prepared already" in output
+    assert last(output)["rows"] == ROWS - 3
+
+
+def test_what_can_be_read_now_joins_the_folder_and_leaves_the_ledger(prepared, cluster):
+    digest = Manifest(TARGET).digest
+    (entry,) = map(json.loads, storage.read_bytes(f"{TARGET}/quarantine.jsonl").splitlines())
+    ledger = "s3://videos/runs/one/quarantine.jsonl"
+    missing = {**entry, "split": "train", "id": "lost", "uri": f"{SOURCE}/lost.mp4"}
+    storage.write_bytes(
+        ledger, "".join(json.dumps(one) + "\n" for one in (missing, {**entry, "split": "train"})).encode()
+    )
+    storage.write_bytes(f"{SOURCE}/gone.mp4", clip(8))
+    for place in (TARGET, ledger):
+        status, output = run(cluster, "requeue", place)
+        assert status == 0, output
+        assert f"readable now: {SOURCE}/rows.jsonl line 18 (row 17)" in output
+    assert storage.read_bytes(f"{TARGET}/quarantine.jsonl") == b""
+    (left,) = map(json.loads, storage.read_bytes(ledger).splitlines())
+    assert (left["id"], left["attempts"], left["split"]) == ("lost", 2, "train")
+    manifest = Manifest(TARGET)
+    assert len(manifest) == ROWS - 2
+    assert manifest.digest != digest
+    assert manifest.take([ROWS - 3])[0]["id"] == "row 17"
+    assert manifest.lengths(Sampling(64, "fps", 4.0), 100)[-1] // 100 == 8
+
+
+def test_validate_says_the_same_and_writes_nothing(cluster, manifest):
+    before = storage.names_in("s3://videos")
+    command = cluster.submit("python", "jobs/prepare.py", "validate", manifest, *PIECES)
+    job = subprocess.run(command, env=cluster.environment, cwd="/", capture_output=True, text=True, timeout=100)
+    assert job.returncode == 1
+    said = json.loads(next(line for line in job.stdout.splitlines() if line.startswith('{"manifest"')))
+    assert (said["rows"], said["rejected"]) == (ROWS - 2, 2)
+    assert "3002" in job.stdout
+    assert "its id is also on line 2" in job.stdout
+    assert storage.names_in("s3://videos") == before

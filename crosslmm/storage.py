@@ -84,6 +84,24 @@ def version_of(file: BinaryIO) -> str | None:
     return file.version if isinstance(file, RangedFile) else None
 
 
+def version(uri: str) -> str | None:
+    """What changes when the object is replaced, in one request: its ETag; a local file's size and time of change. None
+    where there is no such object, or none that we may see.
+
+    Raises:
+        Unavailable: the whole store is.
+    """
+    try:
+        with _told_apart(uri):
+            fs, path = _filesystem(uri)
+            if scheme_of(uri) == "s3":
+                return str(fs.info(path, refresh=True).get("ETag", "")).strip('"') or None
+            found = Path(path).stat()
+            return f"{found.st_size}-{found.st_mtime_ns}"
+    except (FileNotFoundError, PermissionError):
+        return None
+
+
 def will_read(file: BinaryIO, ranges: Sequence[tuple[int, int]]) -> None:
     """Say which bytes [start, end) of an open file will be read, in this order, and no others in between."""
     if isinstance(file, RangedFile):
@@ -247,9 +265,15 @@ def _require_bucket(uri: str) -> None:
 
 
 def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-    """The whole object, or its bytes [start, end)."""
-    fs, path = _filesystem(uri)
-    return fs.cat_file(path, start, end)
+    """The whole object, or its bytes [start, end).
+
+    Raises:
+        FileNotFoundError, PermissionError: of this object.
+        Unavailable: of the whole store.
+    """
+    with _told_apart(uri):
+        fs, path = _filesystem(uri)
+        return fs.cat_file(path, start, end)
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -29,8 +29,8 @@ class Entry:
     @classmethod
     def of(cls, row: dict[str, Any], uri: str, video: Unreadable) -> "Entry":
         """The entry of a manifest's row, one of whose videos cannot be read."""
-        manifest, name, place = (_plain(text) for text in (row["manifest"], row["id"], uri))
-        return cls(manifest, row["line"], name, place, video.version, video.stage, _plain(video.reason), video.attempts)
+        manifest, name, place = (plain(text) for text in (row["manifest"], row["id"], uri))
+        return cls(manifest, row["line"], name, place, video.version, video.stage, plain(video.reason), video.attempts)
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written to the ledger."""
@@ -79,6 +79,6 @@ class Tally:
                 )
 
 
-def _plain(text: str) -> str:
-    # Names are foreign text like the files: no line breaks, no escape sequences.
+def plain(text: str) -> str:
+    """Text as the ledger has it. Names are foreign text like the files: no line breaks, no escape sequences."""
     return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]

@@ -173,6 +173,16 @@ def recipe_of(config: RunConfig, encoder: str, dtype: DType) -> Recipe:
     )
 
 
+def require_encoder(model: CrossLMMForConditionalGeneration, recipe: Recipe, folder: str) -> None:
+    """Whether features were made by this model's own encoder.
+
+    Raises:
+        BadConfig: by another one.
+    """
+    if digest(model.vision_tower) != recipe.encoder:
+        raise BadConfig(f"data.features: {folder} was made by another encoder than this run's; {REMEDY}")
+
+
 def prepare(
     config: RunConfig, manifests: list[Manifest], validation: Manifest | None, features: Features | None
 ) -> Job:
@@ -301,10 +311,8 @@ def _worker(loop_config: dict[str, Any]) -> None:
     def build(weights: bool) -> CrossLMMForConditionalGeneration:
         # A checkpoint overwrites published weights, so a resume does not fetch them.
         built = build_model(config.model, processor, config.seed, weights and resumed is None)
-        if weights and resumed is None and job.recipe and digest(built.vision_tower) != job.recipe.encoder:
-            raise BadConfig(
-                f"data.features: {config.data.features} was made by another encoder than this run's; {REMEDY}"
-            )
+        if weights and resumed is None and job.recipe:
+            require_encoder(built, job.recipe, str(config.data.features))
         return built
 
     model = parallelize(build, config.train, device)

@@ -18,7 +18,7 @@ from crosslmm.data.shapes import write_sample_set
 sys.path.insert(0, str(ROOT / "jobs"))
 from local_cluster import LocalCluster
 
-CLIPS, STEPS = 500, 4
+CLIPS, STEPS = 400, 4
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +124,6 @@ def test_training_from_features_has_the_losses_of_training_from_videos(cluster, 
     assert from_features == pytest.approx(from_videos, rel=2**-9)
     assert from_features != from_videos
     assert max(from_videos) / min(from_videos) > 1.05  # something was learnt
-
-
-def test_another_encoder_is_refused(cluster, folder, encoded):
-    more = ("--seed=1", "--scaling.max_failures=0", f"--data.features={encoded[2]['folder']}")
-    output, losses = train(cluster, folder, "other", *more)
-    assert losses is None
-    error = next(line for line in output.splitlines() if line.startswith("error:"))
-    assert "was made by another encoder than this run's" in error
 
 
 def processes():

@@ -114,14 +114,15 @@ def train(cluster, folder, name, *more):
 
 
 def test_training_from_features_has_the_losses_of_training_from_videos(cluster, folder, encoded):
-    """Two FSDP workers. bfloat16 is off by 2^-9 of each feature at most, and the losses differ by less than that."""
+    """Two FSDP workers. bfloat16 is off by 2^-9 of each feature at most, either way, so that a loss over hundreds of
+    them is off by far less: by 3e-5 after 20 steps (docs/log.md). Another sample's features would be percents off."""
     output, from_features = train(cluster, folder, "from-features", f"--data.features={encoded[2]['folder']}")
     assert from_features, output
     assert "instead of videos" in output
     output, from_videos = train(cluster, folder, "from-videos")
     assert from_videos, output
     assert len(from_videos) == STEPS
-    assert from_features == pytest.approx(from_videos, rel=2**-9)
+    assert from_features == pytest.approx(from_videos, rel=2e-4)
     assert from_features != from_videos
     assert max(from_videos) / min(from_videos) > 1.05  # something was learnt
 

@@ -273,7 +273,7 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
     """
     with _told_apart(uri):
         fs, path = _filesystem(uri)
-        return fs.cat_file(path, start, end)
+        return fs.cat_file(path, start=start, end=end)
 
 
 def write_bytes(uri: str, data: bytes) -> None:

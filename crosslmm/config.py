@@ -81,6 +81,9 @@ class DataConfig(Section):
     "sample" generates the sample set (with its held-out manifest) if missing."""
     validation_manifest: str | None = None
     """Held-out manifest, path or URI; null validates nothing (with "sample": the sample set's own)."""
+    features: str | None = None
+    """Folder (path or s3:// URI) that jobs/encode.py printed: its features are read instead of videos, and the vision
+    encoder, which must be frozen, does not run; null reads videos."""
     num_frames: Count = 64
     """The most frames sampled from a video, fewer where it has fewer [frames]."""
     sampling: Literal["uniform", "fps", "fps_then_uniform"] = "uniform"
@@ -251,8 +254,13 @@ class RunConfig(Section):
                 f"train.global_batch_size is {self.train.global_batch_size}; with {self.scaling.num_workers} workers "
                 f"of micro_batch_size {self.train.micro_batch_size} it must be a multiple of {at_once}"
             )
-        if self.name == "sample":
-            raise ValueError("name: sample is the sample set's own folder; take another")
+        if self.name in ("sample", "features"):
+            raise ValueError(f"name: {self.name} is a folder that runs have in common; take another")
+        if self.data.features and self.train.learning_rate.vision:
+            raise ValueError(
+                f"data.features: features are those of a frozen encoder, and train.learning_rate.vision is "
+                f"{self.train.learning_rate.vision:g}; make it 0, or train from videos without data.features"
+            )
         if self.model.attention == "flash_attention_2" and not (
             self.scaling.use_gpu and self.train.precision == "bf16"
         ):

@@ -85,6 +85,24 @@ def version_of(file: BinaryIO) -> str | None:
     return file.version if isinstance(file, RangedFile) else None
 
 
+def version(uri: str) -> str | None:
+    """What changes when the object is replaced, in one request: its ETag; a local file's size and time of change. None
+    where there is no such object, or none that we may see.
+
+    Raises:
+        Unavailable: the whole store is.
+    """
+    try:
+        with _told_apart(uri):
+            fs, path = _filesystem(uri)
+            if scheme_of(uri) == "s3":
+                return str(fs.info(path, refresh=True).get("ETag", "")).strip('"') or None
+            found = Path(path).stat()
+            return f"{found.st_size}-{found.st_mtime_ns}"
+    except (FileNotFoundError, PermissionError):
+        return None
+
+
 def will_read(file: BinaryIO, ranges: Sequence[tuple[int, int]]) -> None:
     """Say which bytes [start, end) of an open file will be read, in this order, and no others in between."""
     if isinstance(file, RangedFile):

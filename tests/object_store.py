@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import boto3
+from s3fs import S3FileSystem
 
 REQUIREMENTS = ("swift==2.38.3", "setuptools<81")  # Swift imports pkg_resources, gone in 81
 SERVERS = ("account", "container", "object", "proxy")
@@ -137,6 +138,8 @@ def running_object_store(root: Path, *, venv: Path) -> Iterator[ObjectStore]:
         deadline = time.monotonic() + START_SECONDS
         for name, server in servers.items():
             _await_health(server, ports[name], root / f"{name}.log", deadline)
+        # A client of another store than this one would be taken out of fsspec's cache.
+        S3FileSystem.clear_instance_cache()
         yield store
 
 

@@ -25,7 +25,8 @@ class Sample:
     id: str
     messages: list[dict[str, Any]]
     videos: list[np.ndarray]
-    """uint8 (frames, side, side, 3) each, in the order of the conversation's video and image parts."""
+    """uint8 (frames, side, side, 3) each, in the order of the conversation's video and image parts; or
+    features, the bits of bfloat16, uint16 (frames, patches, width)."""
     kind: str | None
     weight: float
     """0 where the row only fills up an epoch."""

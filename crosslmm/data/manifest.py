@@ -4,7 +4,8 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -200,6 +201,16 @@ class Manifest:
         """All of them, for small manifests."""
         return self.take(np.arange(len(self)))
 
+    def videos(self) -> Iterator[tuple[str, "Video"]]:
+        """Every place that a row names, as often as it is named."""
+        table = self._table.videos() if isinstance(self._table, prepared.PreparedTable) else self._table
+        table = table.select(["videos", "seconds"])
+        folder = folder_of(self.uri)
+        for row, record in enumerate(row for batch in table.to_batches(4096) for row in batch.to_pylist()):
+            lengths = record["seconds"] or [None] * len(record["videos"])
+            for place, seconds in zip(record["videos"], lengths, strict=True):
+                yield storage.join(folder, place), Video(row, float("nan") if seconds is None else seconds)
+
     def lengths(self, sampling: Sampling, tokens_per_frame: int) -> np.ndarray:
         """About how many tokens each row is, before anything is opened: float32 (rows,). Characters count as a quarter;
         a video of unknown duration as the most frames that it may give."""
@@ -210,6 +221,16 @@ class Manifest:
         summed = np.concatenate([[0], np.cumsum(frames)])[ends]
         chars = np.asarray(table["chars"].combine_chunks())
         return (chars / 4 + np.diff(summed) * tokens_per_frame).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Video:
+    """Where a place is first named, and how long it is."""
+
+    row: int
+    """Number of the row, from 0."""
+    seconds: float
+    """NaN where it is not known, 0 of an image."""
 
 
 class Rows:
@@ -227,6 +248,14 @@ class Rows:
             mine = np.unique(numbers[source == which])
             found |= zip(mine.tolist(), self.manifests[which].take(mine - self._starts[which]), strict=True)
         return [found[number] for number in numbers.tolist()]
+
+    def videos(self) -> dict[str, Video]:
+        """Every place that rows name, once, in the order of the rows."""
+        found: dict[str, Video] = {}
+        for start, manifest in zip(self._starts.tolist(), self.manifests, strict=False):
+            for place, video in manifest.videos():
+                found.setdefault(place, Video(start + video.row, video.seconds))
+        return found
 
 
 def folder_of(uri: str) -> str:

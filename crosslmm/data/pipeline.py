@@ -23,6 +23,7 @@ from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.collate import Sample
 from crosslmm.data.decode import Decoder, Unreadable
+from crosslmm.data.features import BF16, BadFeatures, Features, Recipe
 from crosslmm.data.manifest import Rows
 from crosslmm.data.order import Order
 from crosslmm.data.quarantine import Entry
@@ -98,23 +99,31 @@ class Layout:
         return np.sort(rounds.T, axis=1)
 
 
-def block_rows(data: DataConfig, image_size: int) -> int:
-    """Samples in a block: as many as fit 16 MiB of frames, 1 to 128."""
-    return int(np.clip(BLOCK_BYTES // (data.num_frames * image_size**2 * 3), 1, BLOCK_ROWS))
+def block_rows(data: DataConfig, image_size: int, features: Recipe | None = None) -> int:
+    """Samples in a block: as many as fit 16 MiB of frames, or of the features that are read instead, 1 to 128."""
+    frame = image_size**2 * 3 if features is None else features.patches * features.width * BF16
+    return int(np.clip(BLOCK_BYTES // (data.num_frames * frame), 1, BLOCK_ROWS))
 
 
 def build_dataset(
-    layout: Layout, rows: ray.ObjectRef, data: DataConfig, image_size: int, workers: int, cpus_per_worker: float
+    layout: Layout,
+    rows: ray.ObjectRef,
+    data: DataConfig,
+    image_size: int,
+    workers: int,
+    cpus_per_worker: float,
+    features: ray.ObjectRef | None = None,
 ) -> Dataset:
     """The dataset of a layout. Call it in the process that will run it (Train's controller): Ray's context is local.
 
     Args:
         layout: what goes where.
-        rows: `Rows` of the manifests, in the object store.
+        rows: `Rows` of the manifests, in the object store, or what else can `take`.
         data: frames, decoder, deadline.
         image_size: side of a frame [px].
         workers: decoding processes.
         cpus_per_worker: CPUs that each of them reserves.
+        features: `Features`, in the object store, that are read instead of videos.
     """
     context = DataContext.get_current()
     context.target_max_block_size = 1  # bytes: no two rows ever share a block, and a row cannot be cut
@@ -132,7 +141,13 @@ def build_dataset(
             size=workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
         ),
         num_cpus=cpus_per_worker,
-        fn_constructor_kwargs={"layout": layout, "rows": rows, "data": data, "image_size": image_size},
+        fn_constructor_kwargs={
+            "layout": layout,
+            "rows": rows,
+            "data": data,
+            "image_size": image_size,
+            "features": features,
+        },
     )
 
 
@@ -161,26 +176,33 @@ class _BlockNumbers(Datasource):
 class ReadSamples:
     """Block number -> that block's samples, read and decoded. Runs as a Ray Data actor, two blocks at a time."""
 
-    def __init__(self, layout: Layout, rows: ray.ObjectRef, data: DataConfig, image_size: int) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        rows: ray.ObjectRef,
+        data: DataConfig,
+        image_size: int,
+        features: ray.ObjectRef | None = None,
+    ) -> None:
         self.layout = layout
         self.rows: Rows = ray.get(rows)
-        self.decoder = Decoder(data, image_size)
+        self.decoder: Decoder | Features = Decoder(data, image_size) if features is None else ray.get(features)
         self.unreadable: dict[int, Entry] = {}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """One row: the frames of all samples, one behind the other, and what else `Sample` holds, as JSON.
+        """One row: all samples' frames (or features), one behind the other, and what else `Sample` holds, as JSON.
 
         In training a row that cannot be read is replaced by another one; in validation it keeps its place, without
         frames and with the reason in `error`. Both are named in `bad`.
         """
         places = self.layout.places(int(batch["block"][0]))
         index, weight = self.layout.order.at(places)
-        unavailable = ""
+        stopped = None
         try:
             rows, videos, bad = self._read_or_replace(places, index, weight)
-        except storage.Unavailable as error:
+        except (storage.Unavailable, BadFeatures) as error:
             # Raised here it would reach the trainer's log under Ray's own tracebacks; `to_samples` raises it again.
-            unavailable = str(error)
+            stopped = type(error).__name__, str(error)
             rows, videos, bad = [NO_ROW] * len(index), [[] for _ in index], [[] for _ in index]
         samples, frames = [], []
         for i, (row, found) in enumerate(zip(rows, videos, strict=True)):
@@ -198,7 +220,7 @@ class ReadSamples:
             )
         packed = np.empty(1, dtype=object)
         packed[0] = np.concatenate(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
-        return {"frames": packed, "samples": [json.dumps(samples)], "unavailable": [unavailable]}
+        return {"frames": packed, "samples": [json.dumps(samples)], "stopped": [json.dumps(stopped)]}
 
     def _read_or_replace(
         self, places: np.ndarray, index: np.ndarray, weight: np.ndarray
@@ -244,9 +266,11 @@ def to_samples(block: dict[str, np.ndarray]) -> Iterator[Sample]:
 
     Raises:
         storage.Unavailable: the store of the videos cannot be used.
+        BadFeatures: features must not be used.
     """
-    if unavailable := str(block["unavailable"][0]):
-        raise storage.Unavailable(unavailable)
+    if stopped := json.loads(block["stopped"][0]):
+        kind, message = stopped
+        raise {kind.__name__: kind for kind in (storage.Unavailable, BadFeatures)}[kind](message)
     frames, start = block["frames"][0], 0
     for said in json.loads(block["samples"][0]):
         videos = []

@@ -131,6 +131,16 @@ class PreparedTable:
         """The `LENGTHS` of all rows."""
         return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.folder, self._lengths))))
 
+    def videos(self) -> pa.Table:
+        """Which videos each row has, and how long they are; the conversations stay where they are."""
+
+        def read(part: dict[str, Any]) -> pa.Table:
+            with storage.open_read(storage.join(self.folder, part["name"])) as file:
+                return pq.read_table(file, columns=["videos", "seconds"])
+
+        with ThreadPoolExecutor(READERS) as threads:
+            return pa.concat_tables(threads.map(read, self.parts))
+
     def _group(self, key: tuple[int, int]) -> pa.Table:
         """One row group, by one request for its bytes."""
         number, group = key

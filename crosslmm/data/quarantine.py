@@ -80,5 +80,5 @@ class Tally:
 
 
 def plain(text: str) -> str:
-    """Foreign text, as names are: without line breaks and escape sequences."""
+    """Text as the ledger has it. Names are foreign text like the files: no line breaks, no escape sequences."""
     return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]

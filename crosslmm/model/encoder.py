@@ -1,10 +1,15 @@
 """Frames -> original visual tokens, a few frames at a time. Axes: F frame, P patch, D width."""
 
+import hashlib
+import json
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import SiglipVisionModel
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+COMPUTES_WITH = ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size", "patch_size", "num_channels")
+"""Fields of its configuration that its weights' shapes do not tell."""
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], x_FPD: Tensor, chunk: int) -> Tensor:
@@ -55,6 +60,24 @@ class ChunkedEncoderLayer(nn.Module):
     def _frames(self, x_FPD: Tensor) -> Tensor:
         x_FPD = x_FPD + self.self_attn(hidden_states=self.layer_norm1(x_FPD), attention_mask=None)[0]
         return x_FPD + self.mlp(self.layer_norm2(x_FPD))
+
+
+def build_tower(config: SiglipVisionConfig, chunk: int) -> SiglipVisionModel:
+    """A SigLIP whose layers take `chunk` frames at a time."""
+    tower = SiglipVisionModel(config)
+    for i, layer in enumerate(tower.encoder.layers):
+        tower.encoder.layers[i] = ChunkedEncoderLayer(layer, chunk)
+    return tower
+
+
+def digest(tower: SiglipVisionModel) -> str:
+    """sha256, hex, of all that its features depend on: weights, in float32, and what it computes with beside them."""
+    said = {name: getattr(tower.config, name) for name in COMPUTES_WITH}
+    found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name, weight in sorted(tower.state_dict().items()):
+        found.update(f"{name} {tuple(weight.shape)}".encode())
+        found.update(weight.detach().cpu().float().contiguous().numpy().data)
+    return found.hexdigest()
 
 
 def encode(tower: SiglipVisionModel, pixels_FCHW: Tensor, chunk: int) -> Tensor:

@@ -15,14 +15,13 @@ from transformers import (
     EncoderDecoderCache,
     GenerationMixin,
     PreTrainedModel,
-    SiglipVisionModel,
 )
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from crosslmm.model.configuration import CrossLMMConfig
 from crosslmm.model.cross_attention import DualCrossAttentionLayer, VisualContext
-from crosslmm.model.encoder import ChunkedEncoderLayer, encode, in_chunks
+from crosslmm.model.encoder import build_tower, encode, in_chunks
 from crosslmm.model.lookup import text_lookup, visual_lookup
 from crosslmm.model.pooling import pool
 
@@ -63,9 +62,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         text = config.text_config
         if set(getattr(text, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
             raise ValueError(f"{text.model_type} with sliding attention: only full attention is supported")
-        self.vision_tower = SiglipVisionModel(config.vision_config)
-        for i, layer in enumerate(self.vision_tower.encoder.layers):
-            self.vision_tower.encoder.layers[i] = ChunkedEncoderLayer(layer, config.encoder_chunk)
+        self.vision_tower = build_tower(config.vision_config, config.encoder_chunk)
         self.projector = Projector(config.vision_config.hidden_size, text.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(text)
         layers = self.language_model.model.layers
@@ -97,6 +94,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
+        features: Tensor | None = None,
         num_frames: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -113,6 +111,8 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: int64 (B, L). `config.video_token_id` stands once for every pooled token, frame after frame.
             pixel_values: uint8 (F, 3, H, W), the frames of all samples one behind the other. May be empty, or None with
                 a cache that has seen them.
+            features: (F, P, D) in any float dtype, what `encode` made of these frames, instead of them: the encoder
+                does not run. A batch without frames has F = 0 here, so that all ranks run the same modules.
             num_frames: int64 (B, M), how many of them belong to each video of each sample (an image is a video of one
                 frame), zero where a sample has fewer videos; with a cache too, of the whole conversation.
             attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
@@ -134,20 +134,22 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._check_length(seen + input_ids.shape[1])
         is_video_BL = input_ids.eq(cast(int, self.config.video_token_id))
         if seen:
-            if pixel_values is not None and is_video_BL.any():
+            if (pixel_values is not None or features is not None) and is_video_BL.any():
                 raise ValueError(
                     "a cache that has begun takes no further video; begin again with the whole conversation"
                 )
-            pixel_values = None
+            pixel_values = features = None
         # A placeholder's own embedding is never read, and its id may lie outside of the decoder's vocabulary.
         x_BLD = self.get_input_embeddings()(input_ids.masked_fill(is_video_BL, 0))
 
         tokens_FPD = None
-        if pixel_values is not None:
+        shown = pixel_values if features is None else features
+        if shown is not None:
             if num_frames is None:
-                raise ValueError("pixel_values are given without num_frames: whose frames are they?")
-            self._check_frames(is_video_BL, num_frames, pixel_values.shape[0])
-            features_FPD = self.encode(pixel_values)
+                kind = "pixel_values" if features is None else "features"
+                raise ValueError(f"{kind} are given without num_frames: whose frames are they?")
+            self._check_frames(is_video_BL, num_frames, shown.shape[0])
+            features_FPD = self.encode(shown) if features is None else self._encoded(shown)
             pooled_FVD = self.projector(pool(features_FPD, self.config.pool_stride, self.config.pooling))
             x_BLD = x_BLD.masked_scatter(is_video_BL[:, :, None], pooled_FVD.to(x_BLD.dtype))
             if self.config.dual_layers:
@@ -164,6 +166,16 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             logits = self.get_output_embeddings()(x_BLD[:, -logits_to_keep:])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _encoded(self, features_FPD: Tensor) -> Tensor:
+        """Features as they were given -> as the encoder would give them now."""
+        per_frame = (self.config.patches_per_frame, self.config.vision_config.hidden_size)
+        if not features_FPD.is_floating_point() or features_FPD.shape[1:] != per_frame:
+            raise ValueError(
+                f"features are {features_FPD.dtype} {tuple(features_FPD.shape)}; "
+                f"the encoder gives floats (frames, {per_frame[0]}, {per_frame[1]})"
+            )
+        return features_FPD.to(cast(nn.Linear, self.projector[1]).weight.dtype)
 
     def _check_length(self, length: int) -> None:
         limit = self.config.text_config.max_position_embeddings

@@ -23,6 +23,7 @@ from transformers import (
 from crosslmm import storage
 from crosslmm.config import BadConfig, ModelConfig
 from crosslmm.model.configuration import CrossLMMConfig
+from crosslmm.model.encoder import build_tower
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.processing import CrossLMMProcessor, tiny_tokenizer
 
@@ -170,6 +171,24 @@ def build_model(
     if weights and config.init_from:
         _graft("model.init_from", model, CrossLMMForConditionalGeneration, Checkpoint(config.init_from))
     return model
+
+
+def build_encoder(config: ModelConfig, processor: CrossLMMProcessor, seed: int) -> SiglipVisionModel:
+    """The vision tower of `build_model`, in float32, frozen.
+
+    Raises:
+        BadConfig: weights that cannot be loaded or do not fit.
+    """
+    if config.vision_weights and not config.init_from:
+        model_config = build_config(config, processor.video_token_id)
+        model_config._attn_implementation = config.attention
+        tower = build_tower(model_config.vision_config, config.encoder_chunk)
+        source = Checkpoint(config.vision_weights, config.vision_revision)
+        _graft("model.vision_weights", tower, SiglipVisionModel, source)
+    else:
+        # Random weights depend on all that is drawn before them.
+        tower = build_model(config, processor, seed).vision_tower
+    return tower.requires_grad_(False).eval()
 
 
 def _graft(key: str, part: nn.Module, auto_class: Any, source: Checkpoint) -> None:

@@ -35,7 +35,7 @@ CHAT_TEMPLATE = """
 
 
 class CrossLMMProcessor(ProcessorMixin):
-    """Chat messages and decoded frames -> `input_ids`, `labels`, `pixel_values`, `num_frames`.
+    """Chat messages and decoded frames (or their features) -> `input_ids`, `labels`, `pixel_values`, `num_frames`.
 
     Args:
         tokenizer: any fast tokenizer; `<|video_pad|>`, `<|im_start|>` and `<|im_end|>` are added where missing.
@@ -70,6 +70,7 @@ class CrossLMMProcessor(ProcessorMixin):
         videos: Sequence[Sequence[np.ndarray]],
         weights: Sequence[float] | None = None,
         answer: bool = False,
+        features: tuple[int, int] | None = None,
     ) -> BatchFeature:
         """Turn conversations into one padded batch.
 
@@ -79,32 +80,34 @@ class CrossLMMProcessor(ProcessorMixin):
                 image is a video of one frame.
             weights: 0 drops a sample's labels (it fills a place but teaches nothing); default all 1.
             answer: end with the assistant's turn begun and pad on the left, as `generate` wants it.
+            features: (patches, width): the videos are features instead, the bits of bfloat16, uint16 (frames, patches,
+                width) each.
 
         Returns:
-            `input_ids`, `attention_mask` (B, L), `pixel_values` (F, 3, H, W) uint8, `num_frames` (B, M) with zeros
-            where a sample has fewer than M videos, and, unless `answer`, `labels` (B, L) with -100 outside of the
-            assistant's words.
+            `input_ids`, `attention_mask` (B, L), `pixel_values` (F, 3, H, W) uint8 or else `features` (F, P, D)
+            bfloat16, `num_frames` (B, M) with zeros where a sample has fewer than M videos, and, unless `answer`,
+            `labels` (B, L) with -100 outside of the assistant's words.
 
         Raises:
             ValueError: a conversation with another number of video parts than videos, a video without frames, or frames
-                of another size.
+                or features of another size.
         """
-        ids, labels, pixels = [], [], []
+        ids, labels, shown = [], [], []
         for i, (conversation, own) in enumerate(zip(messages, videos, strict=True)):
             for video in own:
-                self._check(video)
+                self._check(video, features)
             tokens, is_target = self._tokenize(conversation, [len(video) for video in own], answer)
             dropped = weights is not None and weights[i] == 0
             ids.append(torch.tensor(tokens))
             labels.append(
                 torch.tensor([t if m and not dropped else IGNORED for t, m in zip(tokens, is_target, strict=True)])
             )
-            pixels += [torch.from_numpy(video) for video in own]
+            shown += [torch.from_numpy(video) for video in own]
         side = "left" if answer else "right"
         batch = {
             "input_ids": pad_sequence(ids, True, self.tokenizer.pad_token_id, side),
             "attention_mask": pad_sequence([torch.ones_like(t) for t in ids], True, 0, side),
-            "pixel_values": torch.cat([*pixels, self._no_frames()]).permute(0, 3, 1, 2).contiguous(),
+            **self._visual(shown, features),
             "num_frames": pad_sequence(
                 [torch.tensor([len(video) for video in own], dtype=torch.int64) for own in videos], True
             ),
@@ -113,8 +116,13 @@ class CrossLMMProcessor(ProcessorMixin):
             batch["labels"] = pad_sequence(labels, True, IGNORED, side)
         return BatchFeature(batch)
 
-    def _no_frames(self) -> torch.Tensor:
-        return torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
+    def _visual(self, shown: list[torch.Tensor], features: tuple[int, int] | None) -> dict[str, torch.Tensor]:
+        """What the model is shown; a batch of text alone is of one kind too, for all ranks run the same modules."""
+        if features is None:
+            none = torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
+            return {"pixel_values": torch.cat([*shown, none]).permute(0, 3, 1, 2).contiguous()}
+        none = torch.empty(0, *features, dtype=torch.bfloat16)
+        return {"features": torch.cat([*(bits.view(torch.bfloat16) for bits in shown), none])}
 
     def length(self, conversation: list[dict[str, Any]], num_frames: Sequence[int]) -> int:
         """Tokens of a conversation in training, with so many frames of each of its videos."""
@@ -148,9 +156,15 @@ class CrossLMMProcessor(ProcessorMixin):
             tokens, is_target = tokens[: self.max_length], is_target[: self.max_length]
         return tokens, is_target
 
-    def _check(self, video: np.ndarray) -> None:
+    def _check(self, video: np.ndarray, features: tuple[int, int] | None) -> None:
         side = self.image_size
-        if video.dtype != np.uint8 or video.shape[1:] != (side, side, 3):
+        if features is not None:
+            if video.dtype != np.uint16 or video.shape[1:] != features:
+                raise ValueError(
+                    f"features are {video.dtype} {video.shape}; they have to be uint16 (frames, {features[0]}, "
+                    f"{features[1]}), the bits of bfloat16"
+                )
+        elif video.dtype != np.uint8 or video.shape[1:] != (side, side, 3):
             raise ValueError(
                 f"frames are {video.dtype} {video.shape}; the encoder takes uint8 (frames, {side}, {side}, 3)"
             )

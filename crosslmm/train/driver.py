@@ -16,7 +16,7 @@ from crosslmm import storage, tracking
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.data import shapes
 from crosslmm.data.decode import require_backend
-from crosslmm.data.manifest import Manifest
+from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.model.pretrained import build_config, build_processor
 from crosslmm.train import launch
 
@@ -53,14 +53,17 @@ def run(config: RunConfig) -> Outcome:
     build_processor(config.model)
     manifests = [Manifest(uri) for uri in config.data.manifests]
     validation = Manifest(config.data.validation_manifest) if config.data.validation_manifest else None
+    features = launch.open_features(config, Rows([*manifests, *([validation] if validation else [])]))
     launch.start_ray()
     launch.check_placement(config)
-    job = launch.prepare(config, manifests, validation)
+    job = launch.prepare(config, manifests, validation, features)
     order = {
         "manifest": [manifest.digest for manifest in manifests],
         "shares": list(config.data.manifests.values()),
         "train.global_batch_size": config.train.global_batch_size,
         "seed": config.seed,
+        # A resume does not see the first weights, by which features are known to be its own.
+        "data.features": features.recipe.key if features else None,
     }
     record = tracking.Run(config, _run_to_resume(config, job.folder, order))
     begun = json.dumps({"run_id": record.run_id, "order": order})
@@ -109,14 +112,8 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     build_config(config.model)
     require_backend(config.data.decoder)
-    here = str(Path.cwd())
-    uploaded = "/working_dir_files/" in here  # where Ray unpacks `ray job submit --working-dir`
-    for key, uri in (("storage", config.storage), ("tracking.uri", tracking.tracking_uri(config.tracking))):
-        local = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:") else uri
-        if uploaded and "://" not in local and storage.absolute(local).startswith(here):
-            raise BadConfig(
-                f"{key}: {uri} lies in this job's uploaded copy of the code; give an absolute path or a URI"
-            )
+    require_lasting("storage", config.storage)
+    require_lasting("tracking.uri", tracking.tracking_uri(config.tracking))
     folder = storage.absolute(config.storage)
     data = config.data
     if data.manifest == "sample":
@@ -126,20 +123,34 @@ def resolve(config: RunConfig) -> RunConfig:
     )
 
 
+def require_lasting(key: str, uri: str) -> None:
+    """Whether what is written there outlives the job.
+
+    Raises:
+        BadConfig: relative, in a job whose working directory is a copy that will be thrown away.
+    """
+    here = str(Path.cwd())
+    uploaded = "/working_dir_files/" in here  # where Ray unpacks `ray job submit --working-dir`
+    local = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:") else uri
+    if uploaded and "://" not in local and storage.absolute(local).startswith(here):
+        raise BadConfig(f"{key}: {uri} lies in this job's uploaded copy of the code; give an absolute path or a URI")
+
+
 def _run_to_resume(config: RunConfig, folder: str, order: dict[str, Any]) -> str | None:
     """The MLflow run that an earlier start under the same name began.
 
     Raises:
-        BadConfig: what fixes the order of samples has changed, so that a resume would skip some and repeat others.
+        BadConfig: what fixes the samples or their order has changed, so that a resume would skip some, repeat others,
+            or see them otherwise.
     """
     uri = storage.join(folder, "run.json")
     if not storage.exists(uri):
         return None
     begun = json.loads(storage.read_bytes(uri))
     for key, now in order.items():
-        if begun["order"][key] != now:
+        if begun["order"].get(key) != now:
             raise BadConfig(
-                f"name: run {config.name} was begun with {key} {begun['order'][key]}, and this is {now}; "
+                f"name: run {config.name} was begun with {key} {begun['order'].get(key)}, and this is {now}; "
                 "take it back, or another --name"
             )
     return str(begun["run_id"])
@@ -153,6 +164,7 @@ def _announce(
         "run": f"{config.name} (the same command with --name {config.name} resumes it)",
         "data": ", ".join(f"{len(manifest)} rows of {manifest.uri}" for manifest in manifests)
         + (f", {' : '.join(map(str, config.data.manifests.values()))}" if len(manifests) > 1 else ""),
+        **({"features": f"{config.data.features}, instead of videos"} if config.data.features else {}),
         "training": f"{job.total_steps} steps of {config.train.global_batch_size} samples, "
         f"{config.scaling.num_workers} {processor} workers",
         "storage": job.folder,

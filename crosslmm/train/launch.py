@@ -1,5 +1,6 @@
 """RunConfig -> data, model and loop in Ray Train workers -> checkpoints and an exported model in storage."""
 
+import functools
 import itertools
 import json
 import logging
@@ -26,11 +27,14 @@ from crosslmm import storage
 from crosslmm.answer import CONFIG
 from crosslmm.config import BadConfig, RunConfig, to_yaml
 from crosslmm.data.collate import Sample, collate, collate_for_validation, micro_batches
+from crosslmm.data.features import REMEDY, DType, Features, Recipe
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.order import Order
 from crosslmm.data.pipeline import Layout, ahead, block_rows, build_dataset, to_samples
 from crosslmm.data.quarantine import Tally
 from crosslmm.data.sampling import Sampling
+from crosslmm.model import CrossLMMForConditionalGeneration
+from crosslmm.model.encoder import digest
 from crosslmm.model.pretrained import build_config, build_model, build_processor
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.optim import build_optimizer
@@ -60,13 +64,17 @@ class Job:
     validation_order: Order | None
     validation_rows: ray.ObjectRef | None
     image_size: int
+    features: ray.ObjectRef | None
+    """`Features` that are read instead of videos."""
+    recipe: Recipe | None
+    """How they were made."""
     board: Any
     """Actor handle of the `Board`."""
 
     def training(self, first_step: int) -> Layout:
         """What is left of the run after `first_step` steps."""
         steps = self.total_steps - first_step
-        rows = block_rows(self.config.data, self.image_size)
+        rows = block_rows(self.config.data, self.image_size, self.recipe)
         return Layout(self.order, self.config.scaling.num_workers, first_step, steps, rows, self.lengths)
 
     def validation(self) -> Layout:
@@ -133,7 +141,51 @@ def check_placement(config: RunConfig) -> None:
         )
 
 
-def prepare(config: RunConfig, manifests: list[Manifest], validation: Manifest | None) -> Job:
+def open_features(config: RunConfig, rows: Rows) -> Features | None:
+    """The features that a run reads instead of videos, if it does.
+
+    Args:
+        config: the run.
+        rows: of training and validation.
+
+    Raises:
+        BadConfig: they were made otherwise than the run would make them, or not of all its videos.
+    """
+    if config.data.features is None:
+        return None
+    features = Features(config.data.features)
+    features.require(recipe_of(config, encoder="", dtype="bf16"), rows.videos())
+    return features
+
+
+def recipe_of(config: RunConfig, encoder: str, dtype: DType) -> Recipe:
+    """How the features of a run's videos are made, by an encoder of this digest."""
+    model = build_config(config.model)
+    vision = model.vision_config
+    return Recipe.of(
+        config.data,
+        vision.image_size,
+        config.train.precision,
+        model.patches_per_frame,
+        vision.hidden_size,
+        encoder,
+        dtype,
+    )
+
+
+def require_encoder(model: CrossLMMForConditionalGeneration, recipe: Recipe, folder: str) -> None:
+    """Whether features were made by this model's own encoder.
+
+    Raises:
+        BadConfig: by another one.
+    """
+    if digest(model.vision_tower) != recipe.encoder:
+        raise BadConfig(f"data.features: {folder} was made by another encoder than this run's; {REMEDY}")
+
+
+def prepare(
+    config: RunConfig, manifests: list[Manifest], validation: Manifest | None, features: Features | None
+) -> Job:
     """Decide what workers must agree upon, and hand the rows to Ray."""
     train, data = config.train, config.data
     order = Order(
@@ -159,6 +211,8 @@ def prepare(config: RunConfig, manifests: list[Manifest], validation: Manifest |
         validation_order=Order((len(validation),), at_once, None) if validation else None,
         validation_rows=ray.put(Rows([validation])) if validation else None,
         image_size=model.vision_config.image_size,
+        features=ray.put(features) if features else None,
+        recipe=features.recipe if features else None,
         board=Board.remote(),  # type: ignore[attr-defined]
     )
 
@@ -209,7 +263,13 @@ def _training_data(job: Job) -> Dataset:
     scaling = job.config.scaling
     layout = job.training(_committed_step(job))
     return build_dataset(
-        layout, job.rows, job.config.data, job.image_size, scaling.decode_workers, scaling.cpus_per_decode_worker
+        layout,
+        job.rows,
+        job.config.data,
+        job.image_size,
+        scaling.decode_workers,
+        scaling.cpus_per_decode_worker,
+        job.features,
     )
 
 
@@ -223,6 +283,7 @@ def _validation_data(job: Job) -> Dataset:
         job.image_size,
         scaling.decode_workers,
         scaling.cpus_per_decode_worker,
+        job.features,
     )
 
 
@@ -246,12 +307,16 @@ def _worker(loop_config: dict[str, Any]) -> None:
     processor = build_processor(config.model)
     device = ray.train.torch.get_device()
     resumed = ray.train.get_checkpoint()
-    model = parallelize(
+
+    def build(weights: bool) -> CrossLMMForConditionalGeneration:
         # A checkpoint overwrites published weights, so a resume does not fetch them.
-        lambda weights: build_model(config.model, processor, config.seed, weights and resumed is None),
-        config.train,
-        device,
-    )
+        built = build_model(config.model, processor, config.seed, weights and resumed is None)
+        if weights and resumed is None and job.recipe:
+            require_encoder(built, job.recipe, str(config.data.features))
+        return built
+
+    model = parallelize(build, config.train, device)
+    process = functools.partial(processor, features=(job.recipe.patches, job.recipe.width) if job.recipe else None)
     optimizer = build_optimizer(model, config.train)
     first_step = 0
     if resumed:
@@ -281,7 +346,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
 
     def validate() -> loop.Metrics:
         layout = job.validation()
-        batches = ahead(_samples(job, VALIDATION, layout), lambda s: collate_for_validation(s, processor))
+        batches = ahead(_samples(job, VALIDATION, layout), lambda s: collate_for_validation(s, process))
         return loop.validate(config, model, processor, batches)
 
     def length_of(sample: Sample) -> int:
@@ -289,7 +354,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
 
     def collate_step(samples: list[Sample]) -> list[BatchFeature]:
         micro = micro_batches(samples, config.train.micro_batch_size, config.train.micro_batch_tokens, length_of)
-        return [collate(part, processor) for part in micro]
+        return [collate(part, process) for part in micro]
 
     # One step's frames are held while those of the step before are trained on.
     batches = ahead(_samples(job, TRAIN, job.training(first_step)), collate_step, depth=1)

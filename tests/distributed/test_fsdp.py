@@ -6,6 +6,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from crosslmm.config import RunConfig, parse_run
 from crosslmm.data.collate import ValidationBatch
+from crosslmm.data.features import to_bf16
 from crosslmm.model.pretrained import build_model, build_processor
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.optim import build_optimizer
@@ -34,7 +36,19 @@ def sample(place: int):
     return conversation(f"Question {place}?", answer, video=bool(videos)), videos
 
 
-def batches(processor, ranks: int, rank: int, first_step: int):
+def shown(processor, config: RunConfig, talks, videos):
+    """The batch; in a run from features some bits of bfloat16 stand for each video."""
+    if config.data.features is None:
+        return processor(talks, videos)
+    size = (64, 64)
+    given = [
+        [to_bf16(np.random.default_rng(int(video.sum())).normal(0, 1, (len(video), *size))) for video in own]
+        for own in videos
+    ]
+    return processor(talks, given, features=size)
+
+
+def batches(processor, config: RunConfig, ranks: int, rank: int, first_step: int):
     """This rank's micro-batches of each step: its share of the global batch, two samples at a time. On every other step
     the second rank has fewer micro-batches than the first, as it may where they are counted in tokens."""
     mine = BATCH // ranks
@@ -43,13 +57,13 @@ def batches(processor, ranks: int, rank: int, first_step: int):
         micro = []
         for start in range(step * BATCH + rank * mine, step * BATCH + (rank + 1) * mine, size):
             talks, videos = zip(*[sample(place) for place in range(start, start + size)], strict=True)
-            micro.append(processor(talks, videos))
+            micro.append(shown(processor, config, talks, videos))
         yield micro
 
 
-def fixed_batch(processor):
+def fixed_batch(processor, config: RunConfig):
     talks, videos = zip(*[sample(place) for place in (100, 101, 102)], strict=True)
-    return processor(talks, videos)
+    return shown(processor, config, talks, videos)
 
 
 def sharded(config: RunConfig, gates: float):
@@ -88,14 +102,14 @@ def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrid
         config,
         model,
         optimizer,
-        batches(processor, ranks, rank, first),
+        batches(processor, config, ranks, rank, first),
         range(first, STEPS),
         log=lambda step, metrics: losses.update({step: (metrics["loss"], metrics["grad_norm"])}),
         save=save,
     )
     model.eval()
     with torch.no_grad():
-        loss = float(model(**fixed_batch(processor)).loss)
+        loss = float(model(**fixed_batch(processor, config)).loss)
     checkpoint.export(folder / "export", model, processor)
     if rank == 0:
         (folder / "sharded-loss.json").write_text(json.dumps(loss))
@@ -169,7 +183,7 @@ def test_the_export_says_what_the_sharded_model_says(two_ranks):
     _, folder = two_ranks
     exported = AutoModelForImageTextToText.from_pretrained(folder / "export")
     assert exported.get_input_embeddings().weight is exported.get_output_embeddings().weight
-    loss = exported.eval()(**fixed_batch(processor_of_the_run())).loss.item()
+    loss = exported.eval()(**fixed_batch(processor_of_the_run(), run_config(1))).loss.item()
     assert loss == pytest.approx(json.loads((folder / "sharded-loss.json").read_text()), rel=1e-5)
     fresh = build_model(run_config(1).model, processor_of_the_run(), seed=0)
     assert not torch.equal(exported.get_input_embeddings().weight, fresh.get_input_embeddings().weight)
@@ -188,6 +202,15 @@ def test_frozen_components_stay_and_bf16_with_checkpointing_trains(tmp_path):
     changed = {name for name, value in start.state_dict().items() if not torch.equal(value, trained[name])}
     assert changed
     assert all(name.startswith("projector.") or ".v2v." in name for name in changed)
+
+
+def test_two_ranks_from_features_equal_one_process(tmp_path):
+    """A rank whose whole micro-batch is text takes the same way through the model as one with features."""
+    features = ("--data.features=somewhere", "--train.learning_rate.vision=0")
+    one, two = (spawn(ranks, tmp_path / str(ranks), overrides=features) for ranks in (1, 2))
+    assert sorted(one) == list(range(1, STEPS + 1))
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-5, abs=1e-5)
 
 
 def validate(rank: int, ranks: int, folder: Path) -> None:

@@ -41,7 +41,6 @@ def store(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in store.environment().items():
                 patch.setenv(name, value)
-            S3FileSystem.clear_instance_cache()
             yield store
 
 

@@ -18,6 +18,7 @@ from crosslmm.config import DataConfig
 from crosslmm.data import decode
 from crosslmm.data.clips import encode_clip
 from crosslmm.data.decode import Decoder, Unreadable, decode_video
+from crosslmm.data.features import BadFeatures, Features, Recipe, create, write_index, write_shard
 
 SIDE = 32
 
@@ -195,3 +196,24 @@ def test_an_image_in_the_store_is_a_video_of_one_frame(decoder):
     storage.write_bytes("s3://videos/still.png", png)
     (frames,) = decoder(["s3://videos/still.png"])
     assert np.array_equal(frames, np.full((1, SIDE, SIDE, 3), 99, np.uint8))
+
+
+def test_a_videos_features_cost_a_look_at_its_version_and_one_request(wire):
+    video = "s3://videos/encoded.mp4"
+    storage.write_bytes(video, b"one")
+    version = storage.version(video)
+    recipe = Recipe.of(DataConfig(num_frames=2), SIDE, "fp32", 4, 8, "e", "int8")
+    folder = create("s3://videos/features", recipe)
+    given = [(uri, version, np.full((2, 4, 8), 3.0, np.float32)) for uri in (f"{video}#t=0,1", video)]
+    write_index(folder, write_shard(folder, given, "int8")[0])
+    features = Features(folder)
+    before = wire.requests
+    assert features.read(video).shape == (2, 4, 8)
+    assert wire.requests - before == 2
+    storage.write_bytes(video, b"two")
+    assert storage.version(video) not in (None, version)
+    with pytest.raises(BadFeatures, match="has changed, or gone"):
+        features.read(video)
+    assert storage.version("s3://videos/no-such-object") is None
+    with pytest.raises(storage.Unavailable, match="there is no bucket nowhere"):
+        storage.version("s3://nowhere/x.mp4")

@@ -1,0 +1,53 @@
+"""Encode every video once: python jobs/encode.py --config ... --data.manifest ... --features.folder s3://bucket/features.
+
+Decodes each video of the manifests as jobs/train.py would with this configuration, runs the frozen vision encoder, and
+stores its features in the folder that it prints; jobs/train.py --data.features THAT_FOLDER then reads these instead of
+videos. Videos, size, price and work are printed before it begins. What the folder has already is not made again.
+On a cluster: ray job submit -- python jobs/encode.py ...
+Exit status: 0 encoded (unreadable videos are named in the folder's quarantine.jsonl), 1 it broke off, 130 it was
+stopped (the same command goes on in both), 2 the request was refused.
+"""
+
+import dataclasses
+import json
+import signal
+import sys
+from types import FrameType
+
+from jsonargparse import ArgumentParser
+
+from crosslmm.config import BadConfig, fail, parse_job
+
+
+def main() -> int:
+    """Parse, encode, print."""
+    from crosslmm import encode
+    from crosslmm.data.manifest import BadManifest
+    from crosslmm.storage import BadLocation, Unavailable
+
+    def add_own(parser: ArgumentParser) -> None:
+        parser.add_class_arguments(encode.FeatureSettings, "features", fail_untyped=False)
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        config, own = parse_job(sys.argv[1:], str(__doc__), add_own)
+        outcome = encode.run(config, encode.FeatureSettings(**own["features"]))
+    except (BadConfig, BadManifest, BadLocation) as error:
+        fail(error)
+    except (SystemExit, KeyboardInterrupt):
+        print("stopped; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except (encode.EncodingFailed, Unavailable) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(dataclasses.asdict(outcome)))
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """A job that is told to stop ends as if by Ctrl-C: what is done is written down."""
+    signal.raise_signal(signal.SIGINT)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,137 @@
+"""Encode, be killed, go on; train from the features and from the videos: a real cluster, the real entry points."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, conversation
+from mlflow.tracking import MlflowClient
+
+from crosslmm.data.features import Features
+from crosslmm.data.shapes import write_sample_set
+
+sys.path.insert(0, str(ROOT / "jobs"))
+from local_cluster import LocalCluster
+
+CLIPS, STEPS = 400, 4
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with LocalCluster(num_cpus=2) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The sample set, one row whose video is missing, and manifests for it."""
+    folder = tmp_path_factory.mktemp("encode")
+    write_sample_set(str(folder / "data"), train=CLIPS, held_out=4)
+    with (folder / "data" / "train.jsonl").open("a") as rows:
+        rows.write(json.dumps({"id": "gone", "video": "gone.mp4", "messages": conversation("What?", "nothing")}) + "\n")
+    return folder
+
+
+def command(folder, name, *more):
+    return [
+        "python", f"jobs/{name}.py", f"--data.manifest={folder}/data/train.jsonl", f"--storage={folder}/runs",
+        "--train.learning_rate.vision=0", *more,
+    ]  # fmt: skip
+
+
+def start(cluster, *entrypoint):
+    return subprocess.Popen(cluster.submit(*entrypoint), env=cluster.environment, cwd="/", stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def finish(job):
+    output, _ = job.communicate(timeout=200)
+    found = [line for line in output.splitlines() if line.startswith("{")]
+    return output, json.loads(found[-1]) if found else None
+
+
+@pytest.fixture(scope="module")
+def encoded(cluster, folder):
+    """Killed with SIGKILL once something is written down, then started again; what stood there in between."""
+    job = start(cluster, *command(folder, "encode"))
+    until = time.monotonic() + 150
+    while not (indices := list(folder.glob("runs/features/*/index-*.parquet"))):
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    drivers = [pid for pid, title in processes() if "jobs/encode.py" in title and "submit" not in title]
+    assert drivers
+    for pid in drivers:
+        os.kill(pid, signal.SIGKILL)
+    first, _ = finish(job)
+    assert job.returncode != 0, first
+    place = str(indices[0].parent)
+    before = Features(place)
+    clips = sorted(str(path) for path in (folder / "data" / "train").glob("*.mp4"))
+    kept = {uri: before.find(uri) for uri in clips if before.find(uri)}
+    job = start(cluster, *command(folder, "encode"))
+    second, outcome = finish(job)
+    assert job.returncode == 0, second
+    return first, second, outcome, kept, clips
+
+
+def test_a_killed_job_goes_on_without_encoding_anything_twice(encoded):
+    first, _, outcome, kept, clips = encoded
+    assert f"to do     {CLIPS + 1} videos, {(CLIPS + 1) * 4:,} frames at most" in first
+    assert "--features.price 0.023 USD a GB and month" in first
+    assert "int8    " in first
+    assert 0 < len(kept) < CLIPS
+    assert outcome["already"] == len(kept)
+    assert outcome["videos"] == CLIPS - len(kept)
+    assert 0 < outcome["relative_error"] < 0.002  # bfloat16 keeps 8 bits
+    features = Features(outcome["folder"])
+    assert all(features.find(uri) == stored for uri, stored in kept.items())
+    assert all(features.read(uri).shape == (4, 64, 64) for uri in clips[:: CLIPS // 20])
+
+
+def test_what_cannot_be_read_is_named(encoded, folder):
+    _, second, outcome, *_ = encoded
+    assert outcome["quarantined"] == 1
+    assert f"line {CLIPS + 1} (gone): no such file" in second
+    (entry,) = map(json.loads, Path(outcome["folder"], "quarantine.jsonl").read_text().splitlines())
+    assert (entry["id"], entry["line"], entry["stage"]) == ("gone", CLIPS + 1, "read")
+
+
+def train(cluster, folder, name, *more):
+    uri = f"sqlite:///{folder}/mlflow.db"
+    steps = (f"--train.max_steps={STEPS}", "--train.warmup_steps=1", "--train.epochs=9")
+    job = start(cluster, *command(folder, "train", f"--name={name}", f"--tracking.uri={uri}", *steps, *more))
+    output, outcome = finish(job)
+    if outcome is None:
+        return output, None
+    history = MlflowClient(uri).get_metric_history(outcome["run_id"], "loss")
+    return output, [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+
+
+def test_training_from_features_has_the_losses_of_training_from_videos(cluster, folder, encoded):
+    """Two FSDP workers. bfloat16 is off by 2^-9 of each feature at most, either way, so that a loss over hundreds of
+    them is off by far less: by 3e-5 after 20 steps (docs/log.md). Another sample's features would be percents off."""
+    output, from_features = train(cluster, folder, "from-features", f"--data.features={encoded[2]['folder']}")
+    assert from_features, output
+    assert "instead of videos" in output
+    output, from_videos = train(cluster, folder, "from-videos")
+    assert from_videos, output
+    assert len(from_videos) == STEPS
+    assert from_features == pytest.approx(from_videos, rel=2e-4)
+    assert from_features != from_videos
+    assert max(from_videos) / min(from_videos) > 1.05  # something was learnt
+
+
+def processes():
+    """(pid, command line) of every process of this machine; a job's driver has a session of its own."""
+    for path in Path("/proc").iterdir():
+        try:
+            if path.name.isdigit():
+                yield int(path.name), (path / "cmdline").read_text()
+        except OSError:
+            continue

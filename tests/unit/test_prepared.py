@@ -126,3 +126,10 @@ def test_lengths_are_told_before_anything_is_opened(tmp_path):
     prepared.seal(folder, [prepared.write_part(folder, 0, table)], table, {})
     assert Manifest(folder).lengths(Sampling(64, "fps", 2.0), 9).tolist() == [2 + 20 * 9] * 2 + [2 + 64 * 9, 2]
     assert Manifest(folder).lengths(Sampling(8, "fps", 2.0), 9)[0] == 2 + 8 * 9
+
+
+def test_every_video_is_known_without_the_conversations(folder):
+    videos = Rows([Manifest(folder)]).videos()
+    assert len(videos) == COUNT
+    assert videos[f"{folder}/clips/1299.mp4"].row == 1299
+    assert videos["/elsewhere/700.mp4"].row == 700

@@ -84,7 +84,7 @@ def _step(
 
     labelled_here = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro)
     everyone = torch.empty(world, 2, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(everyone, torch.tensor([[labelled_here, len(micro)]], device=device))
+    dist.all_gather_single(everyone, torch.tensor([[labelled_here, len(micro)]], device=device))
     # Every labelled token of the whole global batch weighs the same, wherever it lies.
     labelled, most = int(everyone[:, 0].sum()), int(everyone[:, 1].max())
     divisor = max(labelled, 1)

@@ -1,5 +1,6 @@
 """Encode, be killed, go on; train from the features and from the videos: a real cluster, the real entry points."""
 
+import functools
 import json
 import os
 import signal
@@ -8,12 +9,23 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import ROOT, conversation
 from mlflow.tracking import MlflowClient
 
+from crosslmm.config import parse_run
+from crosslmm.data.decode import decode_video
 from crosslmm.data.features import Features
+from crosslmm.data.manifest import Manifest
+from crosslmm.data.order import Order
 from crosslmm.data.shapes import write_sample_set
+from crosslmm.model.pretrained import build_model, build_processor
+from crosslmm.train import loop
+from crosslmm.train.optim import build_optimizer
+from crosslmm.train.parallel import parallelize
 
 sys.path.insert(0, str(ROOT / "jobs"))
 from local_cluster import LocalCluster
@@ -102,25 +114,50 @@ def test_what_cannot_be_read_is_named(encoded, folder):
     assert (entry["id"], entry["line"], entry["stage"]) == ("gone", CLIPS + 1, "read")
 
 
-def train(cluster, folder, name, *more):
-    uri = f"sqlite:///{folder}/mlflow.db"
+def settings(folder):
     steps = (f"--train.max_steps={STEPS}", "--train.warmup_steps=1", "--train.epochs=9")
-    job = start(cluster, *command(folder, "train", f"--name={name}", f"--tracking.uri={uri}", *steps, *more))
-    output, outcome = finish(job)
-    if outcome is None:
-        return output, None
-    history = MlflowClient(uri).get_metric_history(outcome["run_id"], "loss")
-    return output, [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+    return [*command(folder, "train")[2:], *steps]
+
+
+def train_from_videos(folder):
+    """The losses of the same run in this one process, which decodes."""
+    config = parse_run([*settings(folder), "--scaling.num_workers=1"], "")
+    rows = Manifest(config.data.manifest).rows
+    order = Order((len(rows),), config.train.global_batch_size, config.seed)
+    processor = build_processor(config.model)
+
+    def batches():
+        for step in range(STEPS):
+            chosen, weights = order.at(step * order.global_batch_size + np.arange(order.global_batch_size))
+            assert all(rows[i]["id"] != "gone" for i in chosen), "another row stands in for it"
+            videos = [[decode_video(rows[i]["videos"][0], config.data, processor.image_size)] for i in chosen]
+            yield [processor([rows[i]["messages"] for i in chosen], videos, weights=weights)]
+
+    losses = []
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+    try:
+        build = functools.partial(build_model, config.model, processor, config.seed)
+        model = parallelize(build, config.train, torch.device("cpu"))
+        optimizer = build_optimizer(model, config.train)
+        log = lambda step, metrics: losses.append(metrics["loss"])  # noqa: E731
+        loop.train(config, model, optimizer, batches(), range(STEPS), log=log, save=lambda step: None)
+    finally:
+        dist.destroy_process_group()
+    return losses
 
 
 def test_training_from_features_has_the_losses_of_training_from_videos(cluster, folder, encoded):
-    """Two FSDP workers. bfloat16 is off by 2^-9 of each feature at most, either way, so that a loss over hundreds of
-    them is off by far less: by 3e-5 after 20 steps (docs/log.md). Another sample's features would be percents off."""
-    output, from_features = train(cluster, folder, "from-features", f"--data.features={encoded[2]['folder']}")
-    assert from_features, output
+    """Two FSDP workers on Ray, and one process. bfloat16 is off by 2^-9 of each feature at most, either way, so that a
+    loss over hundreds of them is off by far less: by 3e-5 after 20 steps (docs/log.md). Another sample's features would
+    be percents off."""
+    uri = f"sqlite:///{folder}/mlflow.db"
+    more = (f"--tracking.uri={uri}", f"--data.features={encoded[2]['folder']}")
+    output, outcome = finish(start(cluster, "python", "jobs/train.py", *settings(folder), *more))
+    assert outcome, output
     assert "instead of videos" in output
-    output, from_videos = train(cluster, folder, "from-videos")
-    assert from_videos, output
+    history = MlflowClient(uri).get_metric_history(outcome["run_id"], "loss")
+    from_features = [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+    from_videos = train_from_videos(folder)
     assert len(from_videos) == STEPS
     assert from_features == pytest.approx(from_videos, rel=2e-4)
     assert from_features != from_videos

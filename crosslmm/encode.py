@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import SiglipVisionModel
 
 from crosslmm import storage
-from crosslmm.config import RunConfig, Section, validate_run
+from crosslmm.config import DataConfig, RunConfig, Section, validate_run
 from crosslmm.data.features import (
     LEDGER,
     SAID,
@@ -38,7 +38,7 @@ from crosslmm.data.features import (
 from crosslmm.data.manifest import Manifest, Rows, Video
 from crosslmm.data.order import Order
 from crosslmm.data.pipeline import Layout, block_rows, build_dataset, to_samples
-from crosslmm.data.quarantine import plain
+from crosslmm.data.quarantine import Tally, plain
 from crosslmm.data.sampling import Sampling, excerpt
 from crosslmm.model import cost
 from crosslmm.model.encoder import digest, encode
@@ -180,7 +180,7 @@ def run(config: RunConfig, settings: FeatureSettings) -> Outcome:
     else:
         missing = videos
     _announce(console, config, settings, recipe, folder, missing, len(videos))
-    record = _Record(create(storage.absolute(root), recipe), missing, console)
+    record = _Record(create(storage.absolute(root), recipe), missing, config.data, console)
     if missing:
         # The graph runs in this process, whose terminal is no place for Ray's remarks about its actors.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -279,7 +279,7 @@ class _Record:
     A person at a terminal sees one live line; a log file gets a plain line every ten seconds.
     """
 
-    def __init__(self, folder: str, missing: dict[str, Video], console: Console) -> None:
+    def __init__(self, folder: str, missing: dict[str, Video], data: DataConfig, console: Console) -> None:
         self.folder, self.console = folder, console
         self.videos = self.frames = self.bytes = 0
         self.lost = self.whole = 0.0
@@ -291,6 +291,7 @@ class _Record:
         # What is tried again is named again, or has become readable.
         ledger, tried = storage.join(folder, LEDGER), {plain(uri) for uri in missing}
         before = storage.read_bytes(ledger).splitlines() if storage.exists(ledger) else []
+        self._tally = Tally(data.max_bad_share, data.bad_allowed)
         self._others = [entry for entry in map(json.loads, before) if entry["uri"] not in tried]
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -326,6 +327,9 @@ class _Record:
         now = time.monotonic()
         if now - self._written >= INDEX_EVERY_S:
             self._write()
+        # Of all manifests together: a block does not say which one a good video is of.
+        named = [entry | {"manifest": "the videos"} for entry in done["bad"]]
+        self._tally.count(["the videos"] * len(stored), named)
         finished = self.videos + len(self.bad)
         news = f"{self.frames / (now - self._began):.0f} frames/s  {self.bytes / 1e9:.3f} GB"
         self._progress.update(self._task, completed=finished, news=news)

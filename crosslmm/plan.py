@@ -179,7 +179,8 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     if config.train.micro_batch_tokens:
         # All samples are taken to be equally long here, so that tokens are a number of samples.
         at_once = config.train.micro_batch_tokens // (frames * model.config.tokens_per_frame + assumptions.text_tokens)
-        train = config.train.model_copy(update={"micro_batch_size": max(1, at_once), "micro_batch_tokens": None})
+        at_once = max(1, min(at_once, config.train.global_batch_size // config.scaling.num_workers))
+        train = config.train.model_copy(update={"micro_batch_size": at_once, "micro_batch_tokens": None})
         config = config.model_copy(update={"train": train})
     gpu, gpus, train = GPUS[assumptions.gpu], config.scaling.num_workers, config.train
     macs = cost.macs(model, frames, assumptions.text_tokens)
@@ -246,10 +247,11 @@ def _what_is_traced(config: RunConfig, frames: int) -> tuple[int, bool, int]:
 def _changes(config: RunConfig, frames: int, gpu: str) -> Iterator[tuple[str, RunConfig, int, str]]:
     """Smaller micro-batches, checkpointing, both; with both: more GPUs, larger ones, fewer frames."""
     micro, workers = config.train.micro_batch_size, config.scaling.num_workers
+    tokens = config.train.micro_batch_tokens
     said: dict[str, object] = {}
     while micro > 1:
         micro //= 2
-        said = {"train.micro_batch_size": micro}
+        said = {"train.micro_batch_size": micro} | ({"train.micro_batch_tokens": None} if tokens else {})
         yield from _changed(config, said, frames, gpu)
     if not config.train.activation_checkpointing:
         yield from _changed(config, {"train.activation_checkpointing": True}, frames, gpu)
@@ -277,5 +279,8 @@ def _changed(
         changed = validate_run(values)
     except BadConfig:
         return
-    arguments = [*(f"--{key} {str(value).lower()}" for key, value in said.items()), *([more] if more else [])]
+    arguments = [
+        *(f"--{key} {'null' if value is None else str(value).lower()}" for key, value in said.items()),
+        *([more] if more else []),
+    ]
     yield " ".join(arguments), changed, frames, gpu

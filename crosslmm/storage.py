@@ -301,8 +301,14 @@ def write_chunks(uri: str, chunks: Iterable[bytes]) -> None:
         elif isinstance(chunks, list) and len(chunks) == 1:
             fs.pipe_file(path, chunks[0])
         else:
-            with fs.open(path, "wb") as file:
+            file = fs.open(path, "wb")
+            try:
                 file.writelines(chunks)
+            except BaseException:
+                file.discard()
+                file.closed = True  # its closing would keep what is there
+                raise
+            file.close()
 
 
 def remove(uris: Sequence[str]) -> None:

@@ -77,13 +77,13 @@ def micro_batches(
 
 def collate(samples: list[Sample], processor: Callable[..., Batch]) -> Batch:
     """One training batch; what could not be read has no weight in it."""
-    messages, videos, weights = _readable(samples)
+    messages, videos, weights = readable(samples)
     return processor(messages, videos, weights=weights)
 
 
 def collate_for_validation(samples: list[Sample], processor: Callable[..., Batch]) -> ValidationBatch:
     """One validation batch. A video that cannot be read is left out of the score."""
-    messages, videos, weights = _readable(samples)
+    messages, videos, weights = readable(samples)
     last = [max(i for i, m in enumerate(c) if m["role"] == "assistant") for c in messages]
     return ValidationBatch(
         inputs=processor(messages, videos, weights=weights),
@@ -94,7 +94,8 @@ def collate_for_validation(samples: list[Sample], processor: Callable[..., Batch
     )
 
 
-def _readable(samples: list[Sample]) -> tuple[list[Any], list[list[np.ndarray]], list[float]]:
+def readable(samples: list[Sample]) -> tuple[list[Any], list[list[np.ndarray]], list[float]]:
+    """Conversations, videos and weights as they are taught: what could not be read says nothing."""
     return (
         [NOTHING if s.error else s.messages for s in samples],
         [[] if s.error else s.videos for s in samples],

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from time import sleep as pause
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, BinaryIO, Literal, Self, TypeVar
 
 import av
 import numpy as np
@@ -49,6 +49,7 @@ ANSWER_WITHIN_S = 30.0
 """After a deadline has passed, the store has so long to show that it was not the cause [s]."""
 
 
+Made = TypeVar("Made")
 Stage = Literal["read", "check", "decode", "deadline", "crash"]
 
 
@@ -63,6 +64,20 @@ class Unreadable:
     """The object's ETag, where it has one."""
     attempts: int = 1
     """How often it was tried: twice where the machine may have been the cause, by time or by killing."""
+
+
+def patiently(read: Callable[[], Made]) -> Made:
+    """What `read` returns; while the store is unavailable it is asked again, for half a minute.
+
+    Raises:
+        storage.Unavailable: after that.
+    """
+    for wait in WAITS_S:
+        try:
+            return read()
+        except storage.Unavailable:
+            pause(wait)
+    return read()
 
 
 class _Children:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from time import sleep as pause
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ from pydantic import ValidationError
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, DataConfig, Section
-from crosslmm.data.decode import BACKENDS, WAITS_S, Stage, Unreadable
+from crosslmm.data.decode import BACKENDS, Stage, Unreadable, patiently
 from crosslmm.data.sampling import excerpt
 
 FORMAT = 1
@@ -316,15 +315,7 @@ class Features:
             storage.Unavailable: the store cannot be used, and did not recover in half a minute.
         """
         with ThreadPoolExecutor(READERS) as threads:
-            return list(threads.map(self._read_patiently, uris))
-
-    def _read_patiently(self, uri: str) -> np.ndarray | Unreadable:
-        for wait in WAITS_S:
-            try:
-                return self.read(uri)
-            except storage.Unavailable:
-                pause(wait)
-        return self.read(uri)
+            return list(threads.map(lambda uri: patiently(lambda: self.read(uri)), uris))
 
     def read(self, uri: str) -> np.ndarray | Unreadable:
         """Read the features of one video, by one request for its version and one for its bytes.

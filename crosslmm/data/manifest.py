@@ -25,11 +25,14 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Place = Annotated[str, Field(min_length=1)]
+
+
 class VideoPart(_Strict):
     """Where a video stands in a message."""
 
     type: Literal["video"]
-    video: str | None = None
+    video: Place | None = None
     """Which one: path relative to the manifest, absolute path, or s3:// URI, `#t=START,END` [s] behind it for a part of
     it; none for the row's own `video`."""
 
@@ -43,7 +46,7 @@ class ImagePart(_Strict):
     """Where an image stands in a message: a video of one frame."""
 
     type: Literal["image"]
-    image: str
+    image: Place
 
     @property
     def source(self) -> str | None:
@@ -79,7 +82,7 @@ class Row(_Strict):
     """One sample."""
 
     id: Annotated[str, Field(min_length=1)]
-    video: str | None = None
+    video: Place | None = None
     """Path relative to the manifest, absolute path, or s3:// URI, `#t=START,END` [s] behind it for a part of it; none
     for text alone."""
     messages: Annotated[
@@ -97,7 +100,7 @@ class Row(_Strict):
     @property
     def videos(self) -> list[str]:
         """What each of them shows."""
-        return [part.source or str(self.video) for part in self.shown]
+        return [str(self.video) if part.source is None else part.source for part in self.shown]
 
     @model_validator(mode="after")
     def _videos_have_their_places(self) -> "Row":
@@ -135,6 +138,11 @@ MOST_UNPREPARED = 1_000_000
 """Rows of a manifest that is read and checked as a whole, in the driver: about a minute, and 0.3 to 1 kB a row."""
 
 
+MOST_BYTES = 4 * 2**30
+"""Of such a manifest; it is in memory twice while its lines are told apart."""
+PREPARE = "make it one that is read piece by piece: python jobs/prepare.py convert {uri} FOLDER"
+
+
 class Manifest:
     """The rows of a manifest, with their videos' places resolved.
 
@@ -155,21 +163,22 @@ class Manifest:
         """
         self.uri = storage.absolute(uri)
         self._table: pa.Table | prepared.PreparedTable
+        self._folder = ""
         try:
+            self._folder = folder_of(self.uri)
             if prepared.is_prepared(self.uri):
                 self._table = prepared.PreparedTable(self.uri)
                 self.digest = self._table.digest
                 return
+            if self._folder != self.uri and (size := storage.stamp_of(self.uri)[0]) > MOST_BYTES:
+                raise BadManifest(f"{uri}: has {size / 1e9:.1f} GB; {PREPARE.format(uri=uri)}")
             data, raw_rows = formats.read(self.uri)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BadManifest(f"{uri}: cannot be read: {type(error).__name__}: {error}") from error
         self.digest = hashlib.sha256(data).hexdigest()
-        records, reasons = check_rows(itertools.islice(raw_rows, MOST_UNPREPARED + 1), folder_of(self.uri))
+        records, reasons = check_rows(itertools.islice(raw_rows, MOST_UNPREPARED + 1), self._folder)
         if len(records) + len(reasons) > MOST_UNPREPARED:
-            raise BadManifest(
-                f"{uri}: has more than {MOST_UNPREPARED} rows; make it one that is read piece by piece: "
-                f"python jobs/prepare.py convert {uri} FOLDER"
-            )
+            raise BadManifest(f"{uri}: has more than {MOST_UNPREPARED} rows; {PREPARE.format(uri=uri)}")
         if reasons:
             more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
             named = "; ".join(f"line {number}: {reason}" for number, reason in reasons[:5])
@@ -184,12 +193,11 @@ class Manifest:
     def take(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Some rows, by their numbers from 0: `id`, `messages`, `kind`, `line` (from 1), `manifest`, and `videos`, the
         absolute paths or URIs of its video and image parts, in order."""
-        folder = folder_of(self.uri)
         rows = self._table.take(pa.array(indices, pa.int64())).select(["id", "videos", "messages", "kind", "line"])
         return [
             row
             | {
-                "videos": [storage.join(folder, video) for video in row["videos"]],
+                "videos": [storage.join(self._folder, video) for video in row["videos"]],
                 "messages": json.loads(row["messages"]),
                 "manifest": self.uri,
             }
@@ -278,7 +286,7 @@ def check_rows(
             if before != number:
                 raise ValueError(f"id {record['id']!r} is also on line {before}")
             records.append(record)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:  # foreign JSON is of any shape
             reasons.append((number, reason_of(error)))
     return records, reasons
 
@@ -295,6 +303,8 @@ def to_record(raw: Any, number: int, folder: str) -> dict[str, Any]:
         storage.scheme_of(video)
         excerpt(video)
     messages = row.model_dump(include={"messages"}, exclude_none=True)["messages"]
+    # Half a surrogate pair is valid JSON, and no text that can be written or tokenized.
+    json.dumps([row.id, row.kind, videos, messages], ensure_ascii=False).encode()
     return {
         "id": row.id,
         "videos": videos,

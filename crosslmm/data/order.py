@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +58,7 @@ class Order:
             passes, index = np.divmod(nth, size)
             for which in np.unique(passes[source == number]):
                 here = (source == number) & (passes == which)
-                rows[here] = sum(self.sizes[:number]) + _shuffle(size, self.seed, int(which), number)[index[here]]
+                rows[here] = sum(self.sizes[:number]) + _shuffles(size, self.seed, number)(int(which))[index[here]]
         return rows, (positions < self.samples_per_epoch).astype(np.float32)
 
     def _turn(self, epochs: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -87,12 +88,15 @@ class Order:
         return sum(self.sizes[:source]) + int(drawn)
 
 
-@functools.lru_cache(maxsize=4)  # 8 bytes a row each; an epoch's end needs two
-def _shuffle(size: int, seed: int | None, which: int, source: int) -> np.ndarray:
-    """The rows of a source in the order of one pass, int64 (size,)."""
-    if seed is None:
-        return np.arange(size)
-    return np.random.default_rng([seed, which, source]).permutation(size)
+@functools.cache
+def _shuffles(size: int, seed: int | None, source: int) -> Callable[[int], np.ndarray]:
+    """Number of a pass -> the rows of a source in its order, int64 (size,)."""
+
+    @functools.lru_cache(maxsize=2)  # 8 bytes a row each; a pass's end needs two
+    def shuffle(which: int) -> np.ndarray:
+        return np.arange(size) if seed is None else np.random.default_rng([seed, which, source]).permutation(size)
+
+    return shuffle
 
 
 @functools.cache

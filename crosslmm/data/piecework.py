@@ -25,7 +25,7 @@ from crosslmm.data.headers import Probe
 from crosslmm.data.manifest import BadManifest, check_rows, folder_of
 from crosslmm.data.pieces import Piece
 from crosslmm.data.prepared import LENGTHS, SCHEMA
-from crosslmm.data.quarantine import Entry, Tally, plain
+from crosslmm.data.quarantine import Entry, plain
 from crosslmm.data.sampling import excerpt
 
 BATCH_ROWS = 4096
@@ -156,11 +156,9 @@ def judged(work: Work, piece: Piece) -> Iterator[Batch]:
 
     Raises:
         storage.Unavailable: the store cannot be used.
-        TooManyBad: more videos than `work.data` allows cannot be read.
     """
     first_line: dict[str, int] = {}
     known: dict[str, Probe | Unreadable] = {}
-    tally = Tally(work.data.max_bad_share, work.data.bad_allowed)
     with contextlib.ExitStack() as stack:
         prober = stack.enter_context(Prober(work.data)) if work.probe else None
         for some in _batches(work, piece):
@@ -173,8 +171,6 @@ def judged(work: Work, piece: Piece) -> Iterator[Batch]:
                 known |= found
                 batch.probes = {place: probe for place, probe in found.items() if isinstance(probe, Probe)}
                 batch.records, batch.waiting = _timed(records, known, work.manifest)
-                entries = [entry.to_dict() for _, entry in batch.waiting]
-                tally.count([plain(work.manifest)] * len(records), entries)
             yield batch
 
 

@@ -22,7 +22,7 @@ from ray.data.block import BlockMetadata
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.collate import Sample
-from crosslmm.data.decode import Decoder, Unreadable
+from crosslmm.data.decode import Decoder, Unreadable, patiently
 from crosslmm.data.features import BF16, BadFeatures, Features, Recipe
 from crosslmm.data.manifest import Rows
 from crosslmm.data.order import Order
@@ -233,7 +233,7 @@ class ReadSamples:
         waiting = list(range(len(index)))
         for attempt in range(1, SUBSTITUTES + 2):
             numbers = index[waiting]
-            taken = self.rows.take(numbers)
+            taken = patiently(lambda numbers=numbers: self.rows.take(numbers))  # type: ignore[misc]
             for i, row, found in zip(waiting, taken, self._read(numbers.tolist(), taken), strict=True):
                 rows[i], videos[i] = row, found
                 if isinstance(found, Entry):

@@ -237,6 +237,8 @@ def _plan(
         raise BadManifest(f"{uri}: is empty")
     content = {"asked": asked, "pieces": [asdict(piece) for piece in pieces]}
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    if old and old["key"] not in ("", key) and old["asked"] != asked and prepared.is_prepared(target):
+        raise BadConfig(f"{target}: is finished, from another manifest or with other settings; give another folder")
     if old and old["key"] not in ("", key):
         what = "the manifest has" if old["asked"] == asked else "the manifest or how it is asked for has"
         console.print(f"{what} changed since {target} was begun: starting anew", markup=False)

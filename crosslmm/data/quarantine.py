@@ -65,7 +65,7 @@ class Tally:
         Raises:
             TooManyBad: beyond both limits.
         """
-        self.due.update(due)
+        self.due.update(plain(manifest) for manifest in due)
         for entry in entries:
             self.reasons[entry["manifest"]][f"{entry['stage']}: {entry['reason']}"] += 1
         for source, reasons in self.reasons.items():

@@ -26,7 +26,7 @@ from transformers import BatchFeature
 from crosslmm import storage
 from crosslmm.answer import CONFIG
 from crosslmm.config import BadConfig, RunConfig, to_yaml
-from crosslmm.data.collate import Sample, collate, collate_for_validation, micro_batches
+from crosslmm.data.collate import Sample, collate, collate_for_validation, micro_batches, readable
 from crosslmm.data.features import REMEDY, DType, Features, Recipe
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.order import Order
@@ -350,7 +350,8 @@ def _worker(loop_config: dict[str, Any]) -> None:
         return loop.validate(config, model, processor, batches)
 
     def length_of(sample: Sample) -> int:
-        return processor.length(sample.messages, [len(video) for video in sample.videos])
+        (messages,), (videos,), _ = readable([sample])
+        return processor.length(messages, [len(video) for video in videos])
 
     def collate_step(samples: list[Sample]) -> list[BatchFeature]:
         micro = micro_batches(samples, config.train.micro_batch_size, config.train.micro_batch_tokens, length_of)

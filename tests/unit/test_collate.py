@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslmm.data.collate import Sample, micro_batches
+from crosslmm.data.collate import NOTHING, Sample, micro_batches, readable
 
 
 def samples(lengths):
@@ -26,3 +26,9 @@ def test_samples_of_like_length_go_together():
     lengths = [600, 10, 590, 12, 8, 580]
     batches = micro_batches(samples(lengths), 1, tokens=1800, length_of=lambda sample: lengths[sample.line])
     assert [[sample.line for sample in batch] for batch in batches] == [[0, 2, 5], [3, 1, 4]]
+
+
+def test_what_could_not_be_read_is_as_long_as_what_stands_for_it():
+    asked = [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "a"}]
+    lost = Sample(0, "m", 1, "a", asked, [], None, 1.0, "no such file")
+    assert readable([lost]) == ([NOTHING], [[]], [0.0])

@@ -44,6 +44,14 @@ def read(tmp_path):
         (row(id=""), "id: String should have at least 1"),
         (row(id="b", video="http://host/clip.mp4"), "'http://host/clip.mp4': only local paths, file:// and s3://"),
         (row(id="b", video="file:///a::s3://b"), ".*only local paths"),
+        (row(id="b", video=""), "video: String should have at least 1"),
+        (row(id="b", video="a.mp4#t=9,3"), "'a.mp4#t=9,3': the part ends before it begins|.*#t=9,3': the part ends"),
+        (row(id="b", messages=[ASKED, {**ANSWER, "content": [{"type": "text", "text": 5}]}]), ".*"),
+        ('{"id": "b", "conversations": [{"from": ["x"], "value": "y"}]}', ".*"),
+        ('{"id": "b", "image": 5, "conversations": []}', ".*"),
+        ("[" * 100_000, "maximum recursion depth|Invalid JSON"),
+        (row(id="b", kind="\ud800"), ".*surrogates not allowed"),
+        (row(id="b", messages=[ASKED, {**ANSWER, "content": "\ud800"}]), ".*surrogates not allowed"),
     ],
 )
 def test_a_malformed_line_is_named_with_its_reason(read, line, reason):

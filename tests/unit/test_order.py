@@ -209,3 +209,17 @@ def test_dealt_by_length_the_ranks_share_each_step_s_places_and_have_as_much_to_
         loads = (LENGTHS[rows] * weights).sum(axis=1)
         assert loads.max() <= loads.min() * 1.1
         assert len({int(n) for n in weights.sum(axis=1)}) <= 2
+
+
+def test_a_small_source_beside_a_large_one_does_not_shuffle_the_large_one_again(monkeypatch):
+    order, shuffled = Order((50_000, 3), 8, 7, (1, 1)), []
+    make = np.random.default_rng
+
+    def counting(seed):
+        shuffled.append(tuple(seed))
+        return make(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", counting)
+    for block in range(20):
+        order.at(np.arange(block * 128, (block + 1) * 128))
+    assert shuffled.count((7, 0, 0)) == 1

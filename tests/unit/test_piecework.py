@@ -12,7 +12,6 @@ from crosslmm.data.clips import encode_clip
 from crosslmm.data.pieces import Piece
 from crosslmm.data.piecework import Summary, Work, check_piece, convert_piece, drop_rows, retry_entries, retry_waiting
 from crosslmm.data.prepare import OURS, _repeated
-from crosslmm.data.quarantine import TooManyBad
 
 
 def jsonl(path, rows):
@@ -94,13 +93,6 @@ def test_videos_are_timed_and_what_cannot_be_read_waits(tmp_path, video):
     index = read(target, summary.files["index"])
     assert index["kept"].to_pylist() == [True, True, True, False, False, True, True]
     assert (summary.rows, summary.quarantined, summary.videos, summary.seconds) == (5, 2, 2, 6.0)
-
-
-def test_too_many_unreadable_videos_stop_a_piece(tmp_path, video):
-    rows = [clip("a", "clip.mp4"), *(clip(f"{i}", f"no{i}.mp4") for i in range(4))]
-    with pytest.raises(TooManyBad, match=r"4 videos could not be read for 5 samples.*4 x read: no such file"):
-        convert_piece(work(tmp_path, probe=True, bad_allowed=3), 0, jsonl(tmp_path / "rows.jsonl", rows))
-    assert not storage.exists(str(tmp_path / "out/pieces/00000.json"))
 
 
 def test_reasons_are_counted_by_their_sort(tmp_path):

@@ -149,3 +149,12 @@ def test_each_source_is_held_to_the_limits_by_itself():
     tally.count(["small"] * 50 + ["large"] * 500, bad)
     with pytest.raises(TooManyBad, match="small: 8 videos could not be read for 60 samples"):
         tally.count(["small"] * 10 + ["large"] * 500, bad)
+
+
+def test_a_source_whose_name_is_foreign_text_is_held_to_its_own_share():
+    name = "/data/vid\u00e9os/train.jsonl"
+    row = {"manifest": name, "line": 1, "id": "a"}
+    bad = [Entry.of(row, "a.mp4", Unreadable("empty", "check")).to_dict()]
+    tally = Tally(max_share=0.1, allowed=3)
+    for _ in range(30):
+        tally.count([name] * 100, bad)

@@ -97,8 +97,8 @@ def requeue(place: str, data: DataConfig = DEFAULTS) -> int:
 
     Those of a run's quarantine.jsonl are decoded, and its lines that can be read now are taken out; those of a prepared
     folder are probed, and rows that can be read now become one more part of it. What still fails stays, its attempts
-    counted on. A prepared folder with more rows is another manifest: a run that was begun with the fewer goes on reading,
-    and cannot be resumed.
+    counted on. A prepared folder with more rows is another manifest: a run that was begun with the fewer goes on
+    reading, and cannot be resumed.
 
     Args:
         place: path or s3:// URI of a ledger (quarantine.jsonl of a run that is not running), or of a prepared folder.

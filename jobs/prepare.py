@@ -103,9 +103,9 @@ def requeue(place: str, data: DataConfig = DEFAULTS) -> int:
     Args:
         place: path or s3:// URI of a ledger (quarantine.jsonl of a run that is not running), or of a prepared folder.
     """
-    from crosslmm.data import prepare
+    from crosslmm.data.requeue import requeue as try_again
 
-    _print_json(prepare.requeue(place, data, _console()))
+    _print_json(try_again(place, data, _console()))
     return 0
 
 

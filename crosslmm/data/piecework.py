@@ -1,6 +1,5 @@
 """What the tasks of `prepare` do with the rows of one piece: check, probe, write, drop, try again."""
 
-import codecs
 import contextlib
 import hashlib
 import itertools
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data import pieces, prepared
-from crosslmm.data.decode import Decoder, Prober, Unreadable
+from crosslmm.data.decode import Prober, Unreadable
 from crosslmm.data.frames import UnreadableVideo, part_of
 from crosslmm.data.headers import Probe
 from crosslmm.data.manifest import BadManifest, check_rows, folder_of
@@ -38,8 +37,6 @@ PARTICULARS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+")
 """What differs between reasons of one sort: names and numbers."""
 SORTS, OTHERS = 200, "others"
 """Sorts of a thing that are counted apart."""
-SIDE = 64
-"""Of the frames that are decoded to see whether a video can be [px]."""
 
 INDEX = pa.schema(
     {"id": pa.uint64(), "line": pa.int64(), "kept": pa.bool_()} | {name: SCHEMA.field(name).type for name in LENGTHS}
@@ -170,7 +167,7 @@ def judged(work: Work, piece: Piece) -> Iterator[Batch]:
                 found = dict(zip(new, prober(new), strict=True))
                 known |= found
                 batch.probes = {place: probe for place, probe in found.items() if isinstance(probe, Probe)}
-                batch.records, batch.waiting = _timed(records, known, work.manifest)
+                batch.records, batch.waiting = timed(records, known, work.manifest)
             yield batch
 
 
@@ -184,11 +181,11 @@ def _batches(work: Work, piece: Piece) -> Iterator[list[tuple[int, Any]]]:
         yield some
 
 
-def _timed(
+def timed(
     records: list[dict[str, Any]], known: dict[str, Probe | Unreadable], manifest: str
 ) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], Entry]]]:
     """Records with the durations of their videos, and those one of whose videos cannot be read."""
-    timed, waiting = [], []
+    readable, waiting = [], []
     for record in records:
         seconds = {uri: _seconds(uri, known) for uri in record["videos"]}
         bad = next(((uri, why) for uri, why in seconds.items() if isinstance(why, Unreadable)), None)
@@ -196,8 +193,8 @@ def _timed(
             row = {"manifest": manifest, "line": record["line"], "id": record["id"]}
             waiting.append((record, Entry.of(row, *bad)))
         else:
-            timed.append({**record, "seconds": [seconds[uri] for uri in record["videos"]]})
-    return timed, waiting
+            readable.append({**record, "seconds": [seconds[uri] for uri in record["videos"]]})
+    return readable, waiting
 
 
 def _seconds(uri: str, known: dict[str, Probe | Unreadable]) -> float | Unreadable:
@@ -231,9 +228,9 @@ def convert_piece(work: Work, number: int, piece: Piece) -> Summary:
         _count(summary, batch)
         index.append(_index(batch))
         rejected += rejected_lines(batch.rejected)
-        writer.add(_table(batch.records, work.target))
+        writer.add(table_of(batch.records, work.target))
         probes += [{"video": inside(place, work.target), **asdict(probe)} for place, probe in batch.probes.items()]
-        waiting.append(_waiting(batch.waiting, work.target))
+        waiting.append(waiting_of(batch.waiting, work.target))
     summary.parts = writer.finish()
     summary.files = {"index": f"pieces/{number:05d}.parquet"}
     storage.write_bytes(
@@ -289,87 +286,6 @@ def drop_rows(work: Work, number: int, summary: Summary, twice: list[tuple[int, 
     return dropped
 
 
-@dataclass
-class Retried:
-    """What came of rows that were tried again."""
-
-    readable: list[tuple[str, int, str]] = field(default_factory=list)
-    """Manifest, line and id of those that can be read now."""
-    entries: bytes = b""
-    """Lines of the ledger: those that still cannot."""
-    left: int = 0
-    """How many these are."""
-    parts: list[dict[str, Any]] = field(default_factory=list)
-    lengths: pa.Table | None = None
-    waiting: str | None = None
-    """Name of the rows that still wait, if there are any."""
-    probes: list[str] = field(default_factory=list)
-
-
-def retry_waiting(work: Work, number: int, name: str) -> Retried:
-    """Probe again the rows of a prepared folder that wait in the file of this name. Those that can be read become part
-    `number`."""
-    rows = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(work.target, name)))).to_pylist()
-    entries = [json.loads(row.pop("entry")) for row in rows]
-    records = [{**row, "videos": [storage.join(work.target, video) for video in row["videos"]]} for row in rows]
-    places = list(dict.fromkeys(excerpt(uri)[0] for record in records for uri in record["videos"]))
-    with Prober(work.data) as prober:
-        known = dict(zip(places, prober(places), strict=True))
-    timed, waiting = _timed(records, known, work.manifest)
-    tried = {entry["line"]: entry["attempts"] for entry in entries}
-    waiting = [(row, replace(entry, attempts=entry.attempts + tried[entry.line])) for row, entry in waiting]
-    result = Retried([(plain(work.manifest), record["line"], plain(record["id"])) for record in timed])
-    result.left = len(waiting)
-    result.entries = b"".join(json.dumps(entry.to_dict()).encode() + b"\n" for _, entry in waiting)
-    if timed:
-        table = _table(timed, work.target)
-        result.parts = [prepared.write_part(work.target, number, table)]
-        result.lengths = table.select(LENGTHS)
-        found = [
-            {"video": inside(place, work.target), **asdict(one)}
-            for place, one in known.items()
-            if isinstance(one, Probe)
-        ]
-        result.probes = [f"probes-{number:05d}_1.parquet"]
-        data = prepared.to_bytes(pa.Table.from_pylist(found, PROBES))
-        storage.write_bytes(storage.join(work.target, result.probes[0]), data)
-    if waiting:
-        # Under a new name where rows have left, for the seal that is in force still names the old one.
-        result.waiting = f"waiting-{number:05d}_2.parquet" if timed else name
-        data = prepared.to_bytes(_waiting(waiting, work.target))
-        storage.write_bytes(storage.join(work.target, result.waiting), data)
-    return result
-
-
-def retry_entries(data: DataConfig, piece: Piece) -> Retried:
-    """Decode again what some lines of a run's ledger name.
-
-    Raises:
-        BadManifest: a line is none of a ledger.
-    """
-    result, left = Retried(), []
-    with Decoder(data, SIDE) as decoder:
-        for number, line in pieces.rows_of(piece):
-            try:
-                entry = json.loads(line)
-                row = {"manifest": entry["manifest"], "line": entry["line"], "id": entry["id"]}
-                place, attempts = str(entry["uri"]), int(entry["attempts"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise BadManifest(f"{piece.uri}: line {number} is none of a ledger: {type(error).__name__}") from None
-            found = decoder([place])[0]
-            if isinstance(found, Unreadable) and found.stage == "read" and "\\" in place:
-                # A name that is not plain ASCII stands escaped in the ledger.
-                with contextlib.suppress(ValueError):
-                    found = decoder([codecs.decode(place, "unicode_escape")])[0]
-            if isinstance(found, Unreadable):
-                tried = replace(found, attempts=attempts + found.attempts)
-                left.append(json.dumps({**entry, **Entry.of(row, place, tried).to_dict()}).encode() + b"\n")
-            else:
-                result.readable.append((plain(str(row["manifest"])), row["line"], plain(str(row["id"]))))
-    result.entries, result.left = b"".join(left), len(left)
-    return result
-
-
 class _Parts:
     """Writes records as parts of up to `PART_ROWS`."""
 
@@ -422,14 +338,16 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-def _table(records: Sequence[dict[str, Any]], target: str) -> pa.Table:
+def table_of(records: Sequence[dict[str, Any]], target: str) -> pa.Table:
+    """Records as they are written into `target`, their places relative to it."""
     placed = [{**record, "videos": [inside(video, target) for video in record["videos"]]} for record in records]
     return pa.Table.from_pylist(placed, SCHEMA)
 
 
-def _waiting(rows: Sequence[tuple[dict[str, Any], Entry]], target: str) -> pa.Table:
+def waiting_of(rows: Sequence[tuple[dict[str, Any], Entry]], target: str) -> pa.Table:
+    """Rows that are left out, as `WAITING`."""
     entries = pa.array([json.dumps(entry.to_dict()) for _, entry in rows], pa.string())
-    return _table([record for record, _ in rows], target).append_column("entry", entries).cast(WAITING)
+    return table_of([record for record, _ in rows], target).append_column("entry", entries).cast(WAITING)
 
 
 def inside(place: str, folder: str) -> str:

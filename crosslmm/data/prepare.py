@@ -33,7 +33,6 @@ from crosslmm.data.manifest import BadManifest
 from crosslmm.data.pieces import Piece
 from crosslmm.data.piecework import (
     NAMED,
-    Retried,
     Summary,
     Work,
     by_line,
@@ -43,8 +42,6 @@ from crosslmm.data.piecework import (
     inside,
     named,
     rejected_lines,
-    retry_entries,
-    retry_waiting,
     said_twice,
 )
 from crosslmm.data.prepared import LENGTHS
@@ -53,7 +50,6 @@ from crosslmm.data.tasks import NotPrepared, Watch, on_ray
 
 PIECE_BYTES, PROBED_PIECE_BYTES = 32 * 2**20, 4 * 2**20
 """What one task takes of a manifest, and what it takes where each row is a video to open [bytes]."""
-LEDGER_PIECE_BYTES = 256 * 2**10
 
 PLAN, REJECTED, LEDGER = "pieces/plan.json", "rejected.jsonl", "quarantine.jsonl"
 OURS = re.compile(
@@ -122,7 +118,9 @@ def validate(manifest: str, probe: bool, piece_bytes: int | None, data: DataConf
         raise BadManifest(f"{manifest}: is prepared, and its rows were checked when it was")
     work = Work(uri, "", "", probe, data)
     with named(manifest):
-        pieces = [Piece(uri, "whole")] if cutting.is_whole(uri) else _cut(uri, piece_bytes or _piece_bytes(probe))
+        pieces = (
+            [Piece(uri, "whole")] if cutting.is_whole(uri) else cut_and_count(uri, piece_bytes or _piece_bytes(probe))
+        )
         found, hashes, lines = Summary(), {}, {}
         with Watch(console, len(pieces)) as progress:
             calls = {number: (work, piece) for number, piece in enumerate(pieces)}
@@ -138,75 +136,6 @@ def validate(manifest: str, probe: bool, piece_bytes: int | None, data: DataConf
         found.rows -= len(again)
         found.reject(said_twice(again))
     return found
-
-
-def requeue(place: str, data: DataConfig, console: Console) -> dict[str, Any]:
-    """Try again what could not be read -> what is printed last.
-
-    Args:
-        place: a run's ledger, or a prepared folder.
-        data: limits, and frames that are decoded.
-        console: for what people read.
-
-    Raises:
-        BadManifest, BadConfig: it is neither.
-        NotPrepared, storage.Unavailable: it broke off, and no row has changed its place.
-    """
-    uri = storage.absolute(place.rstrip("/"))
-    with named(place):
-        if prepared.is_prepared(uri):
-            readable, left = _requeue_folder(uri, data, console)
-        elif storage.is_folder(uri):
-            raise BadManifest(f"{place}: is a folder that is not prepared; convert finishes it")
-        else:
-            readable, left = _requeue_ledger(uri, data, console)
-    for manifest, line, name in readable[:100]:
-        console.print(f"readable now: {manifest} line {line} ({name})", markup=False)
-    if len(readable) > 100:
-        console.print(f"and {len(readable) - 100} more")
-    return {"requeued": uri, "readable": len(readable), "unreadable": left}
-
-
-def _requeue_ledger(uri: str, data: DataConfig, console: Console) -> tuple[list[tuple[str, int, str]], int]:
-    storage.stamp_of(uri)
-    pieces = _cut(uri, LEDGER_PIECE_BYTES)
-    results: dict[int, Retried] = {}
-    with Watch(console, len(pieces)) as progress:
-        for number, result in on_ray(
-            retry_entries, {n: (data, piece) for n, piece in enumerate(pieces)}, progress.waited
-        ):
-            results[number] = result
-            progress.seen(len(result.readable), 0, result.left)
-    ordered = [results[number] for number in sorted(results)]
-    storage.write_bytes(uri, b"".join(result.entries for result in ordered))
-    return [row for result in ordered for row in result.readable], sum(result.left for result in ordered)
-
-
-def _requeue_folder(target: str, data: DataConfig, console: Console) -> tuple[list[tuple[str, int, str]], int]:
-    table = prepared.PreparedTable(target)
-    about = table.about
-    names: list[str] = about.get("waiting", [])
-    numbers = [int(re.findall(r"\d+", part["name"])[0]) for part in table.parts]
-    work = Work(about["made_from"], target, "", True, data)
-    results: dict[int, Retried] = {}
-    calls = {n: (work, max(numbers, default=0) + 1 + n, name) for n, name in enumerate(names)}
-    with Watch(console, len(names)) as progress:
-        for number, result in on_ray(retry_waiting, calls, progress.waited):
-            results[number] = result
-            progress.seen(len(result.readable), 0, result.left)
-    ordered = [results[number] for number in sorted(results)]
-    left = sum(result.left for result in ordered)
-    new = [part for result in ordered for part in result.parts]
-    if new:
-        lengths = pa.concat_tables([table.lengths(), *(result.lengths for result in ordered if result.lengths)])
-        about = about | {
-            "quarantined": left,
-            "waiting": [result.waiting for result in ordered if result.waiting],
-            "probes": [*about["probes"], *(name for result in ordered for name in result.probes)],
-        }
-        prepared.seal(target, [*table.parts, *new], lengths, about)
-    storage.write_chunks(storage.join(target, LEDGER), (result.entries for result in ordered))
-    return [row for result in ordered for row in result.readable], left
 
 
 def _plan(
@@ -232,7 +161,7 @@ def _plan(
             ((_, pieces),) = on_ray(cutting.rewrite, {0: (uri, storage.join(target, "pieces"), asked["piece_bytes"])})
         else:
             console.print(f"cutting a manifest of {stamp[0] / 1e6:,.1f} MB and counting its lines")
-            pieces = _cut(uri, asked["piece_bytes"])
+            pieces = cut_and_count(uri, asked["piece_bytes"])
     if not pieces:
         raise BadManifest(f"{uri}: is empty")
     content = {"asked": asked, "pieces": [asdict(piece) for piece in pieces]}
@@ -253,7 +182,7 @@ def _plan(
     return Work(uri, target, key, probe, data), pieces
 
 
-def _cut(uri: str, piece_bytes: int) -> list[Piece]:
+def cut_and_count(uri: str, piece_bytes: int) -> list[Piece]:
     """The pieces of a manifest of lines or of Parquet; lines are counted in tasks."""
     rough = cutting.cut(uri, piece_bytes)
     if not rough or rough[0].form == "parquet":

@@ -10,8 +10,9 @@ from crosslmm.config import DataConfig
 from crosslmm.data import piecework
 from crosslmm.data.clips import encode_clip
 from crosslmm.data.pieces import Piece
-from crosslmm.data.piecework import Summary, Work, check_piece, convert_piece, drop_rows, retry_entries, retry_waiting
+from crosslmm.data.piecework import Summary, Work, check_piece, convert_piece, drop_rows
 from crosslmm.data.prepare import OURS, _repeated
+from crosslmm.data.requeue import retry_entries, retry_waiting
 
 
 def jsonl(path, rows):

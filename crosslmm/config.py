@@ -1,6 +1,7 @@
 """The one schema of a run: typed, validated, with units; YAML presets and dotted overrides on top of it."""
 
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -375,6 +376,11 @@ def fail(error: Exception) -> NoReturn:
     """Print one line and leave with status 2: what was asked for cannot be done."""
     print(f"error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
     raise SystemExit(2)
+
+
+def stop_on_sigterm() -> None:
+    """From now on a job that is told to stop ends as if by Ctrl-C: what is done stays, and is written down."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 # What jsonargparse says where a key takes a value of some type or null.

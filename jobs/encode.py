@@ -10,13 +10,11 @@ stopped (the same command goes on in both), 2 the request was refused.
 
 import dataclasses
 import json
-import signal
 import sys
-from types import FrameType
 
 from jsonargparse import ArgumentParser
 
-from crosslmm.config import BadConfig, fail, parse_job
+from crosslmm.config import BadConfig, fail, parse_job, stop_on_sigterm
 
 
 def main() -> int:
@@ -28,9 +26,12 @@ def main() -> int:
     def add_own(parser: ArgumentParser) -> None:
         parser.add_class_arguments(encode.FeatureSettings, "features", fail_untyped=False)
 
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         config, own = parse_job(sys.argv[1:], str(__doc__), add_own)
+    except BadConfig as error:
+        fail(error)
+    stop_on_sigterm()
+    try:
         outcome = encode.run(config, encode.FeatureSettings(**own["features"]))
     except (BadConfig, BadManifest, BadLocation) as error:
         fail(error)
@@ -42,11 +43,6 @@ def main() -> int:
         return 1
     print(json.dumps(dataclasses.asdict(outcome)))
     return 0
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """A job that is told to stop ends as if by Ctrl-C: what is done is written down."""
-    signal.raise_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":

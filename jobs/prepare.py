@@ -6,10 +6,8 @@ on in both), 2 the request was refused.
 """
 
 import json
-import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Annotated, Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -19,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crosslmm.config import BadConfig, DataConfig, fail
+from crosslmm.config import BadConfig, DataConfig, fail, stop_on_sigterm
 
 LIMITS = {"decode_timeout_s", "decode_memory_gib", "max_video_bytes", "max_video_s", "max_frame_pixels"}
 TOLERATED = {"max_bad_share", "bad_allowed"}
@@ -155,7 +153,7 @@ def main() -> int:
     from crosslmm.data.tasks import NotPrepared
     from crosslmm.storage import BadLocation
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on_sigterm()
     try:
         return COMMANDS[command](**arguments)
     except (BadConfig, BadManifest, BadLocation) as error:
@@ -201,11 +199,6 @@ def _most(counts: dict[str, int]) -> list[tuple[str, int]]:
 
 def _print_json(said: dict[str, Any]) -> None:
     print(json.dumps(said), flush=True)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """A job that is told to stop ends as if by Ctrl-C."""
-    signal.raise_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ Exit status: 0 trained and registered, 1 the run broke off, 130 it was stopped (
 
 import dataclasses
 import json
-import signal
 import sys
-from types import FrameType
 
-from crosslmm.config import BadConfig, fail, parse_run
+from crosslmm.config import BadConfig, fail, parse_run, stop_on_sigterm
 
 
 def main() -> int:
@@ -27,7 +25,7 @@ def main() -> int:
     from crosslmm.train import driver
     from crosslmm.train.launch import TrainingFailed
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on_sigterm()
     try:
         outcome = driver.run(config)
     except (BadConfig, BadManifest, BadLocation) as error:
@@ -40,11 +38,6 @@ def main() -> int:
         return 1
     print(json.dumps(dataclasses.asdict(outcome)))
     return 0
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """A job that is told to stop ends as if by Ctrl-C: the record is closed, the last checkpoint stays."""
-    signal.raise_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -46,3 +46,13 @@ def open_gates(model: torch.nn.Module, value: float = 1.0) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(".gate"):
                 parameter.fill_(value)
+
+
+def processes():
+    """(pid, command line) of every process of this machine; a job's driver has a session of its own."""
+    for path in Path("/proc").iterdir():
+        try:
+            if path.name.isdigit():
+                yield int(path.name), (path / "cmdline").read_text()
+        except OSError:
+            continue

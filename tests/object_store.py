@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import boto3
+import pytest
 from s3fs import S3FileSystem
 
 REQUIREMENTS = ("swift==2.38.3", "setuptools<81")  # Swift imports pkg_resources, gone in 81
@@ -140,6 +141,16 @@ def running_object_store(root: Path, *, venv: Path) -> Iterator[ObjectStore]:
             _await_health(server, ports[name], root / f"{name}.log", deadline)
         # A client of another store than this one would be taken out of fsspec's cache.
         S3FileSystem.clear_instance_cache()
+        yield store
+
+
+@contextmanager
+def object_store_in_use(root: Path, *, venv: Path, bucket: str) -> Iterator[ObjectStore]:
+    """`running_object_store` with a bucket, which this process' environment names too."""
+    with running_object_store(root, venv=venv) as store, pytest.MonkeyPatch.context() as patch:
+        store.make_bucket(bucket)
+        for name, value in store.environment().items():
+            patch.setenv(name, value)
         yield store
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, conversation
+from conftest import ROOT, conversation, processes
 from mlflow.tracking import MlflowClient
 
 from crosslmm.config import parse_run
@@ -162,13 +162,3 @@ def test_training_from_features_has_the_losses_of_training_from_videos(cluster, 
     assert from_features == pytest.approx(from_videos, rel=2e-4)
     assert from_features != from_videos
     assert max(from_videos) / min(from_videos) > 1.05  # something was learnt
-
-
-def processes():
-    """(pid, command line) of every process of this machine; a job's driver has a session of its own."""
-    for path in Path("/proc").iterdir():
-        try:
-            if path.name.isdigit():
-                yield int(path.name), (path / "cmdline").read_text()
-        except OSError:
-            continue

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import ray
 from conftest import ROOT, conversation
-from object_store import running_object_store
+from object_store import object_store_in_use
 from s3fs import S3FileSystem
 
 from crosslmm import storage
@@ -36,12 +36,9 @@ PIECES = ("--piece_bytes", "150000")
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    with running_object_store(tmp_path_factory.mktemp("store") / "swift", venv=ROOT / ".cache" / "swift-venv") as store:
-        store.make_bucket("videos")
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in store.environment().items():
-                patch.setenv(name, value)
-            yield store
+    root = tmp_path_factory.mktemp("store") / "swift"
+    with object_store_in_use(root, venv=ROOT / ".cache" / "swift-venv", bucket="videos") as store:
+        yield store
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, conversation
+from conftest import ROOT, conversation, processes
 from mlflow.tracking import MlflowClient
-from object_store import running_object_store
+from object_store import object_store_in_use
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, parse_run
@@ -39,12 +39,9 @@ UNREADABLE = {
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    with running_object_store(tmp_path_factory.mktemp("store") / "swift", venv=ROOT / ".cache" / "swift-venv") as store:
-        store.make_bucket("videos")
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in store.environment().items():
-                patch.setenv(name, value)
-            yield store
+    root = tmp_path_factory.mktemp("store") / "swift"
+    with object_store_in_use(root, venv=ROOT / ".cache" / "swift-venv", bucket="videos") as store:
+        yield store
 
 
 @pytest.fixture(scope="module")
@@ -279,13 +276,3 @@ def wait_for(condition, job, deadline_s=200):
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < until
         time.sleep(0.2)
-
-
-def processes():
-    """(pid, command line) of every process of this machine; a job's driver has a session of its own."""
-    for path in Path("/proc").iterdir():
-        try:
-            if path.name.isdigit():
-                yield int(path.name), (path / "cmdline").read_text()
-        except OSError:
-            continue

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from pydantic import BaseModel
 
 from crosslmm.config import BadConfig, RunConfig, parse_run, preset_names, to_yaml
@@ -203,3 +204,11 @@ def test_several_manifests_have_shares():
     for wrong in ('{"a": 0}', '{"a": 1.5}', "{}", '{"a": "b"}'):
         with pytest.raises(BadConfig, match=r"data: manifest: .* is neither a place nor {place: share, ...}"):
             parse_run(["--data.manifest", wrong], "")
+
+
+@pytest.mark.parametrize("job", ["train", "encode"])
+def test_help_teaches_and_leaves_with_0(job):
+    done = subprocess.run([sys.executable, ROOT / "jobs" / f"{job}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--data.num_frames" in done.stdout
+    assert done.stderr == ""

@@ -159,9 +159,7 @@ def build_model(
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     if not config.vision_weights:
-        # SigLIP's own 1/sqrt(width) drowns beside the patches of an untrained encoder: where things are is then learnt
-        # hundreds of steps later (docs/log.md).
-        nn.init.normal_(model.vision_tower.embeddings.position_embedding.weight)
+        model.vision_tower.load_state_dict(_random_tower(model_config, seed).state_dict())
     if weights and config.vision_weights:
         source = Checkpoint(config.vision_weights, config.vision_revision)
         _graft("model.vision_weights", model.vision_tower, SiglipVisionModel, source)
@@ -179,16 +177,28 @@ def build_encoder(config: ModelConfig, processor: CrossLMMProcessor, seed: int) 
     Raises:
         BadConfig: weights that cannot be loaded or do not fit.
     """
-    if config.vision_weights and not config.init_from:
-        model_config = build_config(config, processor.video_token_id)
-        model_config._attn_implementation = config.attention
+    model_config = build_config(config, processor.video_token_id)
+    model_config._attn_implementation = config.attention
+    if config.init_from:
+        tower = build_model(config, processor, seed).vision_tower
+    elif config.vision_weights:
         tower = build_tower(model_config.vision_config, config.encoder_chunk)
         source = Checkpoint(config.vision_weights, config.vision_revision)
         _graft("model.vision_weights", tower, SiglipVisionModel, source)
     else:
-        # Random weights depend on all that is drawn before them.
-        tower = build_model(config, processor, seed).vision_tower
+        tower = _random_tower(model_config, seed)
     return tower.requires_grad_(False).eval()
+
+
+def _random_tower(config: CrossLMMConfig, seed: int) -> SiglipVisionModel:
+    """An encoder without published weights. It depends on nothing but its own shape and the seed: trials of a sweep,
+    which differ in what lies behind it, start from the same one, and can read the same features."""
+    torch.manual_seed(seed)
+    tower = build_tower(config.vision_config, config.encoder_chunk)
+    # SigLIP's own 1/sqrt(width) drowns beside the patches of an untrained encoder: where things are is then learnt
+    # hundreds of steps later (docs/log.md).
+    nn.init.normal_(tower.embeddings.position_embedding.weight)
+    return tower
 
 
 def _graft(key: str, part: nn.Module, auto_class: Any, source: Checkpoint) -> None:

@@ -127,12 +127,11 @@ def score(predict: Callable[[list[str], list[str]], list[str]], manifest: Manife
     rows = [row for row in manifest.rows if len(row["videos"]) == 1]
     if not rows:
         raise ValueError(f"{manifest.uri}: no row has exactly one video, so there is nothing to ask")
-    questions = [_first_question(row["messages"]) for row in rows]
-    expected = [next(m["content"] for m in row["messages"] if m["role"] == "assistant").strip() for row in rows]
+    questions, expected = zip(*(first_turn(row["messages"]) for row in rows), strict=True)
     videos, answers = [row["videos"][0] for row in rows], []
     for start in track(range(0, len(rows), batch_size), description="asking", transient=True):
         part = slice(start, start + batch_size)
-        answers += predict(videos[part], questions[part])
+        answers += predict(videos[part], list(questions[part]))
     right = [said == wanted for said, wanted in zip(answers, expected, strict=True)]
     by_kind: dict[str, list[bool]] = defaultdict(list)
     for row, is_right in zip(rows, right, strict=True):
@@ -144,6 +143,8 @@ def score(predict: Callable[[list[str], list[str]], list[str]], manifest: Manife
     )
 
 
-def _first_question(messages: list[dict[str, Any]]) -> str:
+def first_turn(messages: list[dict[str, Any]]) -> tuple[str, str]:
+    """The first question of a conversation, its videos left out, and the first answer."""
     content = next(m["content"] for m in messages if m["role"] == "user")
-    return content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
+    question = content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
+    return question, next(m["content"] for m in messages if m["role"] == "assistant").strip()

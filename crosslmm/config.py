@@ -372,6 +372,14 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def fail(error: Exception) -> NoReturn:
     """Print one line and leave with status 2: what was asked for cannot be done."""
     print(f"error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201

@@ -186,7 +186,7 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     macs = cost.macs(model, frames, assumptions.text_tokens)
     traced = cost.training_trace(config, frames, assumptions.text_tokens)
     memory = cost.training_memory(config, traced)
-    fits = memory.total <= _room(gpu, assumptions)
+    fits = memory.total <= room(assumptions)
 
     flops_per_sample = traced.flops // train.micro_batch_size
     samples_per_s = gpu.flops[train.precision] * assumptions.utilisation / flops_per_sample
@@ -223,8 +223,9 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     )
 
 
-def _room(gpu: Gpu, assumptions: Assumptions) -> float:
-    return gpu.memory_bytes * (1 - assumptions.reserve)
+def room(assumptions: Assumptions) -> float:
+    """What a GPU has for a run [bytes]."""
+    return GPUS[assumptions.gpu].memory_bytes * (1 - assumptions.reserve)
 
 
 def _nearest_fit(config: RunConfig, frames: int, assumptions: Assumptions, traced: Trace) -> Fit | None:
@@ -235,7 +236,7 @@ def _nearest_fit(config: RunConfig, frames: int, assumptions: Assumptions, trace
         if key not in traces:
             traces[key] = cost.training_trace(changed, fewer, assumptions.text_tokens)
         total = cost.training_memory(changed, traces[key]).total
-        if total <= _room(GPUS[gpu], assumptions):
+        if total <= room(assumptions.model_copy(update={"gpu": gpu})):
             return Fit(change, total)
     return None
 

@@ -5,10 +5,11 @@ import logging
 import os
 import subprocess
 import tempfile
+import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
@@ -18,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema
 
 from crosslmm import storage
-from crosslmm.config import RunConfig, TrackingConfig
+from crosslmm.config import RunConfig, TrackingConfig, flatten
 
 # Its own chatter would stand between our lines. It asks for type hints or examples to guess a signature from; ours is
 # given whole.
@@ -39,48 +40,116 @@ def tracking_uri(config: TrackingConfig) -> str:
     return uri
 
 
-class Run:
-    """One MLflow run, written to by the driver alone.
+class Record:
+    """One MLflow run and what is written of it, by one process at a time.
 
     Args:
-        config: the run; its flattened values become the parameters.
-        run_id: the run to go on with; None starts a new one.
+        tracking: where the record is.
+        run_id: of a run that exists.
     """
 
-    def __init__(self, config: RunConfig, run_id: str | None = None) -> None:
-        self.config = config
-        self.uri = tracking_uri(config.tracking)
+    def __init__(self, tracking: TrackingConfig, run_id: str) -> None:
+        self.tracking, self.run_id = tracking, run_id
+        self.uri = tracking_uri(tracking)
         # The registry and the models' loader read the process-wide setting.
         mlflow.set_tracking_uri(self.uri)
         self.client = MlflowClient(self.uri)
-        if run_id is None:
-            tags = {"mlflow.runName": str(config.name), "mlflow.source.name": "jobs/train.py", **_git()}
-            run_id = self.client.create_run(self._experiment(), tags=tags).info.run_id
-        self.run_id = run_id
-        self.client.update_run(run_id, status="RUNNING")
-        self._log_params()
-        # Steps that a resume walks again are already here.
-        self._last_step = max((m.step for m in self.client.get_metric_history(run_id, "loss")), default=0)
-        self._system = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self.uri)
-        self._system.start()
 
-    def _experiment(self) -> str:
-        tracking = self.config.tracking
-        if found := self.client.get_experiment_by_name(tracking.experiment):
-            return found.experiment_id
-        location = storage.absolute(tracking.artifacts) if tracking.artifacts else None
-        return self.client.create_experiment(tracking.experiment, artifact_location=location)
+    @classmethod
+    def create(cls, tracking: TrackingConfig, name: str, source: str, parent: str | None = None) -> Self:
+        """A new run, below another one if that is given."""
+        client = MlflowClient(tracking_uri(tracking))
+        if found := client.get_experiment_by_name(tracking.experiment):
+            experiment = found.experiment_id
+        else:
+            location = storage.absolute(tracking.artifacts) if tracking.artifacts else None
+            experiment = client.create_experiment(tracking.experiment, artifact_location=location)
+        tags = {"mlflow.runName": name, "mlflow.source.name": source, **_git()}
+        if parent:
+            tags["mlflow.parentRunId"] = parent
+        return cls(tracking, client.create_run(experiment, tags=tags).info.run_id)
 
-    def _log_params(self) -> None:
-        """Parameters cannot be changed in MLflow: a resumed run keeps those that it began with."""
+    def log_params(self, values: dict[str, Any]) -> None:
+        """Parameters cannot be changed in MLflow: a run that goes on keeps those that it began with."""
         known = self.client.get_run(self.run_id).data.params
-        values = self.config.model_dump()
-        if isinstance(self.config.data.manifest, dict):  # places are no names of parameters
-            values["data"]["manifest"] = json.dumps(self.config.data.manifest)
-        params = {k: v for k, v in flatten(values).items() if k not in known}
-        items = [Param(key, str(value)[:6000]) for key, value in params.items()]
+        items = [Param(key, str(value)[:6000]) for key, value in flatten(values).items() if key not in known]
         for i in range(0, len(items), 100):
             self.client.log_batch(self.run_id, params=items[i : i + 100])
+
+    def log_config(self, config: RunConfig) -> None:
+        """The flattened configuration as parameters."""
+        values = config.model_dump()
+        if isinstance(config.data.manifest, dict):  # places are no names of parameters
+            values["data"]["manifest"] = json.dumps(config.data.manifest)
+        self.log_params(values)
+
+    def log_values(self, metrics: dict[str, float], tags: dict[str, str]) -> None:
+        """Metrics that belong to no step, and tags."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(
+            self.run_id,
+            metrics=[Metric(key, value, now, 0) for key, value in metrics.items()],
+            tags=[RunTag(key, value[:5000]) for key, value in tags.items()],
+        )
+
+    def log_text(self, name: str, text: str) -> None:
+        """Write an artifact."""
+        self.client.log_text(self.run_id, text, name)
+
+    def log_file(self, path: Path) -> None:
+        """Copy a file to the artifacts."""
+        self.client.log_artifact(self.run_id, str(path))
+
+    def finish(self, status: str) -> None:
+        """End the run: FINISHED, FAILED or KILLED."""
+        self.client.set_terminated(self.run_id, status)
+
+    def register(self, model_uri: str, tags: dict[str, str]) -> str:
+        """Log the exported model, register it with these tags, and move the alias to it -> `models:/NAME@ALIAS`.
+
+        The version is a pyfunc made from code: `crosslmm/registered.py` and the package itself travel with the
+        weights; nothing is pickled.
+        """
+        name, alias = self.tracking.registered_model, self.tracking.alias
+        package = Path(__file__).parent
+        with tempfile.TemporaryDirectory() as folder:
+            storage.download(model_uri, folder)
+            with mlflow.start_run(run_id=self.run_id):
+                info = mlflow.pyfunc.log_model(
+                    name="model",
+                    python_model=str(package / "registered.py"),
+                    artifacts={"model": folder},
+                    code_paths=[str(package)],
+                    signature=SIGNATURE,
+                    pip_requirements=_requirements(),
+                    registered_model_name=name,
+                )
+        number = str(info.registered_model_version)
+        for key, value in tags.items():
+            self.client.set_model_version_tag(name, number, key, value[:5000])
+        self.client.set_registered_model_alias(name, alias, number)
+        self.client.log_batch(self.run_id, tags=[RunTag("registered_model", f"{name}/{number}")])
+        return f"models:/{name}@{alias}"
+
+
+class Run(Record):
+    """The record of a training run, written to by its driver alone.
+
+    Args:
+        config: the run.
+        run_id: the MLflow run to go on with; None starts a new one.
+    """
+
+    def __init__(self, config: RunConfig, run_id: str | None = None) -> None:
+        super().__init__(
+            config.tracking, run_id or Record.create(config.tracking, str(config.name), "jobs/train.py").run_id
+        )
+        self.client.update_run(self.run_id, status="RUNNING")
+        self.log_config(config)
+        # Steps that a resume walks again are already here.
+        self._last_step = max((m.step for m in self.client.get_metric_history(self.run_id, "loss")), default=0)
+        self._system = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
+        self._system.start()
 
     def log_dataset(self, uri: str, digest: str, rows: int, context: str) -> None:
         """Record a manifest as an input. MLflow keeps 36 characters of a digest; the whole one is in the profile."""
@@ -103,52 +172,16 @@ class Run:
             self.client.log_batch(self.run_id, metrics=metrics[i : i + 1000])
         self._last_step = max([self._last_step, *(step for step, _, _ in new)])
 
-    def log_text(self, name: str, text: str) -> None:
-        """Write an artifact."""
-        self.client.log_text(self.run_id, text, name)
-
     def finish(self, status: str) -> None:
         """End the run: FINISHED, FAILED or KILLED."""
         self._system.finish()
-        self.client.set_terminated(self.run_id, status)
-
-    def register(self, model_uri: str) -> str:
-        """Log the exported model, register it, and move the alias to it -> `models:/NAME@ALIAS`.
-
-        The version is a pyfunc made from code: `crosslmm/registered.py` and the package itself travel with the
-        weights; nothing is pickled.
-        """
-        name, alias = self.config.tracking.registered_model, self.config.tracking.alias
-        package = Path(__file__).parent
-        with tempfile.TemporaryDirectory() as folder:
-            storage.download(model_uri, folder)
-            with mlflow.start_run(run_id=self.run_id):
-                info = mlflow.pyfunc.log_model(
-                    name="model",
-                    python_model=str(package / "registered.py"),
-                    artifacts={"model": folder},
-                    code_paths=[str(package)],
-                    signature=SIGNATURE,
-                    pip_requirements=_requirements(),
-                    registered_model_name=name,
-                )
-        self.client.set_registered_model_alias(name, alias, info.registered_model_version)
-        self.client.log_batch(self.run_id, tags=[RunTag("registered_model", f"{name}/{info.registered_model_version}")])
-        return f"models:/{name}@{alias}"
+        super().finish(status)
 
 
 def load_registered(model_uri: str, config: TrackingConfig) -> Any:
     """A registered model as a pyfunc: `.predict` takes a table with the columns `video` and `question`."""
     mlflow.set_tracking_uri(tracking_uri(config))
     return mlflow.pyfunc.load_model(model_uri)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _git() -> dict[str, str]:

@@ -96,6 +96,26 @@ def macs(model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int)
 
     Pooling, norms, activations, rotary positions and softmax are left out: under 0.1 % of the linear layers.
     """
+    linear, products = _counts(model, frames, text_tokens)
+    return MACs(
+        encoder=linear["vision"],
+        projector=linear["projector"],
+        decoder=linear["decoder"],
+        cross_attention=linear["v2v"] + linear["t2v"],
+        attention_products=products.total(),
+    )
+
+
+def encoder_macs(model: CrossLMMForConditionalGeneration, frames: int) -> int:
+    """What of these the vision encoder takes, its attention products included."""
+    linear, products = _counts(model, frames, text_tokens=1)
+    return linear["vision"] + products["vision"]
+
+
+def _counts(
+    model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int
+) -> tuple[Counter[str], Counter[str]]:
+    """MACs by component: of linear layers (and the patch embedding), and of score and value products."""
     check_lengths(model, frames, text_tokens)
     patches, pooled = frames * model.config.patches_per_frame, frames * model.config.tokens_per_frame
     positions = pooled + text_tokens
@@ -108,23 +128,18 @@ def macs(model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int)
         "t2v": (text_tokens, patches, patches),
         "decoder": (positions, positions, positions),
     }
-    counts: Counter[str] = Counter()
+    linear: Counter[str] = Counter()
+    products: Counter[str] = Counter()
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
         component, layer = component_of(name), name.rpartition(".")[2]
         asking, asked, seen = reach[component]
         times = text_tokens if layer == "lm_head" else asked if layer in ("k_proj", "v_proj") else asking
-        counts[component] += module.weight.numel() * times
+        linear[component] += module.weight.numel() * times
         if layer == "q_proj":
-            counts["products"] += 2 * module.weight.shape[0] * asking * seen
-    return MACs(
-        encoder=counts["vision"],
-        projector=counts["projector"],
-        decoder=counts["decoder"],
-        cross_attention=counts["v2v"] + counts["t2v"],
-        attention_products=counts["products"],
-    )
+            products[component] += 2 * module.weight.shape[0] * asking * seen
+    return linear, products
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from crosslmm import storage, tracking
+from crosslmm.answer import CONFIG
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.data import shapes
 from crosslmm.data.decode import require_backend
@@ -31,7 +33,7 @@ class Outcome:
     name: str
     run_id: str
     model_uri: str
-    """`models:/NAME@ALIAS`."""
+    """`models:/NAME@ALIAS`; of a trial, the folder of its exported model."""
     steps: int
     samples: int
     """Samples that those steps took."""
@@ -41,14 +43,24 @@ class Outcome:
     """The last step's."""
 
 
-def run(config: RunConfig) -> Outcome:
+@dataclass(frozen=True)
+class Part:
+    """What makes a run the part of a sweep: it is silent, and registers nothing."""
+
+    run_id: str
+    """The MLflow run that the sweep made for it."""
+    report: Callable[[int, dict[str, float]], None]
+    """Takes the number of steps done and their metrics, after each validation, when both are in the record."""
+
+
+def run(config: RunConfig, part: Part | None = None) -> Outcome:
     """Train, record and register. Everything that can be wrong with the request is found before a worker starts.
 
     Raises:
         BadConfig, BadManifest: the request cannot be carried out.
         launch.TrainingFailed: the run broke off; the same name resumes it.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=part is not None)
     config = resolve(config)
     build_processor(config.model)
     manifests = [Manifest(uri) for uri in config.data.manifests]
@@ -65,7 +77,8 @@ def run(config: RunConfig) -> Outcome:
         # A resume does not see the first weights, by which features are known to be its own.
         "data.features": features.recipe.key if features else None,
     }
-    record = tracking.Run(config, _run_to_resume(config, job.folder, order))
+    begun_before = _run_to_resume(config, job.folder, order)
+    record = tracking.Run(config, part.run_id if part else begun_before)
     begun = json.dumps({"run_id": record.run_id, "order": order})
     storage.write_bytes(storage.join(job.folder, "run.json"), begun.encode())
     for manifest in manifests:
@@ -74,7 +87,7 @@ def run(config: RunConfig) -> Outcome:
         record.log_dataset(validation.uri, validation.digest, len(validation), "validation")
     _announce(console, config, job, manifests, record)
 
-    follower = Follower(job, record, console)
+    follower = Follower(job, record, console, part.report if part else None)
     status = "FAILED"
     try:
         follower.start()
@@ -82,7 +95,9 @@ def run(config: RunConfig) -> Outcome:
             launch.fit(job)
         finally:
             follower.stop()
-        model_uri = record.register(storage.join(job.folder, "model"))
+        model_uri = storage.join(job.folder, "model")
+        if part is None:
+            model_uri = record.register(model_uri, lineage(job.folder))
         status = "FINISHED"
     except (SystemExit, KeyboardInterrupt):
         status = "KILLED"
@@ -91,7 +106,8 @@ def run(config: RunConfig) -> Outcome:
         raise launch.TrainingFailed(f"{error}; the same command with --name {config.name} resumes the run") from error
     finally:
         record.finish(status)
-    console.print(f"registered {model_uri} from run {record.run_id}")
+    if part is None:
+        console.print(f"registered {model_uri} from run {record.run_id}")
     return Outcome(
         name=str(config.name),
         run_id=record.run_id,
@@ -101,6 +117,17 @@ def run(config: RunConfig) -> Outcome:
         train_s=follower.train_s,
         metrics=follower.last_metrics,
     )
+
+
+def lineage(folder: str) -> dict[str, str]:
+    """Where a finished run's model comes from, as tags of its registered version.
+
+    Args:
+        folder: of the run.
+    """
+    order = json.loads(storage.read_bytes(storage.join(folder, "run.json")))["order"]
+    configuration = storage.read_bytes(storage.join(storage.join(folder, "model"), CONFIG))
+    return {"data_sha256": " ".join(order["manifest"]), "configuration": configuration.decode()}
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -180,10 +207,17 @@ class Follower:
     A person at a terminal sees one live line; a log file gets a plain line every ten seconds.
     """
 
-    def __init__(self, job: launch.Job, record: tracking.Run, console: Console) -> None:
+    def __init__(
+        self,
+        job: launch.Job,
+        record: tracking.Run,
+        console: Console,
+        report: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> None:
         self.job = job
         self.record = record
         self.console = console
+        self.report = report
         self.last_metrics: dict[str, float] = {}
         self.train_s = 0.0
         self._began: float | None = None
@@ -247,6 +281,8 @@ class Follower:
             self.train_s = when - (self._began or when)
             if "validation/loss" in metrics:
                 self.console.print(_validation_line(step, metrics))
+                if self.report:
+                    self.report(step, metrics)
         step, _, metrics = steps[-1]
         news = (
             f"loss {metrics['loss']:.3f}  {metrics['samples_per_s']:.0f} samples/s  "

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import logging
+import os
 import secrets
 import tempfile
 import time
@@ -42,7 +43,13 @@ from crosslmm.train.parallel import parallelize
 
 TRAIN, VALIDATION = "train", "validation"
 # What Ray says about itself is for its own log files; a failure reaches the terminal as our one line.
-QUIET = {"RAY_DATA_LOG_LEVEL": "ERROR", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+QUIET = {
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # Relative paths of a configuration mean the same in a trial of a sweep.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
 
 
 class TrainingFailed(Exception):
@@ -105,6 +112,8 @@ class Board:
 def start_ray() -> None:
     """Connect to the cluster at hand (RAY_ADDRESS, or the one of this job), or start one on this machine."""
     if not ray.is_initialized():
+        # Of a cluster started here: trials beside one another are more processes than its cores, which Ray remarks on.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": QUIET})
 
 
@@ -115,13 +124,8 @@ def check_placement(config: RunConfig) -> None:
         BadConfig: naming the keys, what they ask for and what there is.
     """
     scaling = config.scaling
-    # Validation decodes beside training's own decoders.
-    pools = 2 if config.data.validation_manifest else 1
-    cpus = scaling.num_workers * scaling.cpus_per_worker
-    cpus += pools * scaling.decode_workers * scaling.cpus_per_decode_worker
-    gpus = scaling.num_workers if scaling.use_gpu else 0
-    autoscaled = ray._private.state.state.get_max_resources_from_cluster_config()
-    limit = autoscaled or ray.cluster_resources()
+    need, limit = resources(config), cluster_limit()
+    cpus, gpus, pools = need["CPU"], need["GPU"], _pools(config)
     if gpus > limit.get("GPU", 0):
         raise BadConfig(
             f"scaling.num_workers: {gpus} workers need {gpus} GPUs, and the cluster has {limit.get('GPU', 0):g}; "
@@ -135,10 +139,32 @@ def check_placement(config: RunConfig) -> None:
             f"and the cluster has {limit.get('CPU', 0):g}; lower one of them"
         )
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    if not autoscaled and scaling.cpus_per_worker > max(nodes):
+    if not _autoscaled_limit() and scaling.cpus_per_worker > max(nodes):
         raise BadConfig(
             f"scaling.cpus_per_worker: no node has {scaling.cpus_per_worker:g} CPUs; the largest has {max(nodes):g}"
         )
+
+
+def resources(config: RunConfig) -> dict[str, float]:
+    """CPUs and GPUs that a run holds, its decoders included."""
+    scaling = config.scaling
+    cpus = scaling.num_workers * scaling.cpus_per_worker
+    cpus += _pools(config) * scaling.decode_workers * scaling.cpus_per_decode_worker
+    return {"CPU": cpus, "GPU": scaling.num_workers if scaling.use_gpu else 0}
+
+
+def cluster_limit() -> dict[str, float]:
+    """What the cluster has, scaled up to its limit."""
+    return _autoscaled_limit() or ray.cluster_resources()
+
+
+def _autoscaled_limit() -> Any:
+    return ray._private.state.state.get_max_resources_from_cluster_config()
+
+
+def _pools(config: RunConfig) -> int:
+    """Validation decodes beside training's own decoders."""
+    return 2 if config.data.validation_manifest else 1
 
 
 def open_features(config: RunConfig, rows: Rows) -> Features | None:

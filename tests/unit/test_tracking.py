@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from crosslmm.config import TrackingConfig, parse_run
-from crosslmm.tracking import Run, flatten, tracking_uri
+from crosslmm.config import TrackingConfig, flatten, parse_run
+from crosslmm.tracking import Run, tracking_uri
 
 DIGEST = "0123456789abcdef" * 4
 

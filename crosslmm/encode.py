@@ -5,6 +5,7 @@ What the folder has already is not encoded again, so a job that was stopped, or 
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -77,6 +78,10 @@ class Outcome:
     bytes: int
     """Written now."""
     seconds: float
+    """The whole job, Ray's start included [s]."""
+    encoding_s: float
+    """From the start of the first block of decoded videos to the end of the last one, by its workers' clocks: what is
+    left when start-up is taken off, as in a run's `train_s` [s]."""
     quarantined: int
     """Videos that could not be read."""
     relative_error: float | None
@@ -127,7 +132,9 @@ class Encode:
         self.folder, self.recipe, self.chunk = folder, recipe, config.model.encoder_chunk
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """One row of JSON: `stored`, `bad` (entries of the ledger), and `write_shard`'s sums of squares."""
+        """One row of JSON: `stored`, `bad` (entries of the ledger), `write_shard`'s sums of squares, and its start and
+        end (`began` and `ended`, unix time [s])."""
+        began = time.time()
         samples = [sample for sample in to_samples(block) if sample.weight]
         readable = [sample for sample in samples if sample.error is None]
         features = self._features([sample.videos[0] for sample in readable])
@@ -140,7 +147,7 @@ class Encode:
                 stored.append(Stored(self.rows.uris[sample.place], self.rows.versions[sample.place], 0, **why))
         bad = [entry for sample in samples for entry in sample.bad]
         done = {"stored": [asdict(one) for one in stored], "bad": bad, "lost": lost, "whole": whole}
-        return {"done": [json.dumps(done)]}
+        return {"done": [json.dumps(done | {"began": began, "ended": time.time()})]}
 
     def _features(self, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
         """uint8 (frames, side, side, 3) each -> float32 (frames, patches, width) each."""
@@ -203,6 +210,7 @@ def run(config: RunConfig, settings: FeatureSettings) -> Outcome:
         frames=record.frames,
         bytes=record.bytes,
         seconds=round(time.monotonic() - began, 1),
+        encoding_s=round(record.encoding_s, 1),
         quarantined=len(record.bad),
         relative_error=(record.lost / record.whole) ** 0.5 if record.whole else None,
     )
@@ -284,6 +292,7 @@ class _Record:
         self.videos = self.frames = self.bytes = 0
         self.lost = self.whole = 0.0
         self.bad: list[dict[str, Any]] = []
+        self._first, self._last = math.inf, -math.inf
         self._due = len(missing)
         self._waiting: list[Stored] = []
         self._written = 0.0
@@ -311,8 +320,14 @@ class _Record:
         if self.bad:
             self.console.print(f"{len(self.bad)} videos could not be read: {LEDGER} in {self.folder}")
 
+    @property
+    def encoding_s(self) -> float:
+        """From the first block's start to the last one's end [s]; 0 before there is one."""
+        return max(0.0, self._last - self._first)
+
     def take(self, done: dict[str, Any]) -> None:
         """Take note of a block."""
+        self._first, self._last = min(self._first, done["began"]), max(self._last, done["ended"])
         stored = [Stored(**one) for one in done["stored"]]
         self._waiting += stored
         self.videos += sum(one.frames > 0 for one in stored)

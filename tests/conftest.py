@@ -13,6 +13,7 @@ from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.pretrained import build_model, build_processor
 
 ROOT = Path(__file__).parent.parent
+pytest_plugins = ["browser_page"]
 
 
 def conversation(question: str, answer: str, video: bool = True) -> list[dict]:

@@ -1,0 +1,243 @@
+"""A sweep's trials -> one self-contained HTML page and its plots as PNG: how few visual tokens are enough?"""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import plotly.graph_objects as go
+import plotly.io
+import plotly.offline
+from optuna.distributions import BaseDistribution
+
+from crosslmm.sweep import figures, paper, png
+from crosslmm.sweep import trials as kept
+from crosslmm.sweep.figures import number, quantity, tokens
+from crosslmm.sweep.paper import ABSENT
+from crosslmm.sweep.trials import Trial
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a report says of a sweep beside its trials."""
+
+    name: str
+    space: str
+    """Name of the space that was searched."""
+    facts: dict[str, str]
+    """Shown at the top: label -> value."""
+    distributions: dict[str, BaseDistribution]
+    """Dotted path -> what was drawn from; a trial's point may lack those that a condition leaves out."""
+
+
+def write(folder: Path, sweep: Sweep, trials: Sequence[Trial]) -> list[Path]:
+    """Write the page, and a PNG of each plot that can be drawn.
+
+    Returns:
+        The files: report.html, then those of front.png, importance.png, parallel.png and curves.png that there are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = figures.draw(sweep.distributions, trials)
+    page = folder / PAGE
+    page.write_text(_page(sweep, trials, drawn), encoding="utf-8")
+    files = [page]
+    for name, figure in drawn.items():
+        file = folder / f"{name}.png"
+        # That of an earlier report.
+        file.unlink(missing_ok=True)
+        if isinstance(figure, go.Figure):
+            png.write(figure, file)
+            files.append(file)
+    return files
+
+
+def headline(sweep: Sweep, trials: Sequence[Trial]) -> str:
+    """How few tokens are enough, as far as the trials tell, in two or three sentences."""
+    best, knee, on_front = kept.best(trials), kept.knee(trials), kept.front(trials)
+    done = kept.finished(trials)
+    if not (best and best.last and knee and knee.last):
+        return f"No trial has finished ({_states(trials)}), so nothing can be said about how few tokens are enough."
+    accuracy = best.last.accuracy
+    if len(done) == 1:
+        answer = (
+            f"The one finished trial, with {tokens(best.tokens_per_frame)} a frame, reaches accuracy {accuracy:.3f}."
+        )
+        return f"{answer} How few are enough takes more trials."
+    answer = f"{tokens(best.tokens_per_frame)} a frame {_reach(best)} accuracy {accuracy:.3f}"
+    # Where the curve does not bend, the cheapest of the front says what less costs.
+    other = knee if knee is not best else on_front[0]
+    if other is not best and other.last:
+        if other.tokens_per_frame == best.tokens_per_frame:
+            answer += "; as many, set otherwise, reach"
+        else:
+            answer += f"; {tokens(other.tokens_per_frame)} {_reach(other)}"
+        answer += f" {other.last.accuracy:.3f} at {other.macs / best.macs:.2g} of the compute behind the encoder."
+    else:
+        answer += ", and none that cost more was more accurate."
+    if len({trial.tokens_per_frame for trial in done}) == 1:
+        answer += " All finished trials send equally many tokens, so this sweep does not say how few are enough."
+    seeds = sweep.distributions.get("seed")
+    once = "the best of each setting's seeds counting" if seeds and not seeds.single() else "each setting trained once"
+    return f"{answer} So say {len(done)} finished trials of {len(trials)} on this data, {once}."
+
+
+def _reach(trial: Trial) -> str:
+    return "reaches" if trial.tokens_per_frame == 1 else "reach"
+
+
+def _states(trials: Sequence[Trial]) -> str:
+    counts = {state: sum(trial.state == state for trial in trials) for state in figures.COLOURS}
+    return ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "there are none yet"
+
+
+def _page(sweep: Sweep, trials: Sequence[Trial], drawn: dict[str, go.Figure | str]) -> str:
+    facts = {"Sweep": sweep.name, "Space": sweep.space, "Trials": f"{len(trials)}: {_states(trials)}"} | sweep.facts
+    facts_html = "".join(f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd></div>" for label, value in facts.items())
+    # Two of Plotly's own places are on the network; neither is asked for, and the policy holds it to that.
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
+<title>{_text(sweep.name)}: how few tokens are enough?</title>
+<style>{STYLE}</style>
+<script>{plotly.offline.get_plotlyjs()}</script>
+</head>
+<body>
+<main>
+<h1>How few tokens are enough?</h1>
+<p class="answer">{_text(headline(sweep, trials))}</p>
+<dl>{facts_html}</dl>
+{_section("Accuracy and compute", FRONT_NOTE, "front", drawn["front"])}
+{_section("Which dimensions matter", IMPORTANCE_NOTE, "importance", drawn["importance"])}
+{_section("Through all dimensions", PARALLEL_NOTE, "parallel", drawn["parallel"])}
+{_section("Learning curves", CURVES_NOTE, "curves", drawn["curves"])}
+{paper.tables(sweep.distributions, trials)}
+{_all_trials(sweep, trials)}
+</main>
+<script>{SORT}</script>
+</body>
+</html>
+"""
+
+
+def _section(title: str, note: str, name: str, drawn: go.Figure | str) -> str:
+    if isinstance(drawn, str):
+        return f'<section><h2>{title}</h2><p class="absent">{_text(drawn)}</p></section>'
+    plot = plotly.io.to_html(
+        drawn,
+        full_html=False,
+        include_plotlyjs=False,
+        config={"responsive": True, "displaylogo": False, "displayModeBar": False},
+        default_height=f"{drawn.layout.height}px",
+        div_id=name,
+    )
+    least = f' style="min-width:{drawn.layout.meta["least_width"]}px"' if drawn.layout.meta else ""
+    return f'<section><h2>{title}</h2><p>{note}</p><div class="box"><div{least}>{plot}</div></div></section>'
+
+
+def _all_trials(sweep: Sweep, trials: Sequence[Trial]) -> str:
+    # A space may have grown since; what a trial was given is shown all the same.
+    paths = list(dict.fromkeys([*sweep.distributions, *(path for trial in trials for path in trial.point)]))
+    units = ["tokens a frame", "MACs behind the encoder", "memory a worker", "steps", "loss", "accuracy", "time"]
+    header = "".join(
+        f'<th><button type="button">{_text(name)}</button></th>' for name in ["trial", "state", *paths, *units]
+    )
+    special = {id(kept.best(trials)): "best", id(kept.knee(trials)): "knee"}
+    rows = "".join(_row(trial, paths, special.get(id(trial), "")) for trial in trials)
+    return f"""<section><h2>All trials</h2>
+<p>A click on a column's head sorts by it. Memory is the planner's, a worker's peak; loss and accuracy are those of the
+last validation, which early-stopped trials had sooner than the others.</p>
+<div class="box"><table id="trials"><thead><tr>{header}<th>error</th></tr></thead><tbody>{rows}</tbody></table></div>
+</section>"""
+
+
+def _row(trial: Trial, paths: Sequence[str], special: str) -> str:
+    last = trial.last
+    # Shown, and what it is sorted by.
+    cells: list[tuple[str, object]] = [(f"{trial.number} {special}".strip(), trial.number), (trial.state, trial.state)]
+    for path in paths:
+        value = trial.point.get(path)
+        cells.append((number(value) if path in trial.point else ABSENT, "" if value is None else value))
+    cells += [
+        (str(trial.tokens_per_frame), trial.tokens_per_frame),
+        (quantity(trial.macs), trial.macs),
+        (f"{trial.memory_bytes / 2**30:.3g} GiB", trial.memory_bytes),
+        (f"{last.step:,}", last.step) if last else (ABSENT, ""),
+        (f"{last.loss:.3f}", last.loss) if last else (ABSENT, ""),
+        (f"{last.accuracy:.3f}", last.accuracy) if last else (ABSENT, ""),
+        (duration(trial.seconds), trial.seconds),
+    ]
+    tds = "".join(f'<td data-by="{_text(by)}">{_text(shown)}</td>' for shown, by in cells)
+    mark = f'<span class="state" style="background:{figures.COLOURS[trial.state]}"></span>'
+    tds = tds.replace(f">{trial.state}</td>", f">{mark}{trial.state}</td>", 1)
+    faint = "" if trial.state == "finished" else ' class="unfinished"'
+    return f'<tr{faint}>{tds}<td class="error">{_text(trial.error or "")}</td></tr>'
+
+
+def duration(seconds: float) -> str:
+    """For people.
+
+    >>> duration(4000)
+    '1 h 07 min'
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60:,} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.3g} s"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+FRONT_NOTE = """Each point is a trial. The line joins those that no other finished trial beats in both accuracy and
+compute; behind the knee more compute pays less. Compute is one sample's prefill behind the vision
+encoder, whose own is the same for all. Early-stopped trials (hollow) were measured after fewer steps."""
+IMPORTANCE_NOTE = """How far the best finished trials lie elsewhere along a dimension than all of them do. With few
+trials this is a hint, and chance has its share in it. A dimension that only one of them has, or only one lacks, is
+left out. By Optuna's PED-ANOVA."""
+PARALLEL_NOTE = """Each line is a finished trial, the darker the more accurate; None where a condition left the
+dimension out."""
+CURVES_NOTE = "Validation loss of every trial, in the colour of what became of it."
+
+STYLE = """
+*{box-sizing:border-box}
+body{margin:0;background:#fff;color:#222;font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1180px;margin:0 auto;padding:24px 20px 64px}
+h1{font-size:1.6rem;line-height:1.25;margin:0 0 8px}
+h2{font-size:1.15rem;margin:40px 0 4px}
+p{max-width:75ch;margin:0 0 12px;color:#444;overflow-wrap:anywhere}
+.answer{font-size:1.2rem;color:#111;border-left:4px solid #0072B2;padding:2px 0 2px 14px;margin:12px 0 20px}
+.absent{background:#f5f5f5;padding:10px 14px;border-radius:4px}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(250px,100%),1fr));gap:10px 24px;margin:0}
+dt{font-size:.8rem;color:#595959}
+dd{margin:0;overflow-wrap:anywhere}
+.box{overflow-x:auto;max-width:100%}
+table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
+th,td{padding:6px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid #e3e3e3;vertical-align:top}
+th{font-weight:600;border-bottom:2px solid #999;vertical-align:bottom}
+th:first-child,td:first-child{text-align:left;padding-left:2px}
+#trials th:nth-child(2),#trials td:nth-child(2),th:last-child,td.error{text-align:left}
+.paper th:last-child{text-align:right}
+th button{font:inherit;color:inherit;background:none;border:0;padding:0;cursor:pointer;text-decoration:underline dotted}
+tr.unfinished td{color:#595959}
+td.error{white-space:normal;min-width:26ch;max-width:60ch;overflow-wrap:anywhere}
+.state{display:inline-block;width:10px;height:10px;border-radius:5px;margin-right:7px}
+@media(max-width:600px){main{padding:16px 12px 48px}h1{font-size:1.35rem}.answer{font-size:1.05rem}}
+"""
+
+SORT = """
+for (const [column, button] of document.querySelectorAll("#trials th button").entries()) {
+  button.addEventListener("click", () => {
+    const body = document.querySelector("#trials tbody"), by = row => row.cells[column].dataset.by;
+    const sign = button.dataset.sign = button.dataset.sign === "1" ? -1 : 1;
+    const compare = (a, b) => (a === "") - (b === "") || sign * (a - b || (isNaN(a - b) ? a.localeCompare(b) : 0));
+    body.append(...[...body.rows].sort((a, b) => compare(by(a), by(b))));
+  });
+}
+"""

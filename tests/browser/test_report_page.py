@@ -1,0 +1,107 @@
+import pytest
+import sweeps
+from browser_page import console_errors, resize
+
+from crosslmm.sweep.report import write
+
+WIDTHS = (1280, 400)
+
+
+def opened(browser, folder, distributions, trials, width=1280, **changed):
+    page = write(folder, sweeps.sweep(distributions, **changed), trials)[0]
+    resize(browser, width)
+    browser.get(page.as_uri())
+    return browser
+
+
+def ask(browser, expression):
+    return browser.execute_script(f"return {expression}")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("space", ["joint", "ablation"])
+def test_every_plot_is_drawn_and_the_page_never_scrolls_sideways(browser, tmp_path, width, space):
+    drawn, trials = {
+        "joint": (sweeps.JOINT, sweeps.joint()),
+        "ablation": (sweeps.ABLATION, sweeps.ablation()),
+    }[space]
+    opened(browser, tmp_path / "report", drawn, trials, width)
+    assert ask(browser, "[innerWidth, document.documentElement.scrollWidth]") == [width, width]
+    plots = browser.find_elements("css selector", ".js-plotly-plot")
+    assert [plot.get_attribute("id") for plot in plots] == ["front", "importance", "parallel", "curves"]
+    for plot in plots:
+        svg = plot.find_element("css selector", ".main-svg")
+        assert svg.size["width"] > 0.8 * min(width - 24, 1140)
+        assert svg.size["height"] > 100
+        # Lines, or bars.
+        assert plot.find_elements("css selector", ".scatterlayer path.js-line, .barlayer path")
+    assert len(browser.find_elements("css selector", "#trials tbody tr")) == len(trials)
+    assert console_errors(browser) == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_label_of_an_axis_is_cut_off(browser, tmp_path, width):
+    opened(browser, tmp_path / "report", sweeps.JOINT, sweeps.joint(), width)
+    outside = """[...document.querySelectorAll(".js-plotly-plot")].flatMap(plot => {
+        const frame = plot.getBoundingClientRect();
+        return [...plot.querySelectorAll("svg text")].filter(text => {
+            const box = text.getBoundingClientRect();
+            return box.width && (box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1
+                || box.bottom > frame.bottom + 1);
+        }).map(text => plot.id + ": " + text.textContent);
+    })"""
+    assert ask(browser, outside) == []
+
+
+def test_plots_follow_the_window(browser, tmp_path):
+    opened(browser, tmp_path / "report", sweeps.JOINT, sweeps.joint())
+    resize(browser, 400)
+    browser.execute_async_script("setTimeout(arguments[0], 500)")
+    assert ask(browser, "document.querySelector('#front .main-svg').clientWidth") <= 400
+    assert ask(browser, "document.documentElement.scrollWidth") == 400
+
+
+def test_what_comes_from_outside_stays_text(browser, tmp_path):
+    bad = "<script>window.ran = 1</script><img src=x onerror='window.ran = 2'>&amp;"
+    trials = [
+        sweeps.trial(i, 0.9 + i / 100, 10**8 + i, point={"model.pooling": [bad, "max"][i % 2], "seed": i}, error=bad)
+        for i in range(4)
+    ]
+    drawn = {
+        name: sweeps.CategoricalDistribution(x) for name, x in {"model.pooling": [bad, "max"], "seed": range(4)}.items()
+    }
+    opened(browser, tmp_path / "report", drawn, trials, 1280, name=bad, facts={bad: bad})
+    assert ask(browser, "window.ran") is None
+    assert browser.find_elements("css selector", "img") == []
+    cells = browser.find_elements("css selector", "#trials td.error")
+    assert [cell.text for cell in cells] == [bad] * 4
+    assert browser.find_element("css selector", "dd").text == bad
+    labels = [text.text for text in browser.find_elements("css selector", "#parallel .annotation text")]
+    assert bad in labels
+    # The hover of the front holds the point too.
+    browser.execute_script("Plotly.Fx.hover('front', [{curveNumber: 0, pointNumber: 0}])")
+    hover = browser.find_element("css selector", "#front .hovertext").text
+    assert "model.pooling = <script>window.ran" in hover
+    assert ask(browser, "window.ran") is None
+    assert console_errors(browser) == []
+
+
+def test_a_report_of_nothing_is_a_page(browser, tmp_path):
+    opened(browser, tmp_path / "report", sweeps.JOINT, [], 400)
+    assert len(browser.find_elements("css selector", ".absent")) == 4
+    assert ask(browser, "document.documentElement.scrollWidth") == 400
+    assert console_errors(browser) == []
+
+
+def test_a_click_on_a_head_sorts(browser, tmp_path):
+    trials = [sweeps.trial(i, accuracy, point={}) for i, accuracy in enumerate([0.5, 0.9, 0.7])]
+    trials.append(sweeps.trial(3, state="failed", steps=0))
+    opened(browser, tmp_path / "report", sweeps.JOINT, trials)
+    head = next(b for b in browser.find_elements("css selector", "th button") if b.text == "accuracy")
+    orders = []
+    for _ in range(2):
+        browser.execute_script("arguments[0].click()", head)
+        orders.append(
+            [cell.text.split()[0] for cell in browser.find_elements("css selector", "#trials td:first-child")]
+        )
+    assert orders == [["0", "2", "1", "3"], ["1", "2", "0", "3"]]

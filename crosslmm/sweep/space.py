@@ -1,0 +1,227 @@
+"""A search space: dotted paths of the configuration -> Tune domains, some of them only where another value asks for it.
+
+A space is a file with one function, `space(config)`, that returns such a dict; `tune_spaces/` has those of the paper.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import BaseTrial
+from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.sample import Domain
+
+from crosslmm.config import BadConfig, RunConfig, flatten, validate_run
+from crosslmm.sweep.trials import Point
+
+GRID = "grid_search"
+"""The key under which Tune keeps a grid's values."""
+NOT_SEARCHED = ("name", "storage", "tracking")
+"""Where a run keeps its things: a sweep decides that for its trials."""
+CHANGES_FEATURES = ("model.vision", "model.init_from", "data.", "train.learning_rate.vision", "train.precision")
+"""Beginnings of paths whose values the frozen encoder's features depend on."""
+
+
+class OnlyIf(NamedTuple):
+    """A dimension that is searched only where other values ask for it."""
+
+    condition: Callable[[Mapping[str, Any]], bool]
+    """Of the values by path: those of the configuration, and of the dimensions before this one."""
+    domain: Any
+    """What is searched then: a Tune domain or grid."""
+    otherwise: Any
+    """The value elsewhere."""
+
+
+Space = dict[str, Any]
+"""Dotted path -> Tune domain (`tune.choice`, `tune.loguniform`, ...), `tune.grid_search`, or `OnlyIf` with one of
+them."""
+
+
+def load(name_or_file: str, folder: Path, config: RunConfig) -> Space:
+    """The space of that name in `folder`, a package, or of a Python file; checked against the configuration.
+
+    Raises:
+        BadConfig: no such space, an unknown path, a value that its path does not take; grids and domains mixed.
+    """
+    names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    if str(folder.parent) not in sys.path:  # one's own file may build on those of the folder
+        sys.path.append(str(folder.parent))
+    if name_or_file in names:
+        module: Any = importlib.import_module(f"{folder.name}.{name_or_file}")
+    elif name_or_file.endswith(".py") and Path(name_or_file).exists():
+        spec = importlib.util.spec_from_file_location("own_space", name_or_file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        raise BadConfig(f"--space {name_or_file}: neither a file nor one of {', '.join(names)}")
+    if not hasattr(module, "space"):
+        raise BadConfig(f"--space {name_or_file}: the file has no function space(config)")
+    space = module.space(config)
+    check(name_or_file, space, config)
+    return space
+
+
+def check(name: str, space: Space, config: RunConfig) -> None:
+    """Whether every path exists and takes what it may be given.
+
+    Raises:
+        BadConfig: naming the path.
+    """
+    known = flatten(config.model_dump())
+    if not space:
+        raise BadConfig(f"--space {name}: nothing is searched")
+    for path, dimension in space.items():
+        if path.startswith(NOT_SEARCHED):
+            raise BadConfig(f"--space {name}: {path} is the sweep's own affair")
+        _require_path(name, path, known)
+        if isinstance(dimension, OnlyIf):
+            try:
+                dimension.condition(known)
+            except KeyError as error:
+                _require_path(name, str(error.args[0]), known)
+        for value in _examples(name, path, dimension):
+            try:
+                apply(config, {path: value})
+            except BadConfig as error:
+                # What does not fit together with other values is seen point by point.
+                if str(error).startswith(path):
+                    raise BadConfig(f"--space {name}: {error}") from error
+    if len({_is_grid(dimension) for dimension in space.values()}) > 1:
+        raise BadConfig(f"--space {name}: grid_search beside other domains; make it all grid or none (tune.choice)")
+
+
+def _require_path(name: str, path: str, known: Mapping[str, Any]) -> None:
+    if path not in known:
+        close = difflib.get_close_matches(path, known, n=1)
+        hint = f"; do you mean {close[0]}?" if close else ""
+        raise BadConfig(f"--space {name}: {path}: the configuration has no such key{hint}")
+
+
+def is_grid(space: Space) -> bool:
+    """Whether all points are to be taken, and not some drawn."""
+    return all(_is_grid(dimension) for dimension in space.values())
+
+
+def changes_features(space: Space, config: RunConfig) -> list[str]:
+    """The paths of a space by which trials would need features of their own."""
+    # Without published weights the seed decides what the encoder is.
+    from_seed = not (config.model.vision_weights or config.model.init_from)
+    beginnings = (*CHANGES_FEATURES, *(["seed"] if from_seed else []))
+    return [path for path in space if path.startswith(beginnings)]
+
+
+def grid(space: Space, config: RunConfig) -> list[Point]:
+    """All points of a space of grids, the last dimension first."""
+    known = flatten(config.model_dump())
+    points: list[Point] = [{}]
+    for path, dimension in space.items():
+        points = [
+            longer
+            for point in points
+            for longer in (
+                [point | {path: value} for value in _domain(dimension)[GRID]]
+                if _applies(dimension, known | settings(space, config, point))
+                else [point]
+            )
+        ]
+    return points
+
+
+def suggest(space: Space, config: RunConfig, trial: BaseTrial) -> Point:
+    """Ask an Optuna trial for a value of each dimension that applies."""
+    known = flatten(config.model_dump())
+    point: Point = {}
+    for path, dimension in space.items():
+        if not _applies(dimension, known | settings(space, config, point)):
+            continue
+        match distribution(path, dimension):
+            case CategoricalDistribution(choices=choices):
+                point[path] = trial.suggest_categorical(path, choices)
+            case FloatDistribution(low=low, high=high, step=step, log=log):
+                point[path] = trial.suggest_float(path, low, high, step=step, log=log)
+            case IntDistribution(low=low, high=high, step=step, log=log):
+                point[path] = trial.suggest_int(path, low, high, step=step, log=log)
+    return point
+
+
+def settings(space: Space, config: RunConfig, point: Point) -> Point:
+    """A point, and what follows from it: what a condition leaves out, and no rate for a branch that is not there."""
+    follows = {
+        path: dimension.otherwise
+        for path, dimension in space.items()
+        if isinstance(dimension, OnlyIf) and path not in point
+    }
+    values = flatten(config.model_dump()) | follows | point
+    layers = values["model.cross_attention_layers"]
+    anywhere = values["model.cross_attention_every"] > 0 if layers is None else bool(layers)
+    for branch in ("v2v", "t2v"):
+        rate = f"train.learning_rate.{branch}"
+        if values[rate] and not (anywhere and values[f"model.{branch}"]):
+            follows[rate] = 0.0
+    return {**point, **follows}
+
+
+def apply(config: RunConfig, values: Point) -> RunConfig:
+    """The configuration with some values changed.
+
+    Raises:
+        BadConfig: they do not fit, or not together.
+    """
+    changed = config.model_dump()
+    for path, value in values.items():
+        *sections, key = path.split(".")
+        inner = changed
+        for section in sections:
+            inner = inner[section]
+        inner[key] = value
+    return validate_run(changed)
+
+
+def distribution(path: str, dimension: Any) -> BaseDistribution:
+    """What Optuna draws from for a dimension; a grid's values are choices.
+
+    Raises:
+        ValueError: Optuna has no such distribution.
+    """
+    domain = _domain(dimension)
+    if _is_grid(domain):
+        return CategoricalDistribution(domain[GRID])
+    return OptunaSearch.convert_search_space({path: domain})[path]
+
+
+def _domain(dimension: Any) -> Any:
+    return dimension.domain if isinstance(dimension, OnlyIf) else dimension
+
+
+def _is_grid(dimension: Any) -> bool:
+    domain = _domain(dimension)
+    return isinstance(domain, dict) and list(domain) == [GRID]
+
+
+def _applies(dimension: Any, values: dict[str, Any]) -> bool:
+    return not isinstance(dimension, OnlyIf) or dimension.condition(values)
+
+
+def _examples(name: str, path: str, dimension: Any) -> Sequence[Any]:
+    """Values that a dimension may give: all of few, the ends of many."""
+    if not _is_grid(dimension) and not isinstance(_domain(dimension), Domain):
+        raise BadConfig(f"--space {name}: {path}: {_domain(dimension)!r} is neither a Tune domain nor a grid_search")
+    try:
+        drawn: Any = distribution(path, dimension)
+    except ValueError as error:
+        raise BadConfig(f"--space {name}: {path}: {error}") from error
+    values = list(drawn.choices) if isinstance(drawn, CategoricalDistribution) else [drawn.low, drawn.high]
+    return [*values, *([dimension.otherwise] if isinstance(dimension, OnlyIf) else [])]

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint format ui clean
+.PHONY: demo sweep test lint format ui clean
 .DEFAULT_GOAL := demo
 
 .venv/.complete: pyproject.toml constraints.txt
@@ -15,6 +15,9 @@ BIN = .venv/bin
 
 demo: .venv/.complete
 	$(BIN)/python jobs/demo.py
+
+sweep: .venv/.complete
+	$(BIN)/python jobs/tune.py --config tiny --config tiny-sweep --space joint --trials 12 --promote best
 
 test: .venv/.complete
 	$(BIN)/python -m pytest

@@ -48,6 +48,8 @@ class Trial:
     curve: list[Rung] = field(default_factory=list)
     seconds: float = 0.0
     """Wall clock that its workers were held, over all starts."""
+    train_s: float | None = None
+    """Of a finished one, from its first step's start to its last step's end in its last start [s]."""
     error: str | None = None
     """The first cause, where it failed."""
     run_id: str | None = None
@@ -64,17 +66,27 @@ class Trial:
         return self.curve[-1] if self.curve else None
 
 
+def to_json(trial: Trial) -> str:
+    """What `from_json` reads."""
+    return json.dumps(asdict(trial))
+
+
+def from_json(text: str | bytes) -> Trial:
+    """A trial as it was."""
+    values = json.loads(text)
+    return Trial(**values | {"curve": [Rung(*rung) for rung in values["curve"]]})
+
+
 def write(folder: str, trial: Trial) -> None:
     """Keep a trial in the sweep's folder."""
     uri = storage.join(storage.join(folder, KEPT), f"{trial.number:03d}.json")
-    storage.write_bytes(uri, json.dumps(asdict(trial)).encode())
+    storage.write_bytes(uri, to_json(trial).encode())
 
 
 def read(folder: str) -> list[Trial]:
     """The trials that a sweep's folder holds, by number."""
     kept_in = storage.join(folder, KEPT)
-    values = [json.loads(storage.read_bytes(storage.join(kept_in, name))) for name in storage.names_in(kept_in)]
-    kept = [Trial(**value | {"curve": [Rung(*rung) for rung in value["curve"]]}) for value in values]
+    kept = [from_json(storage.read_bytes(storage.join(kept_in, name))) for name in storage.names_in(kept_in)]
     return sorted(kept, key=lambda trial: trial.number)
 
 

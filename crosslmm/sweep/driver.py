@@ -1,0 +1,311 @@
+"""What a sweep's driver does: check, encode once, let Tune run the trials, keep the record, report, promote."""
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from crosslmm import encode, storage
+from crosslmm.answer import first_turn
+from crosslmm.config import BadConfig, RunConfig, flatten
+from crosslmm.data.manifest import Manifest, Rows
+from crosslmm.data.order import Order
+from crosslmm.sweep import report, trials
+from crosslmm.sweep.candidates import Candidates
+from crosslmm.sweep.search import Search
+from crosslmm.sweep.settings import SweepSettings
+from crosslmm.sweep.space import Space, changes_features, distribution, grid, is_grid
+from crosslmm.sweep.trials import Trial
+from crosslmm.sweep.tuning import at_once, run_trials
+from crosslmm.sweep.watch import Watch
+from crosslmm.tracking import Record, load_registered
+from crosslmm.train import driver, launch
+
+SETTLED = "sweep.json"
+"""In a sweep's folder: what must not change when it goes on."""
+DRAWN = 32
+"""Trials of a space that is no grid, unless said otherwise."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sweep leaves behind."""
+
+    name: str
+    run_id: str
+    """Of the sweep's own MLflow run, above those of its trials."""
+    trials: int
+    finished: int
+    stopped_early: int
+    failed: int
+    out_of_budget: int
+    left_out: int
+    """Points that were refused before they became trials."""
+    best: dict[str, Any] | None
+    knee: dict[str, Any] | None
+    front: list[dict[str, Any]]
+    """Finished trials that none beats in accuracy and compute, cheapest first."""
+    report: str
+    """Of the page."""
+    promoted: dict[str, Any] | None
+    """`model_uri`, the trial's number, and what the registered model answers to a first held-out question."""
+    total_s: float
+
+
+class SweepFailed(Exception):
+    """No trial came to its end; one line with the first cause."""
+
+
+def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space) -> Outcome:
+    """Search a space, or go on with the sweep of that name.
+
+    Raises:
+        BadConfig, BadManifest: the request cannot be carried out.
+        encode.EncodingFailed: no features.
+        SweepFailed: trials failed, and none came to its end.
+    """
+    began = time.monotonic()
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=True)
+    chosen.check()
+    config = config.model_copy(update={"name": config.name or datetime.now().strftime("sweep-%Y%m%d-%H%M%S")})
+    if not (config.data.validation_manifest or config.data.manifest == "sample"):
+        raise BadConfig("data.validation_manifest: trials are compared on held-out samples; give their manifest")
+    config = driver.resolve(config)
+    manifests = [Manifest(uri) for uri in config.data.manifests]
+    total_steps = _steps(config, manifests)
+    folder = storage.join(config.storage, str(config.name))
+    most = min(chosen.trials or DRAWN, len(grid(space, config))) if is_grid(space) else chosen.trials or DRAWN
+    if chosen.promote and chosen.promote.isdecimal() and int(chosen.promote) >= most:
+        raise BadConfig(f"--promote {chosen.promote}: trials are numbered from 0 to {most - 1}")
+    console.print(f"sweep     {config.name} (the same command with --name {config.name} goes on with it)")
+    console.print(f"space     {space_name}: {', '.join(space)}")
+    record = _record(config, folder, space_name, space, chosen)
+    console.print(f"storage   {folder}")
+    console.print(f"record    {record.uri}, run {record.run_id}")
+    status = "FAILED"
+    try:
+        base = _with_features(
+            config, chosen, space, _looks(config, chosen, most, total_steps), manifests, record, console
+        )
+        # Trials are runs in the sweep's folder, wherever they run.
+        tracking = base.tracking.model_copy(update={"uri": record.uri})
+        base = base.model_copy(update={"storage": folder, "tracking": tracking})
+        launch.start_ray()
+        launch.check_placement(base)
+        search = Search(space, base, trials.read(folder), Candidates(base, chosen, space, record), most)
+        concurrent = chosen.concurrent or at_once(base)
+        console.print(f"trials    {most}, {concurrent} at a time, of {total_steps} steps at most")
+        with Watch(folder, search, record, total_steps, base.scaling.num_workers, console) as watch:
+            run_trials(base, chosen, search, watch, concurrent)
+        if search.refused:
+            point, reason = search.refused[0]
+            console.print(f"left out  {len(search.refused)} points before they began, such as {point}: {reason}")
+        page = _report(folder, config, space_name, space, search, record, total_steps)
+        console.print(f"report    {page}")
+        _require_one(search, page)
+        promoted = _promote(chosen.promote, folder, base, search.trials, record, console) if chosen.promote else None
+        status = "FINISHED"
+    except (SystemExit, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        record.finish(status)
+    return _outcome(config, record, search, page, promoted, time.monotonic() - began)
+
+
+def _outcome(
+    config: RunConfig, record: Record, search: Search, page: str, promoted: dict[str, Any] | None, seconds: float
+) -> Outcome:
+    """What the last line says."""
+    done, states = trials.finished(search.trials), [trial.state for trial in search.trials]
+    best, knee = trials.best(search.trials), trials.knee(search.trials)
+    return Outcome(
+        name=str(config.name),
+        run_id=record.run_id,
+        trials=len(states),
+        finished=len(done),
+        stopped_early=states.count("stopped early"),
+        failed=states.count("failed"),
+        out_of_budget=states.count("out of budget"),
+        left_out=len(search.refused),
+        best=_said(best) if best else None,
+        knee=_said(knee) if knee else None,
+        front=[_said(trial) for trial in trials.front(search.trials)],
+        report=page,
+        promoted=promoted,
+        total_s=round(seconds, 1),
+    )
+
+
+def _require_one(search: Search, page: str) -> None:
+    """Whether trials that failed are not all that there is.
+
+    Raises:
+        SweepFailed: naming the first cause.
+    """
+    failed = [trial for trial in search.trials if trial.state == "failed"]
+    if failed and not trials.finished(search.trials):
+        raise SweepFailed(f"no trial finished; trial {failed[0].number}: {failed[0].error}; all of them in {page}")
+
+
+def _steps(config: RunConfig, manifests: list[Manifest]) -> int:
+    """Optimizer steps of a trial."""
+    order = Order(
+        tuple(map(len, manifests)),
+        config.train.global_batch_size,
+        config.seed,
+        tuple(config.data.manifests.values()),
+    )
+    steps = config.train.epochs * order.steps_per_epoch
+    return min(steps, config.train.max_steps or steps)
+
+
+def _looks(config: RunConfig, chosen: SweepSettings, most: int, total_steps: int) -> int:
+    """Samples that a sweep's trials train on without fail, were all of them stopped at the first rung."""
+    share = chosen.first_rung if chosen.scheduler == "asha" else 1
+    return round(most * total_steps * share) * config.train.global_batch_size
+
+
+def _with_features(
+    config: RunConfig,
+    chosen: SweepSettings,
+    space: Space,
+    looks: int,
+    manifests: list[Manifest],
+    record: Record,
+    console: Console,
+) -> RunConfig:
+    """The configuration with `data.features`, where trials can share features and that pays.
+
+    Args:
+        config: of the sweep.
+        chosen: whether, and in which form, features are wanted.
+        space: what is searched.
+        looks: samples that trials will train on.
+        manifests: of training.
+        record: of the sweep, which is told what encoding took.
+        console: where the decision is said.
+
+    Raises:
+        BadConfig: features are asked for, and trials cannot share them.
+    """
+    if own := changes_features(space, config):
+        if config.data.features or chosen.features in ("bf16", "int8"):
+            raise BadConfig(f"--features: {own[0]} is searched, which changes what the vision encoder sees or is")
+        console.print(f"features  none: {own[0]} is searched, so that no two trials could share them")
+        return config
+    if config.data.features or chosen.features == "never":
+        return config
+    if chosen.features == "auto":
+        videos = len(Rows(manifests).videos())
+        if config.train.learning_rate.vision:
+            console.print("features  none: train.learning_rate.vision is not 0, so that they would change")
+            return config
+        if looks <= videos:
+            console.print(
+                f"features  none: trials look at {looks:,} samples, and there are {videos:,} videos to encode"
+            )
+            return config
+        console.print(f"features  trials look at {looks:,} samples or more of {videos:,} videos: encoded once")
+    encoded = encode.run(config, encode.FeatureSettings(dtype="int8" if chosen.features == "int8" else "bf16"))
+    if encoded.videos:
+        record.log_values({"cost/encoding_s": encoded.encoding_s}, {})
+    return config.model_copy(update={"data": config.data.model_copy(update={"features": encoded.folder})})
+
+
+def _record(config: RunConfig, folder: str, space_name: str, space: Space, chosen: SweepSettings) -> Record:
+    """The sweep's MLflow run: that of an earlier start, or a new one.
+
+    Raises:
+        BadConfig: an earlier start under this name searched something else.
+    """
+    uri = storage.join(folder, SETTLED)
+    searched = {path: str(distribution(path, dimension)) for path, dimension in space.items()}
+    compared = {key: value for key, value in flatten(config.model_dump()).items() if not key.startswith("tracking")}
+    settled = {"space": searched, "config": json.loads(json.dumps(compared))}
+    if storage.exists(uri):
+        begun = json.loads(storage.read_bytes(uri))
+        for part, now in settled.items():
+            for key in {**begun[part], **now}:
+                if begun[part].get(key) != now.get(key):
+                    raise BadConfig(
+                        f"name: sweep {config.name} was begun with {key} {begun[part].get(key)}, and this is "
+                        f"{now.get(key)}; take it back, or another --name"
+                    )
+        record = Record(config.tracking, begun["run_id"])
+        record.client.update_run(record.run_id, status="RUNNING")
+        return record
+    record = Record.create(config.tracking, str(config.name), "jobs/tune.py")
+    record.log_config(config)
+    record.log_params({"space": {"name": space_name, **searched}, "sweep": chosen.model_dump()})
+    storage.write_bytes(uri, json.dumps({"run_id": record.run_id, **settled}).encode())
+    return record
+
+
+def _report(
+    folder: str, config: RunConfig, space_name: str, space: Space, search: Search, record: Record, total_steps: int
+) -> str:
+    """Write the page and its pictures, into the sweep's folder and its record -> where the page is."""
+    encoder = "frozen" if not config.train.learning_rate.vision else "trained"
+    facts = {
+        "Steps of a trial": f"{total_steps}, of {config.train.global_batch_size} samples",
+        "Data": f"{', '.join(config.data.manifests)}; {config.data.num_frames} frames a video",
+        "Validation": str(config.data.validation_manifest),
+        "Vision encoder": f"{config.model.vision_weights or 'random weights'}, {encoder}",
+        "Points left out before they began": f"{len(search.refused)}",
+        "MLflow run": record.run_id,
+    }
+    distributions = {path: distribution(path, dimension) for path, dimension in space.items()}
+    page = report.Sweep(str(config.name), space_name, facts, distributions)
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in report.write(Path(scratch), page, search.trials):
+            storage.write_bytes(storage.join(folder, path.name), path.read_bytes())
+            record.log_file(path)
+    if search.refused:
+        lines = [json.dumps({"point": point, "reason": reason}) + "\n" for point, reason in search.refused]
+        record.log_text("left_out.jsonl", "".join(lines))
+    return storage.join(folder, report.PAGE)
+
+
+def _promote(
+    which: str, folder: str, base: RunConfig, known: list[Trial], record: Record, console: Console
+) -> dict[str, Any]:
+    """Register a trial's model, load it back and ask it.
+
+    Raises:
+        BadConfig: there is no such trial, or it did not finish.
+    """
+    named = {"best": trials.best(known), "knee": trials.knee(known)}
+    trial = named[which] if which in named else next((t for t in known if t.number == int(which)), None)
+    if trial is None or trial.state != "finished":
+        state = f"is {trial.state}" if trial else "is none of this sweep's that finished"
+        raise BadConfig(f"--promote {which}: trial {trial.number if trial else which} {state}, so there is no model")
+    run_folder = storage.join(folder, trial.name)
+    tags = driver.lineage(run_folder) | {"sweep": record.run_id, "trial": str(trial.number), "promoted_as": which}
+    model_uri = Record(record.tracking, str(trial.run_id)).register(storage.join(run_folder, "model"), tags)
+    console.print(f"registered {model_uri}: trial {trial.number}, {which} of the sweep")
+    asked = next(row for row in Manifest(str(base.data.validation_manifest)).rows if len(row["videos"]) == 1)
+    question, expected = first_turn(asked["messages"])
+    table = pd.DataFrame({"video": asked["videos"], "question": [question]})
+    (answer,) = load_registered(model_uri, base.tracking).predict(table)
+    return {"model_uri": model_uri, "trial": trial.number, "question": question, "answer": answer, "expected": expected}
+
+
+def _said(trial: Trial) -> dict[str, Any]:
+    """A trial, for the last line."""
+    assert trial.last
+    return {
+        "trial": trial.number,
+        "accuracy": round(trial.last.accuracy, 4),
+        "loss": round(trial.last.loss, 4),
+        "tokens_per_frame": trial.tokens_per_frame,
+        "macs": trial.macs,
+        "point": trial.point,
+    }

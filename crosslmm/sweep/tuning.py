@@ -1,0 +1,158 @@
+"""The part of a sweep that Tune does: which trial runs when, which is stopped early, and when all is over."""
+
+import os
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+
+from crosslmm import storage
+from crosslmm.config import RunConfig
+from crosslmm.sweep import trials
+from crosslmm.sweep.candidates import prefill
+from crosslmm.sweep.search import Search
+from crosslmm.sweep.settings import SweepSettings
+from crosslmm.sweep.space import apply
+from crosslmm.sweep.trials import Trial
+from crosslmm.sweep.watch import Watch
+from crosslmm.train import driver, launch
+
+OWN_CPUS = 0.01
+"""A trial's own process waits for its workers; Tune takes no 0 [cores]."""
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the record is MLflow's
+    "RAY_AIR_NEW_OUTPUT": "0",  # the terminal is ours
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last report says that a trial ended, and how
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends a run
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a failed trial reaches the terminal as one line
+}
+
+
+def at_once(config: RunConfig) -> int:
+    """Trials that the cluster, scaled up to its limit, can place beside one another."""
+    need, limit = launch.resources(config), launch.cluster_limit()
+    need["CPU"] += OWN_CPUS
+    return max(1, int(min(limit.get(kind, 0) / count for kind, count in need.items() if count)))
+
+
+def run_trials(base: RunConfig, chosen: SweepSettings, search: Search, watch: Watch, concurrent: int) -> None:
+    """Run trials until the search or the budget is at its end.
+
+    Args:
+        base: what points are laid over; trials' runs go to its storage.
+        chosen: how to search.
+        search: gives the points.
+        watch: is told of all that happens.
+        concurrent: trials at a time.
+    """
+    os.environ |= ENVIRONMENT
+    scheduler = scheduler_of(chosen, search, watch.total_steps, base)
+    tuner = tune.Tuner(
+        tune.with_resources(_in_a_process_of_its_own(base), {"CPU": OWN_CPUS}),
+        tune_config=tune.TuneConfig(
+            search_alg=search,
+            scheduler=scheduler,
+            num_samples=-1,
+            max_concurrent_trials=concurrent,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=_bookkeeping(base, chosen, watch),
+    )
+    tuner.fit()
+
+
+def scheduler_of(chosen: SweepSettings, search: Search, total_steps: int, base: RunConfig) -> TrialScheduler:
+    """ASHA that has seen what trials of earlier starts reported, or none."""
+    if chosen.scheduler == "none":
+        return FIFOScheduler()
+    whole: Any = total_steps
+    if chosen.rung == "compute":
+        whole *= base.train.global_batch_size * prefill(base)[0]
+    scheduler = AsyncHyperBandScheduler(
+        time_attr=chosen.rung,
+        metric="loss",
+        mode="min",
+        grace_period=whole * chosen.first_rung,
+        reduction_factor=chosen.keep_one_in,
+        # No rung at the very end, and none stopped there: who comes so far is exported.
+        max_t=whole * (1 - 1e-6),
+        stop_last_trials=False,
+    )
+    for trial in search.trials:
+        # Of Tune's controller and trial it needs the trial's name alone.
+        controller, earlier = cast(Any, None), cast(Any, SimpleNamespace(trial_id=f"earlier-{trial.number}"))
+        scheduler.on_trial_add(controller, earlier)
+        for rung in trial.curve:
+            scheduler.on_trial_result(controller, earlier, _news(trial, rung.step, rung.loss, rung.accuracy, base))
+    return scheduler
+
+
+def _news(trial: Trial, step: int, loss: float, accuracy: float, base: RunConfig) -> dict[str, float]:
+    """What Tune is told after a validation."""
+    compute = float(step * base.train.global_batch_size * trial.macs)
+    return {"steps": step, "compute": compute, "loss": loss, "accuracy": accuracy}
+
+
+def _in_a_process_of_its_own(base: RunConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The function that Tune runs for each trial: a training run whose validations Tune hears of.
+
+    Not Train's own TuneReportCallback: it hears of checkpoints alone, at the controller's poll, and maybe before the
+    record has them.
+    """
+
+    def in_trial(given: dict[str, Any]) -> dict[str, Any]:
+        trial = trials.from_json(given["trial"])
+        config = apply(base, trial.settings | {"name": trial.name})
+
+        def report(step: int, metrics: dict[str, float]) -> None:
+            tune.report(_news(trial, step, metrics["validation/loss"], metrics["validation/accuracy"], base))
+
+        assert trial.run_id
+        try:
+            outcome = driver.run(config, driver.Part(trial.run_id, report))
+        except Exception as error:
+            tune.report({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"})
+            raise
+        return {"finished": True, "train_s": outcome.train_s}
+
+    return in_trial
+
+
+class Budget(tune.Stopper):
+    """Ends a sweep whose time or money is spent."""
+
+    def __init__(self, chosen: SweepSettings, watch: Watch) -> None:
+        self.chosen, self.watch = chosen, watch
+        self._began = time.monotonic()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No single trial is stopped."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether hours or dollars are spent."""
+        chosen = self.chosen
+        hours = (time.monotonic() - self._began) / 3600
+        spent = self.watch.worker_seconds() / 3600 * (chosen.price or 0)
+        over = bool((chosen.hours and hours >= chosen.hours) or (chosen.dollars and spent >= chosen.dollars))
+        self.watch.out_of_budget |= over
+        return over
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it; nothing of that is read again
+
+
+def _bookkeeping(base: RunConfig, chosen: SweepSettings, watch: Watch) -> tune.RunConfig:
+    """Tune's own files, a folder for each start: what a resume needs lies beside them, in `trials`."""
+    filesystem, path = storage.arrow_filesystem(storage.join(base.storage, "tune"))
+    return tune.RunConfig(
+        name=f"start-{time.time_ns()}",
+        storage_path=path,
+        storage_filesystem=filesystem,
+        verbose=0,
+        stop=Budget(chosen, watch),
+        callbacks=[watch],
+    )

@@ -1,0 +1,296 @@
+"""A sweep end to end: killed in the middle and gone on with, one trial stopped early, one that fails; its record."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from browser_page import resize
+from conftest import ROOT, processes
+from mlflow.tracking import MlflowClient
+from selenium.webdriver.support.ui import WebDriverWait
+
+from crosslmm.data.shapes import write_sample_set
+from crosslmm.sweep import trials
+
+sys.path.insert(0, str(ROOT / "jobs"))
+from local_cluster import LocalCluster
+
+STEPS, EVERY = 6, 2
+# In this order, one at a time: a good one, one that does not learn and is stopped at the first rung, one whose gradient
+# is no number, one that learns faster than the first.
+SPACE = """
+from ray import tune
+RATES = [1e-3, 1e-9, 1e30, 4e-3]
+def space(config):
+    return {"train.learning_rate.decoder": tune.grid_search(RATES)}
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with LocalCluster(num_cpus=2) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    write_sample_set(str(folder / "data"), train=48, held_out=8)
+    (folder / "space.py").write_text(SPACE)
+    return folder
+
+
+def command(folder, *more):
+    return [
+        "python", "jobs/tune.py", "--config=tiny", "--config=tiny-sweep", f"--space={folder}/space.py", "--name=sweep",
+        f"--storage={folder}/runs", f"--tracking.uri=sqlite:///{folder}/mlflow.db",
+        f"--data.manifest={folder}/data/train.jsonl", f"--data.validation_manifest={folder}/data/held_out.jsonl",
+        f"--train.max_steps={STEPS}", "--train.epochs=9", "--train.global_batch_size=8", "--train.warmup_steps=1",
+        f"--train.validate_every={EVERY}", f"--train.checkpoint_every={EVERY}", "--train.keep_checkpoints=9",
+        "--train.final_learning_rate_share=1", "--scaling.max_failures=0",
+        # A trial whose workers' place leaked would leave no room for the next one.
+        "--scaling.cpus_per_worker=1.2", "--first_rung=0.34", "--features=bf16", *more,
+    ]  # fmt: skip
+
+
+def submit(cluster, *entrypoint):
+    return subprocess.Popen(cluster.submit(*entrypoint), env=cluster.environment, cwd="/", stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(cluster, folder):
+    """Killed with SIGKILL when the last trial has a checkpoint, then the same command again, and its model promoted."""
+    sweep = folder / "runs" / "sweep"
+    job = submit(cluster, *command(folder))
+    until = time.monotonic() + 200
+    while not list(sweep.glob(f"003-*/step-{EVERY:08d}-*/progress.json")):
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < until, [trial.state for trial in trials.read(str(sweep))]
+        time.sleep(0.05)
+    # Uploaded is not committed: what Train hands to a resume is in its snapshot.
+    snapshot = next(sweep.glob("003-*")) / "checkpoint_manager_snapshot.json"
+    while not snapshot.exists() or not json.loads(snapshot.read_text())["latest_checkpoint_result"]:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    drivers = [pid for pid, title in processes() if "jobs/tune.py" in title and "submit" not in title]
+    assert drivers
+    for pid in drivers:
+        os.kill(pid, signal.SIGKILL)
+    first, _ = job.communicate(timeout=60)
+    before = {path.name: path.read_bytes() for path in (sweep / "trials").iterdir()}
+    job = submit(cluster, *command(folder, "--promote=best"))
+    second, _ = job.communicate(timeout=200)
+    assert job.returncode == 0, second
+    outcome = json.loads([line for line in second.splitlines() if line.startswith("{")][-1])
+    return first, before, second, outcome
+
+
+@pytest.fixture(scope="module")
+def known(swept, folder):
+    return trials.read(str(folder / "runs" / "sweep"))
+
+
+def test_each_trial_ends_in_its_own_way(swept, known):
+    outcome = swept[3]
+    assert [trial.state for trial in known] == ["finished", "stopped early", "failed", "finished"]
+    counted = (outcome["trials"], outcome["finished"], outcome["stopped_early"], outcome["failed"])
+    assert counted == (4, 2, 1, 1)
+    assert [len(trial.curve) for trial in known] == [3, 2, 0, 3]
+    assert known[1].last.step == 2 * EVERY  # the first validation at or after 0.34 of 6 steps
+    assert "FloatingPointError: the gradient's norm is" in known[2].error
+
+
+def test_a_killed_sweep_leaves_finished_trials_alone_and_goes_on_from_checkpoints(swept, folder):
+    first, before, second, _ = swept
+    sweep = folder / "runs" / "sweep"
+    for number in (0, 1, 2):
+        assert (sweep / "trials" / f"{number:03d}.json").read_bytes() == before[f"{number:03d}.json"]
+        assert f"trial {number}  starts" in first
+        assert f"trial {number}  starts" not in second
+    assert "trial 3  starts" in second
+    # A start from nothing would have saved the first steps again, under another attempt's name.
+    saved = sorted(path.name.rpartition("-")[0] for path in sweep.glob("003-*/step-*"))
+    assert saved == [f"step-{step:08d}" for step in range(EVERY, STEPS + 1, EVERY)]
+
+
+def test_encoded_once(swept):
+    first, _, second, _ = swept
+    assert "to do     56 videos" in first
+    assert "to do     0 videos" in second
+
+
+def test_the_report_is_there_and_in_the_record(swept, folder):
+    outcome = swept[3]
+    assert Path(outcome["report"]).read_text().startswith("<!")
+    artifacts = {item.path for item in client(folder).list_artifacts(outcome["run_id"])}
+    assert {"report.html", "front.png", "curves.png"} <= artifacts
+
+
+def client(folder):
+    return MlflowClient(f"sqlite:///{folder}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def server(swept, folder):
+    """MLflow's own server on the sweep's store, as `make ui` starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        Path(sys.executable).parent / "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+        "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+    ]  # fmt: skip
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, cwd=folder,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        )  # fmt: skip
+    try:
+        address, until = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2).read()
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "server.log").read_text()
+                assert time.monotonic() < until, (folder / "server.log").read_text()
+                time.sleep(0.2)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ask(server, path, **body):
+    request = urllib.request.Request(
+        f"{server}/api/2.0/mlflow/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    return json.loads(urllib.request.urlopen(request, timeout=30).read())
+
+
+def by_key(items):
+    return {item["key"]: item["value"] for item in items}
+
+
+def test_one_parent_and_a_child_for_each_trial_over_rest(server, swept, known):
+    outcome = swept[3]
+    experiments = ask(server, "experiments/search", max_results=9)["experiments"]
+    (experiment,) = [e["experiment_id"] for e in experiments if e["name"] == "crosslmm"]
+    runs = ask(server, "runs/search", experiment_ids=[experiment], max_results=50)["runs"]
+    tags = {run["info"]["run_id"]: by_key(run["data"]["tags"]) for run in runs}
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in tags[run["info"]["run_id"]]]
+    assert parent["info"]["run_id"] == outcome["run_id"]
+    assert (parent["info"]["run_name"], parent["info"]["status"]) == ("sweep", "FINISHED")
+    children = {run["info"]["run_id"]: run for run in runs if run is not parent}
+    assert children.keys() == {trial.run_id for trial in known}
+    statuses = {"finished": "FINISHED", "stopped early": "KILLED", "failed": "FAILED"}
+    for trial in known:
+        child = children[trial.run_id]
+        assert tags[trial.run_id]["mlflow.parentRunId"] == outcome["run_id"]
+        assert tags[trial.run_id]["state"] == trial.state
+        assert tags[trial.run_id]["trial"] == str(trial.number)
+        assert child["info"]["status"] == statuses[trial.state]
+        params = by_key(child["data"]["params"])
+        rate = params["trial.train.learning_rate.decoder"]
+        assert float(rate) == trial.point["train.learning_rate.decoder"]
+        if trial.state != "failed":
+            assert float(params["train.learning_rate.decoder"]) == float(rate)
+        metrics = by_key(child["data"]["metrics"])
+        assert metrics["cost/macs_behind_encoder"] == trial.macs
+        assert metrics["cost/tokens_per_frame"] == 16
+        assert metrics["cost/memory_bytes"] == trial.memory_bytes
+        assert metrics["cost/seconds"] == pytest.approx(trial.seconds, rel=0.01)
+
+
+def test_the_curves_of_children_hold_each_step_once(swept, known, folder):
+    for trial in known:
+        losses = client(folder).get_metric_history(trial.run_id, "loss")
+        steps = sorted(metric.step for metric in losses)
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) >= (trial.last.step if trial.last else 1)
+        validations = client(folder).get_metric_history(trial.run_id, "validation/loss")
+        assert {metric.step: pytest.approx(metric.value) for metric in validations} == {
+            rung.step: rung.loss for rung in trial.curve
+        }
+
+
+def test_the_best_is_promoted_with_its_lineage_and_answers(server, swept, known):
+    promoted = swept[3]["promoted"]
+    best = trials.best(known)
+    assert promoted["trial"] == best.number
+    assert promoted["expected"]
+    assert isinstance(promoted["answer"], str)  # six steps teach no more than to load and to end
+    found = urllib.request.urlopen(
+        f"{server}/api/2.0/mlflow/registered-models/alias?name=crosslmm&alias=candidate", timeout=30
+    )
+    version = json.loads(found.read())["model_version"]
+    tags = by_key(version["tags"])
+    assert version["run_id"] == best.run_id
+    assert (tags["sweep"], tags["trial"], tags["promoted_as"]) == (swept[3]["run_id"], str(best.number), "best")
+    assert len(tags["data_sha256"]) == 64
+    assert f"decoder: {best.point['train.learning_rate.decoder']}" in tags["configuration"]
+
+
+def shown(browser, address, *texts):
+    """Open a page of MLflow's and wait until all of these can be read on it."""
+    browser.get("about:blank")
+    browser.get(address)
+    body = lambda: browser.find_element("css selector", "body").text  # noqa: E731
+    WebDriverWait(browser, 60).until(lambda _: all(text in body() for text in texts), f"not all of {texts} are shown")
+
+
+def test_mlflows_own_pages_show_nested_runs_and_aliases(server, swept, known, browser):
+    resize(browser, 1600)
+    experiment = MlflowClient(server).get_experiment_by_name("crosslmm").experiment_id
+    shown(
+        browser, f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning", "sweep", "5 matching runs"
+    )
+    assert known[0].name not in browser.find_element("css selector", "body").text
+    browser.find_element("css selector", "[role=row] button[data-component-id*=runnamecellrenderer]").click()
+    names = [trial.name for trial in known]
+    WebDriverWait(browser, 30).until(
+        lambda _: all(name in browser.find_element("css selector", "body").text for name in names)
+    )
+    shown(browser, f"{server}/#/models/crosslmm", "Version 1", "@ candidate", "promoted_as")
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--space=pooling", "name: sweep sweep was begun with train.learning_rate.decoder"),
+        ("--train.warmup_steps=2", "name: sweep sweep was begun with train.warmup_steps 1, and this is 2"),
+    ],
+)
+def test_another_search_under_the_same_name_is_refused(cluster, swept, folder, argument, said):
+    done = subprocess.run([sys.executable, *command(folder, argument)[1:]], env=cluster.environment, cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--space=joint", "--scheduler=pbt"], "--scheduler pbt: it continues trials from other trials' checkpoints"),
+        (["--space=joint", "--scheduler=best"], "--scheduler best: there are asha and none"),
+        (["--space=joint", "--dollars=5"], "--dollars: needs --price"),
+        (["--space=joint", "--promote=winner"], "--promote winner: best, knee, or a trial's number"),
+        (["--space=deep"], "--space deep: neither a file nor one of"),
+        (["--data.manifest=x.jsonl"], "data.validation_manifest: trials are compared on held-out samples"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(tmp_path, arguments, said):
+    done = subprocess.run([sys.executable, "jobs/tune.py", f"--storage={tmp_path}", *arguments], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())

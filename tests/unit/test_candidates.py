@@ -1,0 +1,97 @@
+"""Which points become trials, what they are said to cost, and when a sweep's time or money is spent."""
+
+from types import SimpleNamespace
+
+import pytest
+from mlflow.tracking import MlflowClient
+from ray import tune
+
+from crosslmm.config import BadConfig, parse_run
+from crosslmm.model import cost
+from crosslmm.sweep.candidates import Candidates, prefill
+from crosslmm.sweep.search import Search
+from crosslmm.sweep.settings import REFUSED, SweepSettings
+from crosslmm.sweep.tuning import Budget, scheduler_of
+from crosslmm.tracking import Record
+
+SPACE = {"model.pool_stride": tune.grid_search([1, 2, 4, 8, 9])}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("candidates")
+    return parse_run(["--config=tiny", "--config=tiny-sweep", f"--tracking.uri=sqlite:///{folder}/mlflow.db"], "")
+
+
+@pytest.fixture(scope="module")
+def record(base):
+    return Record.create(base.tracking, "sweep", "a test")
+
+
+def candidates(base, record, **chosen):
+    return Candidates(base, SweepSettings(**chosen), SPACE, record)
+
+
+def test_a_trial_has_the_planners_costs_and_a_run_below_the_sweeps(base, record):
+    trial = candidates(base, record)(7, {"model.pool_stride": 4})
+    model = cost.empty_model(base.model.model_copy(update={"pool_stride": 4}))
+    macs = cost.macs(model, 4, 60)
+    assert trial.macs + trial.encoder_macs == macs.linear + macs.attention_products
+    # Each of the two layers: scores and values of 64 patches with one another, 64 wide, in each of the four frames.
+    assert trial.encoder_macs == macs.encoder + 4 * 2 * (2 * 64 * 64 * 64)
+    assert trial.tokens_per_frame == 4
+    run = MlflowClient(record.uri).get_run(trial.run_id)
+    assert run.data.tags["mlflow.parentRunId"] == record.run_id
+    assert run.data.params == {"trial.number": "7", "trial.model.pool_stride": "4"}
+    assert run.data.metrics["cost/memory_bytes"] == trial.memory_bytes
+
+
+def test_points_that_cannot_be_exceed_the_budget_or_do_not_fit_are_refused(base, record):
+    with pytest.raises(BadConfig, match=r"pool_stride is 9; a 8 x 8 grid takes 1 to 8"):
+        candidates(base, record)(0, {"model.pool_stride": 9})
+    few, _ = prefill(base.model_copy(update={"model": base.model.model_copy(update={"pool_stride": 4})}))
+    assert candidates(base, record, max_macs=few)(0, {"model.pool_stride": 4}).macs == few
+    with pytest.raises(BadConfig, match=r"MACs of prefill behind the encoder; --max_macs allows"):
+        candidates(base, record, max_macs=few)(0, {"model.pool_stride": 2})
+    paper = parse_run(["--config=paper-2b", "--config=stage-2", "--data.num_frames=4", "--scaling.num_workers=1"], "")
+    with pytest.raises(BadConfig, match=r"training takes [\d.]+ GB, too much for the 24 GB of --gpu l4"):
+        Candidates(paper, SweepSettings(gpu="l4"), SPACE, record)(0, {"model.pool_stride": 9})
+
+
+def test_a_search_leaves_refused_points_out_and_says_why(base, record):
+    search = Search(SPACE, base, [], candidates(base, record), most=5)
+    asked = 0
+    while search.suggest(str(asked)) != search.FINISHED:
+        asked += 1
+    assert asked == len(search.trials) == 4
+    ((point, reason),) = search.refused
+    assert point == {"model.pool_stride": 9}
+    assert "grid takes 1 to 8" in reason
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_schedulers_that_clone_or_pause_are_refused_by_name(name):
+    with pytest.raises(BadConfig, match=rf"--scheduler {name}: .*take asha or none"):
+        SweepSettings(scheduler=name).check()
+
+
+def test_a_budget_ends_the_sweep_and_not_before():
+    watch = SimpleNamespace(out_of_budget=False, worker_seconds=lambda: 1800.0)
+    assert not Budget(SweepSettings(), watch).stop_all()
+    assert not Budget(SweepSettings(hours=1, dollars=2, price=3), watch).stop_all()
+    assert not watch.out_of_budget
+    assert Budget(SweepSettings(dollars=1.5, price=3), watch).stop_all()
+    assert watch.out_of_budget
+    assert Budget(SweepSettings(hours=1e-12), watch).stop_all()
+
+
+def rungs(base, **chosen):
+    search = SimpleNamespace(trials=[])
+    (bracket,) = scheduler_of(SweepSettings(**chosen), search, 100, base)._brackets
+    return [milestone for milestone, _ in bracket._rungs]
+
+
+def test_rungs_are_counted_in_steps_or_in_compute_and_none_is_at_the_end(base):
+    assert rungs(base, first_rung=0.25, keep_one_in=2) == [50, 25]
+    whole = 100 * base.train.global_batch_size * prefill(base)[0]
+    assert rungs(base, rung="compute", first_rung=0.5, keep_one_in=2) == [pytest.approx(whole / 2)]

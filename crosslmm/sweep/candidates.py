@@ -3,6 +3,7 @@
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.model import cost
 from crosslmm.plan import GPUS, Assumptions, room
+from crosslmm.sweep import trials
 from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import Space, apply, settings
 from crosslmm.sweep.trials import Point, Trial
@@ -16,7 +17,7 @@ class Candidates:
     """Makes trials, each with an MLflow run of its own below the sweep's.
 
     Args:
-        base: what points are laid over.
+        base: what points are laid over; its storage is the sweep's folder.
         chosen: the budget of MACs, and the GPU that trials have to fit.
         space: where points come from.
         record: of the sweep.
@@ -55,6 +56,8 @@ class Candidates:
         }
         child.log_values({f"cost/{name}": float(value) for name, value in costs.items()}, {"trial": str(number)})
         trial.run_id = child.run_id
+        # Before it starts: whenever the sweep is killed, this run is some trial's.
+        trials.write(self.base.storage, trial)
         return trial
 
 

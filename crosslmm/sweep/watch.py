@@ -56,6 +56,9 @@ class Watch(Callback):
         if self.console.is_terminal:
             self._live.stop()
         self.console.print(self.table(everything=True))
+        for trial in self.search.trials:
+            if trial.state == "running":  # broken off: it goes on when the sweep does
+                Record(self.record.tracking, str(trial.run_id)).finish("KILLED")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its process starts."""

@@ -8,6 +8,7 @@ from ray import tune
 
 from crosslmm.config import BadConfig, parse_run
 from crosslmm.model import cost
+from crosslmm.sweep import trials
 from crosslmm.sweep.candidates import Candidates, prefill
 from crosslmm.sweep.search import Search
 from crosslmm.sweep.settings import REFUSED, SweepSettings
@@ -20,7 +21,8 @@ SPACE = {"model.pool_stride": tune.grid_search([1, 2, 4, 8, 9])}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("candidates")
-    return parse_run(["--config=tiny", "--config=tiny-sweep", f"--tracking.uri=sqlite:///{folder}/mlflow.db"], "")
+    own = (f"--tracking.uri=sqlite:///{folder}/mlflow.db", f"--storage={folder}")
+    return parse_run(["--config=tiny", "--config=tiny-sweep", *own], "")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,7 @@ def test_a_trial_has_the_planners_costs_and_a_run_below_the_sweeps(base, record)
     # Each of the two layers: scores and values of 64 patches with one another, 64 wide, in each of the four frames.
     assert trial.encoder_macs == macs.encoder + 4 * 2 * (2 * 64 * 64 * 64)
     assert trial.tokens_per_frame == 4
+    assert trials.read(base.storage) == [trial]
     run = MlflowClient(record.uri).get_run(trial.run_id)
     assert run.data.tags["mlflow.parentRunId"] == record.run_id
     assert run.data.params == {"trial.number": "7", "trial.model.pool_stride": "4"}
@@ -53,7 +56,16 @@ def test_points_that_cannot_be_exceed_the_budget_or_do_not_fit_are_refused(base,
     assert candidates(base, record, max_macs=few)(0, {"model.pool_stride": 4}).macs == few
     with pytest.raises(BadConfig, match=r"MACs of prefill behind the encoder; --max_macs allows"):
         candidates(base, record, max_macs=few)(0, {"model.pool_stride": 2})
-    paper = parse_run(["--config=paper-2b", "--config=stage-2", "--data.num_frames=4", "--scaling.num_workers=1"], "")
+    paper = parse_run(
+        [
+            "--config=paper-2b",
+            "--config=stage-2",
+            "--data.num_frames=4",
+            "--scaling.num_workers=1",
+            "--tracking.uri=sqlite:////nowhere/mlflow.db",
+        ],
+        "",
+    )
     with pytest.raises(BadConfig, match=r"training takes [\d.]+ GB, too much for the 24 GB of --gpu l4"):
         Candidates(paper, SweepSettings(gpu="l4"), SPACE, record)(0, {"model.pool_stride": 9})
 

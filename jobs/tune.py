@@ -40,6 +40,7 @@ def main() -> int:
     from crosslmm.storage import BadLocation, Unavailable
     from crosslmm.sweep import driver
     from crosslmm.sweep.space import load
+    from crosslmm.sweep.tuning import SweepFailed
 
     stop_on_sigterm()
     try:
@@ -50,7 +51,7 @@ def main() -> int:
     except (SystemExit, KeyboardInterrupt):
         print("stopped; the same --name goes on with the sweep", file=sys.stderr)
         return 130
-    except (driver.SweepFailed, EncodingFailed, Unavailable) as error:
+    except (SweepFailed, EncodingFailed, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(dataclasses.asdict(outcome)))

@@ -2,7 +2,7 @@
 
 from ray import tune
 
-from crosslmm.config import RunConfig
+from crosslmm.config import BadConfig, RunConfig
 from crosslmm.model.pretrained import build_config
 from crosslmm.sweep.space import Space
 
@@ -14,5 +14,7 @@ def space(config: RunConfig) -> Space:
 
 def depths(config: RunConfig) -> list[int]:
     """0, 1, 2, 4, 8 as far as the decoder has so many layers."""
+    if config.model.cross_attention_layers is not None:
+        raise BadConfig("--space: model.cross_attention_layers is given, beside which K says nothing; make it null")
     layers = build_config(config.model).text_config.num_hidden_layers
     return [every for every in (0, 1, 2, 4, 8) if every <= layers]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import ray
 from rich.console import Console
 
 from crosslmm import encode, storage
@@ -23,7 +24,7 @@ from crosslmm.sweep.search import Search
 from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import Space, changes_features, distribution, grid, is_grid
 from crosslmm.sweep.trials import Trial
-from crosslmm.sweep.tuning import at_once, run_trials
+from crosslmm.sweep.tuning import SweepFailed, at_once, run_trials
 from crosslmm.sweep.watch import Watch
 from crosslmm.tracking import Record, load_registered
 from crosslmm.train import driver, launch
@@ -59,10 +60,6 @@ class Outcome:
     total_s: float
 
 
-class SweepFailed(Exception):
-    """No trial came to its end; one line with the first cause."""
-
-
 def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space) -> Outcome:
     """Search a space, or go on with the sweep of that name.
 
@@ -79,26 +76,36 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
         raise BadConfig("data.validation_manifest: trials are compared on held-out samples; give their manifest")
     config = driver.resolve(config)
     manifests = [Manifest(uri) for uri in config.data.manifests]
+    Manifest(str(config.data.validation_manifest))
     total_steps = _steps(config, manifests)
+    if chosen.scheduler == "asha" and config.train.validate_every >= total_steps:
+        raise BadConfig(
+            f"train.validate_every: trials of {total_steps} steps are judged when they are validated, and "
+            f"{config.train.validate_every} is not before their end; lower it, or --scheduler none"
+        )
     folder = storage.join(config.storage, str(config.name))
-    most = min(chosen.trials or DRAWN, len(grid(space, config))) if is_grid(space) else chosen.trials or DRAWN
+    whole = len(grid(space, config)) if is_grid(space) else None
+    most = min(chosen.trials or whole, whole) if whole else chosen.trials or DRAWN
     if chosen.promote and chosen.promote.isdecimal() and int(chosen.promote) >= most:
         raise BadConfig(f"--promote {chosen.promote}: trials are numbered from 0 to {most - 1}")
     console.print(f"sweep     {config.name} (the same command with --name {config.name} goes on with it)")
     console.print(f"space     {space_name}: {', '.join(space)}")
-    record = _record(config, folder, space_name, space, chosen)
+    record, begun = _record(config, folder, space_name, space, chosen)
     console.print(f"storage   {folder}")
     console.print(f"record    {record.uri}, run {record.run_id}")
     status = "FAILED"
     try:
-        base = _with_features(
-            config, chosen, space, _looks(config, chosen, most, total_steps), manifests, record, console
-        )
+        if "features" not in begun:
+            looks = _looks(config, chosen, most, total_steps)
+            begun["features"] = _features(config, chosen, space, looks, manifests, record, console)
+            storage.write_bytes(storage.join(folder, SETTLED), json.dumps(begun).encode())
+        base = config.model_copy(update={"data": config.data.model_copy(update={"features": begun["features"]})})
         # Trials are runs in the sweep's folder, wherever they run.
         tracking = base.tracking.model_copy(update={"uri": record.uri})
         base = base.model_copy(update={"storage": folder, "tracking": tracking})
         launch.start_ray()
         launch.check_placement(base)
+        _require_reach(record)
         search = Search(space, base, trials.read(folder), Candidates(base, chosen, space, record), most)
         concurrent = chosen.concurrent or at_once(base)
         console.print(f"trials    {most}, {concurrent} at a time, of {total_steps} steps at most")
@@ -145,14 +152,30 @@ def _outcome(
 
 
 def _require_one(search: Search, page: str) -> None:
-    """Whether trials that failed are not all that there is.
+    """Whether a trial came to its end.
 
     Raises:
-        SweepFailed: naming the first cause.
+        SweepFailed: none, with the first cause.
     """
-    failed = [trial for trial in search.trials if trial.state == "failed"]
-    if failed and not trials.finished(search.trials):
-        raise SweepFailed(f"no trial finished; trial {failed[0].number}: {failed[0].error}; all of them in {page}")
+    if trials.finished(search.trials):
+        return
+    causes = [f"trial {trial.number}: {trial.error}" for trial in search.trials if trial.state == "failed"]
+    causes += [f"trial {trial.number} is {trial.state}" for trial in search.trials]
+    causes += [f"{point} was left out: {reason}" for point, reason in search.refused]
+    raise SweepFailed(f"no trial finished; {causes[0]}; all of them in {page}")
+
+
+def _require_reach(record: Record) -> None:
+    """Whether trials can write their record, wherever they run.
+
+    Raises:
+        BadConfig: it is a file, and there are several machines.
+    """
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if record.uri.startswith("sqlite:") and len(machines) > 1:
+        raise BadConfig(
+            f"tracking.uri: {record.uri} is a file, and trials run on {len(machines)} machines; give an MLflow server's"
+        )
 
 
 def _steps(config: RunConfig, manifests: list[Manifest]) -> int:
@@ -169,11 +192,13 @@ def _steps(config: RunConfig, manifests: list[Manifest]) -> int:
 
 def _looks(config: RunConfig, chosen: SweepSettings, most: int, total_steps: int) -> int:
     """Samples that a sweep's trials train on without fail, were all of them stopped at the first rung."""
-    share = chosen.first_rung if chosen.scheduler == "asha" else 1
+    share = 1.0
+    if chosen.scheduler == "asha":
+        share = chosen.first_rung if chosen.rung == "steps" else 0.0
     return round(most * total_steps * share) * config.train.global_batch_size
 
 
-def _with_features(
+def _features(
     config: RunConfig,
     chosen: SweepSettings,
     space: Space,
@@ -181,8 +206,8 @@ def _with_features(
     manifests: list[Manifest],
     record: Record,
     console: Console,
-) -> RunConfig:
-    """The configuration with `data.features`, where trials can share features and that pays.
+) -> str | None:
+    """The folder of the trials' features, where they can share some and that pays.
 
     Args:
         config: of the sweep.
@@ -200,35 +225,38 @@ def _with_features(
         if config.data.features or chosen.features in ("bf16", "int8"):
             raise BadConfig(f"--features: {own[0]} is searched, which changes what the vision encoder sees or is")
         console.print(f"features  none: {own[0]} is searched, so that no two trials could share them")
-        return config
+        return None
     if config.data.features or chosen.features == "never":
-        return config
+        return config.data.features
     if chosen.features == "auto":
         videos = len(Rows(manifests).videos())
         if config.train.learning_rate.vision:
             console.print("features  none: train.learning_rate.vision is not 0, so that they would change")
-            return config
+            return None
         if looks <= videos:
             console.print(
                 f"features  none: trials look at {looks:,} samples, and there are {videos:,} videos to encode"
             )
-            return config
+            return None
         console.print(f"features  trials look at {looks:,} samples or more of {videos:,} videos: encoded once")
     encoded = encode.run(config, encode.FeatureSettings(dtype="int8" if chosen.features == "int8" else "bf16"))
     if encoded.videos:
         record.log_values({"cost/encoding_s": encoded.encoding_s}, {})
-    return config.model_copy(update={"data": config.data.model_copy(update={"features": encoded.folder})})
+    return encoded.folder
 
 
-def _record(config: RunConfig, folder: str, space_name: str, space: Space, chosen: SweepSettings) -> Record:
-    """The sweep's MLflow run: that of an earlier start, or a new one.
+def _record(
+    config: RunConfig, folder: str, space_name: str, space: Space, chosen: SweepSettings
+) -> tuple[Record, dict[str, Any]]:
+    """The sweep's MLflow run, that of an earlier start or a new one, and what is settled for all starts.
 
     Raises:
         BadConfig: an earlier start under this name searched something else.
     """
     uri = storage.join(folder, SETTLED)
     searched = {path: str(distribution(path, dimension)) for path, dimension in space.items()}
-    compared = {key: value for key, value in flatten(config.model_dump()).items() if not key.startswith("tracking")}
+    # Where it is recorded, and on what it runs, may change.
+    compared = {k: v for k, v in flatten(config.model_dump()).items() if not k.startswith(("tracking.", "scaling."))}
     settled = {"space": searched, "config": json.loads(json.dumps(compared))}
     if storage.exists(uri):
         begun = json.loads(storage.read_bytes(uri))
@@ -241,12 +269,13 @@ def _record(config: RunConfig, folder: str, space_name: str, space: Space, chose
                     )
         record = Record(config.tracking, begun["run_id"])
         record.client.update_run(record.run_id, status="RUNNING")
-        return record
+        return record, begun
     record = Record.create(config.tracking, str(config.name), "jobs/tune.py")
     record.log_config(config)
     record.log_params({"space": {"name": space_name, **searched}, "sweep": chosen.model_dump()})
-    storage.write_bytes(uri, json.dumps({"run_id": record.run_id, **settled}).encode())
-    return record
+    begun = {"run_id": record.run_id, **settled}
+    storage.write_bytes(uri, json.dumps(begun).encode())
+    return record, begun
 
 
 def _report(
@@ -280,13 +309,13 @@ def _promote(
     """Register a trial's model, load it back and ask it.
 
     Raises:
-        BadConfig: there is no such trial, or it did not finish.
+        SweepFailed: there is no such trial, or it did not finish.
     """
     named = {"best": trials.best(known), "knee": trials.knee(known)}
     trial = named[which] if which in named else next((t for t in known if t.number == int(which)), None)
     if trial is None or trial.state != "finished":
         state = f"is {trial.state}" if trial else "is none of this sweep's that finished"
-        raise BadConfig(f"--promote {which}: trial {trial.number if trial else which} {state}, so there is no model")
+        raise SweepFailed(f"--promote {which}: trial {trial.number if trial else which} {state}, so there is no model")
     run_folder = storage.join(folder, trial.name)
     tags = driver.lineage(run_folder) | {"sweep": record.run_id, "trial": str(trial.number), "promoted_as": which}
     model_uri = Record(record.tracking, str(trial.run_id)).register(storage.join(run_folder, "model"), tags)

@@ -64,9 +64,10 @@ def front(trials: Sequence[Trial]) -> go.Figure | str:
     if knee and knee is not best:
         figure.add_trace(_named("knee", knee, KNEE, "diamond", "bottom right"))
     if best:
-        figure.add_trace(_named("best and knee" if knee is best else "best", best, BEST, "star", "top left"))
+        figure.add_trace(_named("best and knee" if knee is best else "best", best, BEST, "star", "top center"))
     macs = [math.log10(trial.macs) for trial in [*done, *early]]
-    room = 0.08 * (max(macs) - min(macs)) + 0.08
+    # As much as a name takes at the right end of a narrow page.
+    room = 0.12 * (max(macs) - min(macs)) + 0.08
     low, high = min(macs) - room, max(macs) + room
     ticks = _round_numbers(low, high)
     figure.update_xaxes(
@@ -134,7 +135,7 @@ def parallel(study: optuna.Study, trials: Sequence[Trial]) -> go.Figure | str:
             trace.marker.colorscale, trace.marker.reversescale = _scale(), False
     figure.update_xaxes(ticktext=labels, side="top", tickangle=0)
     figure.update_layout(annotations=_apart(figure.layout.annotations), meta={"least_width": 150 * len(labels) + 60})
-    return _dressed(figure, 440)
+    return _dressed(figure, 420).update_layout(margin_b=16)
 
 
 def curves(study: optuna.Study, trials: Sequence[Trial]) -> go.Figure | str:
@@ -216,15 +217,14 @@ def _points(name: str, trials: Sequence[Trial], **how: Any) -> go.Scatter:
 
 def _named(name: str, trial: Trial, colour: str, symbol: str, where: str) -> go.Scatter:
     return _points(
-        name,
+        f"{name}: {tokens(trial.tokens_per_frame)}",
         [trial],
         mode="markers+text",
-        text=[f"<b>{name}</b>: {tokens(trial.tokens_per_frame)}"],
+        text=[f"<b>{name}</b>"],
         textposition=where,
         textfont={"color": INK, "size": 13},
         marker={"color": colour, "symbol": symbol, "size": 15, "line": {"color": "white", "width": 1}},
         cliponaxis=False,
-        showlegend=False,
     )
 
 
@@ -292,13 +292,13 @@ def _dressed(figure: go.Figure, height: int) -> go.Figure:
         template="plotly_white",
         title=None,
         height=height,
-        margin={"l": 56, "r": 24, "t": 40, "b": 56},
+        margin={"l": 56, "r": 24, "b": 56},
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
         hoverlabel={"align": "left"},
     )
-    if len({trace.name for trace in figure.data if trace.showlegend is not False}) < 2:
-        figure.update_layout(showlegend=False, margin_t=16)
+    several = len({trace.name for trace in figure.data if trace.showlegend is not False}) > 1
+    figure.update_layout(showlegend=several, margin_t=40 if several else 16)
     figure.update_xaxes(automargin=True, gridcolor=GRID, zeroline=False)
     figure.update_yaxes(automargin=True, gridcolor=GRID, zeroline=False)
     return figure

@@ -89,7 +89,7 @@ def _reach(trial: Trial) -> str:
 
 def _states(trials: Sequence[Trial]) -> str:
     counts = {state: sum(trial.state == state for trial in trials) for state in figures.COLOURS}
-    return ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "there are none yet"
+    return ", ".join(f"{count}\u00a0{state}" for state, count in counts.items() if count) or "there are none yet"
 
 
 def _page(sweep: Sweep, trials: Sequence[Trial], drawn: dict[str, go.Figure | str]) -> str:
@@ -197,7 +197,7 @@ def _text(value: object) -> str:
 
 FRONT_NOTE = """Each point is a trial. The line joins those that no other finished trial beats in both accuracy and
 compute; behind the knee more compute pays less. Compute is one sample's prefill behind the vision
-encoder, whose own is the same for all. Early-stopped trials (hollow) were measured after fewer steps."""
+encoder, which is not counted. Early-stopped trials (hollow) were measured after fewer steps."""
 IMPORTANCE_NOTE = """How far the best finished trials lie elsewhere along a dimension than all of them do. With few
 trials this is a hint, and chance has its share in it. A dimension that only one of them has, or only one lacks, is
 left out. By Optuna's PED-ANOVA."""

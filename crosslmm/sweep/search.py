@@ -29,7 +29,7 @@ class Search(Searcher):
         config: what it is laid over.
         known: trials of earlier starts.
         make: a number and a point -> the trial; raises BadConfig where it should not be tried, saying why.
-        most: trials of the whole sweep; None for as many as a grid has.
+        most: trials of the whole sweep.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Search(Searcher):
         config: RunConfig,
         known: Sequence[Trial],
         make: Callable[[int, Point], Trial],
-        most: int | None,
+        most: int,
     ) -> None:
         super().__init__()
         self.space, self.config, self.make, self.most = space, config, make, most
@@ -69,7 +69,7 @@ class Search(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tune says that a trial has ended, in whichever way."""
-        self._tell(self.by_id[trial_id], result)
+        self._tell(self.by_id[trial_id], result or {}, error)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing is decided in between: that is the scheduler's part."""
@@ -84,11 +84,9 @@ class Search(Searcher):
         return {}
 
     def _next(self) -> Trial | None:
-        for _ in range(REFUSALS):
-            number = len(self.trials)
-            if number == self.most:
-                return None
-            asked = None
+        refused_before = len(self.refused)
+        while len(self.trials) < self.most and (self._grid or len(self.refused) - refused_before < REFUSALS):
+            number, asked = len(self.trials), None
             if self._grid is None:
                 asked = self._study.ask()
                 point = suggest(self.space, self.config, asked)
@@ -96,7 +94,7 @@ class Search(Searcher):
                 point = self._grid.pop(0)
             else:
                 return None
-            trial = None if self._was_tried(point) else self._made(number, point)
+            trial = self._made(number, point)
             if trial:
                 self.trials.append(trial)
                 if asked:
@@ -108,6 +106,8 @@ class Search(Searcher):
 
     def _made(self, number: int, point: Point) -> Trial | None:
         try:
+            if self._was_tried(point):
+                raise BadConfig("it was tried already")
             return self.make(number, point)
         except BadConfig as error:
             self.refused.append((point, str(error)))
@@ -121,14 +121,16 @@ class Search(Searcher):
         self._asked[trial.number] = asked = self._study.ask()
         suggest(self.space, self.config, asked)
         if trial not in self._unfinished:
-            last = trial.last
-            self._tell(trial, {"loss": last.loss, "accuracy": last.accuracy} if last else None)
+            self._tell(trial, {}, error=trial.state == "failed")
 
-    def _tell(self, trial: Trial, result: Mapping[str, Any] | None) -> None:
+    def _tell(self, trial: Trial, result: Mapping[str, Any], error: bool) -> None:
+        """A stopped trial comes with its last validation, maybe before `Watch` hears of it; one that ended, without."""
         asked = self._asked.pop(trial.number, None)
         if asked is None:
             return
-        if result and np.isfinite(result.get("loss", np.nan)):
+        if "loss" not in result and trial.last:
+            result = trial.last._asdict()
+        if not error and np.isfinite(result.get("loss", np.nan)):
             self._study.tell(asked, [result["accuracy"], float(np.log(trial.macs))])
         else:
             self._study.tell(asked, state=optuna.trial.TrialState.FAIL)

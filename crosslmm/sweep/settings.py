@@ -23,20 +23,21 @@ class SweepSettings(Section):
     rung: Literal["steps", "compute"] = "steps"
     """What rungs are counted in: optimizer steps, or multiply-accumulates spent, which lets cheap trials take more
     steps before they are judged."""
-    first_rung: Annotated[float, Field(gt=0, le=1)] = 0.25
+    first_rung: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Where the first rung is, as a share of a trial's steps (or of the compute of the configuration as given)."""
     keep_one_in: Annotated[float, Field(gt=1)] = 2.0
     """Of the trials that reach a rung, one in so many goes on; the next rung is so many times as far."""
     concurrent: Count | None = None
     """Trials at a time; null: as many as the cluster, scaled up to its limit, can place."""
     hours: Annotated[float, Field(gt=0)] | None = None
-    """Wall clock after which this start ends, running trials included; they go on at the next [h]."""
+    """Wall clock of trials after which this start ends, running ones included; they go on at the next [h]."""
     dollars: Annotated[float, Field(gt=0)] | None = None
-    """What trials may cost together, earlier starts included; needs `price` [USD]."""
+    """What trials may cost together, from start to end, earlier starts included; needs `price` [USD]."""
     price: Annotated[float, Field(gt=0)] | None = None
     """Of one training worker [USD an hour]."""
     gpu: Literal["l4", "rtx-4090", "a100-40", "l40s", "a100-80", "h100", "h200", "b200"] | None = None
-    """What workers have: points whose training the planner says it cannot hold are left out; null leaves none out."""
+    """What workers have: points whose training from videos, by the planner, it cannot hold are left out; null leaves
+    none out."""
     max_macs: Annotated[float, Field(gt=0)] | None = None
     """Points whose prefill behind the vision encoder takes more are left out [MACs of one sample]."""
     features: Literal["auto", "bf16", "int8", "never"] = "auto"

@@ -3,11 +3,12 @@
 A space is a file with one function, `space(config)`, that returns such a dict; `tune_spaces/` has those of the paper.
 """
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,14 +65,27 @@ def load(name_or_file: str, folder: Path, config: RunConfig) -> Space:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with _one_line(name_or_file):
+            spec.loader.exec_module(module)
     else:
         raise BadConfig(f"--space {name_or_file}: neither a file nor one of {', '.join(names)}")
     if not hasattr(module, "space"):
         raise BadConfig(f"--space {name_or_file}: the file has no function space(config)")
-    space = module.space(config)
+    with _one_line(name_or_file):
+        space = dict(module.space(config))
     check(name_or_file, space, config)
     return space
+
+
+@contextlib.contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """One's own file may raise anything."""
+    try:
+        yield
+    except BadConfig:
+        raise
+    except Exception as error:
+        raise BadConfig(f"--space {name}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def check(name: str, space: Space, config: RunConfig) -> None:
@@ -88,10 +102,11 @@ def check(name: str, space: Space, config: RunConfig) -> None:
             raise BadConfig(f"--space {name}: {path} is the sweep's own affair")
         _require_path(name, path, known)
         if isinstance(dimension, OnlyIf):
-            try:
-                dimension.condition(known)
-            except KeyError as error:
-                _require_path(name, str(error.args[0]), known)
+            with _one_line(name):
+                try:
+                    dimension.condition(known)
+                except KeyError as error:
+                    _require_path(name, str(error.args[0]), known)
         for value in _examples(name, path, dimension):
             try:
                 apply(config, {path: value})
@@ -124,7 +139,7 @@ def changes_features(space: Space, config: RunConfig) -> list[str]:
 
 
 def grid(space: Space, config: RunConfig) -> list[Point]:
-    """All points of a space of grids, the last dimension first."""
+    """All points of a space of grids; the last dimension varies fastest."""
     known = flatten(config.model_dump())
     points: list[Point] = [{}]
     for path, dimension in space.items():

@@ -47,7 +47,8 @@ class Trial:
     state: State = "running"
     curve: list[Rung] = field(default_factory=list)
     seconds: float = 0.0
-    """Wall clock that its workers were held, over all starts."""
+    """Wall clock from its start to its end, over all starts; what passed after its last news before a kill is not in
+    it."""
     train_s: float | None = None
     """Of a finished one, from its first step's start to its last step's end in its last start [s]."""
     error: str | None = None
@@ -86,7 +87,11 @@ def write(folder: str, trial: Trial) -> None:
 def read(folder: str) -> list[Trial]:
     """The trials that a sweep's folder holds, by number."""
     kept_in = storage.join(folder, KEPT)
-    kept = [from_json(storage.read_bytes(storage.join(kept_in, name))) for name in storage.names_in(kept_in)]
+    kept = [
+        from_json(storage.read_bytes(storage.join(kept_in, name)))
+        for name in storage.names_in(kept_in)
+        if name.endswith(".json")
+    ]  # a kill while one was written leaves a part of it
     return sorted(kept, key=lambda trial: trial.number)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from crosslmm import storage
@@ -16,7 +17,7 @@ from crosslmm.sweep.candidates import prefill
 from crosslmm.sweep.search import Search
 from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import apply
-from crosslmm.sweep.trials import Trial
+from crosslmm.sweep.trials import Rung, Trial
 from crosslmm.sweep.watch import Watch
 from crosslmm.train import driver, launch
 
@@ -29,6 +30,10 @@ ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends a run
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a failed trial reaches the terminal as one line
 }
+
+
+class SweepFailed(Exception):
+    """No trial came to its end, or Tune itself broke off; one line with the first cause."""
 
 
 def at_once(config: RunConfig) -> int:
@@ -50,8 +55,9 @@ def run_trials(base: RunConfig, chosen: SweepSettings, search: Search, watch: Wa
     """
     os.environ |= ENVIRONMENT
     scheduler = scheduler_of(chosen, search, watch.total_steps, base)
+    in_trial = _in_a_process_of_its_own(base, watch.total_steps)
     tuner = tune.Tuner(
-        tune.with_resources(_in_a_process_of_its_own(base), {"CPU": OWN_CPUS}),
+        tune.with_resources(in_trial, {"CPU": OWN_CPUS}),
         tune_config=tune.TuneConfig(
             search_alg=search,
             scheduler=scheduler,
@@ -61,7 +67,10 @@ def run_trials(base: RunConfig, chosen: SweepSettings, search: Search, watch: Wa
         ),
         run_config=_bookkeeping(base, chosen, watch),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    except TuneError as error:
+        raise SweepFailed(str(error).strip().splitlines()[-1]) from error
 
 
 def scheduler_of(chosen: SweepSettings, search: Search, total_steps: int, base: RunConfig) -> TrialScheduler:
@@ -77,26 +86,31 @@ def scheduler_of(chosen: SweepSettings, search: Search, total_steps: int, base: 
         mode="min",
         grace_period=whole * chosen.first_rung,
         reduction_factor=chosen.keep_one_in,
-        # No rung at the very end, and none stopped there: who comes so far is exported.
+        # No rung at the very end: who comes so far is exported.
         max_t=whole * (1 - 1e-6),
         stop_last_trials=False,
     )
     for trial in search.trials:
+        if trial.state not in ("finished", "stopped early"):
+            continue  # it will be judged when it goes on
         # Of Tune's controller and trial it needs the trial's name alone.
         controller, earlier = cast(Any, None), cast(Any, SimpleNamespace(trial_id=f"earlier-{trial.number}"))
         scheduler.on_trial_add(controller, earlier)
         for rung in trial.curve:
-            scheduler.on_trial_result(controller, earlier, _news(trial, rung.step, rung.loss, rung.accuracy, base))
+            scheduler.on_trial_result(controller, earlier, _news(trial, rung, base, total_steps))
     return scheduler
 
 
-def _news(trial: Trial, step: int, loss: float, accuracy: float, base: RunConfig) -> dict[str, float]:
-    """What Tune is told after a validation."""
-    compute = float(step * base.train.global_batch_size * trial.macs)
-    return {"steps": step, "compute": compute, "loss": loss, "accuracy": accuracy}
+def _news(trial: Trial, rung: Rung, base: RunConfig, total_steps: int) -> dict[str, float]:
+    """What Tune is told after a validation. ASHA passes over the last one, which lacks what rungs are counted in: it
+    would judge there a trial that jumped over a rung, and stop it before its export."""
+    news: dict[str, float] = rung._asdict()
+    if rung.step < total_steps:
+        news |= {"steps": rung.step, "compute": float(rung.step * base.train.global_batch_size * trial.macs)}
+    return news
 
 
-def _in_a_process_of_its_own(base: RunConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _in_a_process_of_its_own(base: RunConfig, total_steps: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """The function that Tune runs for each trial: a training run whose validations Tune hears of.
 
     Not Train's own TuneReportCallback: it hears of checkpoints alone, at the controller's poll, and maybe before the
@@ -108,7 +122,8 @@ def _in_a_process_of_its_own(base: RunConfig) -> Callable[[dict[str, Any]], dict
         config = apply(base, trial.settings | {"name": trial.name})
 
         def report(step: int, metrics: dict[str, float]) -> None:
-            tune.report(_news(trial, step, metrics["validation/loss"], metrics["validation/accuracy"], base))
+            rung = Rung(step, metrics["validation/loss"], metrics["validation/accuracy"])
+            tune.report(_news(trial, rung, base, total_steps))
 
         assert trial.run_id
         try:

@@ -55,10 +55,12 @@ class Watch(Callback):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self.console.is_terminal:
             self._live.stop()
+        for trial in self.search.by_id.values():
+            # Broken off, or out of budget, of which Tune tells nobody: it goes on when the sweep does.
+            if trial.state == "running":
+                trial.state = "out of budget" if self.out_of_budget else "running"
+                self._end(trial)
         self.console.print(self.table(everything=True))
-        for trial in self.search.trials:
-            if trial.state == "running":  # broken off: it goes on when the sweep does
-                Record(self.record.tracking, str(trial.run_id)).finish("KILLED")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its process starts."""
@@ -76,8 +78,8 @@ class Watch(Callback):
             mine.error = result["error"]
         elif "finished" in result:
             mine.state, mine.train_s = "finished", result["train_s"]
-        elif not mine.last or result["steps"] > mine.last.step:
-            mine.curve.append(Rung(int(result["steps"]), float(result["loss"]), float(result["accuracy"])))
+        elif not mine.last or result["step"] > mine.last.step:
+            mine.curve.append(Rung(int(result["step"]), float(result["loss"]), float(result["accuracy"])))
             rung = mine.curve[-1]
             self._say(mine, f"step {rung.step}/{self.total_steps}  loss {rung.loss:.3f}  accuracy {rung.accuracy:.3f}")
         self._keep(mine)
@@ -85,17 +87,21 @@ class Watch(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its function returned, or it was stopped."""
         mine = self.search.by_id[trial.trial_id]
-        if mine.state != "finished":
+        if mine.state == "running":
             mine.state = "out of budget" if self.out_of_budget else "stopped early"
         self._end(mine)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It raised, or its process died."""
         mine = self.search.by_id[trial.trial_id]
+        if mine.state == "finished":
+            return  # what came after is Tune's own affair
         mine.state = "failed"
         if mine.error is None:
             cause = trial.get_pickled_error()
-            mine.error = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+            mine.error = (
+                f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}" if cause else "its process died"
+            )
         self._end(mine)
 
     def worker_seconds(self) -> float:
@@ -132,10 +138,13 @@ class Watch(Callback):
         self._keep(trial)
         self._since.pop(trial.number, None)
         self._say(trial, f"{trial.state}{': ' + trial.error if trial.error else ''}  after {trial.seconds:.0f} s")
-        child = Record(self.record.tracking, str(trial.run_id))
-        child.log_values({"cost/seconds": trial.seconds}, {"state": trial.state})
-        if trial.state != "finished":  # a finished one has said so itself
-            child.finish(STATUS.get(trial.state, "KILLED"))
+        try:
+            child = Record(self.record.tracking, str(trial.run_id))
+            child.log_values({"cost/seconds": trial.seconds}, {"state": trial.state})
+            if trial.state != "finished":  # a finished one has said so itself
+                child.finish(STATUS.get(trial.state, "KILLED"))
+        except Exception as error:  # a record that is away fails no trial
+            self.console.print(f"trial {trial.number}  its end is not in the record: {type(error).__name__}")
 
     def _keep(self, trial: Trial) -> None:
         self._count(trial)

@@ -39,9 +39,17 @@ def test_every_plot_is_drawn_and_the_page_never_scrolls_sideways(browser, tmp_pa
     assert console_errors(browser) == []
 
 
+# The knee close to the best, at the right end.
+CROWDED = [
+    sweeps.trial(i, accuracy, macs, tokens=16)
+    for i, (accuracy, macs) in enumerate([(0.5, 10**8), (0.95, 97 * 10**7), (0.96, 10**9)])
+]
+
+
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_label_of_an_axis_is_cut_off(browser, tmp_path, width):
-    opened(browser, tmp_path / "report", sweeps.JOINT, sweeps.joint(), width)
+@pytest.mark.parametrize("trials", [sweeps.joint(), CROWDED, CROWDED[:1]], ids=["joint", "crowded", "one"])
+def test_no_label_of_a_plot_is_cut_off(browser, tmp_path, width, trials):
+    opened(browser, tmp_path / "report", sweeps.JOINT, trials, width)
     outside = """[...document.querySelectorAll(".js-plotly-plot")].flatMap(plot => {
         const frame = plot.getBoundingClientRect();
         return [...plot.querySelectorAll("svg text")].filter(text => {

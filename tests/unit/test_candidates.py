@@ -8,10 +8,11 @@ from ray import tune
 
 from crosslmm.config import BadConfig, parse_run
 from crosslmm.model import cost
-from crosslmm.sweep import trials
+from crosslmm.sweep import trials, tuning
 from crosslmm.sweep.candidates import Candidates, prefill
 from crosslmm.sweep.search import Search
 from crosslmm.sweep.settings import REFUSED, SweepSettings
+from crosslmm.sweep.trials import Rung, Trial
 from crosslmm.sweep.tuning import Budget, scheduler_of
 from crosslmm.tracking import Record
 
@@ -107,3 +108,18 @@ def test_rungs_are_counted_in_steps_or_in_compute_and_none_is_at_the_end(base):
     assert rungs(base, first_rung=0.25, keep_one_in=2) == [50, 25]
     whole = 100 * base.train.global_batch_size * prefill(base)[0]
     assert rungs(base, rung="compute", first_rung=0.5, keep_one_in=2) == [pytest.approx(whole / 2)]
+
+
+def test_a_resumed_asha_knows_what_ended_trials_reported_and_judges_no_trial_at_its_end(base):
+    curve = [Rung(30, 2.0, 0.3), Rung(60, 1.0, 0.5), Rung(100, 0.9, 0.6)]
+    ended = Trial(0, {}, {}, 4, 100, 10, 1, state="finished", curve=curve)
+    running = Trial(1, {}, {}, 4, 100, 10, 1, curve=curve[:1])
+    scheduler = scheduler_of(SweepSettings(), SimpleNamespace(trials=[ended, running]), 100, base)
+    (bracket,) = scheduler._brackets
+    assert [list(recorded.values()) for _, recorded in bracket._rungs] == [[-1.0], [-2.0]]
+    late = SimpleNamespace(trial_id="late")
+    scheduler.on_trial_add(None, late)
+    worse_at_the_end = tuning._news(running, Rung(100, 9.0, 0.0), base, total_steps=100)
+    assert scheduler.on_trial_result(None, late, worse_at_the_end) == "CONTINUE"
+    worse_before = tuning._news(running, Rung(60, 9.0, 0.0), base, total_steps=100)
+    assert scheduler.on_trial_result(None, late, worse_before) == "STOP"

@@ -53,7 +53,7 @@ def test_the_headline_is_of_the_front_and_its_knee():
     ("trials", "says"),
     [
         ([], "No trial has finished (there are none yet)"),
-        ([sweeps.trial(state="failed", steps=0), sweeps.trial(1, state="failed", steps=0)], "finished (2 failed)"),
+        ([sweeps.trial(state="failed", steps=0), sweeps.trial(1, state="failed", steps=0)], "finished (2\u00a0failed)"),
         ([sweeps.trial(tokens=1)], "The one finished trial, with 1 token a frame, reaches accuracy 0.900."),
         ([sweeps.trial(i, macs=10 + i, tokens=1 + i) for i in range(3)], "1 token a frame reaches accuracy 0.900, and"),
         ([sweeps.trial(i, 0.9 + i / 100, 10 + i) for i in range(3)], "equally many tokens, so this sweep does not say"),
@@ -104,7 +104,7 @@ def test_a_hundred_trials_some_still_running(tmp_path):
     text, files = page(tmp_path, JOINT, trials)
     assert files == ALL
     assert text.count("<tr") == 101
-    assert "1 running" in text
+    assert "1\u00a0running" in text
 
 
 def test_choices_that_are_lists_or_nothing(tmp_path):
@@ -120,11 +120,13 @@ def test_choices_that_are_lists_or_nothing(tmp_path):
     assert ">[0, 4]</td>" in text
 
 
-def test_the_importance_finds_the_dimension_that_matters():
-    trials = [
-        sweeps.trial(i, 0.5 + 0.1 * (i % 3) + i / 1000, point={STRIDE: [27, 9, 7][i % 3], "seed": (i // 3) % 3})
-        for i in range(27)
-    ]
+def test_the_importance_finds_what_makes_the_best():
+    trials = []
+    for i in range(27):
+        stride, seed = [27, 9, 7][i % 3], (i // 3) % 3
+        # The stride makes the best, the seed the worst.
+        accuracy = 0.9 if stride == 7 else 0.5 if seed else 0.1
+        trials.append(sweeps.trial(i, accuracy + i / 1000, point={STRIDE: stride, "seed": seed}))
     drawn = figures.draw({STRIDE: JOINT[STRIDE], **SEED}, trials)["importance"]
     shares = dict(zip(drawn.data[0].y, drawn.data[0].x, strict=True))
     assert shares["model.pool_stride"] > 0.9
@@ -135,15 +137,19 @@ def test_the_front_is_joined_and_named():
     trials = [sweeps.trial(i, accuracy, macs) for i, (macs, accuracy) in enumerate(points)]
     trials.append(sweeps.trial(4, 0.99, 10, "stopped early", steps=1))
     drawn = {trace.name: trace for trace in figures.front(trials).data}
-    assert list(drawn) == ["stopped early", "finished", "front", "knee", "best"]
+    assert list(drawn) == ["stopped early", "finished", "front", "knee: 4 tokens", "best: 4 tokens"]
     assert list(drawn["front"].x) == [10**8, 3 * 10**8, 10**9]
-    assert (*drawn["knee"].x, *drawn["best"].x) == (3 * 10**8, 10**9)
+    assert (*drawn["knee: 4 tokens"].x, *drawn["best: 4 tokens"].x) == (3 * 10**8, 10**9)
 
 
 def test_curves_have_the_colour_of_their_trial():
     trials = sweeps.joint()
     drawn = figures.draw(JOINT, trials)["curves"]
-    with_curve = [trial for trial in trials if trial.curve]
+    assert drawn.layout.showlegend
+    assert {trace.name for trace in drawn.data if trace.showlegend} == {"finished", "stopped early", "failed"}
+    trials[0].curve = []
+    drawn = figures.draw(JOINT, trials)["curves"]
+    with_curve = trials[1:]
     assert [trace.line.color for trace in drawn.data] == [figures.COLOURS[trial.state] for trial in with_curve]
     assert [list(trace.y) for trace in drawn.data] == [[rung.loss for rung in trial.curve] for trial in with_curve]
 

@@ -72,7 +72,8 @@ def walk(search):
     while (given := search.suggest(name := f"tune-{len(seen)}")) != Searcher.FINISHED:
         seen.append(trials.from_json(given["trial"]))
         search.by_id[name].state = "finished"
-        search.on_trial_complete(name, {"loss": 1.0, "accuracy": 0.5})
+        search.by_id[name].curve = [Rung(10, 1.0, 0.5)]
+        search.on_trial_complete(name, {"finished": True})  # the last that a trial reports
     return seen
 
 
@@ -105,12 +106,12 @@ def test_a_resumed_search_draws_other_points_and_remembers_the_earlier(config):
     first = Search(space, config, [], make, most=3)
     walk(first)
     again = Search(space, config, first.trials, make, most=6)
+    told = [t for t in again._study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    assert [t.params for t in told] == [t.point for t in first.trials]
     drawn = walk(again)
     assert [t.number for t in drawn] == [3, 4, 5]
     rates = [t.point["train.learning_rate.decoder"] for t in again.trials]
     assert len(set(rates)) == 6
-    told = [t for t in again._study.trials if t.state == optuna.trial.TrialState.COMPLETE]
-    assert len(told) == 3  # the earlier ones had no curve
 
 
 def test_optuna_hears_of_accuracy_and_compute(config):
@@ -126,3 +127,27 @@ def test_optuna_hears_of_accuracy_and_compute(config):
     states = [t.state.name for t in search._study.trials]
     assert states == ["COMPLETE", "FAIL", "FAIL"]
     assert search._study.trials[0].values == pytest.approx([0.5, math.log(100)])
+
+
+def test_a_grid_goes_on_however_many_of_its_points_are_refused(config):
+    def only_the_last(number, point):
+        if point["seed"] < 79:
+            raise BadConfig("no")
+        return make(number, point)
+
+    space = {"seed": tune.grid_search(list(range(80)))}
+    search = Search(space, config, [], only_the_last, most=80)
+    assert [t.point["seed"] for t in walk(search)] == [79]
+    assert len(search.refused) == 79
+
+
+def test_fewer_trials_than_there_are_already_add_none(config):
+    known = [trial(number, 5, 0.5) for number in range(3)]
+    space = {"train.learning_rate.decoder": tune.loguniform(1e-4, 1e-2)}
+    assert walk(Search(space, config, known, make, most=2)) == []
+
+
+def test_what_a_kill_left_of_a_file_is_passed_over(tmp_path):
+    trials.write(str(tmp_path), trial(0, 5, 0.5))
+    (tmp_path / trials.KEPT / "001.json.ab12.part").write_text('{"number": 1, "poi')
+    assert [t.number for t in trials.read(str(tmp_path))] == [0]

@@ -17,7 +17,7 @@ from crosslmm.model.pretrained import build_config
 
 JOB = Path(__file__).parents[2] / "jobs" / "train.py"
 STAGES = ["stage-1", "stage-2", "stage-1 stage-1-t2v", "stage-1 without-t2v", "stage-2 without-t2v"]
-WHOLE_RUNS = ["tiny", *(f"{size} {stage}" for size in ("paper-2b", "paper-7b") for stage in STAGES)]
+WHOLE_RUNS = ["tiny", "tiny tiny-sweep", *(f"{size} {stage}" for size in ("paper-2b", "paper-7b") for stage in STAGES)]
 
 
 def parse(*argv):

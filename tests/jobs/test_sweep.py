@@ -22,6 +22,8 @@ from crosslmm.sweep import trials
 sys.path.insert(0, str(ROOT / "jobs"))
 from local_cluster import LocalCluster
 
+# Six starts of a training job, half a minute each where nothing else runs.
+pytestmark = pytest.mark.timeout(900)
 STEPS, EVERY = 6, 2
 # In this order, one at a time: a good one, one that does not learn and is stopped at the first rung, one whose gradient
 # is no number, one that learns faster than the first.
@@ -70,7 +72,7 @@ def swept(cluster, folder):
     """Killed with SIGKILL when the last trial has a checkpoint, then the same command again, and its model promoted."""
     sweep = folder / "runs" / "sweep"
     job = submit(cluster, *command(folder))
-    until = time.monotonic() + 200
+    until = time.monotonic() + 400
     while not list(sweep.glob(f"003-*/step-{EVERY:08d}-*/progress.json")):
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < until, [trial.state for trial in trials.read(str(sweep))]
@@ -87,7 +89,7 @@ def swept(cluster, folder):
     first, _ = job.communicate(timeout=60)
     before = {path.name: path.read_bytes() for path in (sweep / "trials").iterdir()}
     job = submit(cluster, *command(folder, "--promote=best"))
-    second, _ = job.communicate(timeout=200)
+    second, _ = job.communicate(timeout=400)
     assert job.returncode == 0, second
     outcome = json.loads([line for line in second.splitlines() if line.startswith("{")][-1])
     return first, before, second, outcome

@@ -30,7 +30,8 @@ from crosslmm.train.parallel import parallelize
 sys.path.insert(0, str(ROOT / "jobs"))
 from local_cluster import LocalCluster
 
-CLIPS, STEPS = 400, 4
+# As many as take long enough to be killed in between.
+CLIPS, STEPS = 800, 4
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,8 @@ from crosslmm.data.sampling import Sampling, excerpt
 from crosslmm.model import cost
 from crosslmm.model.encoder import digest, encode
 from crosslmm.model.pretrained import build_encoder, build_processor
-from crosslmm.train import driver, launch
+from crosslmm.train import driver, follow, placement
+from crosslmm.train.job import recipe_of
 
 INDEX_EVERY_S = 5.0
 """So much work is lost at most when the job is killed; an index is a request for each reader."""
@@ -178,7 +179,7 @@ def run(config: RunConfig, settings: FeatureSettings) -> Outcome:
     rows = Rows([Manifest(uri) for uri in uris])
     videos = rows.videos()
     tower = build_encoder(config.model, processor, config.seed)
-    recipe = launch.recipe_of(config, digest(tower), settings.dtype)
+    recipe = recipe_of(config, digest(tower), settings.dtype)
     folder = storage.join(storage.absolute(root), recipe.key)
     versions = _versions(videos)
     if storage.exists(storage.join(folder, SAID)):
@@ -191,11 +192,11 @@ def run(config: RunConfig, settings: FeatureSettings) -> Outcome:
     if missing:
         # The graph runs in this process, whose terminal is no place for Ray's remarks about its actors.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        launch.start_ray()
+        placement.start_ray()
         # Nothing is validated, and so nothing decoded beside.
         data = config.data.model_copy(update={"validation_manifest": None})
         config = config.model_copy(update={"data": data})
-        launch.check_placement(config)
+        placement.check_placement(config)
         asked = VideoRows(rows, missing, {uri: versions[uri] for uri in missing})
         with record:
             try:
@@ -348,7 +349,7 @@ class _Record:
         finished = self.videos + len(self.bad)
         news = f"{self.frames / (now - self._began):.0f} frames/s  {self.bytes / 1e9:.3f} GB"
         self._progress.update(self._task, completed=finished, news=news)
-        if not self.console.is_terminal and now - self._last_line >= driver.PLAIN_LINE_EVERY_S:
+        if not self.console.is_terminal and now - self._last_line >= follow.PLAIN_LINE_EVERY_S:
             self._last_line = now
             self.console.print(f"video {finished}/{self._due}  {news}")
 

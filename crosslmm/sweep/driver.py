@@ -27,7 +27,7 @@ from crosslmm.sweep.trials import Trial
 from crosslmm.sweep.tuning import SweepFailed, at_once, run_trials
 from crosslmm.sweep.watch import Watch
 from crosslmm.tracking import Record, load_registered
-from crosslmm.train import driver, launch
+from crosslmm.train import driver, placement
 
 SETTLED = "sweep.json"
 """In a sweep's folder: what must not change when it goes on."""
@@ -103,8 +103,8 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
         # Trials are runs in the sweep's folder, wherever they run.
         tracking = base.tracking.model_copy(update={"uri": record.uri})
         base = base.model_copy(update={"storage": folder, "tracking": tracking})
-        launch.start_ray()
-        launch.check_placement(base)
+        placement.start_ray()
+        placement.check_placement(base)
         _require_reach(record)
         search = Search(space, base, trials.read(folder), Candidates(base, chosen, space, record), most)
         concurrent = chosen.concurrent or at_once(base)

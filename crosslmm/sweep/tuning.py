@@ -19,7 +19,7 @@ from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import apply
 from crosslmm.sweep.trials import Rung, Trial
 from crosslmm.sweep.watch import Watch
-from crosslmm.train import driver, launch
+from crosslmm.train import driver, placement
 
 OWN_CPUS = 0.01
 """A trial's own process waits for its workers; Tune takes no 0 [cores]."""
@@ -38,7 +38,7 @@ class SweepFailed(Exception):
 
 def at_once(config: RunConfig) -> int:
     """Trials that the cluster, scaled up to its limit, can place beside one another."""
-    need, limit = launch.resources(config), launch.cluster_limit()
+    need, limit = placement.resources(config), placement.cluster_limit()
     need["CPU"] += OWN_CPUS
     return max(1, int(min(limit.get(kind, 0) / count for kind, count in need.items() if count)))
 

@@ -30,7 +30,7 @@ from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.pipeline import block_rows
 from crosslmm.model.encoder import digest
 from crosslmm.model.pretrained import build_encoder, build_model
-from crosslmm.train import launch
+from crosslmm.train.job import require_encoder
 
 DATA = DataConfig(num_frames=4)
 PATCHES, WIDTH = 6, 8
@@ -232,11 +232,11 @@ def test_the_digest_is_the_encoders(config, processor, tmp_path):
 
 def test_another_encoder_is_refused(config, processor):
     model = build_model(config.model, processor, seed=0)
-    launch.require_encoder(model, recipe(encoder=digest(build_encoder(config.model, processor, seed=0))), "x")
+    require_encoder(model, recipe(encoder=digest(build_encoder(config.model, processor, seed=0))), "x")
     for seed, change in ((1, {}), (0, {"vision": config.model.vision | {"layer_norm_eps": 1e-3}})):
         other = build_model(config.model.model_copy(update=change), processor, seed=seed)
         with pytest.raises(BadConfig, match=r"data\.features: x was made by another encoder .*jobs/encode\.py"):
-            launch.require_encoder(other, recipe(encoder=digest(model.vision_tower)), "x")
+            require_encoder(other, recipe(encoder=digest(model.vision_tower)), "x")
 
 
 def test_every_video_of_the_rows_is_named_once(tmp_path):

@@ -1,0 +1,147 @@
+"""RunConfig -> everything that a run's workers must agree upon, and the board on which they pin their news."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from crosslmm import storage
+from crosslmm.config import BadConfig, RunConfig
+from crosslmm.data.features import REMEDY, DType, Features, Recipe
+from crosslmm.data.manifest import Manifest, Rows
+from crosslmm.data.order import Order
+from crosslmm.data.pipeline import Layout, block_rows
+from crosslmm.data.sampling import Sampling
+from crosslmm.model import CrossLMMForConditionalGeneration
+from crosslmm.model.encoder import digest
+from crosslmm.model.pretrained import build_config
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, with everything decided that its workers must agree upon. Travels to all of them."""
+
+    config: RunConfig
+    folder: str
+    """The run's own folder in storage."""
+    total_steps: int
+    order: Order
+    rows: ray.ObjectRef
+    lengths: np.ndarray | None
+    """About how many tokens each row is, where micro-batches are counted in tokens."""
+    validation_order: Order | None
+    validation_rows: ray.ObjectRef | None
+    image_size: int
+    features: ray.ObjectRef | None
+    """`Features` that are read instead of videos."""
+    recipe: Recipe | None
+    """How they were made."""
+    board: Any
+    """Actor handle of the `Board`."""
+
+    def training(self, first_step: int) -> Layout:
+        """What is left of the run after `first_step` steps."""
+        steps = self.total_steps - first_step
+        rows = block_rows(self.config.data, self.image_size, self.recipe)
+        return Layout(self.order, self.config.scaling.num_workers, first_step, steps, rows, self.lengths)
+
+    def validation(self) -> Layout:
+        """Validation's "steps" are rounds in which every rank takes one micro-batch."""
+        assert self.validation_order is not None
+        rounds = self.validation_order.steps_per_epoch
+        rows = self.config.train.micro_batch_size
+        return Layout(self.validation_order, self.config.scaling.num_workers, 0, rounds, rows)
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where workers pin their news and the driver reads them. Posting costs a worker next to nothing."""
+
+    def __init__(self) -> None:
+        self.news: list[tuple[str, Any]] = []
+
+    def post(self, kind: str, item: Any) -> None:
+        """Pin one piece of news."""
+        self.news.append((kind, item))
+
+    def take(self) -> list[tuple[str, Any]]:
+        """All news since the last call, in order."""
+        news, self.news = self.news, []
+        return news
+
+
+def open_features(config: RunConfig, rows: Rows) -> Features | None:
+    """The features that a run reads instead of videos, if it does.
+
+    Args:
+        config: the run.
+        rows: of training and validation.
+
+    Raises:
+        BadConfig: they were made otherwise than the run would make them, or not of all its videos.
+    """
+    if config.data.features is None:
+        return None
+    features = Features(config.data.features)
+    features.require(recipe_of(config, encoder="", dtype="bf16"), rows.videos())
+    return features
+
+
+def recipe_of(config: RunConfig, encoder: str, dtype: DType) -> Recipe:
+    """How the features of a run's videos are made, by an encoder of this digest."""
+    model = build_config(config.model)
+    vision = model.vision_config
+    return Recipe.of(
+        config.data,
+        vision.image_size,
+        config.train.precision,
+        model.patches_per_frame,
+        vision.hidden_size,
+        encoder,
+        dtype,
+    )
+
+
+def require_encoder(model: CrossLMMForConditionalGeneration, recipe: Recipe, folder: str) -> None:
+    """Whether features were made by this model's own encoder.
+
+    Raises:
+        BadConfig: by another one.
+    """
+    if digest(model.vision_tower) != recipe.encoder:
+        raise BadConfig(f"data.features: {folder} was made by another encoder than this run's; {REMEDY}")
+
+
+def prepare(
+    config: RunConfig, manifests: list[Manifest], validation: Manifest | None, features: Features | None
+) -> Job:
+    """Decide what workers must agree upon, and hand the rows to Ray."""
+    train, data = config.train, config.data
+    order = Order(
+        tuple(len(manifest) for manifest in manifests),
+        train.global_batch_size,
+        config.seed,
+        tuple(data.manifests.values()),
+    )
+    steps = train.epochs * order.steps_per_epoch
+    at_once = train.micro_batch_size * config.scaling.num_workers
+    model = build_config(config.model)
+    sampling = Sampling(data.num_frames, data.sampling, data.fps)
+    lengths = [
+        manifest.lengths(sampling, model.tokens_per_frame) for manifest in manifests * bool(train.micro_batch_tokens)
+    ]
+    return Job(
+        config=config,
+        folder=storage.join(config.storage, str(config.name)),
+        total_steps=min(steps, train.max_steps or steps),
+        order=order,
+        rows=ray.put(Rows(manifests)),
+        lengths=np.concatenate(lengths) if lengths else None,
+        validation_order=Order((len(validation),), at_once, None) if validation else None,
+        validation_rows=ray.put(Rows([validation])) if validation else None,
+        image_size=model.vision_config.image_size,
+        features=ray.put(features) if features else None,
+        recipe=features.recipe if features else None,
+        board=Board.remote(),  # type: ignore[attr-defined]
+    )

@@ -21,6 +21,7 @@ PRESETS = resources.files("crosslmm") / "presets"
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
+Limit = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -170,6 +171,9 @@ class TrainConfig(Section):
     """AdamW's decoupled decay, on matrices only."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global L2 norm."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose gradient is not a number: the run stops, to be looked at, or goes on without it. Its
+    samples are named in the run's `not_finite` folder in both."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic; bf16 keeps float32 weights and reduces gradients in float32."""
     activation_checkpointing: bool = False
@@ -178,6 +182,9 @@ class TrainConfig(Section):
     """Save a checkpoint every so many steps, and at the end [steps]."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept in storage [checkpoints]."""
+    keep_best: str | None = None
+    """Keep the best checkpoint too, by this metric of the validation before it, `validation/accuracy` (the highest) or
+    `validation/loss` (the lowest); null keeps the newest alone."""
     validate_every: Count = 500
     """Validate every so many steps, and at the end [steps]."""
     max_new_tokens: Count = 16
@@ -202,8 +209,12 @@ class TrackingConfig(Section):
 class ScalingConfig(Section):
     """What it runs on."""
 
-    num_workers: Count = 1
-    """Training processes, one FSDP rank each."""
+    num_workers: Count | tuple[Count, Count] = 1
+    """Training processes, one FSDP rank each. [min, max] trains on as many as there is room for, at the start, after a
+    node has gone, and when one has come."""
+    resize_every_s: Annotated[float, Field(ge=0)] = 60.0
+    """With [min, max]: how often a running group looks for room to grow, which restarts it from its last checkpoint
+    [s]."""
     use_gpu: bool = True
     """One GPU and NCCL for each worker; false trains on CPUs with gloo."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 4
@@ -213,7 +224,39 @@ class ScalingConfig(Section):
     cpus_per_decode_worker: Annotated[float, Field(gt=0)] = 1
     """CPUs that each of them reserves [cores]."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts from the last checkpoint after a worker died."""
+    """Restarts in a row that bring no new checkpoint, after which the run gives up."""
+
+    @model_validator(mode="after")
+    def _least_is_least(self) -> "ScalingConfig":
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"num_workers is {self.num_workers}; give [min, max]")
+        return self
+
+    @property
+    def least_workers(self) -> int:
+        """The fewest that it trains on."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """The most that it trains on: what room and memory are planned for."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+
+class WatchdogConfig(Section):
+    """How long nothing may be heard. Then the stacks of all ranks go to the run's `stacks` folder, and the workers
+    start again from the last checkpoint. While one rank waits for its data, the others wait for it in their step."""
+
+    startup_s: Limit = 1800.0
+    """From a worker's start to its first step: weights, checkpoint, first samples [s]."""
+    data_s: Limit = 900.0
+    """Waiting for the samples of one step [s]."""
+    step_s: Limit = 1200.0
+    """One step [s]."""
+    validation_s: Limit = 3600.0
+    """One validation [s]."""
+    checkpoint_s: Limit = 1800.0
+    """Waiting for one checkpoint, or for the export at the end [s]."""
 
 
 class RunConfig(Section):
@@ -229,32 +272,37 @@ class RunConfig(Section):
     """Where the record goes."""
     scaling: ScalingConfig = ScalingConfig()
     """What it runs on."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """How long nothing may be heard."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     """Name of the run; the same name resumes it. Null makes one from the time."""
     storage: str = "runs"
     """Folder of all runs, path or s3:// URI; every node must reach it."""
     seed: int = 0
     """Fixes random weights and the order of samples."""
+    accept_changes: bool = False
+    """Go on with a run although its configuration is not the one that it was begun with; without it a resume names the
+    keys that differ, and what only says where and how fast it runs may differ anyway."""
 
     @property
     def accumulation(self) -> int:
         """Micro-batches of each worker in one optimizer step, where they are counted in samples."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * self.scaling.num_workers)
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.scaling.most_workers)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
-        at_once = self.scaling.num_workers
-        if self.train.micro_batch_tokens and self.train.global_batch_size % at_once:
-            raise ValueError(
-                f"train.global_batch_size is {self.train.global_batch_size}; it must be a multiple of "
-                f"scaling.num_workers {at_once}"
-            )
-        at_once *= self.train.micro_batch_size
-        if not self.train.micro_batch_tokens and self.train.global_batch_size % at_once:
-            raise ValueError(
-                f"train.global_batch_size is {self.train.global_batch_size}; with {self.scaling.num_workers} workers "
-                f"of micro_batch_size {self.train.micro_batch_size} it must be a multiple of {at_once}"
-            )
+        for workers in range(self.scaling.least_workers, self.scaling.most_workers + 1):
+            if self.train.micro_batch_tokens and self.train.global_batch_size % workers:
+                raise ValueError(
+                    f"train.global_batch_size is {self.train.global_batch_size}; it must be a multiple of "
+                    f"scaling.num_workers {workers}"
+                )
+            at_once = workers * self.train.micro_batch_size
+            if not self.train.micro_batch_tokens and self.train.global_batch_size % at_once:
+                raise ValueError(
+                    f"train.global_batch_size is {self.train.global_batch_size}; with {workers} workers "
+                    f"of micro_batch_size {self.train.micro_batch_size} it must be a multiple of {at_once}"
+                )
         if self.name in ("sample", "features"):
             raise ValueError(f"name: {self.name} is a folder that runs have in common; take another")
         if self.data.features and self.train.learning_rate.vision:
@@ -369,7 +417,7 @@ def validate_run(values: dict[str, Any]) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The full configuration, as `--config` reads it."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -265,7 +265,7 @@ def _dataset(config: RunConfig, recipe: Recipe, folder: str, tower: SiglipVision
     return decoded.map_batches(
         Encode,
         batch_size=None,
-        compute=ActorPoolStrategy(size=scaling.num_workers),
+        compute=ActorPoolStrategy(size=scaling.most_workers),
         num_cpus=scaling.cpus_per_worker,
         num_gpus=1 if scaling.use_gpu else None,
         fn_constructor_kwargs={

@@ -159,7 +159,7 @@ def plan(config: RunConfig, frames: Sequence[int], assumptions: Assumptions) -> 
             trainable={stage: cost.trainable(components, rates) for stage, rates in stages.items()},
         ),
         rows=[_row(config, count, assumptions) for count in frames],
-        gpus=config.scaling.num_workers,
+        gpus=config.scaling.most_workers,
         price=_price(assumptions),
         assumptions=assumptions.model_dump(),
     )
@@ -179,10 +179,10 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     if config.train.micro_batch_tokens:
         # All samples are taken to be equally long here, so that tokens are a number of samples.
         at_once = config.train.micro_batch_tokens // (frames * model.config.tokens_per_frame + assumptions.text_tokens)
-        at_once = max(1, min(at_once, config.train.global_batch_size // config.scaling.num_workers))
+        at_once = max(1, min(at_once, config.train.global_batch_size // config.scaling.most_workers))
         train = config.train.model_copy(update={"micro_batch_size": at_once, "micro_batch_tokens": None})
         config = config.model_copy(update={"train": train})
-    gpu, gpus, train = GPUS[assumptions.gpu], config.scaling.num_workers, config.train
+    gpu, gpus, train = GPUS[assumptions.gpu], config.scaling.most_workers, config.train
     macs = cost.macs(model, frames, assumptions.text_tokens)
     traced = cost.training_trace(config, frames, assumptions.text_tokens)
     memory = cost.training_memory(config, traced)
@@ -247,7 +247,7 @@ def _what_is_traced(config: RunConfig, frames: int) -> tuple[int, bool, int]:
 
 def _changes(config: RunConfig, frames: int, gpu: str) -> Iterator[tuple[str, RunConfig, int, str]]:
     """Smaller micro-batches, checkpointing, both; with both: more GPUs, larger ones, fewer frames."""
-    micro, workers = config.train.micro_batch_size, config.scaling.num_workers
+    micro, workers = config.train.micro_batch_size, config.scaling.most_workers
     tokens = config.train.micro_batch_tokens
     said: dict[str, object] = {}
     while micro > 1:

@@ -392,3 +392,27 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=8),
     )
     return filesystem, uri.removeprefix("s3://")
+
+
+def local_path(uri: str) -> str:
+    """The path of a local file or folder."""
+    return absolute(uri).removeprefix("file://")
+
+
+def upload_file(path: Path, uri: str) -> None:
+    """x"""
+    fs, name = _filesystem(uri)
+    fs.put_file(str(path), name)
+
+
+def download_file(uri: str, path: Path) -> None:
+    """x"""
+    fs, name = _filesystem(uri)
+    fs.get_file(name, str(path))
+
+
+def remove_folder(uri: str) -> None:
+    """x"""
+    fs, name = _filesystem(uri)
+    if fs.exists(name):
+        fs.rm(name, recursive=True)

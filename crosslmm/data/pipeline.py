@@ -282,7 +282,7 @@ def to_samples(block: dict[str, np.ndarray]) -> Iterator[Sample]:
 
 
 def ahead(items: Iterable[Item], make: Callable[[Item], Made], depth: int = 2) -> Iterator[Made]:
-    """`map(make, items)`, with the next `depth` results made in a thread while this one is used."""
+    """`map(make, items)`, with the next `depth` results made in a thread while this one is used, from now on."""
     source = iter(items)
     end = object()
 
@@ -290,12 +290,15 @@ def ahead(items: Iterable[Item], make: Callable[[Item], Made], depth: int = 2) -
         item = next(source, end)
         return end if item is end else make(item)  # type: ignore[arg-type]
 
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        waiting = deque(thread.submit(produce) for _ in range(depth))
+    thread = ThreadPoolExecutor(max_workers=1)
+    waiting = deque(thread.submit(produce) for _ in range(depth))
+
+    def made_one_by_one() -> Iterator[Made]:
         try:
             while (made := waiting.popleft().result()) is not end:
                 waiting.append(thread.submit(produce))
                 yield made
         finally:
-            for future in waiting:
-                future.cancel()
+            thread.shutdown(cancel_futures=True)
+
+    return made_one_by_one()

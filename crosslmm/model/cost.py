@@ -304,7 +304,7 @@ class _Layout:
             root_learning=root_learning,
             largest_unit=max(units.values()),
             largest_unit_learning=max(units_learning.values(), default=0),
-            workers=config.scaling.num_workers if sharded else 1,
+            workers=config.scaling.most_workers if sharded else 1,
             accumulates=config.accumulation > 1,
             sharded=sharded,
             compute_bytes=_compute_bytes(config),

@@ -109,7 +109,7 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
         search = Search(space, base, trials.read(folder), Candidates(base, chosen, space, record), most)
         concurrent = chosen.concurrent or at_once(base)
         console.print(f"trials    {most}, {concurrent} at a time, of {total_steps} steps at most")
-        with Watch(folder, search, record, total_steps, base.scaling.num_workers, console) as watch:
+        with Watch(folder, search, record, total_steps, base.scaling.most_workers, console) as watch:
             run_trials(base, chosen, search, watch, concurrent)
         if search.refused:
             point, reason = search.refused[0]

@@ -38,7 +38,7 @@ class SweepFailed(Exception):
 
 def at_once(config: RunConfig) -> int:
     """Trials that the cluster, scaled up to its limit, can place beside one another."""
-    need, limit = placement.resources(config), placement.cluster_limit()
+    need, limit = placement.resources(config, config.scaling.most_workers), placement.cluster_limit()
     need["CPU"] += OWN_CPUS
     return max(1, int(min(limit.get(kind, 0) / count for kind, count in need.items() if count)))
 

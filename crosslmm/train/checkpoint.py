@@ -1,12 +1,34 @@
-"""Sharded checkpoints, and the export to one ordinary model folder."""
+"""Checkpoints: copied out of memory while training waits, written while it goes on, sealed last, trusted only if whole.
 
+    runs/NAME/step-00000200-3f9c/
+        __0_0.distcp, __1_0.distcp, .metadata    torch.distributed.checkpoint: weights, optimizer, random states
+        config.yaml                              the full configuration
+        seal.json                                step, size and sha256 of each file above; none without it is trusted
+
+DCP itself loads a file with turned bits without a word, and its `.metadata` is a pickle: it is read from the run's own
+folder alone, and only behind a seal.
+"""
+
+import hashlib
 import json
+import re
+import shutil
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -14,37 +36,310 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from crosslmm import storage
 from crosslmm.config import RunConfig, to_yaml
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 
-PROGRESS = "progress.json"
+SEAL, BROKEN_SEAL, CONFIG = "seal.json", "broken-seal.json", "config.yaml"
+IN_A_CHECKPOINT = re.compile(r"(step-\d{8}-\w+)/(.+)")
+
+Tell = Callable[[str], None]
+"""Takes one line for the user."""
 
 
-def save(
-    folder: Path,
-    model: CrossLMMForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    config: RunConfig,
-) -> None:
-    """Write this rank's shards into `folder`; all ranks call it. Rank 0 adds the step and the full configuration.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A sealed checkpoint in storage; whether it is whole, only its bytes tell."""
 
-    Each rank may give a folder of its own: together they are the checkpoint.
+    uri: str
+    step: int
+    """Optimizer steps that were done; with the run's order this says which samples were consumed."""
+    world_size: int
+    """Ranks that wrote it."""
+    sealed_at: float
+    """Unix time [s]."""
+    metrics: dict[str, float]
+    """Of the last validation before it."""
+    files: dict[str, tuple[int, str]]
+    """Size [bytes] and sha256 (hex) of each."""
+
+    @property
+    def size(self) -> int:
+        """Of all files [bytes]."""
+        return sum(size for size, _ in self.files.values())
+
+
+def sealed(run: str) -> list[Checkpoint]:
+    """The sealed checkpoints in a run's folder, newest first. A seal that cannot be read seals nothing."""
+    found = []
+    for name, files in _folders(run).items():
+        uri = storage.join(run, name)
+        if SEAL in files:
+            try:
+                said = json.loads(storage.read_bytes(storage.join(uri, SEAL)))
+                said["files"] = {file: (int(size), str(digest)) for file, (size, digest) in said["files"].items()}
+                found.append(Checkpoint(uri=uri, **said))
+            except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+                continue
+    return sorted(found, key=lambda c: (c.step, c.sealed_at), reverse=True)
+
+
+def unsealed(run: str, found: list[Checkpoint]) -> list[str]:
+    """Folders of checkpoints that were never finished, or whose seal was broken: all but those of `found`."""
+    good = {checkpoint.uri for checkpoint in found}
+    return [uri for name in _folders(run) if (uri := storage.join(run, name)) not in good]
+
+
+def _folders(run: str) -> dict[str, set[str]]:
+    """Names of a run's checkpoint folders, and of the files in each."""
+    folders: dict[str, set[str]] = {}
+    for name in storage.names_in(run):
+        if match := IN_A_CHECKPOINT.fullmatch(name):
+            folders.setdefault(match[1], set()).add(match[2])
+    return folders
+
+
+def damage(checkpoint: Checkpoint, name: str, copy_to: Path | None = None) -> str | None:
+    """What is wrong with one file of a checkpoint, read whole and copied on the way; None if it is as it was sealed.
+
+    Raises:
+        storage.Unavailable: the whole store is.
     """
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state_dict_saver.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    if dist.get_rank() == 0:
-        (folder / "config.yaml").write_text(to_yaml(config))
-        (folder / PROGRESS).write_text(json.dumps({"step": step}))
+    size, digest = checkpoint.files[name]
+    uri = storage.join(checkpoint.uri, name)
+    try:
+        if copy_to is None:
+            with storage.open_read(uri) as file:
+                found = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+                length = file.tell()
+        else:
+            storage.download_file(uri, copy_to / name)
+            with (copy_to / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256")
+                length = file.tell()
+    except FileNotFoundError:
+        return f"{name} is missing"
+    if length != size:
+        return f"{name} has {length} bytes instead of {size}"
+    return None if found.hexdigest() == digest else f"{name} is not what was written (sha256)"
 
 
-def load(folder: Path, model: CrossLMMForConditionalGeneration, optimizer: torch.optim.Optimizer) -> int:
-    """Read a checkpoint of any number of ranks into the model and optimizer -> the step that it was taken after."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+def break_seal(checkpoint: Checkpoint, reason: str) -> None:
+    """Let a damaged checkpoint count as none; it stays until the next good one is sealed."""
+    said = json.dumps(asdict(checkpoint) | {"damage": reason})
+    storage.write_bytes(storage.join(checkpoint.uri, BROKEN_SEAL), said.encode())
+    storage.remove([storage.join(checkpoint.uri, SEAL)])
+
+
+def remove(uri: str) -> None:
+    """Remove a checkpoint, the seal first: half of it is none."""
+    names = storage.names_in(uri)
+    storage.remove([storage.join(uri, name) for name in sorted(names, key=lambda name: name != SEAL)])
+    storage.remove_folder(uri)
+
+
+@contextmanager
+def newest(run: str, group: dist.ProcessGroup, tell: Tell) -> Iterator[tuple[Checkpoint, Path] | None]:
+    """The newest checkpoint that is whole, and a local folder with its files while the context lasts; None without one.
+
+    All ranks call it and get the same. Of a remote checkpoint each node makes one copy, to which its ranks contribute.
+    A damaged one is told, and the one before it is taken.
+
+    Args:
+        run: the run's folder.
+        group: a gloo group of all ranks.
+        tell: takes what is wrong with a damaged one; on rank 0.
+    """
+    rank = dist.get_rank()
+    everybody: list[Any] = [sealed(run) if rank == 0 else None]
+    dist.broadcast_object_list(everybody, src=0, group=group)
+    hosts = _gather(socket.gethostname(), group)
+    peers = [peer for peer, host in enumerate(hosts) if host == hosts[rank]]
+    for checkpoint in everybody[0]:
+        remote = storage.scheme_of(checkpoint.uri) == "s3"
+        own = tempfile.mkdtemp(prefix="checkpoint-") if remote and rank == peers[0] else None
+        folder = Path(_gather(own, group)[peers[0]] or storage.local_path(checkpoint.uri))
+        try:
+            mine = sorted(checkpoint.files)[peers.index(rank) :: len(peers)]
+            found = [damage(checkpoint, name, folder if remote else None) for name in mine]
+            wrong = [reason for reasons in _gather(found, group) for reason in reasons if reason]
+            if not wrong:
+                yield checkpoint, folder
+                dist.barrier(group)  # a peer may still read
+                return
+        finally:
+            if own:
+                shutil.rmtree(own, ignore_errors=True)
+        if rank == 0:
+            reason = "; ".join(dict.fromkeys(wrong))
+            tell(f"checkpoint {checkpoint.uri} is damaged: {reason}; the one before it is taken")
+            break_seal(checkpoint, reason)
+    yield None
+
+
+def load(
+    folder: Path, checkpoint: Checkpoint, model: CrossLMMForConditionalGeneration, optimizer: torch.optim.Optimizer
+) -> None:
+    """Read a checkpoint of any number of ranks into the model and optimizer; random states where the ranks are as many.
+
+    Args:
+        folder: local copy of its files.
+        checkpoint: its seal.
+        model, optimizer: as they were saved, sharded over any number of ranks.
+    """
+    state = _state(model, optimizer)
+    if checkpoint.world_size != dist.get_world_size():
+        del state["random"]
     state_dict_loader.load(state, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return int(json.loads((folder / PROGRESS).read_text())["step"])
+    for device, numbers in state.get("random", {}).get(str(dist.get_rank()), {}).items():
+        torch.set_rng_state(numbers) if device == "cpu" else torch.cuda.set_rng_state(numbers)
+
+
+def _state(model: CrossLMMForConditionalGeneration, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds. The schedule is a function of the step, and so are the samples."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    numbers = {"cpu": torch.get_rng_state()}
+    if next(model.parameters()).device.type == "cuda":
+        numbers["cuda"] = torch.cuda.get_rng_state()
+    return {"model": model_state, "optimizer": optimizer_state, "random": {str(dist.get_rank()): numbers}}
+
+
+class Saver:
+    """Takes the checkpoints of one start of the workers. Training waits for the copy out of its memory alone, and for
+    the checkpoint before, should that still be on its way.
+
+    All ranks save at the same steps. What goes wrong in writing is told and costs that checkpoint, not the run: the
+    next one is tried again.
+
+    Args:
+        run: the run's folder.
+        config: goes into each checkpoint, and says how many are kept.
+        attempt: differs for each start, so that nothing is ever written over what an earlier one left.
+        group: a gloo group of all ranks, that nobody else uses.
+        tell: takes news; on rank 0.
+    """
+
+    def __init__(self, run: str, config: RunConfig, attempt: str, group: dist.ProcessGroup, tell: Tell) -> None:
+        self.run, self.config, self.attempt, self.group, self.tell = run, config, attempt, group, tell
+        pinned = torch.cuda.is_available()
+        self._stager = DefaultStager(StagingOptions(pinned, False, False, False))
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._unsealed: list[str] = []
+
+    def save(
+        self,
+        step: int,
+        model: CrossLMMForConditionalGeneration,
+        optimizer: torch.optim.Optimizer,
+        metrics: dict[str, float],
+        history: list[str],
+    ) -> None:
+        """Begin a checkpoint.
+
+        Args:
+            step: optimizer steps done.
+            model, optimizer: what is copied.
+            metrics: of the last validation.
+            history: on rank 0, the lines of the steps since the last call, which are in storage before the seal is.
+        """
+        self.wait()
+        state: Any = self._stager.stage(_state(model, optimizer))
+        self._unsealed += history
+        self._pending = self._thread.submit(self._write, step, state, dict(metrics))
+
+    def wait(self) -> None:
+        """Return when no checkpoint is on its way."""
+        if self._pending:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        """Wait, and let go of the copy."""
+        self.wait()
+        self._thread.shutdown()
+        self._stager.close()
+
+    def _write(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> None:
+        uri = storage.join(self.run, f"step-{step:08d}-{self.attempt}")
+        remote = storage.scheme_of(uri) == "s3"
+        folder = Path(tempfile.gettempdir() if remote else storage.local_path(self.run)) / Path(uri).name
+        try:
+            self._together(lambda: folder.mkdir(parents=True, exist_ok=True))
+            files = self._together(lambda: self._write_files(folder, uri if remote else None, state))
+            if dist.get_rank() == 0:
+                whole = {name: entry for mine in files for name, entry in mine.items()}
+                self._seal(Checkpoint(uri, step, dist.get_world_size(), time.time(), metrics, whole))
+                self._retain()
+        except OSError as error:
+            if dist.get_rank() == 0:
+                self.tell(f"checkpoint after step {step} was not saved: {error}; the next one is tried again")
+        finally:
+            if remote:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        """Every rank's result.
+
+        Raises:
+            OSError: on all ranks, if one failed: no space, no store.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except (Exception, CheckpointException) as error:
+            failure = _last_line(error)
+        everyone = _gather((result, failure), self.group)
+        for _, said in everyone:
+            if said:
+                raise OSError(said)
+        return [result for result, _ in everyone]
+
+    def _write_files(self, folder: Path, uri: str | None, state: dict[str, Any]) -> dict[str, tuple[int, str]]:
+        """Write this rank's files to the folder, and from there to the store -> their entries in the seal."""
+        state_dict_saver.save(state, checkpoint_id=folder, process_group=self.group)
+        rank = dist.get_rank()
+        mine = list(folder.glob(f"__{rank}_*"))
+        if rank == 0:
+            (folder / CONFIG).write_text(to_yaml(self.config))
+            mine += [folder / CONFIG, folder / ".metadata"]
+        files = {}
+        for path in mine:
+            with path.open("rb") as file:
+                files[path.name] = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            if uri:
+                storage.upload_file(path, storage.join(uri, path.name))
+        return files
+
+    def _seal(self, checkpoint: Checkpoint) -> None:
+        """What makes it a checkpoint; and what it makes superfluous goes."""
+        if self._unsealed:
+            history = f"history/step-{checkpoint.step:08d}.jsonl"
+            storage.write_bytes(storage.join(self.run, history), "".join(self._unsealed).encode())
+        said = asdict(checkpoint)
+        del said["uri"]
+        storage.write_bytes(storage.join(checkpoint.uri, SEAL), json.dumps(said).encode())
+        self._unsealed = []
+
+    def _retain(self) -> None:
+        """Keep the newest and the best; remove the others, and what was left unfinished."""
+        train = self.config.train
+        try:
+            found = sealed(self.run)
+            kept = found[: train.keep_checkpoints] + best(found, train.keep_best)[:1]
+            superfluous = [checkpoint.uri for checkpoint in found if checkpoint not in kept]
+            for uri in superfluous + unsealed(self.run, found):
+                remove(uri)
+        except OSError as error:
+            self.tell(f"checkpoints that are not needed any more were not removed: {error}")
+
+
+def best(found: list[Checkpoint], metric: str | None) -> list[Checkpoint]:
+    """Those that know the metric, the best one first: the lowest of a loss, the highest of anything else."""
+    known = [checkpoint for checkpoint in found if metric and metric in checkpoint.metrics]
+    sign = -1 if metric and metric.endswith("loss") else 1
+    return sorted(known, key=lambda c: sign * c.metrics[str(metric)], reverse=True)
 
 
 def export(folder: Path, model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor) -> None:
@@ -53,3 +348,23 @@ def export(folder: Path, model: CrossLMMForConditionalGeneration, processor: Cro
     if dist.get_rank() == 0:
         model.save_pretrained(folder, state_dict=whole)
         processor.save_pretrained(folder)
+
+
+def load_alone(folder: Path, model: CrossLMMForConditionalGeneration) -> None:
+    """Read a checkpoint's weights into a model on one CPU process without a group, however it is sharded."""
+    state = {"model": get_model_state_dict(model)}
+    state_dict_loader.load(state, checkpoint_id=folder, no_dist=True)
+    model.load_state_dict(state["model"])
+
+
+def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's object, by rank."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _last_line(error: BaseException) -> str:
+    """DCP wraps a rank's error in its traceback, whose last line says what it was."""
+    lines = str(error).strip().splitlines() or traceback.format_exception_only(error)
+    return lines[-1].strip()[:300]

@@ -7,11 +7,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from crosslmm import storage, tracking
 from crosslmm.answer import CONFIG
-from crosslmm.config import BadConfig, RunConfig
+from crosslmm.config import BadConfig, RunConfig, flatten, to_yaml
 from crosslmm.data import shapes
 from crosslmm.data.decode import require_backend
 from crosslmm.data.manifest import Manifest, Rows
@@ -19,6 +20,17 @@ from crosslmm.model.pretrained import build_config, build_processor
 from crosslmm.train import launch, placement
 from crosslmm.train.follow import Follower
 from crosslmm.train.job import Job, open_features, prepare
+
+CONFIGURATION = "config.yaml"
+"""In the run's folder: what it was begun with."""
+FREE_TO_CHANGE = (
+    "name", "storage", "accept_changes", "scaling.", "tracking.", "watchdog.",
+    "model.attention", "model.encoder_chunk",
+    "data.manifest", "data.validation_manifest", "data.features",  # known by what is in them
+    "data.decode_timeout_s", "data.decode_memory_gib", "data.max_", "data.bad_allowed", "data.roots",
+    "train.checkpoint_every", "train.keep_", "train.validate_every", "train.max_new_tokens", "train.not_finite",
+    "train.micro_batch_", "train.activation_checkpointing",
+)  # fmt: skip
 
 
 @dataclass
@@ -75,6 +87,7 @@ def run(config: RunConfig, part: Part | None = None) -> Outcome:
     begun_before = _run_to_resume(config, job.folder, order)
     record = tracking.Run(config, part.run_id if part else begun_before)
     begun = json.dumps({"run_id": record.run_id, "order": order})
+    storage.write_bytes(storage.join(job.folder, CONFIGURATION), to_yaml(config).encode())
     storage.write_bytes(storage.join(job.folder, "run.json"), begun.encode())
     for manifest in manifests:
         record.log_dataset(manifest.uri, manifest.digest, len(manifest), "training")
@@ -87,7 +100,7 @@ def run(config: RunConfig, part: Part | None = None) -> Outcome:
     try:
         follower.start()
         try:
-            launch.fit(job)
+            launch.fit(job, follower.say)
         finally:
             follower.stop()
         model_uri = storage.join(job.folder, "model")
@@ -175,7 +188,22 @@ def _run_to_resume(config: RunConfig, folder: str, order: dict[str, Any]) -> str
                 f"name: run {config.name} was begun with {key} {begun['order'].get(key)}, and this is {now}; "
                 "take it back, or another --name"
             )
+    before = yaml.safe_load(storage.read_bytes(storage.join(folder, CONFIGURATION)))
+    changed = [f"{key} {was} -> {now}" for key, (was, now) in changes(before, config.model_dump(mode="json")).items()]
+    if changed and not config.accept_changes:
+        raise BadConfig(
+            f"name: run {config.name} was begun with another configuration: {'; '.join(changed)}. Take that back, give "
+            "another --name, or go on with --accept_changes true"
+        )
     return str(begun["run_id"])
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys of two configurations that differ, with both values, but for those that only say where and how fast a
+    run goes on."""
+    one, two = flatten(before), flatten(now)
+    keys = sorted(key for key in one.keys() | two.keys() if not key.startswith(FREE_TO_CHANGE))
+    return {key: (one.get(key), two.get(key)) for key in keys if one.get(key) != two.get(key)}
 
 
 def _announce(console: Console, config: RunConfig, job: Job, manifests: list[Manifest], record: tracking.Run) -> None:

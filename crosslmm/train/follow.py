@@ -1,6 +1,7 @@
 """What the driver does while the workers train: show their progress, write the record, name what was unreadable."""
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -71,6 +72,10 @@ class Follower:
             self.record.log_text(LEDGER, self._ledger())
             self.console.print(f"{len(self._unreadable)} rows could not be read: {LEDGER} in the record and the run")
 
+    def say(self, line: str) -> None:
+        """Print what the user should know."""
+        self.console.print(line, markup=False)
+
     def _follow(self) -> None:
         while True:
             last_round = self._stop.wait(0.5)
@@ -78,6 +83,8 @@ class Follower:
             self._started([item for kind, item in news if kind == "started"])
             self._take_steps([item for kind, item in news if kind == "step"])
             self._take_unreadable([item for kind, item in news if kind == "unreadable"])
+            for line in (item for kind, item in news if kind == "said"):
+                self.say(line)
             if last_round:
                 return
 
@@ -101,7 +108,7 @@ class Follower:
                     self.report(step, metrics)
         step, _, metrics = steps[-1]
         news = (
-            f"loss {metrics['loss']:.3f}  {metrics['samples_per_s']:.0f} samples/s  "
+            f"loss {metrics.get('loss', math.nan):.3f}  {metrics['samples_per_s']:.0f} samples/s  "
             f"{metrics['frames_per_s']:.0f} frames/s  data wait {metrics['data_wait_share']:.0%}"
         )
         self._progress.update(self._task, completed=step, news=news)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig
@@ -30,7 +31,8 @@ class Job:
     rows: ray.ObjectRef
     lengths: np.ndarray | None
     """About how many tokens each row is, where micro-batches are counted in tokens."""
-    validation_order: Order | None
+    validation_size: int
+    """Rows of the held-out manifest."""
     validation_rows: ray.ObjectRef | None
     image_size: int
     features: ray.ObjectRef | None
@@ -40,26 +42,28 @@ class Job:
     board: Any
     """Actor handle of the `Board`."""
 
-    def training(self, first_step: int) -> Layout:
-        """What is left of the run after `first_step` steps."""
+    def training(self, first_step: int, workers: int) -> Layout:
+        """What is left of the run after `first_step` steps, for so many workers."""
         steps = self.total_steps - first_step
         rows = block_rows(self.config.data, self.image_size, self.recipe)
-        return Layout(self.order, self.config.scaling.num_workers, first_step, steps, rows, self.lengths)
+        return Layout(self.order, workers, first_step, steps, rows, self.lengths)
 
-    def validation(self) -> Layout:
-        """Validation's "steps" are rounds in which every rank takes one micro-batch."""
-        assert self.validation_order is not None
-        rounds = self.validation_order.steps_per_epoch
+    def validation(self, workers: int) -> Layout:
+        """Validation's "steps" are rounds in which every worker takes one micro-batch."""
         rows = self.config.train.micro_batch_size
-        return Layout(self.validation_order, self.config.scaling.num_workers, 0, rounds, rows)
+        order = Order((self.validation_size,), rows * workers, None)
+        return Layout(order, workers, 0, order.steps_per_epoch, rows)
 
 
 @ray.remote(num_cpus=0)
 class Board:
-    """Where workers pin their news and the driver reads them. Posting costs a worker next to nothing."""
+    """Where workers pin their news and the driver reads them, and the other way round. Posting costs a worker next to
+    nothing. It lives on the driver's node, and as long as the driver."""
 
     def __init__(self) -> None:
         self.news: list[tuple[str, Any]] = []
+        self.first_step = 0
+        self.stopping = False
 
     def post(self, kind: str, item: Any) -> None:
         """Pin one piece of news."""
@@ -69,6 +73,28 @@ class Board:
         """All news since the last call, in order."""
         news, self.news = self.news, []
         return news
+
+    def begin(self, step: int) -> None:
+        """The workers go on after this step: what they are given has to begin there."""
+        self.first_step = step
+
+    def begins(self) -> int:
+        """What `begin` was told last."""
+        return self.first_step
+
+    def stop(self) -> None:
+        """The driver was told to end the run."""
+        self.stopping = True
+
+    def stops(self) -> bool:
+        """Whether it was."""
+        return self.stopping
+
+
+def _board() -> Any:
+    """A board on this node, which is the driver's: a worker's node may go at any time."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 def open_features(config: RunConfig, rows: Rows) -> Features | None:
@@ -125,7 +151,6 @@ def prepare(
         tuple(data.manifests.values()),
     )
     steps = train.epochs * order.steps_per_epoch
-    at_once = train.micro_batch_size * config.scaling.num_workers
     model = build_config(config.model)
     sampling = Sampling(data.num_frames, data.sampling, data.fps)
     lengths = [
@@ -138,10 +163,10 @@ def prepare(
         order=order,
         rows=ray.put(Rows(manifests)),
         lengths=np.concatenate(lengths) if lengths else None,
-        validation_order=Order((len(validation),), at_once, None) if validation else None,
+        validation_size=len(validation) if validation else 0,
         validation_rows=ray.put(Rows([validation])) if validation else None,
         image_size=model.vision_config.image_size,
         features=ray.put(features) if features else None,
         recipe=features.recipe if features else None,
-        board=Board.remote(),  # type: ignore[attr-defined]
+        board=_board(),
     )

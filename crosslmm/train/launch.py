@@ -1,102 +1,203 @@
-"""A job -> Ray Train's workers, and the data that they are given."""
+"""A job -> Ray Train's workers, started again from the last checkpoint whatever ends them."""
 
-import json
-from typing import Any
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Self
 
-import pyarrow.fs
+import ray
 import ray.train
-from ray.data import Dataset, ExecutionOptions
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, ScalingConfig, TrainingFailedError
+from ray.data import DataIterator, Dataset, ExecutionOptions
+from ray.exceptions import RayError
+from ray.train import DataConfig, FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from crosslmm import storage
+from crosslmm.config import BadConfig
+from crosslmm.data.features import BadFeatures
 from crosslmm.data.pipeline import build_dataset
-from crosslmm.train import worker
+from crosslmm.data.quarantine import TooManyBad
+from crosslmm.train import checkpoint, worker
 from crosslmm.train.job import Job
 from crosslmm.train.placement import QUIET
-from crosslmm.train.worker import TRAIN, VALIDATION
+from crosslmm.train.worker import TRAIN, VALIDATION, Stopped
+
+HOPELESS = (BadConfig, BadFeatures, TooManyBad, FloatingPointError)
+"""What would end every other try in the same way."""
+STOP_WITHIN_S = 50.0
+"""From the first signal: so long the workers have for their last step and its checkpoint [s]. `ray job stop` waits for
+RAY_JOB_STOP_WAIT_TIME_S."""
+
+
+RAYS_OWN = "ray"
+"""Ray Train's bookkeeping, in the run's folder, anew for each start. Nothing is read from it: checkpoints are known by
+their seals, which no broken snapshot and no missing folder can take away."""
 
 
 class TrainingFailed(Exception):
     """The run ended before its last step; the message is one line with the first cause."""
 
 
-def fit(job: Job) -> None:
+def fit(job: Job, tell: checkpoint.Tell, pause: Callable[[float], None] = time.sleep) -> None:
     """Train in Ray Train workers, from the run's last checkpoint if it has one. Blocks until the end.
+
+    What ends the workers, or Ray Train's controller, starts them again: without limit as long as checkpoints are made,
+    and `scaling.max_failures` times without a new one.
+
+    Args:
+        job: what to train.
+        tell: takes a line for the user about each restart.
+        pause: waits before a restart [s].
 
     Raises:
         TrainingFailed: with the first worker's error.
+        KeyboardInterrupt: the job was told to stop; what was done is in a checkpoint, if there was time for it.
     """
+    reached, failures = _reached(job), 0
+    while True:
+        try:
+            _waiting(job, lambda: _trainer(job).fit())
+            with contextlib.suppress(OSError):
+                storage.remove_folder(storage.join(job.folder, RAYS_OWN))
+            return
+        except (TrainingFailedError, RayError) as error:
+            cause, line = _first_cause(error)
+            now = _reached(job)
+            if isinstance(cause, HOPELESS):
+                raise TrainingFailed(line) from error
+            failures = 0 if now > reached or isinstance(cause, Stopped) else failures + 1
+            reached = max(now, reached)
+            if failures > job.config.scaling.max_failures:
+                tries = f"; given up after {failures - 1} restarts without a new checkpoint" if failures > 1 else ""
+                raise TrainingFailed(f"{line}{tries}") from error
+            tell(f"starting again from {f'step {now}' if now else 'the beginning'}: {line}")
+            pause(min(2.0**failures, 30.0) if failures > 1 else 0.0)
+
+
+def _waiting(job: Job, work: Callable[[], Any]) -> None:
+    """Do it in a thread, and wait for the thread: signals reach this one, which tells the workers to stop.
+
+    Ray Train would set its own handler for Ctrl-C, and kill the workers.
+
+    Raises:
+        KeyboardInterrupt: it was told to stop, and the workers have ended, or their time is up.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="fit", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    except (KeyboardInterrupt, SystemExit):
+        job.board.stop.remote()
+        thread.join(STOP_WITHIN_S)  # a second signal ends this
+        if not future.done() or future.exception():
+            raise
+    future.result()
+
+
+def _reached(job: Job) -> int:
+    """Steps that the newest checkpoint knows of."""
+    return max((found.step for found in checkpoint.sealed(job.folder)), default=0)
+
+
+def _first_cause(error: Exception) -> tuple[Exception, str]:
+    """The first worker's error that is no mere echo of another's, and one line about it."""
+    failures = getattr(error, "worker_failures", None) or {-1: getattr(error, "controller_failure", error)}
+    causes = {rank: _unwrapped(cause) for rank, cause in failures.items()}
+    # When one rank ends, the others' collectives break.
+    rank = min(causes, key=lambda rank: (not isinstance(causes[rank], (*HOPELESS, Stopped)), rank))
+    where = f"worker {rank}: " if rank >= 0 else ""
+    cause = causes[rank]
+    return cause, f"{where}{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+
+
+def _unwrapped(error: Any) -> Any:
+    """Ray Train wraps what a worker raised, to carry its traceback."""
+    return getattr(error, "_base_exc", error)
+
+
+def _trainer(job: Job) -> TorchTrainer:
     config = job.config
-    filesystem, path = storage.arrow_filesystem(storage.absolute(config.storage))
-    datasets: dict[str, Any] = {TRAIN: lambda: _training_data(job)}
-    if job.validation_rows:
-        datasets[VALIDATION] = lambda: _validation_data(job)
-    trainer = TorchTrainer(
+    scaling = config.scaling
+    filesystem, path = storage.arrow_filesystem(storage.join(job.folder, RAYS_OWN))
+    return TorchTrainer(
         worker.train,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if config.scaling.use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=_longest(job)),
         scaling_config=ScalingConfig(
-            num_workers=config.scaling.num_workers,
-            use_gpu=config.scaling.use_gpu,
-            resources_per_worker={"CPU": config.scaling.cpus_per_worker}
-            | ({"GPU": 1} if config.scaling.use_gpu else {}),
+            num_workers=scaling.num_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=scaling.resize_every_s,  # type: ignore[call-arg]
+            use_gpu=scaling.use_gpu,
+            resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
-            name=config.name,
+            name=f"start-{time.time_ns()}",
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=0),  # `fit` counts what brought no progress
             worker_runtime_env={"env_vars": QUIET},  # type: ignore[call-arg]
         ),
-        datasets=datasets,
-        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+        datasets={TRAIN: _later, VALIDATION: _later} if job.validation_rows else {TRAIN: _later},
+        dataset_config=_Given(job),
     )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", None) or {-1: getattr(error, "controller_failure", error)}
-        rank, cause = next(iter(failures.items()))
-        where = f"worker {rank}: " if rank >= 0 else ""
-        raise TrainingFailed(f"{where}{type(cause).__name__}: {' '.join(str(cause).split())[:500]}") from error
 
 
-def _training_data(job: Job) -> Dataset:
-    """What is left of the run. Runs in Train's controller at every start of the workers."""
+def _longest(job: Job) -> int:
+    """Collectives outlast the watchdog, which knows more about what hangs [s]."""
+    return int(2 * max(job.config.watchdog.model_dump().values()))
+
+
+def _later() -> Any:
+    """What Ray Train asks for before it knows its workers; see `_Given`."""
+    return None
+
+
+class _Given(DataConfig):
+    """Makes the datasets when the workers ask for them: only now is it known how many they are and where they go on."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(execution_options=ExecutionOptions(preserve_order=True))
+        self.job = job
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # an actor's handle cannot be copied
+
+    def configure(
+        self,
+        datasets: dict[str, Any],
+        world_size: int,
+        worker_handles: Any,
+        worker_node_ids: Any,
+        **_: Any,
+    ) -> list[dict[str, DataIterator]]:
+        """Runs in Ray Train's data manager, when rank 0 asks for its share."""
+        made = {name: _dataset(self.job, name, world_size) for name in datasets}
+        return super().configure(made, world_size, worker_handles, worker_node_ids)
+
+
+def _dataset(job: Job, name: str, workers: int) -> Dataset:
+    """What is left of the run, or the held-out samples."""
     scaling = job.config.scaling
-    layout = job.training(_committed_step(job))
+    first_step = ray.get(job.board.begins.remote())
+    training = name == TRAIN
+    rows = job.rows if training else job.validation_rows
+    assert rows is not None
     return build_dataset(
-        layout,
-        job.rows,
+        job.training(first_step, workers) if training else job.validation(workers),
+        rows,
         job.config.data,
         job.image_size,
         scaling.decode_workers,
         scaling.cpus_per_decode_worker,
         job.features,
     )
-
-
-def _validation_data(job: Job) -> Dataset:
-    assert job.validation_rows is not None
-    scaling = job.config.scaling
-    return build_dataset(
-        job.validation(),
-        job.validation_rows,
-        job.config.data,
-        job.image_size,
-        scaling.decode_workers,
-        scaling.cpus_per_decode_worker,
-        job.features,
-    )
-
-
-def _committed_step(job: Job) -> int:
-    """The step of the checkpoint that Train is about to hand to the workers: the latest in its own snapshot."""
-    filesystem, path = storage.arrow_filesystem(storage.absolute(job.folder))
-    snapshot = f"{path}/checkpoint_manager_snapshot.json"
-    if filesystem.get_file_info(snapshot).type == pyarrow.fs.FileType.NotFound:
-        return 0
-    with filesystem.open_input_stream(snapshot) as file:
-        latest = json.loads(file.read())["latest_checkpoint_result"]
-    return int(latest["metrics"]["step"]) if latest else 0

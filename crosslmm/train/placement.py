@@ -33,7 +33,7 @@ def check_placement(config: RunConfig) -> None:
         BadConfig: naming the keys, what they ask for and what there is.
     """
     scaling = config.scaling
-    need, limit = resources(config), cluster_limit()
+    need, limit = resources(config, scaling.least_workers), cluster_limit()
     cpus, gpus, pools = need["CPU"], need["GPU"], _pools(config)
     if gpus > limit.get("GPU", 0):
         raise BadConfig(
@@ -42,7 +42,7 @@ def check_placement(config: RunConfig) -> None:
         )
     if cpus > limit.get("CPU", 0) + 1e-6:
         raise BadConfig(
-            f"scaling: num_workers {scaling.num_workers} x cpus_per_worker {scaling.cpus_per_worker:g} + "
+            f"scaling: num_workers {scaling.least_workers} x cpus_per_worker {scaling.cpus_per_worker:g} + "
             f"{pools} x decode_workers {scaling.decode_workers} x cpus_per_decode_worker "
             f"{scaling.cpus_per_decode_worker:g} = {cpus:g} CPUs, "
             f"and the cluster has {limit.get('CPU', 0):g}; lower one of them"
@@ -54,12 +54,12 @@ def check_placement(config: RunConfig) -> None:
         )
 
 
-def resources(config: RunConfig) -> dict[str, float]:
-    """CPUs and GPUs that a run holds, its decoders included."""
+def resources(config: RunConfig, workers: int) -> dict[str, float]:
+    """CPUs and GPUs that a run with so many training workers holds, its decoders included."""
     scaling = config.scaling
-    cpus = scaling.num_workers * scaling.cpus_per_worker
+    cpus = workers * scaling.cpus_per_worker
     cpus += _pools(config) * scaling.decode_workers * scaling.cpus_per_decode_worker
-    return {"CPU": cpus, "GPU": scaling.num_workers if scaling.use_gpu else 0}
+    return {"CPU": cpus, "GPU": workers if scaling.use_gpu else 0}
 
 
 def cluster_limit() -> dict[str, float]:

@@ -88,25 +88,28 @@ def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrid
     config = run_config(ranks, *overrides)
     model, processor = sharded(config, gates=0.3)
     optimizer = build_optimizer(model, config.train)
-    first = checkpoint.load(folder / "checkpoint", model, optimizer) if resume else 0
-    losses = {}
+    group, losses, first = dist.new_group(backend="gloo"), {}, 0
+    with checkpoint.newest(str(folder), group, print) as found:
+        if found and resume:
+            checkpoint.load(found[1], found[0], model, optimizer)
+            first = found[0].step
+    saver = checkpoint.Saver(str(folder), config, f"{ranks}{resume:d}", group, print)
 
-    def save(step: int) -> None:
-        if step == STOP_AFTER:
-            checkpoint.save(folder / "checkpoint", model, optimizer, step, config)
-            if stop:
-                dist.barrier()
-                os._exit(0)  # as a spot node goes: without a word
+    class Around(loop.Around):
+        def log(self, step, metrics):
+            losses[step] = metrics["loss"], metrics["grad_norm"]
 
-    loop.train(
-        config,
-        model,
-        optimizer,
-        batches(processor, config, ranks, rank, first),
-        range(first, STEPS),
-        log=lambda step, metrics: losses.update({step: (metrics["loss"], metrics["grad_norm"])}),
-        save=save,
-    )
+        def save(self, step):
+            if step == STOP_AFTER:
+                saver.save(step, model, optimizer, {}, [])
+                if stop:
+                    saver.wait()
+                    dist.barrier()
+                    os._exit(0)  # as a spot node goes: without a word
+
+    given = (loop.Step(micro, []) for micro in batches(processor, config, ranks, rank, first))
+    loop.train(config, model, optimizer, given, range(first, STEPS), Around())
+    saver.close()
     model.eval()
     with torch.no_grad():
         loss = float(model(**fixed_batch(processor, config)).loss)

@@ -133,16 +133,20 @@ def train_from_videos(folder):
             chosen, weights = order.at(step * order.global_batch_size + np.arange(order.global_batch_size))
             assert all(rows[i]["id"] != "gone" for i in chosen), "another row stands in for it"
             videos = [[decode_video(rows[i]["videos"][0], config.data, processor.image_size)] for i in chosen]
-            yield [processor([rows[i]["messages"] for i in chosen], videos, weights=weights)]
+            yield loop.Step([processor([rows[i]["messages"] for i in chosen], videos, weights=weights)], [])
 
     losses = []
+
+    class Around(loop.Around):
+        def log(self, step, metrics):
+            losses.append(metrics["loss"])
+
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
     try:
         build = functools.partial(build_model, config.model, processor, config.seed)
         model = parallelize(build, config.train, torch.device("cpu"))
         optimizer = build_optimizer(model, config.train)
-        log = lambda step, metrics: losses.append(metrics["loss"])  # noqa: E731
-        loop.train(config, model, optimizer, batches(), range(STEPS), log=log, save=lambda step: None)
+        loop.train(config, model, optimizer, batches(), range(STEPS), Around())
     finally:
         dist.destroy_process_group()
     return losses

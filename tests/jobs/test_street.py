@@ -149,7 +149,7 @@ def test_the_whole_job_in_an_object_store(undisturbed, manifest, tracking_uri):
     # Two checkpoints are kept, in the store, with the full configuration; so are the artifacts.
     kept = [uri for uri in ls("s3://videos/runs/undisturbed") if "/step-" in uri]
     assert [uri.split("/step-")[1][:8] for uri in kept] == ["00000008", "00000010"]
-    assert {"config.yaml", "progress.json", ".metadata", "__0_0.distcp", "__1_0.distcp"} <= names(kept[-1])
+    assert {"config.yaml", "seal.json", ".metadata", "__0_0.distcp", "__1_0.distcp"} <= names(kept[-1])
     assert run.info.artifact_uri.startswith("s3://videos/artifacts")
 
 
@@ -183,8 +183,7 @@ def test_the_registered_model_answers_about_a_real_clip(undisturbed, tracking_ur
 def test_a_killed_run_goes_on_under_its_name_as_if_nothing_had_happened(cluster, undisturbed, manifest, tracking_uri):
     """SIGKILL the driver after the first checkpoint: the same command goes on, and every step's loss is the same."""
     job = submit(cluster, *arguments(manifest, tracking_uri, "killed"))
-    snapshot = "s3://videos/runs/killed/checkpoint_manager_snapshot.json"
-    wait_for(lambda: storage.exists(snapshot), job)
+    wait_for(lambda: any(name.endswith("/seal.json") for name in storage.names_in("s3://videos/runs/killed")), job)
     drivers = [pid for pid, title in processes() if "--name=killed" in title and "submit" not in title]
     assert drivers
     for pid in drivers:

@@ -73,14 +73,9 @@ def swept(cluster, folder):
     sweep = folder / "runs" / "sweep"
     job = submit(cluster, *command(folder))
     until = time.monotonic() + 400
-    while not list(sweep.glob(f"003-*/step-{EVERY:08d}-*/progress.json")):
+    while not list(sweep.glob(f"003-*/step-{EVERY:08d}-*/seal.json")):
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < until, [trial.state for trial in trials.read(str(sweep))]
-        time.sleep(0.05)
-    # Uploaded is not committed: what Train hands to a resume is in its snapshot.
-    snapshot = next(sweep.glob("003-*")) / "checkpoint_manager_snapshot.json"
-    while not snapshot.exists() or not json.loads(snapshot.read_text())["latest_checkpoint_result"]:
-        assert time.monotonic() < until
         time.sleep(0.05)
     drivers = [pid for pid, title in processes() if "jobs/tune.py" in title and "submit" not in title]
     assert drivers

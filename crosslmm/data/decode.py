@@ -11,9 +11,8 @@ from concurrent.futures import TimeoutError as Overtime
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
-from time import sleep as pause
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self, TypeVar
+from typing import Any, BinaryIO, Literal, Self
 
 import av
 import numpy as np
@@ -43,13 +42,9 @@ IMAGES = {"jpeg_pipe": b"\xff\xd8\xff", "png_pipe": b"\x89PNG\r\n\x1a\n"}
 
 RECYCLE_AFTER = 1000
 """Videos after which a child is replaced, before what its libraries leak adds up."""
-WAITS_S = (1, 2, 4, 8, 16)
-"""Pauses before an unavailable store is asked again [s]; after them the run stops."""
 ANSWER_WITHIN_S = 30.0
 """After a deadline has passed, the store has so long to show that it was not the cause [s]."""
 
-
-Made = TypeVar("Made")
 Stage = Literal["read", "check", "decode", "deadline", "crash"]
 
 
@@ -64,20 +59,6 @@ class Unreadable:
     """The object's ETag, where it has one."""
     attempts: int = 1
     """How often it was tried: twice where the machine may have been the cause, by time or by killing."""
-
-
-def patiently(read: Callable[[], Made]) -> Made:
-    """What `read` returns; while the store is unavailable it is asked again, for half a minute.
-
-    Raises:
-        storage.Unavailable: after that.
-    """
-    for wait in WAITS_S:
-        try:
-            return read()
-        except storage.Unavailable:
-            pause(wait)
-    return read()
 
 
 class _Children:
@@ -108,7 +89,7 @@ class _Children:
         """Read videos, in order: what the child makes of each, or `Unreadable`.
 
         Raises:
-            storage.Unavailable: the store cannot be used, and did not recover in half a minute; no video's fault.
+            storage.Unavailable: the store cannot be used, and did not recover in time; no video's fault.
         """
         futures = [self._schedule(self._decode, uri) for uri in uris]
         return [self._result(uri, future) for uri, future in zip(uris, futures, strict=True)]
@@ -121,19 +102,17 @@ class _Children:
         return self._pool.schedule(function, (uri,), timeout=timeout_s or self.data.decode_timeout_s)
 
     def _result(self, uri: str, future: pebble.ProcessFuture) -> Any:
-        for wait in (*WAITS_S, None):
-            try:
-                result = self._verdict(uri, future)
-                if isinstance(result, Unreadable) and result.stage in ("deadline", "crash"):
-                    result = self._verdict(uri, self._schedule(self._decode, uri))
-                    result = replace(result, attempts=2) if isinstance(result, Unreadable) else result
-                return result
-            except (storage.Unavailable, BrokenProcessPool):  # or a child died with nothing to do
-                if wait is None:
-                    raise
-                pause(wait)
-                future = self._schedule(self._decode, uri)
-        raise AssertionError("the last turn returns or raises")
+        under_way = [future]
+
+        def once() -> Any:
+            result = self._verdict(uri, under_way.pop() if under_way else self._schedule(self._decode, uri))
+            if isinstance(result, Unreadable) and result.stage in ("deadline", "crash"):
+                result = self._verdict(uri, self._schedule(self._decode, uri))
+                result = replace(result, attempts=2) if isinstance(result, Unreadable) else result
+            return result
+
+        # Or a child died with nothing to do.
+        return storage.patiently(once, despite=(storage.Unavailable, BrokenProcessPool))
 
     def _verdict(self, uri: str, future: pebble.ProcessFuture) -> Any:
         try:
@@ -170,8 +149,10 @@ class _Children:
                 if before is None:
                     raise PermissionError
                 self._schedule(_touch, before, ANSWER_WITHIN_S).result()
-            except (PermissionError, Overtime):
-                raise storage.Unavailable(
+            except Overtime:
+                raise storage.Unavailable(f"{uri}: the store has not answered for {ANSWER_WITHIN_S:g} s") from None
+            except PermissionError:
+                raise storage.Refused(
                     f"{uri}: permission denied, as for all of {_bucket_of(uri)}; check the credentials (AWS_*)"
                 ) from None
 
@@ -198,7 +179,7 @@ class Decoder(_Children):
         """Decode videos, in order: uint8 (frames, image_size, image_size, 3) each, or why there is none.
 
         Raises:
-            storage.Unavailable: the store cannot be used, and did not recover in half a minute; no video's fault.
+            storage.Unavailable: the store cannot be used, and did not recover in time; no video's fault.
         """
         return super().__call__(uris)
 
@@ -217,7 +198,7 @@ class Prober(_Children):
         """Probe whole videos (no `#t=` behind their places), in order.
 
         Raises:
-            storage.Unavailable: the store cannot be used, and did not recover in half a minute; no video's fault.
+            storage.Unavailable: the store cannot be used, and did not recover in time; no video's fault.
         """
         return super().__call__(uris)
 
@@ -348,8 +329,10 @@ def _context() -> BaseContext:
 
 def _settle_in(memory_bytes: int, environment: dict[str, str]) -> None:
     """First thing a child does: take the environment (credentials) from its owner, since it was forked from a process
-    with an older one; bound its memory [bytes]; leave no core; say nothing, as decord prints what it reads."""
+    with an older one; leave patience with the store to the owner, since here it would count as the video's time; bound
+    its memory [bytes]; leave no core; say nothing, as decord prints what it reads."""
     os.environ.update(environment)
+    storage.PATIENCE_S = 0
     limit = psutil.Process().memory_info().vms + memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, DataConfig, Section
-from crosslmm.data.decode import BACKENDS, Stage, Unreadable, patiently
+from crosslmm.data.decode import BACKENDS, Stage, Unreadable
 from crosslmm.data.sampling import excerpt
 
 FORMAT = 1
@@ -312,10 +312,10 @@ class Features:
 
         Raises:
             BadFeatures: they must not be used.
-            storage.Unavailable: the store cannot be used, and did not recover in half a minute.
+            storage.Unavailable: the store cannot be used.
         """
         with ThreadPoolExecutor(READERS) as threads:
-            return list(threads.map(lambda uri: patiently(lambda: self.read(uri)), uris))
+            return list(threads.map(self.read, uris))
 
     def read(self, uri: str) -> np.ndarray | Unreadable:
         """Read the features of one video, by one request for its version and one for its bytes.

@@ -22,7 +22,7 @@ from ray.data.block import BlockMetadata
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.collate import Sample
-from crosslmm.data.decode import Decoder, Unreadable, patiently
+from crosslmm.data.decode import Decoder, Unreadable
 from crosslmm.data.features import BF16, BadFeatures, Features, Recipe
 from crosslmm.data.manifest import Rows
 from crosslmm.data.order import Order
@@ -202,7 +202,7 @@ class ReadSamples:
             rows, videos, bad = self._read_or_replace(places, index, weight)
         except (storage.Unavailable, BadFeatures) as error:
             # Raised here it would reach the trainer's log under Ray's own tracebacks; `to_samples` raises it again.
-            stopped = type(error).__name__, str(error)
+            stopped = isinstance(error, storage.Unavailable), str(error)
             rows, videos, bad = [NO_ROW] * len(index), [[] for _ in index], [[] for _ in index]
         samples, frames = [], []
         for i, (row, found) in enumerate(zip(rows, videos, strict=True)):
@@ -233,7 +233,7 @@ class ReadSamples:
         waiting = list(range(len(index)))
         for attempt in range(1, SUBSTITUTES + 2):
             numbers = index[waiting]
-            taken = patiently(lambda numbers=numbers: self.rows.take(numbers))  # type: ignore[misc]
+            taken = self.rows.take(numbers)
             for i, row, found in zip(waiting, taken, self._read(numbers.tolist(), taken), strict=True):
                 rows[i], videos[i] = row, found
                 if isinstance(found, Entry):
@@ -269,8 +269,8 @@ def to_samples(block: dict[str, np.ndarray]) -> Iterator[Sample]:
         BadFeatures: features must not be used.
     """
     if stopped := json.loads(block["stopped"][0]):
-        kind, message = stopped
-        raise {kind.__name__: kind for kind in (storage.Unavailable, BadFeatures)}[kind](message)
+        of_the_store, message = stopped
+        raise (storage.Unavailable if of_the_store else BadFeatures)(message)
     frames, start = block["frames"][0], 0
     for said in json.loads(block["samples"][0]):
         videos = []

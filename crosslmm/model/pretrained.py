@@ -6,7 +6,6 @@ import posixpath
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ class Checkpoint:
         with tempfile.TemporaryDirectory() as fetched:
             if "://" in folder:
                 if name:
-                    (Path(fetched) / name).write_bytes(storage.read_bytes(self.uri))
+                    storage.download_file(self.uri, f"{fetched}/{name}")
                 else:
                     storage.download(folder, fetched)
                 folder = fetched

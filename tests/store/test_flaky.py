@@ -1,0 +1,251 @@
+"""A store that is down, slow or cuts connections for a while costs time and nothing else; what is for good is said."""
+
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import boto3
+import numpy as np
+import pyarrow.fs
+import pytest
+from boto3.s3.transfer import TransferConfig
+from conftest import ROOT
+from flaky_store import FlakyStore
+from object_store import running_object_store
+from s3fs import S3FileSystem
+
+from crosslmm import storage
+
+pytestmark = pytest.mark.fault
+
+DATA = np.random.default_rng(0).bytes(12_000_000)
+PART = 5 * 2**20
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with running_object_store(tmp_path_factory.mktemp("store") / "swift", venv=ROOT / ".cache" / "swift-venv") as store:
+        store.make_bucket("runs")
+        yield store
+
+
+@pytest.fixture
+def flaky(store, monkeypatch):
+    with FlakyStore(int(store.endpoint.rsplit(":", 1)[1])) as flaky:
+        for name, value in (store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{flaky.port}"}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(storage, "WAITS_S", (0.2,))
+        monkeypatch.setattr(storage, "READ_TIMEOUT_S", 2)
+        monkeypatch.setattr(storage, "PART_BYTES", PART)
+        S3FileSystem.clear_instance_cache()
+        yield flaky
+
+
+def fails(flaky, seconds, **modes):
+    """The store misbehaves from now on, for so long."""
+    vars(flaky).update(modes)
+    threading.Timer(seconds, lambda: vars(flaky).update(dict.fromkeys(modes))).start()
+    return time.monotonic() + seconds
+
+
+@pytest.mark.parametrize("mode", ["503", "reset", 3.0])
+def test_reads_survive_a_store_that_is_down_slow_or_cuts_connections(flaky, tmp_path, mode):
+    storage.write_bytes("s3://runs/r/a/data", DATA)
+    storage.write_bytes("s3://runs/r/b", b"b")
+    for read, expected in {
+        lambda: storage.read_bytes("s3://runs/r/a/data"): DATA,
+        lambda: storage.read_bytes("s3://runs/r/a/data", 10, 100_000): DATA[10:100_000],
+        lambda: storage.open_read("s3://runs/r/a/data").read(): DATA,
+        lambda: storage.names_in("s3://runs/r"): ["a/data", "b"],
+        lambda: storage.exists("s3://runs/r/b"): True,
+        lambda: storage.exists("s3://runs/r/c"): False,
+        lambda: storage.stamp_of("s3://runs/r/b")[0]: 1,
+        lambda: storage.download("s3://runs/r", str(tmp_path / "r")): None,
+    }.items():
+        until = fails(flaky, 1.5, reads=mode)
+        assert read() == expected
+        assert time.monotonic() > until - 0.5
+        flaky.reads = None
+    assert (tmp_path / "r/a/data").read_bytes() == DATA
+    assert (tmp_path / "r/b").read_bytes() == b"b"
+
+
+@pytest.mark.parametrize("mode", ["503", "reset", "lost", 3.0])
+def test_writes_survive_a_store_that_is_down_slow_or_cuts_connections(flaky, tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(storage, "WRITE_TIMEOUT_S", 2)
+    (tmp_path / "w/x").mkdir(parents=True)
+    (tmp_path / "w/x/data").write_bytes(DATA)
+    (tmp_path / "w/small").write_bytes(b"small")
+
+    def chunks():
+        for at in range(0, len(DATA), 1_000_000):
+            if at == 7_000_000:
+                fails(flaky, 1.5, writes=mode)
+            yield DATA[at : at + 1_000_000]
+
+    storage.write_chunks("s3://runs/w/chunks", chunks())
+    flaky.writes = None
+    assert storage.read_bytes("s3://runs/w/chunks") == DATA
+    for name in ("small", "large"):
+        fails(flaky, 1.5, writes=mode)
+        storage.write_bytes(f"s3://runs/w/{name}", b"1" if name == "small" else DATA)
+        flaky.writes = None
+    fails(flaky, 1.5, writes=mode)
+    storage.upload(str(tmp_path / "w"), "s3://runs/w/folder")
+    flaky.writes = None
+    assert storage.read_bytes("s3://runs/w/small") == b"1"
+    assert storage.read_bytes("s3://runs/w/large") == DATA
+    assert storage.names_in("s3://runs/w/folder") == ["small", "x/data"]
+    assert storage.read_bytes("s3://runs/w/folder/x/data") == DATA
+    fails(flaky, 1.5, writes=mode)
+    storage.remove_folder("s3://runs/w")
+    flaky.writes = None
+    assert storage.names_in("s3://runs/w") == []
+
+
+@pytest.mark.parametrize("mode", ["503", "reset"])
+def test_arrow_is_as_patient(flaky, mode):
+    filesystem, path = storage.arrow_filesystem("s3://runs/arrow")
+    fails(flaky, 3, reads=mode, writes=mode)
+    with filesystem.open_output_stream(f"{path}/data") as file:
+        file.write(DATA)
+    fails(flaky, 3, reads=mode, writes=mode)
+    with filesystem.open_input_file(f"{path}/data") as file:
+        assert file.read() == DATA
+    fails(flaky, 3, reads=mode, writes=mode)
+    assert [info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path))] == ["data"]
+
+
+def test_a_store_that_stays_down_is_given_up_and_named(flaky, monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE_S", 2)
+    flaky.reads = flaky.writes = "503"
+    for call in (lambda: storage.read_bytes("s3://runs/x"), lambda: storage.write_bytes("s3://runs/x", DATA)):
+        began = time.monotonic()
+        with pytest.raises(storage.Unavailable, match=r"^s3://runs/x: .*(Slow down|Service Unavailable)") as raised:
+            call()
+        assert "\n" not in str(raised.value)
+        assert 1 < time.monotonic() - began < 10
+
+
+def test_a_broken_off_write_leaves_what_was_there(flaky, monkeypatch):
+    storage.write_bytes("s3://runs/old", b"old")
+    monkeypatch.setattr(storage, "PATIENCE_S", 0)
+    flaky.writes = "reset"
+    for data in (b"new", DATA):
+        with pytest.raises(storage.Unavailable):
+            storage.write_bytes("s3://runs/old", data)
+    flaky.writes = None
+
+    def breaks_off():
+        yield DATA
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_chunks("s3://runs/old", breaks_off())
+    assert storage.read_bytes("s3://runs/old") == b"old"
+
+
+def test_an_upload_whose_completion_was_not_heard_of_is_whole(flaky):
+    completing = flaky.hold(lambda method, path: method == "POST" and "uploadId=" in path)
+    thread = threading.Thread(target=storage.write_bytes, args=("s3://runs/unheard", DATA))
+    thread.start()
+    completing.wait(30)
+    flaky.writes = "lost"
+    completing.release()
+    while sum("uploadId=" in path for method, path in flaky.requests if method == "POST") < 2:
+        time.sleep(0.05)
+    flaky.writes = None
+    thread.join(60)
+    assert storage.read_bytes("s3://runs/unheard") == DATA
+
+
+def test_a_request_is_held_in_the_middle_and_dropped(flaky):
+    held = flaky.hold(lambda method, path: method == "PUT" and path.endswith("/held"), after=1000)
+    thread = threading.Thread(target=storage.write_bytes, args=("s3://runs/held", DATA[:PART]))
+    thread.start()
+    assert held.wait(30) == ("PUT", "/runs/held")
+    assert not storage.exists("s3://runs/held")
+    held.drop()
+    thread.join(60)
+    assert storage.read_bytes("s3://runs/held") == DATA[:PART]
+    assert flaky.requests.count(("PUT", "/runs/held")) == 2
+    with pytest.raises(TimeoutError):
+        flaky.hold(lambda method, path: False).wait(0.1)
+
+
+def test_boto_uploads_in_parts_through_it(flaky, store, tmp_path):
+    (tmp_path / "data").write_bytes(DATA)
+    client = boto3.client("s3")
+    client.upload_file(
+        str(tmp_path / "data"),
+        "runs",
+        "boto",
+        Config=TransferConfig(multipart_threshold=PART, multipart_chunksize=PART),
+    )
+    assert client.get_object(Bucket="runs", Key="boto")["Body"].read() == DATA
+    assert sum(method == "PUT" for method, _ in flaky.requests) == 3
+
+
+def test_what_waiting_cannot_mend_is_said_at_once(flaky, monkeypatch):
+    monkeypatch.setattr(storage, "pause", lambda seconds: pytest.fail("it waited"))
+    wrong = {
+        "s3://nowhere/x": (storage.Refused, "there is no bucket nowhere"),
+        "s3://runs/missing": (FileNotFoundError, "no such object"),
+        "s3://No_Such!/x": (storage.BadLocation, "Invalid bucket name"),
+    }
+    for uri, (kind, says) in wrong.items():
+        with pytest.raises(kind, match=f"^{uri}: .*{says}") as raised:
+            storage.read_bytes(uri)
+        assert "\n" not in str(raised.value)
+    for data in (b"", DATA):
+        with pytest.raises(storage.Refused, match=r"^s3://nowhere/x: there is no bucket nowhere$"):
+            storage.write_bytes("s3://nowhere/x", data)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    S3FileSystem.clear_instance_cache()
+    for call in (storage.read_bytes, storage.exists, lambda uri: storage.write_bytes(uri, b"")):
+        with pytest.raises(
+            PermissionError, match=r"^s3://runs/x: permission denied; check AWS_\* or the machine's role$"
+        ):
+            call("s3://runs/x")
+
+
+def test_a_full_disk_is_said_at_once_and_leaves_nothing(tmp_path):
+    """On a file system of 1 MB of its own."""
+    code = textwrap.dedent(f"""\
+        import os
+        from crosslmm import storage
+        storage.pause = None
+        for write in (storage.write_bytes, lambda uri, data: storage.write_chunks(uri, [data])):
+            try:
+                write("{tmp_path}/folder/big", bytes(2_000_000))
+            except OSError as error:
+                print(error, os.listdir("{tmp_path}/folder"))
+        """)
+    mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    script = f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c '{code}'"
+    if not shutil.which("unshare") or subprocess.run([*mount, "mount -t tmpfs none /mnt"]).returncode:
+        pytest.skip("this machine mounts nothing for its users")
+    said = subprocess.run([*mount, script], cwd=ROOT, capture_output=True, text=True).stdout
+    assert said == f"[Errno 28] no space left for {tmp_path}/folder/big; free some, or write elsewhere []\n" * 2
+
+
+@pytest.mark.parametrize("patience", [0, 0.25, 180])
+def test_pauses_grow_and_end_with_the_budget(monkeypatch, patience):
+    monkeypatch.setattr(storage, "PATIENCE_S", patience)
+    now, waits = [0.0], []
+
+    def pause(seconds):
+        waits.append(seconds)
+        now[0] += seconds
+
+    def ask():
+        raise storage.Unavailable("down")
+
+    monkeypatch.setattr(storage, "pause", pause)
+    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+    with pytest.raises(storage.Unavailable, match="down"):
+        storage.patiently(ask)
+    assert waits == ([1, 2, 4, 8, *[15] * 11] if patience == 180 else [])

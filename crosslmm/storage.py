@@ -590,22 +590,3 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 def local_path(uri: str) -> str:
     """The path of a local file or folder."""
     return absolute(uri).removeprefix("file://")
-
-
-def upload_file(path: Path, uri: str) -> None:
-    """x"""
-    fs, name = _filesystem(uri)
-    fs.put_file(str(path), name)
-
-
-def download_file(uri: str, path: Path) -> None:
-    """x"""
-    fs, name = _filesystem(uri)
-    fs.get_file(name, str(path))
-
-
-def remove_folder(uri: str) -> None:
-    """x"""
-    fs, name = _filesystem(uri)
-    if fs.exists(name):
-        fs.rm(name, recursive=True)

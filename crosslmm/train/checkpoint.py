@@ -113,7 +113,7 @@ def damage(checkpoint: Checkpoint, name: str, copy_to: Path | None = None) -> st
                 found = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
                 length = file.tell()
         else:
-            storage.download_file(uri, copy_to / name)
+            storage.download_file(uri, str(copy_to / name))
             with (copy_to / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256")
                 length = file.tell()
@@ -309,7 +309,7 @@ class Saver:
             with path.open("rb") as file:
                 files[path.name] = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
             if uri:
-                storage.upload_file(path, storage.join(uri, path.name))
+                storage.upload_file(str(path), storage.join(uri, path.name))
         return files
 
     def _seal(self, checkpoint: Checkpoint) -> None:

@@ -146,6 +146,7 @@ def test_refused_credentials_are_no_bad_video(wire, monkeypatch, clip):
         decoder([clip])
 
 
+@pytest.mark.fault
 def test_a_store_out_of_reach_is_no_bad_video(monkeypatch, store):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -158,6 +159,7 @@ def test_a_store_out_of_reach_is_no_bad_video(monkeypatch, store):
         decoder(["s3://videos/clip.mp4"])
 
 
+@pytest.mark.fault
 def test_a_store_that_comes_back_in_time_costs_nothing(monkeypatch, store, clip):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -175,6 +177,7 @@ def test_a_store_that_comes_back_in_time_costs_nothing(monkeypatch, store, clip)
     wires[0].__exit__(None, None, None)
 
 
+@pytest.mark.fault
 def test_a_store_that_stops_answering_is_no_slow_video(decoder, wire, clip):
     assert isinstance(decoder([clip])[0], np.ndarray)
     decoder.data = decoder.data.model_copy(update={"decode_timeout_s": 2.0})

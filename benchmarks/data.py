@@ -217,7 +217,7 @@ def run_pipeline(videos: list[Path], data: DataConfig) -> dict[str, Any]:
     lines = [json.dumps({"id": f"{i}", "video": str(path), "messages": said}) for i, path in enumerate(videos)]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "rows.jsonl").write_text("\n".join(lines))
-        rows = Rows([Manifest(f"{folder}/rows.jsonl")])
+        rows = Rows([Manifest(f"{folder}/rows.jsonl", ["/"])])
     order = Order((len(videos),), 1, seed=0)
     layout = Layout(order, 1, 0, order.steps_per_epoch, block_rows(data, SIDE))
     began = time.perf_counter()

@@ -39,9 +39,12 @@ class Answerer:
         # Flash attention is a matter of the machine that trained, not of the one that answers.
         half = self.device.startswith("cuda") and self.config.train.precision == "bf16"
         dtype = torch.bfloat16 if half else torch.float32
-        model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype)
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, attn_implementation="sdpa", dtype=dtype, use_safetensors=True
+        )
         self.model: Any = model.eval().to(self.device)
-        self.decoder = Decoder(self.config.data, self.processor.image_size)
+        # Its roots were those of the training's manifests.
+        self.decoder = Decoder(self.config.data.model_copy(update={"roots": []}), self.processor.image_size)
 
     def __call__(self, videos: Sequence[str], questions: Sequence[str], max_new_tokens: int = 64) -> list[str]:
         """Greedy answers, one for each pair of video (path or s3:// URI) and question.

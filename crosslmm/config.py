@@ -16,6 +16,9 @@ from jsonargparse import (  # type: ignore[attr-defined]
 )
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+USERINFO = re.compile(r"(?<=://)(?:[^/\s@]*|[^/\s:@]*:(?!\d+(?:/|$))[^\s@]*)@")
+"""User and password in a URI; in place of a port, a password may hold slashes, as the keys of S3 do."""
+
 PRESETS = resources.files("crosslmm") / "presets"
 
 Count = Annotated[int, Field(ge=1)]
@@ -83,6 +86,9 @@ class DataConfig(Section):
     "sample" generates the sample set (with its held-out manifest) if missing."""
     validation_manifest: str | None = None
     """Held-out manifest, path or URI; null validates nothing (with "sample": the sample set's own)."""
+    roots: list[str] = []
+    """Folders (paths or s3:// URIs) that a manifest's videos may lie in, besides the manifest's own folder (a prepared
+    one's is itself). A row that names anything else is malformed, a link that leads out is an unreadable video."""
     features: str | None = None
     """Folder (path or s3:// URI) that jobs/encode.py printed: its features are read instead of videos, and the vision
     encoder, which must be frozen, does not run; null reads videos."""
@@ -290,6 +296,19 @@ class RunConfig(Section):
         return self.train.global_batch_size // (self.train.micro_batch_size * self.scaling.most_workers)
 
     @model_validator(mode="after")
+    def _holds_no_credentials(self) -> "RunConfig":
+        values = self.model_dump()
+        values["data"]["manifest"] = list(self.data.manifests)
+        for key, value in flatten(values).items():
+            for text in value if isinstance(value, list) else [value]:
+                if USERINFO.search(str(text)):
+                    raise ValueError(
+                        f"{key}: holds credentials, which belong in the environment: MLFLOW_TRACKING_USERNAME and "
+                        "MLFLOW_TRACKING_PASSWORD (of a database, its whole URI in MLFLOW_TRACKING_URI), or AWS_*"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
         for workers in range(self.scaling.least_workers, self.scaling.most_workers + 1):
             if self.train.micro_batch_tokens and self.train.global_batch_size % workers:
@@ -428,9 +447,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def redacted(text: str) -> str:
+    """Without the user and password of any URI in it."""
+    return USERINFO.sub("***@", text)
+
+
 def fail(error: Exception) -> NoReturn:
     """Print one line and leave with status 2: what was asked for cannot be done."""
-    print(f"error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
+    print(f"error: {redacted(_one_line(str(error)))}", file=sys.stderr)  # noqa: T201
     raise SystemExit(2)
 
 

@@ -99,10 +99,12 @@ class VideoRows:
     Attributes:
         uris: of the videos.
         versions: of their objects, None where there is none.
+        roots: folders that they may lie in.
     """
 
     def __init__(self, rows: Rows, videos: dict[str, Video], versions: dict[str, str | None]) -> None:
         self.uris, self.versions = list(videos), list(versions.values())
+        self.roots = rows.roots
         self._rows, self._numbers = rows, np.array([video.row for video in videos.values()])
 
     def take(self, numbers: np.ndarray) -> list[dict[str, Any]]:
@@ -176,7 +178,7 @@ def run(config: RunConfig, settings: FeatureSettings) -> Outcome:
     config = driver.resolve(config)
     processor = build_processor(config.model)
     uris = [*config.data.manifests, *([config.data.validation_manifest] if config.data.validation_manifest else [])]
-    rows = Rows([Manifest(uri) for uri in uris])
+    rows = Rows([Manifest(uri, config.data.roots) for uri in uris])
     videos = rows.videos()
     tower = build_encoder(config.model, processor, config.seed)
     recipe = recipe_of(config, digest(tower), settings.dtype)

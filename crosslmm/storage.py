@@ -120,6 +120,11 @@ def within(uri: str, roots: Iterable[str]) -> bool:
     return ".." not in place.split("/") and any(place.startswith(folder) for folder in folders)
 
 
+def real(uri: str) -> str:
+    """A local path with all links followed; a URI of an object store as it is."""
+    return os.path.realpath(_plain(uri)) if scheme_of(uri) == "file" else uri
+
+
 def _plain(uri: str) -> str:
     if scheme_of(uri) == "s3":
         return uri

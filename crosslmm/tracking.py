@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema
 
 from crosslmm import storage
-from crosslmm.config import RunConfig, TrackingConfig, flatten
+from crosslmm.config import RunConfig, TrackingConfig, flatten, redacted
 
 # Its own chatter would stand between our lines. It asks for type hints or examples to guess a signature from; ours is
 # given whole.
@@ -46,14 +46,18 @@ class Record:
     Args:
         tracking: where the record is.
         run_id: of a run that exists.
+
+    Attributes:
+        uri: where the record is, for people: without credentials, which the environment may have put in it.
     """
 
     def __init__(self, tracking: TrackingConfig, run_id: str) -> None:
         self.tracking, self.run_id = tracking, run_id
-        self.uri = tracking_uri(tracking)
+        uri = tracking_uri(tracking)
+        self.uri = redacted(uri)
         # The registry and the models' loader read the process-wide setting.
-        mlflow.set_tracking_uri(self.uri)
-        self.client = MlflowClient(self.uri)
+        mlflow.set_tracking_uri(uri)
+        self.client = MlflowClient(uri)
 
     @classmethod
     def create(cls, tracking: TrackingConfig, name: str, source: str, parent: str | None = None) -> Self:
@@ -148,7 +152,7 @@ class Run(Record):
         self.log_config(config)
         # Steps that a resume walks again are already here.
         self._last_step = max((m.step for m in self.client.get_metric_history(self.run_id, "loss")), default=0)
-        self._system = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
+        self._system = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=mlflow.get_tracking_uri())
         self._system.start()
 
     def log_dataset(self, uri: str, digest: str, rows: int, context: str) -> None:

@@ -13,6 +13,7 @@ def answer(
     video: str | None = None,
     question: str | None = None,
     manifest: str | None = None,
+    roots: list[str] | None = None,
     model: str = "models:/crosslmm@candidate",
     tracking_uri: str | None = None,
 ) -> None:
@@ -23,6 +24,7 @@ def answer(
         question: what to ask about it; without one, questions are read line by line, each turn knowing those before it,
             and the video is looked at once.
         manifest: instead of one video, a manifest: the share of its first questions that are answered exactly.
+        roots: folders that the manifest's videos may lie in, besides its own (--data.roots in training).
         model: MLflow model URI.
         tracking_uri: MLflow tracking URI; default MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db.
     """
@@ -39,7 +41,7 @@ def answer(
     if (video is None) == (manifest is None):
         fail(ValueError("give either --video or --manifest"))
     try:
-        rows = Manifest(manifest) if manifest else None
+        rows = Manifest(manifest, roots or []) if manifest else None
         loaded = load_registered(model, TrackingConfig(uri=tracking_uri))
 
         def predict(videos: list[str], questions: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from rich.text import Text
 from crosslmm.config import BadConfig, DataConfig, fail, stop_on_sigterm
 
 LIMITS = {"decode_timeout_s", "decode_memory_gib", "max_video_bytes", "max_video_s", "max_frame_pixels"}
-TOLERATED = {"max_bad_share", "bad_allowed"}
+TOLERATED = {"max_bad_share", "bad_allowed", "roots"}
 DEFAULTS = DataConfig()
 
 

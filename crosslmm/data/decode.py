@@ -239,7 +239,7 @@ def _judged(uri: str, data: DataConfig, read: Callable[[BinaryIO, str], Any]) ->
     """What `read` makes of an open video of a container, or what is wrong with it."""
     version = None
     try:
-        with storage.open_read(excerpt(uri)[0]) as file:
+        with storage.open_read(_followed(excerpt(uri)[0], data.roots)) as file:
             version = storage.version_of(file)
             return read(file, _container_of(file, data.max_video_bytes))
     except UnreadableVideo as error:
@@ -258,6 +258,16 @@ def _judged(uri: str, data: DataConfig, read: Callable[[BinaryIO, str], Any]) ->
     except Exception as error:
         stage: Stage = "read" if isinstance(error, OSError) else "decode"
         return Unreadable(f"{type(error).__name__}: {_harmless(error)}", stage, version)
+
+
+def _followed(place: str, roots: Sequence[str]) -> str:
+    """What is opened for a place: a local file with its links followed, which may not lead out of the roots. Without
+    roots somebody has named the video, not a manifest."""
+    if not roots:
+        return place
+    if not storage.within(storage.real(place), map(storage.real, roots)):
+        raise UnreadableVideo("a link leads outside of the manifest's folder; add where it leads to --data.roots")
+    return storage.real(place)
 
 
 def require_backend(decoder: str) -> None:

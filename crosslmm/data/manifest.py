@@ -152,10 +152,11 @@ class Manifest:
     Attributes:
         uri: where it was read.
         digest: sha256, hex, of its bytes, or of a prepared one's seal, which holds its parts' digests.
+        roots: folders that its videos may lie in: its own, and what it was opened with.
     """
 
-    def __init__(self, uri: str) -> None:
-        """Open a manifest.
+    def __init__(self, uri: str, roots: Sequence[str] = ()) -> None:
+        """Open a manifest; `roots` are further folders that its videos may lie in.
 
         Raises:
             BadManifest: unreadable, empty, too long to be read whole, or with malformed lines; up to five of them are
@@ -166,9 +167,11 @@ class Manifest:
         self._folder = ""
         try:
             self._folder = folder_of(self.uri)
+            self.roots = [self._folder, *map(storage.absolute, roots)]
             if prepared.is_prepared(self.uri):
                 self._table = prepared.PreparedTable(self.uri)
                 self.digest = self._table.digest
+                self.take([0])  # where the others lie, as a rule
                 return
             if self._folder != self.uri and (size := storage.stamp_of(self.uri)[0]) > MOST_BYTES:
                 raise BadManifest(f"{uri}: has {size / 1e9:.1f} GB; {PREPARE.format(uri=uri)}")
@@ -176,7 +179,7 @@ class Manifest:
         except (OSError, ValueError, RecursionError) as error:
             raise BadManifest(f"{uri}: cannot be read: {type(error).__name__}: {error}") from error
         self.digest = hashlib.sha256(data).hexdigest()
-        records, reasons = check_rows(itertools.islice(raw_rows, MOST_UNPREPARED + 1), self._folder)
+        records, reasons = check_rows(itertools.islice(raw_rows, MOST_UNPREPARED + 1), self.roots)
         if len(records) + len(reasons) > MOST_UNPREPARED:
             raise BadManifest(f"{uri}: has more than {MOST_UNPREPARED} rows; {PREPARE.format(uri=uri)}")
         if reasons:
@@ -192,12 +195,16 @@ class Manifest:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Some rows, by their numbers from 0: `id`, `messages`, `kind`, `line` (from 1), `manifest`, and `videos`, the
-        absolute paths or URIs of its video and image parts, in order."""
+        absolute paths or URIs of its video and image parts, in order.
+
+        Raises:
+            BadManifest: a prepared row names a video outside of the roots.
+        """
         rows = self._table.take(pa.array(indices, pa.int64())).select(["id", "videos", "messages", "kind", "line"])
         return [
             row
             | {
-                "videos": [storage.join(self._folder, video) for video in row["videos"]],
+                "videos": [self._placed(video, f"line {row['line']}") for video in row["videos"]],
                 "messages": json.loads(row["messages"]),
                 "manifest": self.uri,
             }
@@ -213,11 +220,17 @@ class Manifest:
         """Every place that a row names, as often as it is named."""
         table = self._table.videos() if isinstance(self._table, prepared.PreparedTable) else self._table
         table = table.select(["videos", "seconds"])
-        folder = folder_of(self.uri)
         for row, record in enumerate(row for batch in table.to_batches(4096) for row in batch.to_pylist()):
             lengths = record["seconds"] or [None] * len(record["videos"])
             for place, seconds in zip(record["videos"], lengths, strict=True):
-                yield storage.join(folder, place), Video(row, float("nan") if seconds is None else seconds)
+                yield self._placed(place, f"row {row + 1}"), Video(row, float("nan") if seconds is None else seconds)
+
+    def _placed(self, video: str, where: str) -> str:
+        """Where a row's video lies. What was checked when a prepared manifest was made may not hold for this one."""
+        try:
+            return placed(video, self.roots)
+        except ValueError as error:
+            raise BadManifest(f"{self.uri}: {where}: {error}") from None
 
     def lengths(self, sampling: Sampling, tokens_per_frame: int) -> np.ndarray:
         """About how many tokens each row is, before anything is opened: float32 (rows,). Characters count as a quarter;
@@ -242,10 +255,16 @@ class Video:
 
 
 class Rows:
-    """The rows of several manifests, numbered one manifest behind the other, as `Order` does."""
+    """The rows of several manifests, numbered one manifest behind the other, as `Order` does.
+
+    Attributes:
+        manifests: in this order.
+        roots: of all of them.
+    """
 
     def __init__(self, manifests: Sequence[Manifest]) -> None:
         self.manifests = manifests
+        self.roots = [root for manifest in manifests for root in manifest.roots]
         self._starts = np.cumsum([0, *map(len, manifests)])
 
     def take(self, numbers: np.ndarray) -> list[dict[str, Any]]:
@@ -272,16 +291,16 @@ def folder_of(uri: str) -> str:
 
 
 def check_rows(
-    raw_rows: Iterable[tuple[int, Any]], folder: str, first_line: dict[str, int] | None = None
+    raw_rows: Iterable[tuple[int, Any]], roots: Sequence[str], first_line: dict[str, int] | None = None
 ) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """Rows as `formats` reads them -> records of `SCHEMA`, and (line, reason) of each malformed row. `first_line` knows
-    the ids of the rows before these, and learns theirs."""
+    the ids of the rows before these, and learns theirs; for `roots` see `placed`."""
     records: list[dict[str, Any]] = []
     reasons: list[tuple[int, str]] = []
     first_line = {} if first_line is None else first_line
     for number, raw in raw_rows:
         try:
-            record = to_record(raw, number, folder)
+            record = to_record(raw, number, roots)
             before = first_line.setdefault(record["id"], number)
             if before != number:
                 raise ValueError(f"id {record['id']!r} is also on line {before}")
@@ -291,17 +310,14 @@ def check_rows(
     return records, reasons
 
 
-def to_record(raw: Any, number: int, folder: str) -> dict[str, Any]:
+def to_record(raw: Any, number: int, roots: Sequence[str]) -> dict[str, Any]:
     """One row as `formats` reads it -> a record of `SCHEMA`, its videos' places resolved.
 
     Raises:
         ValueError: it is malformed; `reason_of` says why in one line.
     """
     row = Row.model_validate(formats.to_row(raw, number))
-    videos = [storage.join(folder, video) for video in row.videos]
-    for video in videos:
-        storage.scheme_of(video)
-        excerpt(video)
+    videos = [placed(video, roots) for video in row.videos]
     messages = row.model_dump(include={"messages"}, exclude_none=True)["messages"]
     # Half a surrogate pair is valid JSON, and no text that can be written or tokenized.
     json.dumps([row.id, row.kind, videos, messages], ensure_ascii=False).encode()
@@ -314,6 +330,19 @@ def to_record(raw: Any, number: int, folder: str) -> dict[str, Any]:
         "chars": sum(len(m.content) if isinstance(m.content, str) else _letters(m.content) for m in row.messages),
         "seconds": [0.0 if isinstance(part, ImagePart) else None for part in row.shown],
     }
+
+
+def placed(video: str, roots: Sequence[str]) -> str:
+    """The absolute path or URI of a row's video, which must lie in one of `roots`, the manifest's own folder first, by
+    its name: links are followed when it is opened.
+
+    Raises:
+        ValueError: it does not, or names no part of a video.
+    """
+    uri = storage.join(roots[0], video)
+    if not storage.within(excerpt(uri)[0], roots):
+        raise ValueError(f"{uri!a} lies outside of {roots[0]}; add its folder to --data.roots")
+    return uri
 
 
 def _letters(parts: Sequence[VideoPart | ImagePart | TextPart]) -> int:

@@ -21,7 +21,7 @@ from crosslmm.data import pieces, prepared
 from crosslmm.data.decode import Prober, Unreadable
 from crosslmm.data.frames import UnreadableVideo, part_of
 from crosslmm.data.headers import Probe
-from crosslmm.data.manifest import BadManifest, check_rows, folder_of
+from crosslmm.data.manifest import BadManifest, check_rows
 from crosslmm.data.pieces import Piece
 from crosslmm.data.prepared import LENGTHS, SCHEMA
 from crosslmm.data.quarantine import Entry, plain
@@ -72,7 +72,7 @@ class Work:
     """Key of the plan: summaries of another one do not count."""
     probe: bool
     data: DataConfig
-    """Limits of probing."""
+    """Limits of probing; the roots that videos may lie in, the manifest's folder first."""
 
 
 @dataclass
@@ -159,7 +159,7 @@ def judged(work: Work, piece: Piece) -> Iterator[Batch]:
     with contextlib.ExitStack() as stack:
         prober = stack.enter_context(Prober(work.data)) if work.probe else None
         for some in _batches(work, piece):
-            records, rejected = check_rows(some, folder_of(work.manifest), first_line)
+            records, rejected = check_rows(some, work.data.roots, first_line)
             batch = Batch(records, [(line, plain(reason)) for line, reason in rejected], [], {})
             if prober:
                 places = dict.fromkeys(excerpt(uri)[0] for record in records for uri in record["videos"])

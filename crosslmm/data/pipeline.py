@@ -24,7 +24,7 @@ from crosslmm.config import DataConfig
 from crosslmm.data.collate import Sample
 from crosslmm.data.decode import Decoder, Unreadable
 from crosslmm.data.features import BF16, BadFeatures, Features, Recipe
-from crosslmm.data.manifest import Rows
+from crosslmm.data.manifest import BadManifest, Rows
 from crosslmm.data.order import Order
 from crosslmm.data.quarantine import Entry
 
@@ -37,6 +37,9 @@ BLOCK_ROWS = 128
 
 SUBSTITUTES = 8
 """Other rows that are tried at the place of an unreadable one; beyond them the place has no weight."""
+
+STOPS = (storage.Unavailable, BadFeatures, BadManifest)
+"""What ends a run, whatever row it happens at."""
 
 NO_ROW: dict[str, Any] = {"manifest": "", "line": 0, "id": "", "kind": None, "messages": []}
 """Stands at the places of a block that no store would give."""
@@ -118,7 +121,7 @@ def build_dataset(
 
     Args:
         layout: what goes where.
-        rows: `Rows` of the manifests, in the object store, or what else can `take`.
+        rows: `Rows` of the manifests, in the object store, or what else can `take` and has their `roots`.
         data: frames, decoder, deadline.
         image_size: side of a frame [px].
         workers: decoding processes.
@@ -186,6 +189,7 @@ class ReadSamples:
     ) -> None:
         self.layout = layout
         self.rows: Rows = ray.get(rows)
+        data = data.model_copy(update={"roots": self.rows.roots})
         self.decoder: Decoder | Features = Decoder(data, image_size) if features is None else ray.get(features)
         self.unreadable: dict[int, Entry] = {}
 
@@ -200,9 +204,9 @@ class ReadSamples:
         stopped = None
         try:
             rows, videos, bad = self._read_or_replace(places, index, weight)
-        except (storage.Unavailable, BadFeatures) as error:
+        except STOPS as error:
             # Raised here it would reach the trainer's log under Ray's own tracebacks; `to_samples` raises it again.
-            stopped = isinstance(error, storage.Unavailable), str(error)
+            stopped = [isinstance(error, kind) for kind in STOPS].index(True), str(error)
             rows, videos, bad = [NO_ROW] * len(index), [[] for _ in index], [[] for _ in index]
         samples, frames = [], []
         for i, (row, found) in enumerate(zip(rows, videos, strict=True)):
@@ -267,10 +271,11 @@ def to_samples(block: dict[str, np.ndarray]) -> Iterator[Sample]:
     Raises:
         storage.Unavailable: the store of the videos cannot be used.
         BadFeatures: features must not be used.
+        BadManifest: a prepared row names a video outside of the roots.
     """
     if stopped := json.loads(block["stopped"][0]):
-        of_the_store, message = stopped
-        raise (storage.Unavailable if of_the_store else BadFeatures)(message)
+        kind, message = stopped
+        raise STOPS[kind](message)
     frames, start = block["frames"][0], 0
     for said in json.loads(block["samples"][0]):
         videos = []

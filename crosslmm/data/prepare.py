@@ -29,7 +29,7 @@ from crosslmm import storage
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data import pieces as cutting
 from crosslmm.data import prepared
-from crosslmm.data.manifest import BadManifest
+from crosslmm.data.manifest import BadManifest, folder_of
 from crosslmm.data.pieces import Piece
 from crosslmm.data.piecework import (
     NAMED,
@@ -68,7 +68,7 @@ def convert(
         probe: read the headers of its videos.
         skip_bad: leave malformed rows out; without it they are no manifest.
         piece_bytes: of the manifest in one task; None for what suits.
-        data: limits of probing.
+        data: limits of probing, and further folders that videos may lie in.
         console: for what people read.
 
     Raises:
@@ -116,8 +116,8 @@ def validate(manifest: str, probe: bool, piece_bytes: int | None, data: DataConf
     uri = storage.absolute(manifest.rstrip("/"))
     if prepared.is_prepared(uri):
         raise BadManifest(f"{manifest}: is prepared, and its rows were checked when it was")
-    work = Work(uri, "", "", probe, data)
     with named(manifest):
+        work = Work(uri, "", "", probe, _with_folder(uri, data))
         pieces = (
             [Piece(uri, "whole")] if cutting.is_whole(uri) else cut_and_count(uri, piece_bytes or _piece_bytes(probe))
         )
@@ -150,6 +150,8 @@ def _plan(
     """The pieces of a manifest: those of an earlier call if nothing has changed since, or a new beginning."""
     asked: dict[str, Any] = {"manifest": uri, "probe": probe, "piece_bytes": piece_bytes or _piece_bytes(probe)}
     with named(uri):
+        data = _with_folder(uri, data)
+        asked["roots"] = data.roots
         stamp = cutting.stamp(uri)
         if old is None:
             # The folder is ours from now on, whatever comes between.
@@ -180,6 +182,11 @@ def _plan(
     if plan != old:
         storage.write_bytes(storage.join(target, PLAN), json.dumps(plan).encode())
     return Work(uri, target, key, probe, data), pieces
+
+
+def _with_folder(uri: str, data: DataConfig) -> DataConfig:
+    """The manifest's own folder is the first of its roots."""
+    return data.model_copy(update={"roots": [folder_of(uri), *map(storage.absolute, data.roots)]})
 
 
 def cut_and_count(uri: str, piece_bytes: int) -> list[Piece]:

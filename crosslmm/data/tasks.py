@@ -1,9 +1,11 @@
 """Functions on Ray, a bounded number at a time, and the progress that people see."""
 
+import contextlib
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,6 +26,13 @@ def start_ray() -> None:
     """Connect to the cluster at hand (RAY_ADDRESS, or the one of this job), or start one on this machine."""
     if not ray.is_initialized():
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        keep_token_private()
+
+
+def keep_token_private() -> None:
+    """Ray writes the token of clusters that `ray.init` starts readable to all users of the machine."""
+    with contextlib.suppress(OSError):  # there is none where the cluster was there before
+        (Path.home() / ".ray" / "auth_token").chmod(0o600)
 
 
 def on_ray(

@@ -204,7 +204,9 @@ def _graft(key: str, part: nn.Module, auto_class: Any, source: Checkpoint) -> No
     """Load a checkpoint into one part of the model; a branch of cross-attentions that it has none of stays new."""
     try:
         with source.local() as arguments:
-            theirs = auto_class.from_pretrained(**arguments, dtype=torch.float32).state_dict()
+            # Foreign weights are never a pickle (pytorch_model.bin).
+            safe = "gguf_file" not in arguments
+            theirs = auto_class.from_pretrained(**arguments, dtype=torch.float32, use_safetensors=safe).state_dict()
         # SigLIP's attention-pooling head is never asked.
         theirs = {name: weight for name, weight in theirs.items() if not name.startswith("head.")}
         ours = part.state_dict()

@@ -26,7 +26,7 @@ from crosslmm.sweep.space import Space, changes_features, distribution, grid, is
 from crosslmm.sweep.trials import Trial
 from crosslmm.sweep.tuning import SweepFailed, at_once, run_trials
 from crosslmm.sweep.watch import Watch
-from crosslmm.tracking import Record, load_registered
+from crosslmm.tracking import Record, load_registered, tracking_uri
 from crosslmm.train import driver, placement
 
 SETTLED = "sweep.json"
@@ -75,8 +75,8 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
     if not (config.data.validation_manifest or config.data.manifest == "sample"):
         raise BadConfig("data.validation_manifest: trials are compared on held-out samples; give their manifest")
     config = driver.resolve(config)
-    manifests = [Manifest(uri) for uri in config.data.manifests]
-    Manifest(str(config.data.validation_manifest))
+    manifests = [Manifest(uri, config.data.roots) for uri in config.data.manifests]
+    Manifest(str(config.data.validation_manifest), config.data.roots)
     total_steps = _steps(config, manifests)
     if chosen.scheduler == "asha" and config.train.validate_every >= total_steps:
         raise BadConfig(
@@ -101,7 +101,9 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
             storage.write_bytes(storage.join(folder, SETTLED), json.dumps(begun).encode())
         base = config.model_copy(update={"data": config.data.model_copy(update={"features": begun["features"]})})
         # Trials are runs in the sweep's folder, wherever they run.
-        tracking = base.tracking.model_copy(update={"uri": record.uri})
+        # One with credentials in it came from the environment, and trials take it from theirs.
+        uri = tracking_uri(base.tracking)
+        tracking = base.tracking.model_copy(update={"uri": uri if uri == record.uri else None})
         base = base.model_copy(update={"storage": folder, "tracking": tracking})
         placement.start_ray()
         placement.check_placement(base)
@@ -320,7 +322,8 @@ def _promote(
     tags = driver.lineage(run_folder) | {"sweep": record.run_id, "trial": str(trial.number), "promoted_as": which}
     model_uri = Record(record.tracking, str(trial.run_id)).register(storage.join(run_folder, "model"), tags)
     console.print(f"registered {model_uri}: trial {trial.number}, {which} of the sweep")
-    asked = next(row for row in Manifest(str(base.data.validation_manifest)).rows if len(row["videos"]) == 1)
+    held_out = Manifest(str(base.data.validation_manifest), base.data.roots)
+    asked = next(row for row in held_out.rows if len(row["videos"]) == 1)
     question, expected = first_turn(asked["messages"])
     table = pd.DataFrame({"video": asked["videos"], "question": [question]})
     (answer,) = load_registered(model_uri, base.tracking).predict(table)

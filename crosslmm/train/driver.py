@@ -70,8 +70,9 @@ def run(config: RunConfig, part: Part | None = None) -> Outcome:
     console = Console(highlight=False, soft_wrap=True, quiet=part is not None)
     config = resolve(config)
     build_processor(config.model)
-    manifests = [Manifest(uri) for uri in config.data.manifests]
-    validation = Manifest(config.data.validation_manifest) if config.data.validation_manifest else None
+    manifests = [Manifest(uri, config.data.roots) for uri in config.data.manifests]
+    held_out = config.data.validation_manifest
+    validation = Manifest(held_out, config.data.roots) if held_out else None
     features = open_features(config, Rows([*manifests, *([validation] if validation else [])]))
     placement.start_ray()
     placement.check_placement(config)

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 
 from crosslmm.config import BadConfig, RunConfig
+from crosslmm.data.tasks import keep_token_private
 
 # What Ray says about itself is for its own log files; a failure reaches the terminal as our one line.
 QUIET = {
@@ -24,6 +25,7 @@ def start_ray() -> None:
         # Of a cluster started here: trials beside one another are more processes than its cores, which Ray remarks on.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": QUIET})
+        keep_token_private()
 
 
 def check_placement(config: RunConfig) -> None:

@@ -143,7 +143,7 @@ def test_the_prepared_rows_are_the_manifest_s(prepared):
     said = last(output)
     assert (said["rows"], said["rejected"], said["quarantined"]) == (ROWS - 3, 2, 1)
     assert said["codecs"].keys() == {"h264"}
-    manifest, good = Manifest(TARGET), Manifest(f"{SOURCE}/good.jsonl")
+    manifest, good = Manifest(TARGET, [SOURCE]), Manifest(f"{SOURCE}/good.jsonl")
     assert len(manifest) == ROWS - 3
     rows = {row["id"]: row for row in good.rows}
     found = manifest.rows
@@ -166,7 +166,7 @@ def test_the_pipeline_reads_from_the_prepared_folder(prepared, monkeypatch):
     samples = []
     for uri in (TARGET, f"{SOURCE}/good.jsonl"):
         monkeypatch.setattr(ray, "get", lambda rows: rows)
-        rows = Rows([Manifest(uri)])
+        rows = Rows([Manifest(uri, [SOURCE])])
         reader = ReadSamples(Layout(Order((10,), 4, None), 1, 0, 2, 4), rows, data, 32)
         samples.append(reader({"block": [0]}))
         reader.decoder.__exit__(None, None, None)
@@ -185,7 +185,7 @@ def test_sealed_and_unchanged_is_said_at_once(prepared, cluster, manifest):
 
 
 def test_what_can_be_read_now_joins_the_folder_and_leaves_the_ledger(prepared, cluster):
-    digest = Manifest(TARGET).digest
+    digest = Manifest(TARGET, [SOURCE]).digest
     (entry,) = map(json.loads, storage.read_bytes(f"{TARGET}/quarantine.jsonl").splitlines())
     ledger = "s3://videos/runs/one/quarantine.jsonl"
     missing = {**entry, "split": "train", "id": "lost", "uri": f"{SOURCE}/lost.mp4"}
@@ -200,7 +200,7 @@ def test_what_can_be_read_now_joins_the_folder_and_leaves_the_ledger(prepared, c
     assert storage.read_bytes(f"{TARGET}/quarantine.jsonl") == b""
     (left,) = map(json.loads, storage.read_bytes(ledger).splitlines())
     assert (left["id"], left["attempts"], left["split"]) == ("lost", 2, "train")
-    manifest = Manifest(TARGET)
+    manifest = Manifest(TARGET, [SOURCE])
     assert len(manifest) == ROWS - 2
     assert manifest.digest != digest
     assert manifest.take([ROWS - 3])[0]["id"] == "row 17"

@@ -6,10 +6,11 @@ import time
 from fractions import Fraction
 
 import av
+import boto3
 import numpy as np
 import pytest
 from conftest import ROOT
-from object_store import running_object_store
+from object_store import REGION, USER, running_object_store
 from s3fs import S3FileSystem
 from wire import Wire
 
@@ -145,6 +146,7 @@ def test_refused_credentials_are_no_bad_video(wire, monkeypatch, clip):
         decoder([clip])
 
 
+@pytest.mark.fault
 def test_a_store_out_of_reach_is_no_bad_video(monkeypatch, store):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -157,6 +159,7 @@ def test_a_store_out_of_reach_is_no_bad_video(monkeypatch, store):
         decoder(["s3://videos/clip.mp4"])
 
 
+@pytest.mark.fault
 def test_a_store_that_comes_back_in_time_costs_nothing(monkeypatch, store, clip):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -174,6 +177,7 @@ def test_a_store_that_comes_back_in_time_costs_nothing(monkeypatch, store, clip)
     wires[0].__exit__(None, None, None)
 
 
+@pytest.mark.fault
 def test_a_store_that_stops_answering_is_no_slow_video(decoder, wire, clip):
     assert isinstance(decoder([clip])[0], np.ndarray)
     decoder.data = decoder.data.model_copy(update={"decode_timeout_s": 2.0})
@@ -217,3 +221,13 @@ def test_a_videos_features_cost_a_look_at_its_version_and_one_request(wire):
     assert storage.version("s3://videos/no-such-object") is None
     with pytest.raises(storage.Unavailable, match="there is no bucket nowhere"):
         storage.version("s3://nowhere/x.mp4")
+
+
+def test_a_key_that_leads_out_of_its_folder_is_not_copied(store, wire, tmp_path):
+    session = boto3.Session(USER, store.secret, region_name=REGION)
+    session.client("s3", endpoint_url=store.endpoint).put_object(Bucket="videos", Key="weights/a/../../out", Body=b"x")
+    storage.write_bytes("s3://videos/weights/a/b", b"b")
+    assert storage.names_in("s3://videos/weights") == ["a/../../out", "a/b"]
+    with pytest.raises(storage.BadLocation, match="leads out of the folder"):
+        storage.download("s3://videos/weights", str(tmp_path / "copy"))
+    assert not (tmp_path / "out").exists()

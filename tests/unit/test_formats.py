@@ -24,7 +24,7 @@ LLAVA = [
         ],
     },
     {
-        "video": "/b.mp4",
+        "video": "/elsewhere/b.mp4",
         "conversations": [{"from": "human", "value": "Look: <video> What?"}, {"from": "gpt", "value": "Red."}],
     },
     {"conversations": [{"from": "human", "value": "What is <video>?"}, {"from": "gpt", "value": "A tag."}]},
@@ -68,8 +68,8 @@ def test_parquet_says_the_same_as_jsonl(tmp_path, jsonl, as_json):
 def test_llava_s_form_is_read(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(LLAVA))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LLAVA))
-    first, second, third, fourth = of(Manifest(str(tmp_path / "rows.json")).rows)
-    assert of(Manifest(str(tmp_path / "rows.jsonl")).rows) == [first, second, third, fourth]
+    first, second, third, fourth = of(Manifest(str(tmp_path / "rows.json"), ["/elsewhere"]).rows)
+    assert of(Manifest(str(tmp_path / "rows.jsonl"), ["/elsewhere"]).rows) == [first, second, third, fourth]
     text = {"type": "text", "text": "What?"}
     assert first[:2] == ("7", [f"{tmp_path}/clips/a.mp4"])
     assert first[3] == [
@@ -78,7 +78,7 @@ def test_llava_s_form_is_read(tmp_path):
         {"role": "user", "content": "And then?"},
         {"role": "assistant", "content": "Blue."},
     ]
-    assert second[:2] == ("2", ["/b.mp4"])
+    assert second[:2] == ("2", ["/elsewhere/b.mp4"])
     assert second[3][0]["content"] == [{"type": "text", "text": "Look:"}, {"type": "video"}, text]
     assert third[1] == []
     assert third[3][0]["content"] == "What is <video>?"

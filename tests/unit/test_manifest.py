@@ -15,10 +15,10 @@ def row(**changes):
 
 @pytest.fixture
 def read(tmp_path):
-    def read(*lines):
+    def read(*lines, roots=()):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(f"{line}\n" for line in lines))
-        return Manifest(str(path))
+        return Manifest(str(path), roots)
 
     return read
 
@@ -87,7 +87,8 @@ def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, monkeypatch, uri, r
     ],
 )
 def test_videos_are_found_from_the_manifest_s_folder(read, tmp_path, video, resolved):
-    assert read(row(video=video)).rows[0]["videos"] == [resolved.format(folder=tmp_path)]
+    rows = read(row(video=video), roots=["/elsewhere", "s3://bucket"]).rows
+    assert rows[0]["videos"] == [resolved.format(folder=tmp_path)]
 
 
 def test_a_manifest_named_from_the_working_directory_finds_its_videos(read, tmp_path, monkeypatch):

@@ -30,7 +30,8 @@ def clip(name, place):
 
 
 def work(tmp_path, probe=False, **limits):
-    return Work(str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), "plan", probe, DataConfig(**limits))
+    data = DataConfig(roots=[str(tmp_path)], **limits)
+    return Work(str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), "plan", probe, data)
 
 
 def read(target, name):

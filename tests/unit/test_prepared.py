@@ -34,13 +34,13 @@ def records(start, end):
     for i in range(start, end):
         place = f"clips/{i}.mp4" if i % 2 else f"/elsewhere/{i}.mp4"
         lines.append((i + 1, json.dumps({"id": f"row {i}", "video": place, "messages": conversation("What?", str(i))})))
-    rows, reasons = check_rows(lines, "")
+    rows, reasons = check_rows(lines, ["", "/elsewhere"])
     assert not reasons
     return rows
 
 
 def test_rows_are_read_in_any_order_across_groups_and_parts(folder):
-    manifest = Manifest(folder)
+    manifest = Manifest(folder, ["/elsewhere"])
     assert len(manifest) == COUNT
     wanted = np.random.default_rng(0).permutation(COUNT)[:200]
     rows = manifest.take(wanted)
@@ -53,7 +53,7 @@ def test_rows_are_read_in_any_order_across_groups_and_parts(folder):
 
 
 def test_a_row_costs_its_group_and_no_more(folder, monkeypatch):
-    manifest, asked = Manifest(folder), []
+    manifest, asked = Manifest(folder, ["/elsewhere"]), []
     read = storage.read_bytes
 
     def counting(uri, start=None, end=None):
@@ -69,7 +69,7 @@ def test_a_row_costs_its_group_and_no_more(folder, monkeypatch):
 
 
 def test_it_travels_without_its_rows(folder):
-    manifest = Manifest(folder)
+    manifest = Manifest(folder, ["/elsewhere"])
     manifest.take([0, 700])
     sent = pickle.dumps(manifest)
     assert len(sent) < 2000
@@ -82,7 +82,7 @@ def test_the_digest_is_the_content_s(folder, tmp_path):
     for number, table in enumerate([tables[0], tables[0], tables[1]]):
         here = str(tmp_path / str(number))
         prepared.seal(here, [prepared.write_part(here, 0, table)], table, {})
-        digests.append(Manifest(here).digest)
+        digests.append(Manifest(here, ["/elsewhere"]).digest)
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -95,7 +95,7 @@ def test_an_unfinished_one_is_no_manifest(tmp_path):
 def test_rows_of_several_manifests_are_numbered_one_behind_the_other(folder, tmp_path):
     rows = [{"id": name, "messages": conversation("?", name, video=False)} for name in "abc"]
     (tmp_path / "three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    both = Rows([Manifest(str(tmp_path / "three.jsonl")), Manifest(folder)])
+    both = Rows([Manifest(str(tmp_path / "three.jsonl")), Manifest(folder, ["/elsewhere"])])
     numbers = np.array([4, 0, 3, 1302, 2, 4])
     assert [row["id"] for row in both.take(numbers)] == ["row 1", "a", "row 0", "row 1299", "c", "row 1"]
 
@@ -124,12 +124,15 @@ def test_lengths_are_told_before_anything_is_opened(tmp_path):
     table = pa.Table.from_pylist([*known, {**known[0], "seconds": [None]}, {**known[0], "seconds": []}], SCHEMA)
     folder = str(tmp_path / "prepared")
     prepared.seal(folder, [prepared.write_part(folder, 0, table)], table, {})
-    assert Manifest(folder).lengths(Sampling(64, "fps", 2.0), 9).tolist() == [2 + 20 * 9] * 2 + [2 + 64 * 9, 2]
-    assert Manifest(folder).lengths(Sampling(8, "fps", 2.0), 9)[0] == 2 + 8 * 9
+    assert Manifest(folder, ["/elsewhere"]).lengths(Sampling(64, "fps", 2.0), 9).tolist() == [2 + 20 * 9] * 2 + [
+        2 + 64 * 9,
+        2,
+    ]
+    assert Manifest(folder, ["/elsewhere"]).lengths(Sampling(8, "fps", 2.0), 9)[0] == 2 + 8 * 9
 
 
 def test_every_video_is_known_without_the_conversations(folder):
-    videos = Rows([Manifest(folder)]).videos()
+    videos = Rows([Manifest(folder, ["/elsewhere"])]).videos()
     assert len(videos) == COUNT
     assert videos[f"{folder}/clips/1299.mp4"].row == 1299
     assert videos["/elsewhere/700.mp4"].row == 700

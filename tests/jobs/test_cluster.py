@@ -1,0 +1,54 @@
+"""Clusters that this project starts: who may use them."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+
+import psutil
+import pytest
+from conftest import ROOT, processes
+
+sys.path.insert(0, str(ROOT / "jobs"))
+from local_cluster import LocalCluster
+
+STARTS = """\
+from pathlib import Path
+from crosslmm.{module} import start_ray
+start_ray()
+import os
+print(os.environ["RAY_AUTH_MODE"], oct((Path.home() / ".ray/auth_token").stat().st_mode & 0o777))
+"""
+
+
+def test_a_local_cluster_s_token_is_private_and_its_pages_are_on_loopback():
+    with LocalCluster(num_cpus=1) as cluster:
+        assert cluster.token.stat().st_mode & 0o077 == 0
+        assert cluster.folder.stat().st_mode & 0o077 == 0
+        # Others than Ray's own servers, which ask for the token, listen to this machine alone.
+        heard = {}
+        for pid, _ in processes():
+            try:
+                if os.getsid(pid) == cluster.session:
+                    process = psutil.Process(pid)
+                    listening = {c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN"}
+                    heard.setdefault(process.name(), set()).update(listening)
+            except (OSError, psutil.Error):
+                continue
+        beyond = {name for name, addresses in heard.items() if addresses - {"127.0.0.1"}}
+        assert beyond <= {"gcs_server", "raylet"}
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=10)
+
+
+@pytest.mark.parametrize("module", ["train.placement", "data.tasks"])
+def test_a_cluster_that_a_job_starts_for_itself_wants_a_token_that_is_private(module):
+    hidden = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    with tempfile.TemporaryDirectory(prefix="ray-") as home:  # short, for sockets live below it
+        environment |= {"HOME": home, "RAY_TMPDIR": home, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", STARTS.format(module=module)]
+        job = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert job.stdout == "token 0o600\n", job.stderr

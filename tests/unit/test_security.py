@@ -1,0 +1,279 @@
+"""What docs/security.md says of foreign input and of credentials."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import ROOT, conversation
+
+from crosslmm import storage
+from crosslmm.config import BadConfig, DataConfig, TrackingConfig, fail, parse_run
+from crosslmm.data import pipeline, prepared
+from crosslmm.data.clips import encode_clip
+from crosslmm.data.decode import Unreadable, decode_video
+from crosslmm.data.manifest import BadManifest, Manifest, Rows
+from crosslmm.data.order import Order
+from crosslmm.data.pipeline import Layout, ReadSamples, to_samples
+from crosslmm.model.pretrained import build_model
+from crosslmm.tracking import Record, Run
+
+SIDE = 32
+SECRET = "s3cr3t/with+slash"
+
+
+def row(name, video):
+    return {"id": name, "video": video, "messages": conversation("What?", name)}
+
+
+def write(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+ESCAPES = [
+    "/etc/passwd",
+    "../secret.mp4",
+    "../secret.mp4#t=0,1",
+    "clips/../../secret.mp4",
+    "../data-2/secret.mp4",  # a folder whose name only begins like ours
+    "file:///etc/passwd",
+    "file://~/secret.mp4",
+    "file://host/secret.mp4",
+    "s3://elsewhere/secret.mp4",
+    "http://169.254.169.254/latest/meta-data",
+    "https://host/clip.mp4",
+    "concat://a|b",
+    "file:///a::s3://b",
+    "s3://key:secret@bucket/clip.mp4",
+]
+
+
+@pytest.mark.parametrize("video", ESCAPES)
+def test_a_row_that_names_something_outside_is_malformed(tmp_path, video):
+    inside = row("a", "clips/a.mp4#t=1,2")
+    for part in ({"video": video}, {"messages": conversation_of({"type": "image", "image": video})}):
+        outside = {key: value for key, value in row("b", None).items() if value is not None} | part
+        manifest = write(tmp_path / "data/rows.jsonl", inside, outside)
+        with pytest.raises(BadManifest, match=r"rows\.jsonl: line 2: .*(only local paths|credentials|--data\.roots)"):
+            Manifest(manifest)
+
+
+def conversation_of(part):
+    return [{"role": "user", "content": [part]}, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.mark.parametrize("video", ["%2e%2e/a.mp4", "file:/etc/passwd", "concat:a|/etc/passwd", "..a.mp4", "a..b/c.mp4"])
+def test_an_odd_name_is_a_name_in_the_folder(tmp_path, video):
+    manifest = Manifest(write(tmp_path / "rows.jsonl", row("a", video)))
+    assert manifest.rows[0]["videos"] == [f"{tmp_path}/{video}"]
+    found = decode_video(f"{tmp_path}/{video}", DataConfig(roots=manifest.roots), SIDE)
+    assert found == Unreadable("no such file", "read")
+
+
+def test_a_root_lets_its_own_in_and_no_other(tmp_path):
+    manifest = write(tmp_path / "rows.jsonl", row("a", "/videos/a.mp4"), row("b", "s3://bucket/clips/b.mp4"))
+    assert len(Manifest(manifest, ["/videos/", "s3://bucket/clips"])) == 2
+    for roots in (["/videos", "s3://bucket/clip"], ["/video", "s3://bucket"], ["/videos/a", "s3://bucket/clips"]):
+        with pytest.raises(BadManifest, match="lies outside"):
+            Manifest(manifest, roots)
+
+
+@pytest.mark.parametrize(
+    ("uri", "roots", "inside"),
+    [
+        ("s3://bucket/data/a.mp4", ["s3://bucket/data"], True),
+        ("s3://bucket/data/a.mp4", ["s3://bucket"], True),
+        ("s3://bucket/data-2/a.mp4", ["s3://bucket/data"], False),
+        ("s3://bucket-2/a.mp4", ["s3://bucket"], False),
+        ("s3://bucket/data/../secret", ["s3://bucket/data"], False),
+        ("s3://bucket/data/..", ["s3://bucket"], False),
+        ("s3://bucket/data/%2e%2e/secret", ["s3://bucket/data"], True),  # a key of that name
+        ("/bucket/data/a.mp4", ["s3://bucket/data"], False),
+        ("s3://bucket/a.mp4", ["/"], False),
+        ("/a/b", ["/"], True),
+        ("/a/b/../c", ["/a"], True),
+        ("/a/b", ["/a/b"], False),
+        ("file:///a/b", ["/a"], True),
+        ("/a/b", ["file:///a"], True),
+        ("/a/b", [], False),
+    ],
+)
+def test_within_goes_by_whole_names(uri, roots, inside):
+    assert storage.within(uri, roots) is inside
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A prepared manifest whose third row nobody here has checked."""
+    rows = [
+        {"id": f"{i}", "videos": [video], "messages": json.dumps(conversation("?", "!")), "kind": None, "line": i + 1,
+         "chars": 2, "seconds": [1.0]}
+        for i, video in enumerate(["a.mp4", "b.mp4", "/etc/passwd"])
+    ]  # fmt: skip
+    table = pa.Table.from_pylist(rows, prepared.SCHEMA)
+    folder = str(tmp_path / "prepared")
+    prepared.seal(folder, [prepared.write_part(folder, 0, table)], table, {})
+    return folder
+
+
+def test_a_prepared_row_is_checked_when_it_is_taken(foreign):
+    manifest = Manifest(foreign)
+    assert [row["id"] for row in manifest.take([0, 1])] == ["0", "1"]
+    says = rf"{foreign}: (line|row) 3: '/etc/passwd' lies outside of {foreign}; add its folder to --data\.roots"
+    with pytest.raises(BadManifest, match=says):
+        manifest.take([2])
+    with pytest.raises(BadManifest, match=says):
+        Rows([manifest]).videos()
+    assert Manifest(foreign, ["/etc"]).take([2])[0]["videos"] == ["/etc/passwd"]
+
+
+def test_a_run_ends_at_a_row_that_leads_out(foreign, monkeypatch):
+    monkeypatch.setattr(pipeline.ray, "get", lambda rows: rows)
+    reader = ReadSamples(Layout(Order((3,), 3, None), 1, 0, 1, 3), Rows([Manifest(foreign)]), DataConfig(), SIDE)
+    try:
+        with pytest.raises(BadManifest, match="line 3: '/etc/passwd' lies outside"):
+            list(to_samples(reader({"block": np.array([0])})))
+    finally:
+        reader.decoder.__exit__(None, None, None)
+
+
+def test_a_link_that_leads_out_is_not_followed(tmp_path, monkeypatch):
+    secret, data = tmp_path / "secret", tmp_path / "data"
+    for folder in (secret, data):
+        folder.mkdir()
+        (folder / "clip.mp4").write_bytes(encode_clip(np.full((2, 48, 64, 3), 90, np.uint8)))
+    (data / "file.mp4").symlink_to(secret / "clip.mp4")
+    (data / "folder").symlink_to(secret)
+    (data / "here.mp4").symlink_to("clip.mp4")
+    (tmp_path / "way").symlink_to(data)
+    names = ["clip.mp4", "here.mp4", "file.mp4", "folder/clip.mp4", "folder/../clip.mp4"]
+
+    def seen(manifest, roots=()):
+        """As a run's reader does it."""
+        monkeypatch.setattr(pipeline.ray, "get", lambda rows: rows)
+        layout = Layout(Order((len(names),), len(names), None), 1, 0, 1, len(names))
+        reader = ReadSamples(layout, Rows([Manifest(manifest, roots)]), DataConfig(num_frames=2), SIDE)
+        try:
+            return [sample.error for sample in to_samples(reader({"block": np.array([0])}))]
+        finally:
+            reader.decoder.__exit__(None, None, None)
+
+    write(data / "rows.jsonl", *(row(name, name) for name in names))
+    says = "a link leads outside of the manifest's folder; add where it leads to --data.roots"
+    # The last one is opened as it is named, and not as `..` of where the link leads to, where there is no video.
+    (tmp_path / "clip.mp4").write_bytes(b"another")
+    assert seen(str(data / "rows.jsonl")) == [None, None, says, says, None]
+    assert seen(str(tmp_path / "way/rows.jsonl")) == [None, None, says, says, None]
+    assert seen(str(data / "rows.jsonl"), [str(secret)]) == [None] * 5
+
+
+class Evil:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", ".metadata"])
+def test_no_pickle_of_foreign_weights_is_opened(config, processor, tmp_path, name):
+    mark, folder = tmp_path / "mark", tmp_path / "weights"
+    published = build_model(config.model, processor, seed=7)
+    for part, key in ((published.vision_tower, "vision_weights"), (published, "init_from")):
+        part.save_pretrained(folder / key)
+        (folder / key / "model.safetensors").unlink()
+        (folder / key / name).write_bytes(pickle.dumps(Evil(mark)))
+        with pytest.raises(BadConfig, match=rf"model\.{key}: .* no file named model\.safetensors"):
+            build_model(config.model.model_copy(update={key: str(folder / key)}), processor, seed=0)
+    assert not mark.exists()
+    pickle.loads((folder / "init_from" / name).read_bytes())
+    assert mark.exists()  # the trap was one
+
+
+def test_weights_that_torch_would_load_are_refused_as_well(config, processor, tmp_path):
+    published = build_model(config.model, processor, seed=7)
+    published.vision_tower.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(published.vision_tower.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(BadConfig, match=r"model\.vision_weights: .* no file named model\.safetensors"):
+        build_model(config.model.model_copy(update={"vision_weights": str(tmp_path)}), processor, seed=0)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        f"--tracking.uri=http://user:{SECRET}@host:5000",
+        "--tracking.uri=http://tok3n-s3cr3t@host:5000",
+        f"--tracking.uri=postgresql://user:{SECRET}@host/db",
+        f"--storage=s3://key:{SECRET}@bucket/runs",
+        f"--data.manifest=s3://key:{SECRET}@bucket/rows.jsonl",
+        f'--data.manifest={{"s3://key:{SECRET}@bucket/rows.jsonl": 2, "b.jsonl": 1}}',
+        f"--data.validation_manifest=s3://key:{SECRET}@bucket/rows.jsonl",
+        f'--data.roots=["s3://bucket", "s3://key:{SECRET}@bucket"]',
+        f"--model.vision_weights=s3://key:{SECRET}@bucket/weights",
+        f"--model.init_from=s3://key:{SECRET}@bucket/model",
+    ],
+)
+def test_credentials_in_a_configuration_are_refused_and_not_repeated(argument, capsys):
+    key = argument.removeprefix("--").split("=")[0]
+    with pytest.raises(BadConfig, match=rf"^{key}: holds credentials, .*MLFLOW_TRACKING_PASSWORD.*AWS_") as raised:
+        parse_run([argument], "test")
+    with pytest.raises(SystemExit):
+        fail(raised.value)
+    assert "s3cr3t" not in str(raised.value) + "".join(capsys.readouterr())
+
+
+def test_a_place_without_credentials_is_no_matter(tmp_path):
+    for uri in (
+        "http://host:5000",
+        "http://host:5000/a@b",
+        "sqlite:////data/a@b.db",
+        "s3://bucket/a@b",
+        "https://h/a:b@c",
+    ):
+        assert parse_run([f"--tracking.uri={uri}"], "test").tracking.uri == uri
+    with pytest.raises(storage.BadLocation, match="credentials") as raised:
+        storage.read_bytes("s3://key:s3cr3t@bucket/x")
+    assert "s3cr3t" not in str(raised.value)
+
+
+def test_a_password_of_the_environment_is_not_shown(monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@127.0.0.1:9")
+    record = Record(TrackingConfig(), "0" * 32)
+    assert record.uri == "http://***@127.0.0.1:9"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(Exception, match=r"127\.0\.0\.1") as raised:
+        record.log_values({"x": 1.0}, {})
+    with pytest.raises(SystemExit):
+        fail(raised.value)
+    assert "s3cr3t" not in record.uri + capsys.readouterr().err
+
+
+def test_nothing_that_a_run_leaves_holds_the_environment_s_credentials(tmp_path, monkeypatch):
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
+        monkeypatch.setenv(name, f"s3cr3t-{name}")
+    config = parse_run(
+        [f"--tracking.uri=sqlite:///{tmp_path}/record.db", f"--tracking.artifacts={tmp_path}/artifacts", "--name=x"], ""
+    )
+    run = Run(config)
+    run.log_text("note.txt", "hello")
+    run.finish("FINISHED")
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"record.db", "note.txt"} <= {path.name for path in left}
+    assert not [path for path in left if b"s3cr3t" in path.read_bytes()]
+
+
+def test_every_row_of_the_threat_model_names_tests_that_exist():
+    table = [line for line in (ROOT / "docs/security.md").read_text().splitlines() if line.startswith("|")][2:]
+    named = [part.strip("` ") for line in table for part in line.split("|")[4].split(",")]
+    assert len(named) >= len(table)
+    for one in named:
+        path, test = one.split("::")
+        assert f"def {test}(" in (ROOT / path).read_text(), one

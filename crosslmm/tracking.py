@@ -20,6 +20,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -477,7 +478,7 @@ class Run:
         if self._error and (is_file or _refuses(self._error)):
             self._given_up = True
             raise BadConfig(f"tracking.uri: {_why(self.uri, self._error)}") from self._error
-        if self._copy is None:
+        if self.run_id is None:
             self._away = True
             say(f"record: {_why(self.uri, self._error)}; the run goes on, and its record waits in {folder}")
 
@@ -552,9 +553,8 @@ class Run:
                 time.sleep(RETRY_S)
                 continue
             if self._away:
-                self._away = False
+                self._away, self._error = False, None
                 self.say(f"record: {self.uri} answers; run {self.run_id} has what waited")
-                self._watch_machine()
             self._tried.set()
             with self._changed:
                 self._changed.wait_for(lambda: self.delivered or self._waiting or self._ended)
@@ -595,9 +595,10 @@ class Run:
         return copy
 
     def _lost(self, error: Exception) -> None:
-        if self._copy and not self._away:
+        if self.run_id and not self._away:
             self.say(f"record: {_why(self.uri, error)}; steps wait")
             self._away = True
+        self._copy = None  # somebody may replay meanwhile: how far MLflow came is asked anew
         with self._changed:
             self._error = error
             self._given_up |= self._ended and _refuses(error)
@@ -605,13 +606,13 @@ class Run:
         self._tried.set()
 
     def _watch_machine(self) -> None:
-        """Begin to record what the machine does. MLflow's monitor ends by itself when the server is away."""
-        if self._system:
-            self._system.finish()
-        self._system = SystemMetricsMonitor(
-            str(self.run_id), resume_logging=True, tracking_uri=tracking_uri(self.tracking)
-        )
-        self._system.start()
+        """Begin to record what the machine does, if it can be. MLflow's monitor ends when the server is away."""
+        with suppress(Exception):
+            if self._system:
+                self._system.finish()
+            uri = tracking_uri(self.tracking)
+            self._system = SystemMetricsMonitor(str(self.run_id), resume_logging=True, tracking_uri=uri)
+            self._system.start()
 
 
 def _find_or_create(client: Any, tracking: TrackingConfig, key: str, tags: dict[str, str], began: float) -> str:

@@ -29,9 +29,9 @@ def replay(storage: str, names: list[str], uri: str | None) -> int:
         for name, folder in tracking.runs(storage, names):
             try:
                 done = tracking.replay(folder, uri)
-            except (BadConfig, OSError) as error:
+            except Exception as error:  # the next one may have another server, or stores its artifacts elsewhere
                 table.add_row(name, "", "", "not delivered", "")
-                missing.append(f"{name}: {error}")
+                missing.append(f"{name}: {' '.join(str(error).split())}")
                 continue
             status, model = done.status or "not ended", done.model_uri or ""
             table.add_row(name, done.run_id, f"{done.points:,}", status, model)

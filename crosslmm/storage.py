@@ -554,6 +554,16 @@ def download_file(uri: str, path: str) -> None:
         _write_file(path, iter(lambda: file.read(2**20), b""))
 
 
+def folders_in(folder: str) -> list[str]:
+    """Names of the folders in a folder; none where there is no such folder."""
+    with _told_apart(folder):
+        fs, path = _filesystem(folder)
+        fs.invalidate_cache()
+        if not fs.isdir(path):
+            return []
+        return sorted(Path(item["name"]).name for item in fs.ls(path, detail=True) if item["type"] == "directory")
+
+
 def download(uri: str, folder: str) -> None:
     """Copy a folder's files to a local folder.
 

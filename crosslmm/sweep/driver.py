@@ -26,7 +26,7 @@ from crosslmm.sweep.space import Space, changes_features, distribution, grid, is
 from crosslmm.sweep.trials import Trial
 from crosslmm.sweep.tuning import SweepFailed, at_once, run_trials
 from crosslmm.sweep.watch import Watch
-from crosslmm.tracking import Record, load_registered, tracking_uri
+from crosslmm.tracking import Record, load_registered, require_answer, tracking_uri
 from crosslmm.train import driver, placement
 
 SETTLED = "sweep.json"
@@ -253,8 +253,9 @@ def _record(
     """The sweep's MLflow run, that of an earlier start or a new one, and what is settled for all starts.
 
     Raises:
-        BadConfig: an earlier start under this name searched something else.
+        BadConfig: an earlier start under this name searched something else, or MLflow does not answer.
     """
+    require_answer(config.tracking)
     uri = storage.join(folder, SETTLED)
     searched = {path: str(distribution(path, dimension)) for path, dimension in space.items()}
     # Where it is recorded, and on what it runs, may change.

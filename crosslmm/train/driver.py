@@ -1,5 +1,6 @@
 """What the driver process does: check, start, follow, record, register."""
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,6 @@ from crosslmm.train import launch, placement
 from crosslmm.train.follow import Follower
 from crosslmm.train.job import Job, open_features, prepare
 
-CONFIGURATION = "config.yaml"
-"""In the run's folder: what it was begun with."""
 FREE_TO_CHANGE = (
     "name", "storage", "accept_changes", "scaling.", "tracking.", "watchdog.",
     "model.attention", "model.encoder_chunk",
@@ -38,9 +37,10 @@ class Outcome:
     """What a finished run leaves behind."""
 
     name: str
-    run_id: str
+    run_id: str | None
+    """The MLflow run; None while its record waits for MLflow."""
     model_uri: str
-    """`models:/NAME@ALIAS`; of a trial, the folder of its exported model."""
+    """`models:/NAME@ALIAS`; of a trial, or while the record waits, the folder of the exported model."""
     steps: int
     samples: int
     """Samples that those steps took."""
@@ -57,7 +57,8 @@ class Part:
     run_id: str
     """The MLflow run that the sweep made for it."""
     report: Callable[[int, dict[str, float]], None]
-    """Takes the number of steps done and their metrics, after each validation, when both are in the record."""
+    """Takes the number of steps done and their metrics, after each validation, when both are in the record (or its
+    server is away)."""
 
 
 def run(config: RunConfig, part: Part | None = None) -> Outcome:
@@ -85,28 +86,23 @@ def run(config: RunConfig, part: Part | None = None) -> Outcome:
         # A resume does not see the first weights, by which features are known to be its own.
         "data.features": features.recipe.key if features else None,
     }
-    begun_before = _run_to_resume(config, job.folder, order)
-    record = tracking.Run(config, part.run_id if part else begun_before)
-    begun = json.dumps({"run_id": record.run_id, "order": order})
-    storage.write_bytes(storage.join(job.folder, CONFIGURATION), to_yaml(config).encode())
-    storage.write_bytes(storage.join(job.folder, "run.json"), begun.encode())
-    for manifest in manifests:
-        record.log_dataset(manifest.uri, manifest.digest, len(manifest), "training")
-    if validation:
-        record.log_dataset(validation.uri, validation.digest, len(validation), "validation")
+    _run_to_resume(config, job.folder, order)
+    datasets = [_described(manifest, "training") for manifest in manifests]
+    datasets += [_described(validation, "validation")] if validation else []
+    tracking.begin(config, job.folder, order, datasets, part.run_id if part else None)
+    record = tracking.Run(job.folder, config.tracking, functools.partial(console.print, markup=False))
     _announce(console, config, job, manifests, record)
 
     follower = Follower(job, record, console, part.report if part else None)
-    status = "FAILED"
+    status, origin = "FAILED", None
     try:
         follower.start()
         try:
             launch.fit(job, follower.say)
         finally:
             follower.stop()
-        model_uri = storage.join(job.folder, "model")
         if part is None:
-            model_uri = record.register(model_uri, lineage(job.folder))
+            origin = lineage(job.folder)
         status = "FINISHED"
     except (SystemExit, KeyboardInterrupt):
         status = "KILLED"
@@ -114,13 +110,13 @@ def run(config: RunConfig, part: Part | None = None) -> Outcome:
     except launch.TrainingFailed as error:
         raise launch.TrainingFailed(f"{error}; the same command with --name {config.name} resumes the run") from error
     finally:
-        record.finish(status)
-    if part is None:
-        console.print(f"registered {model_uri} from run {record.run_id}")
+        record.finish(status, origin)
+    if record.model_uri:
+        console.print(f"registered {record.model_uri} from run {record.run_id}")
     return Outcome(
         name=str(config.name),
         run_id=record.run_id,
-        model_uri=model_uri,
+        model_uri=record.model_uri or storage.join(job.folder, tracking.MODEL),
         steps=job.total_steps,
         samples=job.total_steps * config.train.global_batch_size,
         train_s=follower.train_s,
@@ -134,8 +130,8 @@ def lineage(folder: str) -> dict[str, str]:
     Args:
         folder: of the run.
     """
-    order = json.loads(storage.read_bytes(storage.join(folder, "run.json")))["order"]
-    configuration = storage.read_bytes(storage.join(storage.join(folder, "model"), CONFIG))
+    order = json.loads(storage.read_bytes(storage.join(folder, tracking.BEGUN)))["order"]
+    configuration = storage.read_bytes(storage.join(storage.join(folder, tracking.MODEL), CONFIG))
     return {"data_sha256": " ".join(order["manifest"]), "configuration": configuration.decode()}
 
 
@@ -172,16 +168,16 @@ def require_lasting(key: str, uri: str) -> None:
         raise BadConfig(f"{key}: {uri} lies in this job's uploaded copy of the code; give an absolute path or a URI")
 
 
-def _run_to_resume(config: RunConfig, folder: str, order: dict[str, Any]) -> str | None:
-    """The MLflow run that an earlier start under the same name began.
+def _run_to_resume(config: RunConfig, folder: str, order: dict[str, Any]) -> None:
+    """Whether this run can go on where an earlier start under the same name left it, if there was one.
 
     Raises:
         BadConfig: what fixes the samples or their order has changed, so that a resume would skip some, repeat others,
             or see them otherwise.
     """
-    uri = storage.join(folder, "run.json")
+    uri = storage.join(folder, tracking.BEGUN)
     if not storage.exists(uri):
-        return None
+        return
     begun = json.loads(storage.read_bytes(uri))
     for key, now in order.items():
         if begun["order"].get(key) != now:
@@ -189,14 +185,20 @@ def _run_to_resume(config: RunConfig, folder: str, order: dict[str, Any]) -> str
                 f"name: run {config.name} was begun with {key} {begun['order'].get(key)}, and this is {now}; "
                 "take it back, or another --name"
             )
-    before = yaml.safe_load(storage.read_bytes(storage.join(folder, CONFIGURATION)))
+    place = storage.join(folder, tracking.CONFIG)
+    before = yaml.safe_load(storage.read_bytes(place))
     changed = [f"{key} {was} -> {now}" for key, (was, now) in changes(before, config.model_dump(mode="json")).items()]
     if changed and not config.accept_changes:
         raise BadConfig(
             f"name: run {config.name} was begun with another configuration: {'; '.join(changed)}. Take that back, give "
             "another --name, or go on with --accept_changes true"
         )
-    return str(begun["run_id"])
+    if changed:
+        storage.write_bytes(place, to_yaml(config).encode())
+
+
+def _described(manifest: Manifest, context: str) -> dict[str, Any]:
+    return {"uri": manifest.uri, "digest": manifest.digest, "rows": len(manifest), "context": context}
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -217,7 +219,7 @@ def _announce(console: Console, config: RunConfig, job: Job, manifests: list[Man
         "training": f"{job.total_steps} steps of {config.train.global_batch_size} samples, "
         f"{config.scaling.num_workers} {processor} workers",
         "storage": job.folder,
-        "record": f"{record.uri}, run {record.run_id}",
+        "record": record.uri + (f", run {record.run_id}" if record.run_id else ", later"),
     }
     for key, value in lines.items():
         console.print(f"{key:<9} {value}")

@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from crosslmm import storage, tracking
+from crosslmm.tracking import LEDGER
 from crosslmm.train.job import Job
 
 PLAIN_LINE_EVERY_S = 10.0
-LEDGER = "quarantine.jsonl"
+SETTLE_S = 10.0
+"""How long who waits for a validation waits for the record of it [s]."""
 
 
 class Follower:
@@ -39,7 +41,6 @@ class Follower:
         self.train_s = 0.0
         self._began: float | None = None
         self._last_line = 0.0
-        self._unrecorded: list[tuple[int, float, dict[str, float]]] = []
         self._ledger_uri = storage.join(job.folder, LEDGER)
         self._ledger_is_old = False
         # A resumed run goes on with its ledger.
@@ -66,10 +67,7 @@ class Follower:
         self._stop.set()
         self._thread.join()
         self._progress.stop()
-        if self._unrecorded:
-            self.record.log(self._unrecorded)
         if self._unreadable:
-            self.record.log_text(LEDGER, self._ledger())
             self.console.print(f"{len(self._unreadable)} rows could not be read: {LEDGER} in the record and the run")
 
     def say(self, line: str) -> None:
@@ -98,13 +96,14 @@ class Follower:
     def _take_steps(self, steps: list[tuple[int, float, dict[str, float]]]) -> None:
         if not steps:
             return
-        self._record(steps)
+        self.record.log(steps)
         for step, when, metrics in steps:
             self.last_metrics = metrics
             self.train_s = when - (self._began or when)
             if "validation/loss" in metrics:
                 self.console.print(_validation_line(step, metrics))
                 if self.report:
+                    self.record.settle(SETTLE_S)
                     self.report(step, metrics)
         step, _, metrics = steps[-1]
         news = (
@@ -115,15 +114,6 @@ class Follower:
         if not self.console.is_terminal and time.time() - self._last_line >= PLAIN_LINE_EVERY_S:
             self._last_line = time.time()
             self.console.print(f"step {step}/{self.job.total_steps}  {news}")
-
-    def _record(self, steps: list[tuple[int, float, dict[str, float]]]) -> None:
-        """Write the record. While its server is away the steps wait here."""
-        self._unrecorded += steps
-        try:
-            self.record.log(self._unrecorded)
-            self._unrecorded = []
-        except Exception as error:
-            self.console.print(f"{len(self._unrecorded)} steps wait to be recorded: {type(error).__name__}")
 
     def _take_unreadable(self, items: list[dict[str, Any]]) -> None:
         known = len(self._unreadable)

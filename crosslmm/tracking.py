@@ -405,7 +405,7 @@ def replay(folder: str, uri: str | None = None) -> Delivered:
         copy.end(begun)
         return Delivered(copy.run_id, points, begun["status"], copy.register_once(begun))
     except MlflowException as error:
-        why = f"tracking.uri: {_why(_without_password(tracking_uri(tracking)), error)}"
+        why = f"tracking.uri: {_why(redacted(tracking_uri(tracking)), error)}"
         raise BadConfig(why) if _refuses(error) else ConnectionError(why) from error
 
 
@@ -460,7 +460,7 @@ class Run:
 
     def __init__(self, folder: str, tracking: TrackingConfig, say: Callable[[str], None]) -> None:
         self.folder, self.tracking, self.say = folder, tracking, say
-        self.uri = _without_password(tracking_uri(tracking))
+        self.uri = redacted(tracking_uri(tracking))
         self.run_id: str | None = None
         self.delivered = False
         self.model_uri: str | None = None

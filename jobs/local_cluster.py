@@ -50,6 +50,8 @@ class LocalCluster:
             **(environment or {}),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
+            # A stopped job takes a checkpoint and closes its record; Ray leaves it three seconds by itself.
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",
             # Jobs say `python`: let it be this one.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }

@@ -10,9 +10,10 @@ from typing import Any, Self
 import ray
 import ray.train
 from ray.data import DataIterator, Dataset, ExecutionOptions
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.train import DataConfig, FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from crosslmm import storage
 from crosslmm.config import BadConfig
@@ -24,7 +25,7 @@ from crosslmm.train.job import Job
 from crosslmm.train.placement import QUIET
 from crosslmm.train.worker import TRAIN, VALIDATION, Stopped
 
-HOPELESS = (BadConfig, BadFeatures, TooManyBad, FloatingPointError)
+HOPELESS = (BadConfig, BadFeatures, TooManyBad, FloatingPointError, storage.BadLocation, storage.Refused)
 """What would end every other try in the same way."""
 STOP_WITHIN_S = 50.0
 """From the first signal: so long the workers have for their last step and its checkpoint [s]. `ray job stop` waits for
@@ -116,8 +117,10 @@ def _first_cause(error: Exception) -> tuple[Exception, str]:
     causes = {rank: _unwrapped(cause) for rank, cause in failures.items()}
     # When one rank ends, the others' collectives break.
     rank = min(causes, key=lambda rank: (not isinstance(causes[rank], (*HOPELESS, Stopped)), rank))
-    where = f"worker {rank}: " if rank >= 0 else ""
+    where = f"worker {rank}: " if rank >= 0 else "Ray Train: "
     cause = causes[rank]
+    if isinstance(cause, WorkerHealthCheckFailedError | RayActorError):
+        return cause, f"{where}its process has ended: it was killed, ran out of memory, or its node is gone"
     return cause, f"{where}{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
 
 

@@ -86,7 +86,8 @@ def train(
     empty, saving_s, began = 0, 0.0, time.perf_counter()
     for step in steps:
         set_learning_rate(optimizer, step, steps.stop, config.train)
-        around.enter("data")
+        if step > steps.start:  # the first samples belong to the start-up
+            around.enter("data")
         asked = time.perf_counter()
         batch = next(batches, None)
         if batch is None:

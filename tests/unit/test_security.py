@@ -19,7 +19,7 @@ from crosslmm.data.manifest import BadManifest, Manifest, Rows
 from crosslmm.data.order import Order
 from crosslmm.data.pipeline import Layout, ReadSamples, to_samples
 from crosslmm.model.pretrained import build_model
-from crosslmm.tracking import Record, Run
+from crosslmm.tracking import Record, Run, begin
 
 SIDE = 32
 SECRET = "s3cr3t/with+slash"
@@ -262,11 +262,13 @@ def test_nothing_that_a_run_leaves_holds_the_environment_s_credentials(tmp_path,
     config = parse_run(
         [f"--tracking.uri=sqlite:///{tmp_path}/record.db", f"--tracking.artifacts={tmp_path}/artifacts", "--name=x"], ""
     )
-    run = Run(config)
-    run.log_text("note.txt", "hello")
+    begin(config, str(tmp_path / "x"), {}, [])
+    run = Run(str(tmp_path / "x"), config.tracking, print)
+    run.log([(1, 1e9, {"loss": 1.0})])
     run.finish("FINISHED")
+    assert run.delivered
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"record.db", "note.txt"} <= {path.name for path in left}
+    assert {"record.db", "run.json", "config.yaml"} <= {path.name for path in left}
     assert not [path for path in left if b"s3cr3t" in path.read_bytes()]
 
 

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo sweep test lint format ui clean
+.PHONY: demo sweep test faults lint format ui clean
 .DEFAULT_GOAL := demo
 
 .venv/.complete: pyproject.toml constraints.txt
@@ -20,7 +20,12 @@ sweep: .venv/.complete
 	$(BIN)/python jobs/tune.py --config tiny --config tiny-sweep --space joint --trials 12 --promote best
 
 test: .venv/.complete
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not fault'
+
+# Half an hour and more.
+faults: .venv/.complete
+	$(BIN)/python -m pytest -m fault
+	$(BIN)/python -m benchmarks.faults --json
 
 lint: .venv/.complete
 	$(BIN)/ruff format --check .

@@ -17,19 +17,23 @@ import math
 import os
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from mlflow.entities import ViewType
 from mlflow.tracking import MlflowClient
+from ray.cluster_utils import Cluster
 from rich.table import Table
 
 from benchmarks import report
@@ -184,9 +188,9 @@ class Lab:
         places += [f"--tracking.uri={self.tracking}"]
         return ["python", "jobs/train.py", f"--name={name}", *places, *SETTINGS, *settings]
 
-    def start(self, name: str, *settings: str) -> Attempt:
-        """Start a run, or go on with it."""
-        environment = self.cluster.environment | {"RAY_ADDRESS": self.cluster.gcs_address}
+    def start(self, name: str, *settings: str, cluster: str | None = None) -> Attempt:
+        """Start a run, or go on with it, on the lab's cluster or on the one at this address."""
+        environment = self.cluster.environment | {"RAY_ADDRESS": cluster or self.cluster.gcs_address}
         return self.attempt(name, [sys.executable, *self.command(name, *settings)[1:]], environment, ROOT)
 
     def attempt(self, name: str, command: list[str], environment: dict[str, str], folder: Path) -> Attempt:
@@ -201,9 +205,9 @@ class Lab:
         )
         return Attempt(process, noticed)
 
-    def begun(self, name: str, *settings: str, step: int = FAULT_AFTER) -> Attempt:
+    def begun(self, name: str, *settings: str, step: int = FAULT_AFTER, cluster: str | None = None) -> Attempt:
         """Start a run, and wait until it has a checkpoint of this step."""
-        attempt = self.start(name, *settings)
+        attempt = self.start(name, *settings, cluster=cluster)
         attempt.wait_for(lambda: self.sealed_step(name) >= step, f"checkpoint of step {step}")
         return attempt
 
@@ -214,6 +218,10 @@ class Lab:
     def sealed_step(self, name: str) -> int:
         """Of the newest checkpoint."""
         return max((found.step for found in checkpoint.sealed(self.folder_of(name))), default=0)
+
+    def world_size(self, name: str) -> int:
+        """Ranks that wrote the newest checkpoint."""
+        return checkpoint.sealed(self.folder_of(name))[0].world_size
 
     def pids(self, title: str, session: int | None = None) -> list[int]:
         """Processes of the cluster whose title begins so."""
@@ -226,8 +234,13 @@ class Lab:
         return time.monotonic()
 
     def run_id(self, name: str) -> str:
-        """Of a run in MLflow."""
-        return str(json.loads(storage.read_bytes(f"{self.folder_of(name)}/run.json"))["run_id"])
+        """Of a run in MLflow, found by its key: what a replay made is written down nowhere else."""
+        key = json.loads(storage.read_bytes(f"{self.folder_of(name)}/run.json"))["key"]
+        (experiment,) = MlflowClient(self.tracking).search_experiments(filter_string="name = 'crosslmm'")
+        (found,) = MlflowClient(self.tracking).search_runs(
+            [experiment.experiment_id], f"tags.`crosslmm.key` = '{key}'", run_view_type=ViewType.ALL
+        )
+        return str(found.info.run_id)
 
     def history(self, name: str) -> list[tuple[int, float]]:
         """(step, loss), as often as the record has them."""
@@ -240,7 +253,7 @@ class Lab:
 
 
 RESUMED = re.compile(r"resumed after step (\d+)")
-OTHER_SUMS = ("world size 2 -> 1 -> 2",)
+OTHER_SUMS = ("world size 2 -> 1 -> 2", "node removed, and trained on with fewer")
 """Faults after which another number of workers sums in another order."""
 RANK, CONTROLLER, DECODER = "ray::RayTrainWorker", "ray::TrainController", "ray::MapWorker"
 
@@ -496,6 +509,167 @@ def clock_moved(lab: Lab, name: str) -> tuple[list[Attempt], float]:
         return [run.ended()], at
     finally:
         (lab.orders / "clock").unlink()
+
+
+@contextmanager
+def _nodes(lab: Lab) -> Iterator[tuple[Cluster, list[Any]]]:
+    """A cluster of a head, which decodes and drives, and two nodes with room for one rank each."""
+    before = dict(os.environ)
+    os.environ |= lab.cluster.environment
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"head": 1}})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        cluster.wait_for_nodes()
+        yield cluster, nodes
+    finally:
+        cluster.shutdown()
+        os.environ.clear()
+        os.environ |= before
+
+
+ON_NODES = ("--scaling.cpus_per_worker=1", "--scaling.cpus_per_decode_worker=0.6")
+"""The head has no room for a rank beside the decoder."""
+
+
+@fault("node removed, another one comes")
+def node_removed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """Without a word, with all of its processes."""
+    with _nodes(lab) as (cluster, nodes):
+        run = lab.begun(name, *ON_NODES, cluster=cluster.gcs_address)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        at = time.monotonic()
+        cluster.add_node(num_cpus=1)
+        return [run.ended()], at
+
+
+@fault("node drained, another one comes")
+def node_drained(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """As before a spot machine is taken: the workers take a checkpoint and go on elsewhere."""
+    with _nodes(lab) as (cluster, nodes):
+        run = lab.begun(name, *ON_NODES, cluster=cluster.gcs_address)
+        ray = str(Path(sys.executable).parent / "ray")
+        drain = [ray, "drain-node", "--address", cluster.gcs_address, "--node-id", nodes[0].node_id]
+        drain += [
+            "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message",
+            "spot",
+            "--deadline-remaining-seconds",
+        ]
+        subprocess.run([*drain, "60"], env=lab.cluster.environment, check=True, capture_output=True, timeout=60)
+        at = time.monotonic()
+        cluster.add_node(num_cpus=1)
+        return [run.ended()], at
+
+
+@fault("node removed, and trained on with fewer")
+def node_removed_elastic(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """`scaling.num_workers: [1, 2]`; when a node comes, on two again."""
+    with _nodes(lab) as (cluster, nodes):
+        settings = ("--scaling.num_workers=[1, 2]", "--scaling.resize_every_s=5")
+        run = lab.begun(name, *ON_NODES, *settings, cluster=cluster.gcs_address)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        at = time.monotonic()
+        run.wait_for(lambda: lab.world_size(name) == 1, "checkpoint of one rank")
+        cluster.add_node(num_cpus=1)
+        run.wait_for(lambda: lab.world_size(name) == 2, "checkpoint of two ranks")
+        return [run.ended()], at
+
+
+@fault("disk full")
+def disk_full(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """Where the workers keep a checkpoint until it is in the store; for as long as two of them are due."""
+    place = lab.folder / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", place], check=True)
+    kept = lab.cluster
+    try:
+        with LocalCluster(num_cpus=2, environment=lab.environment | {"TMPDIR": str(place)}) as lab.cluster:
+            run = lab.begun(name)
+            at = time.monotonic()
+            with (place / "filler").open("wb") as filler, contextlib.suppress(OSError):
+                while True:
+                    filler.write(bytes(2**20))
+            run.wait_for(lambda: run.text.count("No space left") >= 2, "checkpoint that could not be saved")
+            (place / "filler").unlink()
+            return [run.ended()], at
+    finally:
+        lab.cluster = kept
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+class Server:
+    """An MLflow server over the lab's record, which can be away."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            self.port = taken.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.setting = f"--tracking.uri={self.uri}"
+
+    def __enter__(self) -> Self:
+        mlflow = str(Path(sys.executable).parent / "mlflow")
+        self._process = subprocess.Popen(
+            [mlflow, "server", "--backend-store-uri", self.lab.tracking, "--port", str(self.port), "--workers", "1"],
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            cwd=self.lab.folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        until = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+                return self
+            if time.monotonic() > until:
+                raise Lost("the MLflow server did not come up")
+            time.sleep(0.2)
+
+    def __exit__(self, *_: object) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def replayed(self, name: str) -> None:
+        """What could not be delivered is, by the command that the run names."""
+        replay = [sys.executable, "jobs/track.py", "replay", "--storage=s3://lab/runs", f"--name={name}"]
+        subprocess.run(replay, cwd=ROOT, env=os.environ | self.lab.environment, check=True, timeout=200)
+
+
+@fault("MLflow away from the start")
+def mlflow_away_at_start(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """And all the time; replayed after the end."""
+    server, at = Server(lab), time.monotonic()
+    run = lab.start(name, server.setting).ended()
+    with server:
+        server.replayed(name)
+    return [run], at
+
+
+@fault("MLflow away in the middle")
+def mlflow_away_in_the_middle(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """It comes back before the end."""
+    server = Server(lab)
+    with server:
+        run = lab.begun(name, server.setting, step=5)
+    at = time.monotonic()
+    run.wait_for(lambda: lab.sealed_step(name) >= 20, "checkpoint")
+    with server:
+        return [run.ended()], at
+
+
+@fault("MLflow away at the end")
+def mlflow_away_at_the_end(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """Replayed later."""
+    server = Server(lab)
+    with server:
+        run = lab.begun(name, server.setting, step=20)
+    at = time.monotonic()
+    run.ended()
+    with server:
+        server.replayed(name)
+    return [run], at
 
 
 def _session(pid: int) -> int | None:

@@ -255,7 +255,8 @@ class Lab:
 RESUMED = re.compile(r"resumed after step (\d+)")
 OTHER_SUMS = ("world size 2 -> 1 -> 2", "node removed, and trained on with fewer")
 """Faults after which another number of workers sums in another order."""
-RANK, CONTROLLER, DECODER = "ray::RayTrainWorker", "ray::TrainController", "ray::MapWorker"
+RANK, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
+DECODER = "ray::MapWorker(MapBatches(ReadSamples)).submit"
 
 Fault = Callable[[Lab, str], tuple[list[Attempt], float]]
 """Takes the lab and the name of a new run -> the starts of its command, all ended, and when the fault came."""
@@ -310,10 +311,17 @@ def killed_before_the_seal(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     return _held(lab, name, checkpoint.SEAL, None)
 
 
+def _decoding(lab: Lab, name: str) -> Attempt:
+    """Start a run, and wait until its videos are being read: they are small, and soon all of them are."""
+    run = lab.start(name)
+    run.wait_for(lambda: lab.pids(DECODER), "decoder")
+    return run
+
+
 @fault("decode actor SIGKILLed, as for its memory")
 def decoder_killed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """Ray Data starts another one."""
-    run = lab.begun(name)
+    """Ray Data starts another one, and gives it the videos that this one had."""
+    run = _decoding(lab, name)
     at = lab.kill(DECODER)
     return [run.ended()], at
 
@@ -444,7 +452,7 @@ def resized(lab: Lab, name: str) -> tuple[list[Attempt], float]:
 
 def _store_away(lab: Lab, name: str, **modes: Any) -> tuple[list[Attempt], float]:
     """Out of order for a minute."""
-    run = lab.begun(name)
+    run = _decoding(lab, name) if "reads" in modes else lab.begun(name)
     at = time.monotonic()
     for kind, mode in modes.items():
         setattr(lab.store, kind, mode)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from crosslmm import storage, tracking
 from crosslmm.answer import CONFIG
-from crosslmm.config import BadConfig, RunConfig, flatten, to_yaml
+from crosslmm.config import BadConfig, RunConfig, flatten, to_yaml, validate_run
 from crosslmm.data import shapes
 from crosslmm.data.decode import require_backend
 from crosslmm.data.manifest import Manifest, Rows
@@ -186,8 +186,15 @@ def _run_to_resume(config: RunConfig, folder: str, order: dict[str, Any]) -> Non
                 "take it back, or another --name"
             )
     place = storage.join(folder, tracking.CONFIG)
-    before = yaml.safe_load(storage.read_bytes(place))
-    changed = [f"{key} {was} -> {now}" for key, (was, now) in changes(before, config.model_dump(mode="json")).items()]
+    if not storage.exists(place):
+        raise BadConfig(
+            f"name: run {config.name} was begun by an earlier version, whose checkpoints have no seal; finish it with "
+            "that one, or take another --name"
+        )
+    # A key that has come since had its default.
+    before = validate_run(yaml.safe_load(storage.read_bytes(place)))
+    differ = changes(before.model_dump(mode="json"), config.model_dump(mode="json"))
+    changed = [f"{key} {was} -> {now}" for key, (was, now) in differ.items()]
     if changed and not config.accept_changes:
         raise BadConfig(
             f"name: run {config.name} was begun with another configuration: {'; '.join(changed)}. Take that back, give "

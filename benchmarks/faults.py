@@ -440,11 +440,11 @@ def cluster_restarted(lab: Lab, name: str) -> tuple[list[Attempt], float]:
 
 @fault("world size 2 -> 1 -> 2")
 def resized(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """Stopped by Ctrl-C each time, and gone on with on another number of workers."""
+    """Stopped by SIGTERM each time, and gone on with on another number of workers."""
     attempts, at = [], 0.0
     for workers, step in ((2, 10), (1, 20)):
         run = lab.begun(name, f"--scaling.num_workers={workers}", step=step)
-        run.process.send_signal(signal.SIGINT)
+        run.process.terminate()
         at = at or time.monotonic()
         attempts.append(run.ended(status=130))
     return [*attempts, lab.start(name).ended()], at

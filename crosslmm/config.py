@@ -460,7 +460,7 @@ def fail(error: Exception) -> NoReturn:
 
 def stop_on_sigterm() -> None:
     """From now on a job that is told to stop ends as if by Ctrl-C: what is done stays, and is written down."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 # What jsonargparse says where a key takes a value of some type or null.

@@ -9,7 +9,9 @@ DCP itself loads a file with turned bits without a word, and its `.metadata` is 
 folder alone, and only behind a seal.
 """
 
+import errno
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -17,6 +19,7 @@ import socket
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -37,11 +41,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from crosslmm import storage
-from crosslmm.config import RunConfig, to_yaml
+from crosslmm.config import BadConfig, RunConfig, to_yaml, validate_run
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from crosslmm.model.pretrained import build_model, build_processor
 
 SEAL, BROKEN_SEAL, CONFIG = "seal.json", "broken-seal.json", "config.yaml"
-IN_A_CHECKPOINT = re.compile(r"(step-\d{8}-\w+)/(.+)")
+NAME = re.compile(r"step-\d{8}-\w+")
+BAD_FILE = {errno.EIO, errno.EISDIR, errno.ENOTDIR}
+"""What a disk says of one file that it cannot read; all else (no space, no permission) is no fault of a checkpoint."""
 
 Tell = Callable[[str], None]
 """Takes one line for the user."""
@@ -92,11 +99,25 @@ def unsealed(run: str, found: list[Checkpoint]) -> list[str]:
 
 def _folders(run: str) -> dict[str, set[str]]:
     """Names of a run's checkpoint folders, and of the files in each."""
-    folders: dict[str, set[str]] = {}
-    for name in storage.names_in(run):
-        if match := IN_A_CHECKPOINT.fullmatch(name):
-            folders.setdefault(match[1], set()).add(match[2])
+    # One that was killed before its first file is a folder too.
+    folders: dict[str, set[str]] = {name: set() for name in storage.folders_in(run) if NAME.fullmatch(name)}
+    for name in storage.names_in(run) if folders else []:
+        folder, _, file = name.partition("/")
+        if folder in folders:
+            folders[folder].add(file)
     return folders
+
+
+def why_unsealed(uri: str) -> str | None:
+    """Why one of `unsealed` counts as none; None if it was never finished."""
+    if storage.exists(storage.join(uri, SEAL)):
+        return f"its {SEAL} cannot be read"
+    try:
+        return str(json.loads(storage.read_bytes(storage.join(uri, BROKEN_SEAL)))["damage"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        return f"its {BROKEN_SEAL} cannot be read"
 
 
 def damage(checkpoint: Checkpoint, name: str, copy_to: Path | None = None) -> str | None:
@@ -119,6 +140,10 @@ def damage(checkpoint: Checkpoint, name: str, copy_to: Path | None = None) -> st
                 length = file.tell()
     except FileNotFoundError:
         return f"{name} is missing"
+    except OSError as error:
+        if error.errno not in BAD_FILE:
+            raise
+        return f"{name} cannot be read: {error.strerror}"
     if length != size:
         return f"{name} has {length} bytes instead of {size}"
     return None if found.hexdigest() == digest else f"{name} is not what was written (sha256)"
@@ -346,15 +371,37 @@ def export(folder: Path, model: CrossLMMForConditionalGeneration, processor: Cro
     """Gather all shards and write one `from_pretrained` folder on rank 0; all ranks call it."""
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
-        model.save_pretrained(folder, state_dict=whole)
+        # Gathered, tied weights are two copies; the second one's name is no parameter's.
+        own = {name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())}
+        model.save_pretrained(folder, state_dict={name: value for name, value in whole.items() if name in own})
         processor.save_pretrained(folder)
 
 
-def load_alone(folder: Path, model: CrossLMMForConditionalGeneration) -> None:
-    """Read a checkpoint's weights into a model on one CPU process without a group, however it is sharded."""
-    state = {"model": get_model_state_dict(model)}
-    state_dict_loader.load(state, checkpoint_id=folder, no_dist=True)
-    model.load_state_dict(state["model"])
+def export_alone(folder: Path, to: Path) -> None:
+    """What `export` makes of a run, made of a checkpoint's files in one CPU process without a group, however many ranks
+    wrote them.
+
+    Args:
+        folder: local folder of the checkpoint.
+        to: gets the `from_pretrained` folder.
+
+    Raises:
+        BadConfig: its configuration is not one that this version builds, or its weights fit another model.
+    """
+    config = validate_run(yaml.safe_load((folder / CONFIG).read_text()))
+    # Flash attention is a matter of the machine that trained.
+    shape = config.model.model_copy(update={"attention": "sdpa"})
+    processor = build_processor(shape)
+    # What no state dict holds (rotary frequencies) is made anew, so the weights are built, and then read over.
+    model = build_model(shape, processor, config.seed, weights=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as it is meant
+            state_dict_loader.load({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
+    except CheckpointException as error:
+        raise BadConfig(f"{folder}: its weights are not those of its {CONFIG}: {_last_line(error)}") from error
+    model.save_pretrained(to)
+    processor.save_pretrained(to)
 
 
 def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:

@@ -81,7 +81,10 @@ class Watchdog:
         """What the system says of the ranks on this machine: running, sleeping, stopped, gone."""
         lines = []
         for rank, pid in self.peers.items():
-            state = psutil.Process(pid).status() if psutil.pid_exists(pid) else "gone"
+            try:
+                state = psutil.Process(pid).status()
+            except psutil.NoSuchProcess:
+                state = "gone"
             lines.append(f"rank {rank}, process {pid}: {state}\n")
         return "".join(lines)
 

@@ -556,12 +556,13 @@ def download_file(uri: str, path: str) -> None:
 
 def folders_in(folder: str) -> list[str]:
     """Names of the folders in a folder; none where there is no such folder."""
-    with _told_apart(folder):
-        fs, path = _filesystem(folder)
-        fs.invalidate_cache()
+
+    def listed(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
         if not fs.isdir(path):
             return []
         return sorted(Path(item["name"]).name for item in fs.ls(path, detail=True) if item["type"] == "directory")
+
+    return _ask(folder, listed)
 
 
 def download(uri: str, folder: str) -> None:

@@ -567,7 +567,8 @@ class Run:
         copy = self._copy or self._open()
         with self._changed:
             ended, steps = self._ended, list(self._waiting)
-        copy.log(steps)
+        # At the end also what reached the folder and not this process.
+        copy.log_history(steps) if ended else copy.log(steps)
         with self._changed:
             del self._waiting[: len(steps)]
             self._changed.notify_all()

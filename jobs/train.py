@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 
-from crosslmm.config import BadConfig, fail, parse_run, stop_on_sigterm
+from crosslmm.config import BadConfig, fail, parse_run, redacted, stop_on_sigterm
 
 
 def main() -> int:
@@ -33,8 +33,8 @@ def main() -> int:
     except (SystemExit, KeyboardInterrupt):
         print("stopped; the same --name resumes the run from its last checkpoint", file=sys.stderr)
         return 130
-    except TrainingFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (TrainingFailed, OSError) as error:  # the store may be away when the driver itself needs it
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 1
     print(json.dumps(dataclasses.asdict(outcome)))
     return 0

@@ -38,7 +38,7 @@ BLOCK_ROWS = 128
 SUBSTITUTES = 8
 """Other rows that are tried at the place of an unreadable one; beyond them the place has no weight."""
 
-STOPS = (storage.Unavailable, BadFeatures, BadManifest)
+STOPS = (storage.Refused, storage.Unavailable, BadFeatures, BadManifest)
 """What ends a run, whatever row it happens at."""
 
 NO_ROW: dict[str, Any] = {"manifest": "", "line": 0, "id": "", "kind": None, "messages": []}

@@ -180,10 +180,14 @@ def newest(run: str, group: dist.ProcessGroup, tell: Tell) -> Iterator[tuple[Che
     dist.broadcast_object_list(everybody, src=0, group=group)
     hosts = _gather(socket.gethostname(), group)
     peers = [peer for peer, host in enumerate(hosts) if host == hosts[rank]]
+    if rank == peers[0]:  # what a killed worker left
+        shutil.rmtree(_scratch(run), ignore_errors=True)
+    dist.barrier(group)
     for checkpoint in everybody[0]:
         remote = storage.scheme_of(checkpoint.uri) == "s3"
-        own = tempfile.mkdtemp(prefix="checkpoint-") if remote and rank == peers[0] else None
-        folder = Path(_gather(own, group)[peers[0]] or storage.local_path(checkpoint.uri))
+        folder = _scratch(run) / Path(checkpoint.uri).name if remote else Path(storage.local_path(checkpoint.uri))
+        if remote:
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             mine = sorted(checkpoint.files)[peers.index(rank) :: len(peers)]
             found = [damage(checkpoint, name, folder if remote else None) for name in mine]
@@ -193,8 +197,8 @@ def newest(run: str, group: dist.ProcessGroup, tell: Tell) -> Iterator[tuple[Che
                 dist.barrier(group)  # a peer may still read
                 return
         finally:
-            if own:
-                shutil.rmtree(own, ignore_errors=True)
+            if remote and rank == peers[0]:
+                shutil.rmtree(folder, ignore_errors=True)
         if rank == 0:
             reason = "; ".join(dict.fromkeys(wrong))
             tell(f"checkpoint {checkpoint.uri} is damaged: {reason}; the one before it is taken")
@@ -289,7 +293,7 @@ class Saver:
     def _write(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> None:
         uri = storage.join(self.run, f"step-{step:08d}-{self.attempt}")
         remote = storage.scheme_of(uri) == "s3"
-        folder = Path(tempfile.gettempdir() if remote else storage.local_path(self.run)) / Path(uri).name
+        folder = (_scratch(self.run) if remote else Path(storage.local_path(self.run))) / Path(uri).name
         try:
             self._together(lambda: folder.mkdir(parents=True, exist_ok=True))
             files = self._together(lambda: self._write_files(folder, uri if remote else None, state))
@@ -402,6 +406,11 @@ def export_alone(folder: Path, to: Path) -> None:
         raise BadConfig(f"{folder}: its weights are not those of its {CONFIG}: {_last_line(error)}") from error
     model.save_pretrained(to)
     processor.save_pretrained(to)
+
+
+def _scratch(run: str) -> Path:
+    """Where this machine keeps files of a run on their way to its store and from there."""
+    return Path(tempfile.gettempdir()) / f"crosslmm-{hashlib.sha256(run.encode()).hexdigest()[:16]}"
 
 
 def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:

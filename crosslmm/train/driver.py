@@ -26,7 +26,7 @@ FREE_TO_CHANGE = (
     "name", "storage", "accept_changes", "scaling.", "tracking.", "watchdog.",
     "model.attention", "model.encoder_chunk",
     "data.manifest", "data.validation_manifest", "data.features",  # known by what is in them
-    "data.decode_timeout_s", "data.decode_memory_gib", "data.max_", "data.bad_allowed", "data.roots",
+    "data.decode_timeout_s", "data.decode_memory_gib", "data.max_bad_share", "data.bad_allowed", "data.roots",
     "train.checkpoint_every", "train.keep_", "train.validate_every", "train.max_new_tokens", "train.not_finite",
     "train.micro_batch_", "train.activation_checkpointing",
 )  # fmt: skip
@@ -216,6 +216,11 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any,
     return {key: (one.get(key), two.get(key)) for key in keys if one.get(key) != two.get(key)}
 
 
+def _count(config: RunConfig) -> str:
+    least, most = config.scaling.least_workers, config.scaling.most_workers
+    return str(most) if least == most else f"{least} to {most}"
+
+
 def _announce(console: Console, config: RunConfig, job: Job, manifests: list[Manifest], record: tracking.Run) -> None:
     processor = "GPU" if config.scaling.use_gpu else "CPU"
     lines = {
@@ -224,7 +229,7 @@ def _announce(console: Console, config: RunConfig, job: Job, manifests: list[Man
         + (f", {' : '.join(map(str, config.data.manifests.values()))}" if len(manifests) > 1 else ""),
         **({"features": f"{config.data.features}, instead of videos"} if config.data.features else {}),
         "training": f"{job.total_steps} steps of {config.train.global_batch_size} samples, "
-        f"{config.scaling.num_workers} {processor} workers",
+        f"{_count(config)} {processor} workers",
         "storage": job.folder,
         "record": record.uri + (f", run {record.run_id}" if record.run_id else ", later"),
     }

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+import ray.exceptions
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -77,7 +78,11 @@ class Follower:
     def _follow(self) -> None:
         while True:
             last_round = self._stop.wait(0.5)
-            news = ray.get(self.job.board.take.remote())
+            try:
+                news = ray.get(self.job.board.take.remote())
+            except ray.exceptions.RayError as error:
+                self.say(f"the workers' news cannot be read: {type(error).__name__}")
+                news = []
             self._started([item for kind, item in news if kind == "started"])
             self._take_steps([item for kind, item in news if kind == "step"])
             self._take_unreadable([item for kind, item in news if kind == "unreadable"])

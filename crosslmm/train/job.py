@@ -48,6 +48,11 @@ class Job:
         rows = block_rows(self.config.data, self.image_size, self.recipe)
         return Layout(self.order, workers, first_step, steps, rows, self.lengths)
 
+    @property
+    def collectives_s(self) -> int:
+        """How long ranks wait for one another: longer than the watchdog, which knows more about what hangs [s]."""
+        return int(2 * max(self.config.watchdog.model_dump().values()))
+
     def validation(self, workers: int) -> Layout:
         """Validation's "steps" are rounds in which every worker takes one micro-batch."""
         rows = self.config.train.micro_batch_size
@@ -55,10 +60,11 @@ class Job:
         return Layout(order, workers, 0, order.steps_per_epoch, rows)
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Board:
     """Where workers pin their news and the driver reads them, and the other way round. Posting costs a worker next to
-    nothing. It lives on the driver's node, and as long as the driver."""
+    nothing. It lives on the driver's node, and as long as the driver. News that are lost with its process, were that
+    killed, are in the run's folder with the next checkpoint."""
 
     def __init__(self) -> None:
         self.news: list[tuple[str, Any]] = []

@@ -13,11 +13,16 @@ from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.exceptions import RayActorError, RayError
 from ray.train import DataConfig, FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 
 from crosslmm import storage
 from crosslmm.config import BadConfig
 from crosslmm.data.features import BadFeatures
+from crosslmm.data.manifest import BadManifest
 from crosslmm.data.pipeline import build_dataset
 from crosslmm.data.quarantine import TooManyBad
 from crosslmm.train import checkpoint, worker
@@ -25,9 +30,13 @@ from crosslmm.train.job import Job
 from crosslmm.train.placement import QUIET
 from crosslmm.train.worker import TRAIN, VALIDATION, Stopped
 
-HOPELESS = (BadConfig, BadFeatures, TooManyBad, FloatingPointError, storage.BadLocation, storage.Refused)
+HOPELESS = (BadConfig, BadFeatures, BadManifest, TooManyBad, FloatingPointError, storage.BadLocation, storage.Refused)
 """What would end every other try in the same way."""
-STOP_WITHIN_S = 50.0
+NO_ROOM = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
+"""What is waited for: nodes come back, and are added."""
+ECHOES = ("gloo", "NCCL", "onnection", "socket", "ProcessGroup")
+"""In the words of a rank whose peer has gone."""
+STOP_WITHIN_S = 45.0
 """From the first signal: so long the workers have for their last step and its checkpoint [s]. `ray job stop` waits for
 RAY_JOB_STOP_WAIT_TIME_S."""
 
@@ -56,7 +65,7 @@ def fit(job: Job, tell: checkpoint.Tell, pause: Callable[[float], None] = time.s
         TrainingFailed: with the first worker's error.
         KeyboardInterrupt: the job was told to stop; what was done is in a checkpoint, if there was time for it.
     """
-    reached, failures = _reached(job), 0
+    reached, failures, waiting = _reached(job), 0, False
     while True:
         try:
             _waiting(job, lambda: _trainer(job).fit())
@@ -65,9 +74,18 @@ def fit(job: Job, tell: checkpoint.Tell, pause: Callable[[float], None] = time.s
             return
         except (TrainingFailedError, RayError) as error:
             cause, line = _first_cause(error)
-            now = _reached(job)
             if isinstance(cause, HOPELESS):
                 raise TrainingFailed(line) from error
+            if isinstance(cause, NO_ROOM):
+                if not waiting:
+                    tell("the cluster has no room for the workers now; the run waits for it")
+                waiting = True
+                continue
+            waiting = False
+            try:
+                now = _reached(job)
+            except OSError:  # the store is away, which is why they ended
+                now = reached
             failures = 0 if now > reached or isinstance(cause, Stopped) else failures + 1
             reached = max(now, reached)
             if failures > job.config.scaling.max_failures:
@@ -114,19 +132,18 @@ def _reached(job: Job) -> int:
 def _first_cause(error: Exception) -> tuple[Exception, str]:
     """The first worker's error that is no mere echo of another's, and one line about it."""
     failures = getattr(error, "worker_failures", None) or {-1: getattr(error, "controller_failure", error)}
-    causes = {rank: _unwrapped(cause) for rank, cause in failures.items()}
-    # When one rank ends, the others' collectives break.
-    rank = min(causes, key=lambda rank: (not isinstance(causes[rank], (*HOPELESS, Stopped)), rank))
+
+    def worth(rank: int) -> tuple[bool, bool, int]:
+        cause = failures[rank]
+        echo = isinstance(cause, RuntimeError) and any(word in str(cause) for word in ECHOES)
+        return not isinstance(cause, (*HOPELESS, Stopped)), echo, rank
+
+    rank = min(failures, key=worth)
     where = f"worker {rank}: " if rank >= 0 else "Ray Train: "
-    cause = causes[rank]
+    cause = failures[rank]
     if isinstance(cause, WorkerHealthCheckFailedError | RayActorError):
         return cause, f"{where}its process has ended: it was killed, ran out of memory, or its node is gone"
     return cause, f"{where}{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
-
-
-def _unwrapped(error: Any) -> Any:
-    """Ray Train wraps what a worker raised, to carry its traceback."""
-    return getattr(error, "_base_exc", error)
 
 
 def _trainer(job: Job) -> TorchTrainer:
@@ -136,7 +153,7 @@ def _trainer(job: Job) -> TorchTrainer:
     return TorchTrainer(
         worker.train,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=_longest(job)),
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=job.collectives_s),
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=scaling.resize_every_s,  # type: ignore[call-arg]
@@ -147,17 +164,13 @@ def _trainer(job: Job) -> TorchTrainer:
             name=f"start-{time.time_ns()}",
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=0),  # `fit` counts what brought no progress
+            # `fit` counts what brought no progress.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             worker_runtime_env={"env_vars": QUIET},  # type: ignore[call-arg]
         ),
         datasets={TRAIN: _later, VALIDATION: _later} if job.validation_rows else {TRAIN: _later},
         dataset_config=_Given(job),
     )
-
-
-def _longest(job: Job) -> int:
-    """Collectives outlast the watchdog, which knows more about what hangs [s]."""
-    return int(2 * max(job.config.watchdog.model_dump().values()))
 
 
 def _later() -> Any:

@@ -96,7 +96,7 @@ def train(
         around.enter("step")
         metrics, stop = _step(config, model, optimizer, batch, step, asked, waited, around)
         empty = 0 if metrics["labelled_tokens"] else empty + 1
-        if empty == min(EMPTY_STEPS, len(steps)):
+        if empty == min(EMPTY_STEPS, steps.stop):
             raise RuntimeError(
                 f"{empty} steps without a single readable sample: is the storage of the videos in reach?"
             )

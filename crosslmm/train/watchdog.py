@@ -68,6 +68,12 @@ class Watchdog:
     def _end(self) -> None:
         phase = self._phase
         limit = self._limits[phase]
+        try:
+            self._hand_over(phase, limit)
+        finally:
+            os._exit(1)
+
+    def _hand_over(self, phase: str, limit: float) -> None:
         faulthandler.dump_traceback(self._last_words)
         self._last_words.seek(0)
         text = f"{phase} has taken more than {limit:g} s\n\n{self._states()}\n{self._last_words.read()}"
@@ -75,7 +81,6 @@ class Watchdog:
         reporting.start()
         reporting.join(GRACE_S * 4)
         time.sleep(GRACE_S)
-        os._exit(1)
 
     def _states(self) -> str:
         """What the system says of the ranks on this machine: running, sleeping, stopped, gone."""

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,10 @@ def train(loop_config: dict[str, Any]) -> None:
     job: Job = loop_config["job"]
     config = job.config
     rank = dist.get_rank()
-    attempt = [secrets.token_hex(2)]
+    attempt = [secrets.token_hex(4)]
     watchdog = Watchdog(config.watchdog, functools.partial(_hand_over_stacks, job, rank, attempt))
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=job.collectives_s))
     dist.broadcast_object_list(attempt, src=0, group=group)
     watchdog.peers = _peers(group)
     processor = build_processor(config.model)
@@ -87,13 +88,14 @@ def train(loop_config: dict[str, Any]) -> None:
         job.board.post.remote("started", (first_step, sum(p.numel() for p in model.parameters())))
 
     saver = Saver(job.folder, config, attempt[0], group, tell)
-    around = _Around(job, model, optimizer, processor, process, saver, watchdog)
+    around = _Around(job, model, optimizer, processor, process, saver, watchdog, found[0].metrics if found else {})
     done = loop.train(config, model, optimizer, batches, range(first_step, job.total_steps), around)
     watchdog.enter("checkpoint")
     saver.close()
     if done < job.total_steps:
         watchdog.close()
         raise Stopped(f"after step {done}")
+    watchdog.enter("checkpoint")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.export(Path(folder), model, processor)
         if rank == 0:
@@ -115,12 +117,13 @@ class _Around(loop.Around):
         process: Any,
         saver: Saver,
         watchdog: Watchdog,
+        validation: loop.Metrics,
     ) -> None:
         self.job, self.model, self.optimizer, self.saver = job, model, optimizer, saver
         self.processor, self.process = processor, process
         self.rank = dist.get_rank()
         self.enter = watchdog.enter  # type: ignore[method-assign]
-        self._validation: loop.Metrics = {}
+        self._validation = validation
         self._history: list[str] = []
         self._told_to_stop = threading.Event()
         threading.Thread(target=self._listen, name="listener", daemon=True).start()

@@ -8,6 +8,7 @@ Exit status: 0 trained and registered, 1 the run broke off, 130 it was stopped (
 
 import dataclasses
 import json
+import os
 import sys
 
 from crosslmm.config import BadConfig, fail, parse_run, redacted, stop_on_sigterm
@@ -20,6 +21,8 @@ def main() -> int:
     except BadConfig as error:
         fail(error)
     # Only now what takes seconds to import.
+    import ray
+
     from crosslmm.data.manifest import BadManifest
     from crosslmm.storage import BadLocation
     from crosslmm.train import driver
@@ -31,8 +34,10 @@ def main() -> int:
     except (BadConfig, BadManifest, BadLocation) as error:
         fail(error)
     except (SystemExit, KeyboardInterrupt):
-        print("stopped; the same --name resumes the run from its last checkpoint", file=sys.stderr)
-        return 130
+        print("stopped; the same --name resumes the run from its last checkpoint", file=sys.stderr, flush=True)
+        # Threads of Ray and of the record may be in native code, which does not survive the interpreter's end.
+        ray.shutdown()
+        os._exit(130)
     except (TrainingFailed, OSError) as error:  # the store may be away when the driver itself needs it
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 1

@@ -41,6 +41,8 @@ STOP_WITHIN_S = 45.0
 RAY_JOB_STOP_WAIT_TIME_S."""
 
 
+_NO_RETRIES = FailureConfig(max_failures=0, controller_failure_limit=0)  # type: ignore[call-arg]
+"""`fit` itself counts what brought no progress."""
 RAYS_OWN = "ray"
 """Ray Train's bookkeeping, in the run's folder, anew for each start. Nothing is read from it: checkpoints are known by
 their seals, which no broken snapshot and no missing folder can take away."""
@@ -164,8 +166,7 @@ def _trainer(job: Job) -> TorchTrainer:
             name=f"start-{time.time_ns()}",
             storage_path=path,
             storage_filesystem=filesystem,
-            # `fit` counts what brought no progress.
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+            failure_config=_NO_RETRIES,
             worker_runtime_env={"env_vars": QUIET},  # type: ignore[call-arg]
         ),
         datasets={TRAIN: _later, VALIDATION: _later} if job.validation_rows else {TRAIN: _later},

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import secrets
 import signal
 import socket
 import statistics
@@ -30,6 +31,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+# Ray reads them when it is imported, and clusters of several nodes are started by this very process.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 from mlflow.entities import ViewType
 from mlflow.tracking import MlflowClient
@@ -190,7 +194,9 @@ class Lab:
 
     def start(self, name: str, *settings: str, cluster: str | None = None) -> Attempt:
         """Start a run, or go on with it, on the lab's cluster or on the one at this address."""
-        environment = self.cluster.environment | {"RAY_ADDRESS": cluster or self.cluster.gcs_address}
+        environment = self.cluster.environment | {"RAY_ADDRESS": self.cluster.gcs_address}
+        if cluster:
+            environment = os.environ | self.environment | {"RAY_ADDRESS": cluster}
         return self.attempt(name, [sys.executable, *self.command(name, *settings)[1:]], environment, ROOT)
 
     def attempt(self, name: str, command: list[str], environment: dict[str, str], folder: Path) -> Attempt:
@@ -523,7 +529,7 @@ def clock_moved(lab: Lab, name: str) -> tuple[list[Attempt], float]:
 def _nodes(lab: Lab) -> Iterator[tuple[Cluster, list[Any]]]:
     """A cluster of a head, which decodes and drives, and two nodes with room for one rank each."""
     before = dict(os.environ)
-    os.environ |= lab.cluster.environment
+    os.environ |= lab.environment
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"head": 1}})
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]

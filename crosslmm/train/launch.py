@@ -13,11 +13,7 @@ from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.exceptions import RayActorError, RayError
 from ray.train import DataConfig, FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.exceptions import (
-    WorkerGroupStartupFailedError,
-    WorkerGroupStartupTimeoutError,
-    WorkerHealthCheckFailedError,
-)
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
 from crosslmm import storage
 from crosslmm.config import BadConfig
@@ -32,8 +28,6 @@ from crosslmm.train.worker import TRAIN, VALIDATION, Stopped
 
 HOPELESS = (BadConfig, BadFeatures, BadManifest, TooManyBad, FloatingPointError, storage.BadLocation, storage.Refused)
 """What would end every other try in the same way."""
-NO_ROOM = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
-"""What is waited for: nodes come back, and are added."""
 ECHOES = ("gloo", "NCCL", "onnection", "socket", "ProcessGroup")
 """In the words of a rank whose peer has gone."""
 STOP_WITHIN_S = 45.0
@@ -78,7 +72,7 @@ def fit(job: Job, tell: checkpoint.Tell, pause: Callable[[float], None] = time.s
             cause, line = _first_cause(error)
             if isinstance(cause, HOPELESS):
                 raise TrainingFailed(line) from error
-            if isinstance(cause, NO_ROOM):
+            if isinstance(cause, WorkerGroupStartupTimeoutError):  # nodes come back, and are added
                 if not waiting:
                     tell("the cluster has no room for the workers now; the run waits for it")
                 waiting = True

@@ -11,6 +11,7 @@ worker has checked, too, that the samples of its steps are those that are due). 
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -468,34 +469,15 @@ def _store_away(lab: Lab, name: str, **modes: Any) -> tuple[list[Attempt], float
     return [run.ended()], at
 
 
-@fault("store answers reads with 503 for a minute")
-def reads_503(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """Videos, then."""
-    return _store_away(lab, name, reads="503")
-
-
-@fault("store answers writes with 503 for a minute")
-def writes_503(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """Checkpoints, then."""
-    return _store_away(lab, name, writes="503")
-
-
-@fault("store takes 2 s for each request for a minute")
-def slow(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """Reads and writes."""
-    return _store_away(lab, name, reads=2.0, writes=2.0)
-
-
-@fault("store breaks reads off for a minute")
-def reads_reset(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """In the middle of the answer."""
-    return _store_away(lab, name, reads="reset")
-
-
-@fault("store breaks writes off for a minute")
-def writes_reset(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """In the middle of the request."""
-    return _store_away(lab, name, writes="reset")
+AWAY: dict[str, dict[str, Any]] = {
+    "store answers reads with 503 for a minute": {"reads": "503"},
+    "store answers writes with 503 for a minute": {"writes": "503"},
+    "store takes 2 s for each request for a minute": {"reads": 2.0, "writes": 2.0},
+    "store breaks reads off for a minute": {"reads": "reset"},
+    "store breaks writes off for a minute": {"writes": "reset"},
+}
+for said, modes in AWAY.items():
+    FAULTS[said] = functools.partial(_store_away, **modes)
 
 
 @fault("gradient that is no number")

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 import crosslmm
 from benchmarks import report
-from crosslmm.config import DataConfig, RunConfig, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import DataConfig, RunConfig
 from crosslmm.data import digits, shapes
 from crosslmm.data.decode import decode_video
 from crosslmm.data.manifest import Manifest

@@ -24,7 +24,8 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import report
-from crosslmm.config import BadConfig, RunConfig, fail, parse_run
+from crosslmm.command_line import fail, parse_run
+from crosslmm.config import BadConfig, RunConfig
 from crosslmm.model import CrossLMMForConditionalGeneration
 from crosslmm.model.components import component_of, freeze
 from crosslmm.model.pretrained import build_model, build_processor

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from crosslmm.config import RunConfig, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import RunConfig
 from crosslmm.data import shapes
 from crosslmm.data.decode import decode_video
 from crosslmm.data.features import DType, from_bf16, pack, to_bf16, unpack

@@ -41,7 +41,8 @@ from mlflow.tracking import MlflowClient
 from rich.table import Table
 
 from benchmarks import report, rounding
-from crosslmm.config import RunConfig, parse_run, stop_on_sigterm
+from crosslmm.command_line import parse_run, stop_on_sigterm
+from crosslmm.config import RunConfig
 from crosslmm.data import shapes
 from crosslmm.data.features import Features, create, from_bf16, write_index, write_shard
 from crosslmm.data.manifest import Manifest

@@ -1,25 +1,13 @@
-"""The one schema of a run: typed, validated, with units; YAML presets and dotted overrides on top of it."""
+"""The one schema of a run: typed, validated, with units."""
 
 import re
-import signal
-import sys
-from collections.abc import Callable, Sequence
-from importlib import resources
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import yaml
-from jsonargparse import (  # type: ignore[attr-defined]
-    ActionConfigFile,
-    ArgumentError,
-    ArgumentParser,
-    set_parsing_settings,
-)
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 USERINFO = re.compile(r"(?<=://)(?:[^/\s@]*|[^/\s:@]*:(?!\d+(?:/|$))[^\s@]*)@")
 """User and password in a URI; in place of a port, a password may hold slashes, as the keys of S3 do."""
-
-PRESETS = resources.files("crosslmm") / "presets"
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -354,69 +342,6 @@ class BadConfig(Exception):
     """A configuration that cannot be run; the message is one line: the key, and what it would accept."""
 
 
-class _PresetOrFile(ActionConfigFile):
-    """`--config NAME_OR_FILE_OR_URI`; several are laid over one another, the last one on top."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, resolve_preset(values), option_string)
-
-
-def preset_names() -> list[str]:
-    """Names that `--config` takes."""
-    return sorted(path.name.removesuffix(".yaml") for path in PRESETS.iterdir() if path.name.endswith(".yaml"))
-
-
-def resolve_preset(name_or_file_or_uri: str) -> str:
-    """The file behind a preset's name; anything that looks like a path or URI is returned as it is."""
-    if name_or_file_or_uri in preset_names():
-        return str(PRESETS / f"{name_or_file_or_uri}.yaml")
-    if "/" not in name_or_file_or_uri and not name_or_file_or_uri.endswith((".yaml", ".yml")):
-        raise BadConfig(f"--config {name_or_file_or_uri}: no such preset; there are {', '.join(preset_names())}")
-    return name_or_file_or_uri
-
-
-def parse_run(argv: Sequence[str], description: str, default: str = "tiny") -> RunConfig:
-    """Command line -> validated configuration. `--help` and `--print_config` print and exit 0.
-
-    Raises:
-        BadConfig: unknown key, wrong type, impossible combination.
-    """
-    return parse_job(argv, description, lambda parser: None, default)[0]
-
-
-def parse_job(
-    argv: Sequence[str], description: str, add_own: Callable[[ArgumentParser], object], default: str = "tiny"
-) -> tuple[RunConfig, dict[str, Any]]:
-    """As `parse_run`, for a script with arguments of its own: `add_own` adds them, their values come second.
-
-    Raises:
-        BadConfig: unknown key, wrong type, impossible combination.
-    """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True)
-    usage = "%(prog)s [--config NAME_OR_FILE_OR_URI] [--SECTION.KEY VALUE ...]"
-    parser = ArgumentParser(description=description, usage=usage, exit_on_error=False, allow_abbrev=False)
-    add_own(parser)
-    parser.add_argument(
-        "--config",
-        action=_PresetOrFile,
-        metavar="NAME_OR_FILE_OR_URI",
-        help=f"a preset ({', '.join(preset_names())}), a YAML file or an s3:// URI; "
-        f"several are laid over one another, the last on top (default: {default})",
-    )
-    parser.add_class_arguments(RunConfig, fail_untyped=False)
-    try:
-        argv = list(argv)
-        if not any(a == "--config" or a.startswith("--config=") for a in argv):
-            argv = ["--config", default, *argv]
-        values = parser.parse_args(argv).as_dict()
-    except ArgumentError as error:
-        hint = "; --help lists the keys" if "accept option" in str(error) or "unrecognized" in str(error) else ""
-        raise BadConfig(_one_line(str(error)) + hint) from error
-    run = {key: values.pop(key) for key in RunConfig.model_fields}
-    values.pop("config")
-    return validate_run(run), values
-
-
 def validate_run(values: dict[str, Any]) -> RunConfig:
     """Nested plain values -> RunConfig.
 
@@ -431,7 +356,7 @@ def validate_run(values: dict[str, Any]) -> RunConfig:
         message = first["msg"].removeprefix("Value error, ")
         found = "" if first["type"] in ("value_error", "missing") else f" (found {first['input']!r})"
         others = f"; and {len(more)} more" if more else ""
-        raise BadConfig(_one_line(f"{where}: {message}{found}{others}".removeprefix(": "))) from error
+        raise BadConfig(one_line(f"{where}: {message}{found}{others}".removeprefix(": "))) from error
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -452,17 +377,6 @@ def redacted(text: str) -> str:
     return USERINFO.sub("***@", text)
 
 
-def fail(error: Exception) -> NoReturn:
-    """Print one line and leave with status 2: what was asked for cannot be done."""
-    print(f"error: {redacted(_one_line(str(error)))}", file=sys.stderr)  # noqa: T201
-    raise SystemExit(2)
-
-
-def stop_on_sigterm() -> None:
-    """From now on a job that is told to stop ends as if by Ctrl-C: what is done stays, and is written down."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
 # What jsonargparse says where a key takes a value of some type or null.
 OPTIONAL = re.compile(
     r"Does not validate against any of the Union subtypes\s+Subtypes: .*Errors:\s+- (.*?)"
@@ -471,7 +385,7 @@ OPTIONAL = re.compile(
 )
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Without line breaks, and without what pydantic and jsonargparse say about themselves."""
     text = re.sub(r"\d+ validation errors? for \S+|\[type=[^]]*\]|For further information visit \S+", "", text)
     text = OPTIONAL.sub(r"\1; got: \2", text).replace("a typing.Literal", "one of ")

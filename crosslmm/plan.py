@@ -8,17 +8,8 @@ from typing import Annotated, Literal, NamedTuple
 import yaml
 from pydantic import Field
 
-from crosslmm.config import (
-    BadConfig,
-    Count,
-    LearningRates,
-    RunConfig,
-    Section,
-    Share,
-    preset_names,
-    resolve_preset,
-    validate_run,
-)
+from crosslmm.command_line import preset_names, resolve_preset
+from crosslmm.config import BadConfig, Count, LearningRates, RunConfig, Section, Share, validate_run
 from crosslmm.model import cost
 from crosslmm.model.tracing import Trace
 

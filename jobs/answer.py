@@ -34,7 +34,8 @@ def answer(
 
     from crosslmm import storage
     from crosslmm.answer import score
-    from crosslmm.config import TrackingConfig, fail
+    from crosslmm.command_line import fail
+    from crosslmm.config import TrackingConfig
     from crosslmm.data.manifest import BadManifest, Manifest
     from crosslmm.tracking import load_registered
 

@@ -21,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from crosslmm import storage
-from crosslmm.config import BadConfig, fail
+from crosslmm.command_line import fail
+from crosslmm.config import BadConfig
 
 if TYPE_CHECKING:
     from crosslmm.train.checkpoint import Checkpoint

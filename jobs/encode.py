@@ -14,7 +14,8 @@ import sys
 
 from jsonargparse import ArgumentParser
 
-from crosslmm.config import BadConfig, fail, parse_job, stop_on_sigterm
+from crosslmm.command_line import fail, parse_job, stop_on_sigterm
+from crosslmm.config import BadConfig
 
 
 def main() -> int:

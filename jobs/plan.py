@@ -14,7 +14,8 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from crosslmm.config import BadConfig, fail, parse_job, validate_run
+from crosslmm.command_line import fail, parse_job
+from crosslmm.config import BadConfig, validate_run
 
 if TYPE_CHECKING:
     from crosslmm.plan import Plan, Row

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crosslmm.config import BadConfig, DataConfig, fail, stop_on_sigterm
+from crosslmm.command_line import fail, stop_on_sigterm
+from crosslmm.config import BadConfig, DataConfig
 
 LIMITS = {"decode_timeout_s", "decode_memory_gib", "max_video_bytes", "max_video_s", "max_frame_pixels"}
 TOLERATED = {"max_bad_share", "bad_allowed", "roots"}

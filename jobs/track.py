@@ -10,7 +10,8 @@ refused.
 import argparse
 import sys
 
-from crosslmm.config import BadConfig, fail
+from crosslmm.command_line import fail
+from crosslmm.config import BadConfig
 
 
 def replay(storage: str, names: list[str], uri: str | None) -> int:

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 
-from crosslmm.config import BadConfig, fail, parse_run, redacted, stop_on_sigterm
+from crosslmm.command_line import fail, parse_run, stop_on_sigterm
+from crosslmm.config import BadConfig, redacted
 
 
 def main() -> int:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from crosslmm.config import BadConfig, fail, parse_job, stop_on_sigterm
+from crosslmm.command_line import fail, parse_job, stop_on_sigterm
+from crosslmm.config import BadConfig
 
 SPACES = Path(__file__).parent.parent / "tune_spaces"
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from crosslmm.config import RunConfig, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import RunConfig
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.pretrained import build_model, build_processor
 

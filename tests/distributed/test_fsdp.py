@@ -13,7 +13,8 @@ import torch.distributed as dist
 from conftest import conversation, open_gates, random_frames
 from transformers import AutoModelForImageTextToText
 
-from crosslmm.config import RunConfig, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import RunConfig
 from crosslmm.data.collate import ValidationBatch
 from crosslmm.data.features import to_bf16
 from crosslmm.model.pretrained import build_model, build_processor

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from conftest import ROOT, conversation, processes
 from mlflow.tracking import MlflowClient
 
-from crosslmm.config import parse_run
+from crosslmm.command_line import parse_run
 from crosslmm.data.decode import decode_video
 from crosslmm.data.features import Features
 from crosslmm.data.manifest import Manifest

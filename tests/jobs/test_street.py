@@ -21,7 +21,8 @@ from mlflow.tracking import MlflowClient
 from object_store import object_store_in_use
 
 from crosslmm import storage
-from crosslmm.config import BadConfig, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import BadConfig
 from crosslmm.data.shapes import write_sample_set
 from crosslmm.model.pretrained import build_model, build_processor
 

@@ -6,7 +6,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 from ray import tune
 
-from crosslmm.config import BadConfig, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import BadConfig
 from crosslmm.model import cost
 from crosslmm.sweep import trials, tuning
 from crosslmm.sweep.candidates import Candidates, prefill

@@ -2,7 +2,7 @@
 
 import pytest
 
-from crosslmm.config import parse_run
+from crosslmm.command_line import parse_run
 from crosslmm.train.driver import changes
 
 

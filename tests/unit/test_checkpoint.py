@@ -14,7 +14,8 @@ from conftest import ROOT, open_gates
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from crosslmm.answer import CONFIG
-from crosslmm.config import parse_run, to_yaml
+from crosslmm.command_line import parse_run
+from crosslmm.config import to_yaml
 from crosslmm.model.pretrained import build_model, build_processor
 from crosslmm.train import checkpoint
 from crosslmm.train.optim import build_optimizer

@@ -10,7 +10,8 @@ import yaml
 from conftest import ROOT
 from pydantic import BaseModel
 
-from crosslmm.config import BadConfig, RunConfig, parse_run, preset_names, to_yaml
+from crosslmm.command_line import parse_run, preset_names
+from crosslmm.config import BadConfig, RunConfig, to_yaml
 from crosslmm.model.components import component_of
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.pretrained import build_config

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from crosslmm import plan as planning
-from crosslmm.config import BadConfig, LearningRates, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import BadConfig, LearningRates
 from crosslmm.model import cost, tracing
 from crosslmm.model.components import component_of
 from crosslmm.model.tracing import trace

@@ -15,7 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
-from crosslmm.config import BadConfig, DataConfig, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data.clips import FPS, encode_clip
 from crosslmm.data.decode import BACKENDS as DECODERS
 from crosslmm.data.decode import Decoder, Unreadable, decode_video, require_backend

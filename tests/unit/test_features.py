@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import conversation, open_gates, random_frames
 
-from crosslmm.config import BadConfig, DataConfig, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data import features as features_module
 from crosslmm.data.decode import Unreadable
 from crosslmm.data.features import (

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from crosslmm.config import LearningRates, TrainConfig, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import LearningRates, TrainConfig
 from crosslmm.model.components import COMPONENTS, component_of, freeze
 from crosslmm.model.pretrained import build_model, build_processor
 from crosslmm.train.optim import build_optimizer, learning_rate_factor, set_learning_rate

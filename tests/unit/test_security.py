@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT, conversation
 
 from crosslmm import storage
-from crosslmm.config import BadConfig, DataConfig, TrackingConfig, fail, parse_run
+from crosslmm.command_line import fail, parse_run
+from crosslmm.config import BadConfig, DataConfig, TrackingConfig
 from crosslmm.data import pipeline, prepared
 from crosslmm.data.clips import encode_clip
 from crosslmm.data.decode import Unreadable, decode_video

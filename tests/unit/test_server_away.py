@@ -16,7 +16,8 @@ from conftest import ROOT
 from mlflow.tracking import MlflowClient
 
 from crosslmm import tracking
-from crosslmm.config import BadConfig, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import BadConfig
 
 pytestmark = pytest.mark.fault
 DATASET = {"uri": "s3://bucket/rows.jsonl", "digest": "0123456789abcdef" * 4, "rows": 7, "context": "training"}
@@ -243,7 +244,7 @@ def test_a_driver_that_was_killed_is_resumed_with_each_step_once(server, client,
     script = f"""if True:
         import os, signal
         from crosslmm import tracking
-        from crosslmm.config import parse_run
+        from crosslmm.command_line import parse_run
         config = parse_run(["--tracking.uri={server.uri}", "--name=killed"], "a test")
         tracking.begin(config, "{tmp_path}/killed", {{}}, [])
         run = tracking.Run("{tmp_path}/killed", config.tracking, print)

@@ -7,7 +7,8 @@ import pytest
 from conftest import ROOT
 from ray import tune
 
-from crosslmm.config import BadConfig, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import BadConfig
 from crosslmm.sweep import space as spaces
 from crosslmm.sweep.space import OnlyIf
 

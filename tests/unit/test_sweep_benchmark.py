@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from benchmarks import rounding, sweep
-from crosslmm.config import parse_run
+from crosslmm.command_line import parse_run
 from crosslmm.data import shapes
 from crosslmm.sweep import space
 from crosslmm.sweep.candidates import prefill

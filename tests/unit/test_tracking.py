@@ -6,7 +6,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from crosslmm import tracking
-from crosslmm.config import BadConfig, TrackingConfig, flatten, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import BadConfig, TrackingConfig, flatten
 from crosslmm.tracking import Run, tracking_uri
 
 DIGEST = "0123456789abcdef" * 4

@@ -7,7 +7,8 @@ import pytest
 from ray import tune
 from ray.tune.search import Searcher
 
-from crosslmm.config import BadConfig, parse_run
+from crosslmm.command_line import parse_run
+from crosslmm.config import BadConfig
 from crosslmm.sweep import trials
 from crosslmm.sweep.search import Search
 from crosslmm.sweep.trials import Rung, Trial

@@ -1,0 +1,44 @@
+"""facts.yaml + templates/ -> the files of this folder that clouds and clusters read.
+
+python cluster/render.py writes them.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+CLUSTER = Path(__file__).resolve().parent
+ROOT = CLUSTER.parent
+TEMPLATES = CLUSTER / "templates"
+
+
+def facts() -> dict[str, Any]:
+    """What templates may name: facts.yaml, and the versions that are pinned for the whole project."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = {"version": project["version"]} | {name: pins[name] for name in ("ray", "mlflow", "torch")}
+    return versions | {"flash_attn": pins["flash-attn"]} | yaml.safe_load((CLUSTER / "facts.yaml").read_text())
+
+
+def render() -> dict[Path, str]:
+    """Each file and what it must say. A template whose name begins with _ is a part of others."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    values = facts()
+    names = [name for name in environment.list_templates() if not Path(name).name.startswith("_")]
+    return {CLUSTER / name: environment.get_template(name).render(values) for name in names}
+
+
+if __name__ == "__main__":
+    for path, text in render().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)

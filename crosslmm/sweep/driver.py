@@ -26,7 +26,7 @@ from crosslmm.sweep.space import Space, changes_features, distribution, grid, is
 from crosslmm.sweep.trials import Trial
 from crosslmm.sweep.tuning import SweepFailed, at_once, run_trials
 from crosslmm.sweep.watch import Watch
-from crosslmm.tracking import Record, load_registered, require_answer, tracking_uri
+from crosslmm.tracking import Record, load_registered, register, require_answer, tracking_uri
 from crosslmm.train import driver, placement
 
 SETTLED = "sweep.json"
@@ -321,7 +321,8 @@ def _promote(
         raise SweepFailed(f"--promote {which}: trial {trial.number if trial else which} {state}, so there is no model")
     run_folder = storage.join(folder, trial.name)
     tags = driver.lineage(run_folder) | {"sweep": record.run_id, "trial": str(trial.number), "promoted_as": which}
-    model_uri = Record(record.tracking, str(trial.run_id)).register(storage.join(run_folder, "model"), tags)
+    child = Record(record.tracking, str(trial.run_id))
+    model_uri = register(child, storage.join(run_folder, "model"), tags)
     console.print(f"registered {model_uri}: trial {trial.number}, {which} of the sweep")
     held_out = Manifest(str(base.data.validation_manifest), base.data.roots)
     asked = next(row for row in held_out.rows if len(row["videos"]) == 1)

@@ -83,9 +83,10 @@ def client(one_server):
 @pytest.fixture
 def impatient(monkeypatch):
     """Seconds instead of a minute."""
-    monkeypatch.setattr(tracking, "RETRY_S", 0.3)
-    monkeypatch.setattr(tracking, "END_S", 1.0)
-    monkeypatch.setattr(tracking, "BROKEN_OFF_S", 1.0)
+    for module in (tracking.server, tracking.live):
+        monkeypatch.setattr(module, "RETRY_S", 0.3)
+    monkeypatch.setattr(tracking.live, "END_S", 1.0)
+    monkeypatch.setattr(tracking.live, "BROKEN_OFF_S", 1.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
 
 
@@ -142,7 +143,7 @@ def test_away_at_the_start_and_hanging_in_the_middle(one_server, client, begin, 
             began = time.monotonic()
             run.log(steps(number))
             assert time.monotonic() - began < 0.1
-        monkeypatch.setattr(tracking, "START_S", 1.0)
+        monkeypatch.setattr(tracking.live, "START_S", 1.0)
         began = time.monotonic()
         hung, folder, said = begin("hung")
         assert said == [f"record: {one_server.uri} does not answer; the run goes on, and its record waits in {folder}"]
@@ -291,7 +292,7 @@ def test_a_sweeps_own_record_waits_for_the_server(server, client, begin, impatie
     server.start(wait=False)
     record.log_values({"cost/seconds": 1.0}, {"state": "finished"})
     assert client.get_run(record.run_id).data.metrics == {"cost/seconds": 1.0}
-    (said,) = [entry.getMessage() for entry in caplog.records if entry.name == "crosslmm.tracking"]
+    (said,) = [entry.getMessage() for entry in caplog.records if entry.name == "crosslmm.tracking.server"]
     assert said == f"record: {server.uri} does not answer; asking again for 10 minutes"
 
 

@@ -9,6 +9,7 @@ from crosslmm import tracking
 from crosslmm.command_line import parse_run
 from crosslmm.config import BadConfig, TrackingConfig, flatten
 from crosslmm.tracking import Run, tracking_uri
+from crosslmm.tracking.record import find_or_create
 
 DIGEST = "0123456789abcdef" * 4
 DATASET = {"uri": "s3://bucket/rows.jsonl", "digest": DIGEST, "rows": 7, "context": "training"}
@@ -169,11 +170,11 @@ def test_two_who_make_a_run_at_the_same_time_have_one(client, config, run):
             runs = client.search_runs(*arguments)
             if not self.searched:
                 self.searched = True
-                self.first = tracking._find_or_create(client, config.tracking, key, {}, 1e9)
+                self.first = find_or_create(client, config.tracking, key, {}, 1e9)
             return runs
 
     late = Late()
-    assert tracking._find_or_create(late, config.tracking, key, {}, 1e9) == late.first
+    assert find_or_create(late, config.tracking, key, {}, 1e9) == late.first
     (experiment,) = [e.experiment_id for e in client.search_experiments() if e.name == "crosslmm"]
     (only,) = client.search_runs([experiment], f"tags.`crosslmm.key` = '{key}'")
     assert only.info.run_id == late.first

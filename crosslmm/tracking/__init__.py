@@ -1,0 +1,27 @@
+"""The record of a run in MLflow, and the model registry. Made from the run's folder, which is the truth: folder.py."""
+
+from crosslmm.tracking.deliver import Copy, Delivered, replay
+from crosslmm.tracking.folder import BEGUN, CONFIG, HISTORY, LEDGER, MODEL, begin, runs
+from crosslmm.tracking.live import Run
+from crosslmm.tracking.record import Record
+from crosslmm.tracking.registry import load_registered, register
+from crosslmm.tracking.server import require_answer, tracking_uri
+
+__all__ = [
+    "BEGUN",
+    "CONFIG",
+    "HISTORY",
+    "LEDGER",
+    "MODEL",
+    "Copy",
+    "Delivered",
+    "Record",
+    "Run",
+    "begin",
+    "load_registered",
+    "register",
+    "replay",
+    "require_answer",
+    "runs",
+    "tracking_uri",
+]

@@ -1,0 +1,84 @@
+"""The model registry: what a run exported becomes a registered version, and comes back as a pyfunc."""
+
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import RunTag
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema
+
+from crosslmm import storage
+from crosslmm.config import TrackingConfig
+from crosslmm.tracking.record import Record
+from crosslmm.tracking.server import tracking_uri
+
+UPLOAD_S = 120
+"""How long a server may take to put away one file of a model [s]."""
+
+SIGNATURE = ModelSignature(
+    Schema([ColSpec("string", "video"), ColSpec("string", "question")]), Schema([ColSpec("string")])
+)
+
+
+def register(record: Record, model_uri: str, tags: dict[str, str]) -> str:
+    """Log an exported model to a run, register it with these tags, and move the alias to it -> `models:/NAME@ALIAS`.
+
+    The version is a pyfunc made from code: `crosslmm/registered.py` and the package itself travel with the
+    weights; nothing is pickled.
+    """
+    name, alias = record.tracking.registered_model, record.tracking.alias
+    package = Path(__file__).parent.parent
+    timeout = MLFLOW_HTTP_REQUEST_TIMEOUT.get()
+    with tempfile.TemporaryDirectory() as folder:
+        storage.download(model_uri, folder)
+        MLFLOW_HTTP_REQUEST_TIMEOUT.set(max(timeout, UPLOAD_S))
+        try:
+            with mlflow.start_run(run_id=record.run_id):
+                info = mlflow.pyfunc.log_model(
+                    name="model",
+                    python_model=str(package / "registered.py"),
+                    artifacts={"model": folder},
+                    code_paths=[str(package)],
+                    signature=SIGNATURE,
+                    pip_requirements=_requirements(),
+                    registered_model_name=name,
+                )
+        finally:
+            MLFLOW_HTTP_REQUEST_TIMEOUT.set(timeout)
+    number = str(info.registered_model_version)
+    for key, value in tags.items():
+        record.client.set_model_version_tag(name, number, key, value[:5000])
+    record.client.set_registered_model_alias(name, alias, number)
+    record.client.log_batch(record.run_id, tags=[RunTag("registered_model", f"{name}/{number}")])
+    return f"models:/{name}@{alias}"
+
+
+def load_registered(model_uri: str, config: TrackingConfig) -> Any:
+    """A registered model as a pyfunc: `.predict` takes a table with the columns `video` and `question`."""
+    mlflow.set_tracking_uri(tracking_uri(config))
+    return mlflow.pyfunc.load_model(model_uri)
+
+
+def _requirements() -> list[str]:
+    """What the registered model imports, at the versions that wrote it."""
+    return [
+        f"{name}=={version(name)}"
+        for name in (
+            "torch",
+            "transformers",
+            "numpy",
+            "pyarrow",
+            "av",
+            "rich",
+            "mlflow",
+            "pebble",
+            "psutil",
+            "s3fs",
+            "pydantic",
+            "jsonargparse",
+        )
+    ]

@@ -19,7 +19,7 @@ import numpy as np
 import pebble
 import psutil
 
-from crosslmm import storage
+from crosslmm import patience, storage
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data.alternatives import with_decord, with_torchcodec
 from crosslmm.data.frames import UnreadableVideo, with_pyav
@@ -342,7 +342,7 @@ def _settle_in(memory_bytes: int, environment: dict[str, str]) -> None:
     with an older one; leave patience with the store to the owner, since here it would count as the video's time; bound
     its memory [bytes]; leave no core; say nothing, as decord prints what it reads."""
     os.environ.update(environment)
-    storage.PATIENCE_S = 0
+    patience.PATIENCE_S = 0
     limit = psutil.Process().memory_info().vms + memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

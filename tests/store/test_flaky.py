@@ -17,7 +17,7 @@ from flaky_store import FlakyStore
 from object_store import running_object_store
 from s3fs import S3FileSystem
 
-from crosslmm import storage
+from crosslmm import patience, storage
 
 pytestmark = pytest.mark.fault
 
@@ -37,8 +37,8 @@ def flaky(store, monkeypatch):
     with FlakyStore(int(store.endpoint.rsplit(":", 1)[1])) as flaky:
         for name, value in (store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{flaky.port}"}).items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(storage, "WAITS_S", (0.2,))
-        monkeypatch.setattr(storage, "READ_TIMEOUT_S", 2)
+        monkeypatch.setattr(patience, "WAITS_S", (0.2,))
+        monkeypatch.setattr(patience, "READ_TIMEOUT_S", 2)
         monkeypatch.setattr(storage, "PART_BYTES", PART)
         S3FileSystem.clear_instance_cache()
         yield flaky
@@ -120,7 +120,7 @@ def test_arrow_is_as_patient(flaky, mode):
 
 
 def test_a_store_that_stays_down_is_given_up_and_named(flaky, monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE_S", 2)
+    monkeypatch.setattr(patience, "PATIENCE_S", 2)
     flaky.reads = flaky.writes = "503"
     for call in (lambda: storage.read_bytes("s3://runs/x"), lambda: storage.write_bytes("s3://runs/x", DATA)):
         began = time.monotonic()
@@ -132,7 +132,7 @@ def test_a_store_that_stays_down_is_given_up_and_named(flaky, monkeypatch):
 
 def test_a_broken_off_write_leaves_what_was_there(flaky, monkeypatch):
     storage.write_bytes("s3://runs/old", b"old")
-    monkeypatch.setattr(storage, "PATIENCE_S", 0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0)
     flaky.writes = "reset"
     for data in (b"new", DATA):
         with pytest.raises(storage.Unavailable):
@@ -190,7 +190,7 @@ def test_boto_uploads_in_parts_through_it(flaky, store, tmp_path):
 
 
 def test_what_waiting_cannot_mend_is_said_at_once(flaky, monkeypatch):
-    monkeypatch.setattr(storage, "pause", lambda seconds: pytest.fail("it waited"))
+    monkeypatch.setattr(patience, "pause", lambda seconds: pytest.fail("it waited"))
     wrong = {
         "s3://nowhere/x": (storage.Refused, "there is no bucket nowhere"),
         "s3://runs/missing": (FileNotFoundError, "no such object"),
@@ -216,8 +216,8 @@ def test_a_full_disk_is_said_at_once_and_leaves_nothing(tmp_path):
     """On a file system of 1 MB of its own."""
     code = textwrap.dedent(f"""\
         import os
-        from crosslmm import storage
-        storage.pause = None
+        from crosslmm import patience, storage
+        patience.pause = None
         for write in (storage.write_bytes, lambda uri, data: storage.write_chunks(uri, [data])):
             try:
                 write("{tmp_path}/folder/big", bytes(2_000_000))
@@ -232,9 +232,9 @@ def test_a_full_disk_is_said_at_once_and_leaves_nothing(tmp_path):
     assert said == f"[Errno 28] no space left for {tmp_path}/folder/big; free some, or write elsewhere []\n" * 2
 
 
-@pytest.mark.parametrize("patience", [0, 0.25, 180])
-def test_pauses_grow_and_end_with_the_budget(monkeypatch, patience):
-    monkeypatch.setattr(storage, "PATIENCE_S", patience)
+@pytest.mark.parametrize("budget_s", [0, 0.25, 180])
+def test_pauses_grow_and_end_with_the_budget(monkeypatch, budget_s):
+    monkeypatch.setattr(patience, "PATIENCE_S", budget_s)
     now, waits = [0.0], []
 
     def pause(seconds):
@@ -244,8 +244,8 @@ def test_pauses_grow_and_end_with_the_budget(monkeypatch, patience):
     def ask():
         raise storage.Unavailable("down")
 
-    monkeypatch.setattr(storage, "pause", pause)
-    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(patience, "pause", pause)
+    monkeypatch.setattr(patience.time, "monotonic", lambda: now[0])
     with pytest.raises(storage.Unavailable, match="down"):
         storage.patiently(ask)
-    assert waits == ([1, 2, 4, 8, *[15] * 11] if patience == 180 else [])
+    assert waits == ([1, 2, 4, 8, *[15] * 11] if budget_s == 180 else [])

@@ -14,7 +14,7 @@ from object_store import REGION, USER, running_object_store
 from s3fs import S3FileSystem
 from wire import Wire
 
-from crosslmm import storage
+from crosslmm import patience, storage
 from crosslmm.config import DataConfig
 from crosslmm.data import decode
 from crosslmm.data.clips import encode_clip
@@ -57,7 +57,7 @@ def clip(wire):
 
 @pytest.fixture
 def decoder(wire, monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE_S", 0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0)
     monkeypatch.setattr(decode, "ANSWER_WITHIN_S", 2.0)
     with Decoder(DataConfig(num_frames=2, decode_timeout_s=10), SIDE) as decoder:
         yield decoder
@@ -138,7 +138,7 @@ def test_a_missing_bucket_is_no_bad_video(decoder):
 
 def test_refused_credentials_are_no_bad_video(wire, monkeypatch, clip):
     use(monkeypatch, {"AWS_SECRET_ACCESS_KEY": "wrong"})
-    monkeypatch.setattr(storage, "PATIENCE_S", 0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0)
     with (
         Decoder(DataConfig(num_frames=2), SIDE) as decoder,
         pytest.raises(storage.Unavailable, match=r"permission denied, as for all of videos; check the credentials"),
@@ -151,7 +151,7 @@ def test_a_store_out_of_reach_is_no_bad_video(monkeypatch, store):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     use(monkeypatch, store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_MAX_ATTEMPTS": "1"})
-    monkeypatch.setattr(storage, "PATIENCE_S", 0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0)
     with (
         Decoder(DataConfig(num_frames=2), SIDE) as decoder,
         pytest.raises(storage.Unavailable, match="Could not connect to the endpoint"),
@@ -170,7 +170,7 @@ def test_a_store_that_comes_back_in_time_costs_nothing(monkeypatch, store, clip)
         wires.append(Wire(int(store.endpoint.rsplit(":", 1)[1]), port=port).__enter__())
         time.sleep(0.1)
 
-    monkeypatch.setattr(storage, "pause", wait)
+    monkeypatch.setattr(patience, "pause", wait)
     with Decoder(DataConfig(num_frames=2), SIDE) as decoder:
         assert isinstance(decoder([clip])[0], np.ndarray)
     assert len(wires) == 1

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-START_DEADLINE_S = 90.0
+START_DEADLINE_S = 240.0
 
 
 class LocalCluster:

@@ -176,7 +176,11 @@ def newest(run: str, group: dist.ProcessGroup, tell: Tell) -> Iterator[tuple[Che
         tell: takes what is wrong with a damaged one; on rank 0.
     """
     rank = dist.get_rank()
-    everybody: list[Any] = [sealed(run) if rank == 0 else None]
+    everybody: list[Any] = [None]
+    if rank == 0:
+        everybody = [sealed(run)]
+        for uri in unsealed(run, everybody[0]):
+            tell(f"checkpoint {uri} is left out: {why_unsealed(uri) or 'it was never finished'}")
     dist.broadcast_object_list(everybody, src=0, group=group)
     hosts = _gather(socket.gethostname(), group)
     peers = [peer for peer, host in enumerate(hosts) if host == hosts[rank]]

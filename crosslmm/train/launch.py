@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.train import DataConfig, FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import PreemptionError
 
 from crosslmm import storage
 from crosslmm.config import BadConfig
@@ -35,7 +36,7 @@ STOP_WITHIN_S = 45.0
 RAY_JOB_STOP_WAIT_TIME_S."""
 
 
-_NO_RETRIES = FailureConfig(max_failures=0, controller_failure_limit=0)  # type: ignore[call-arg]
+_NO_RETRIES = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)  # type: ignore[call-arg]
 """`fit` itself counts what brought no progress."""
 RAYS_OWN = "ray"
 """Ray Train's bookkeeping, in the run's folder, anew for each start. Nothing is read from it: checkpoints are known by
@@ -82,7 +83,7 @@ def fit(job: Job, tell: checkpoint.Tell, pause: Callable[[float], None] = time.s
                 now = _reached(job)
             except OSError:  # the store is away, which is why they ended
                 now = reached
-            failures = 0 if now > reached or isinstance(cause, Stopped) else failures + 1
+            failures = 0 if now > reached or isinstance(cause, Stopped | PreemptionError) else failures + 1
             reached = max(now, reached)
             if failures > job.config.scaling.max_failures:
                 tries = f"; given up after {failures - 1} restarts without a new checkpoint" if failures > 1 else ""
@@ -127,6 +128,8 @@ def _reached(job: Job) -> int:
 
 def _first_cause(error: Exception) -> tuple[Exception, str]:
     """The first worker's error that is no mere echo of another's, and one line about it."""
+    if isinstance(error, PreemptionError):
+        return error, "Ray Train: a node of the workers is being taken away"
     failures = getattr(error, "worker_failures", None) or {-1: getattr(error, "controller_failure", error)}
 
     def worth(rank: int) -> tuple[bool, bool, int]:

@@ -1,7 +1,8 @@
 """Faults that come from inside a process: the machine computes nonsense once, or its clock is moved.
 
 On PYTHONPATH of a cluster, with FAULT_HOOKS naming a folder. A file there is the order: `nan` makes the next gradient
-of whichever rank sees it first no number, and is taken away; `clock` holds the seconds that clocks are moved by.
+of whichever rank sees it first no number, and is taken away; `slow` holds the seconds that each step takes longer;
+`clock` those that clocks are moved by.
 """
 
 import importlib.abc
@@ -15,11 +16,15 @@ ORDERS = Path(os.environ.get("FAULT_HOOKS", "/nowhere"))
 _right_time = time.time
 
 
-def _moved_time() -> float:
+def _ordered(name) -> float:
     try:
-        return _right_time() + float((ORDERS / "clock").read_text())
+        return float((ORDERS / name).read_text())
     except (OSError, ValueError):
-        return _right_time()
+        return 0.0
+
+
+def _moved_time() -> float:
+    return _right_time() + _ordered("clock")
 
 
 def _make_gradients_vulnerable() -> None:
@@ -29,6 +34,7 @@ def _make_gradients_vulnerable() -> None:
 
     def clip(parameters, *arguments, **options):
         parameters = list(parameters)
+        time.sleep(_ordered("slow"))
         try:
             (ORDERS / "nan").unlink()
         except OSError:

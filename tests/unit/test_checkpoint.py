@@ -119,6 +119,9 @@ def save(rank: int, folder: Path) -> None:
         shutil.copytree(folder / "run", folder / "damaged")
         newest = checkpoint.sealed(str(folder / "damaged"))[0]
         turn_a_bit(Path(newest.uri) / "__1_0.distcp")
+        for later in ("step-00000004-test", "step-00000005-test"):
+            (folder / "damaged" / later).mkdir()
+        (folder / "damaged" / "step-00000004-test" / checkpoint.SEAL).touch()
     dist.barrier()
     ours.said.clear()
     ours.learn()
@@ -215,11 +218,17 @@ def test_damage_names_the_file_and_what_is_wrong_with_it(run, harm, says, name):
 def test_of_a_damaged_newest_checkpoint_the_seal_is_broken_and_the_one_before_is_taken(saved, facts):
     assert [fact["newest"] for fact in facts] == [2, 2]
     assert steps(saved / "damaged") == [2, 1]
-    uri = str(saved / "damaged" / "step-00000003-test")
+    uri, emptied, begun = (str(saved / "damaged" / f"step-0000000{step}-test") for step in (3, 4, 5))
     wrong = "__1_0.distcp is not what was written (sha256)"
-    assert facts[0]["told"] == [f"checkpoint {uri} is damaged: {wrong}; the one before it is taken"]
+    *left_out, damaged = facts[0]["told"]
+    assert damaged == f"checkpoint {uri} is damaged: {wrong}; the one before it is taken"
+    assert sorted(left_out) == [
+        f"checkpoint {emptied} is left out: its seal.json cannot be read",
+        f"checkpoint {begun} is left out: it was never finished",
+    ]
     assert facts[1]["told"] == []
-    assert checkpoint.unsealed(str(saved / "damaged"), checkpoint.sealed(str(saved / "damaged"))) == [uri]
+    found = checkpoint.unsealed(str(saved / "damaged"), checkpoint.sealed(str(saved / "damaged")))
+    assert sorted(found) == [uri, emptied, begun]
     assert checkpoint.why_unsealed(uri) == wrong
     assert [fact["nowhere"] for fact in facts] == [None, None]
 

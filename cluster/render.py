@@ -20,8 +20,8 @@ def facts() -> dict[str, Any]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    versions = {"version": project["version"]} | {name: pins[name] for name in ("ray", "mlflow", "torch")}
-    return versions | {"flash_attn": pins["flash-attn"]} | yaml.safe_load((CLUSTER / "facts.yaml").read_text())
+    versions = {"version": project["version"], "ray": pins["ray"], "flash_attn": pins["flash-attn"]}
+    return versions | yaml.safe_load((CLUSTER / "facts.yaml").read_text())
 
 
 def render() -> dict[Path, str]:

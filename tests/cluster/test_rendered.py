@@ -1,10 +1,17 @@
-"""Files that clouds and clusters read are what their templates and facts give."""
+"""The files that clouds and clusters read: what their templates and facts give, and in step with one another."""
 
+import re
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from jinja2 import Environment, meta
+
+from crosslmm.command_line import parse_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -13,6 +20,24 @@ sys.path.insert(0, str(CLUSTER))
 import render  # noqa: E402
 
 RENDERED = render.render()
+PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+JOBS = ["rayjob-train", "rayjob-tune"]
+
+
+def documents(name: str) -> list[Any]:
+    return list(yaml.safe_load_all((CLUSTER / name).read_text()))
+
+
+def clusters() -> Iterator[Any]:
+    """The specifications of all Ray clusters in Kubernetes."""
+    yield documents("kuberay/raycluster.yaml")[0]["spec"]
+    for job in JOBS:
+        yield documents(f"kuberay/{job}.yaml")[0]["spec"]["rayClusterSpec"]
+
+
+def of_kind(name: str, kind: str) -> Any:
+    return next(one for one in documents(name) if one["kind"] == kind)
 
 
 @pytest.mark.parametrize("path", RENDERED, ids=lambda path: str(path.relative_to(CLUSTER)))
@@ -20,19 +45,111 @@ def test_a_committed_file_is_what_its_template_gives(path: Path) -> None:
     assert path.read_text() == RENDERED[path], "python cluster/render.py"
 
 
+def test_every_fact_is_used() -> None:
+    parse = Environment().parse
+    named = [meta.find_undeclared_variables(parse(p.read_text())) for p in render.TEMPLATES.rglob("*") if p.is_file()]
+    assert render.facts().keys() <= set().union(*named)
+
+
+def test_versions_are_those_of_the_project() -> None:
+    images = set(re.findall(r"image: *(\S*crosslmm\S*)", "".join(RENDERED.values())))
+    assert {image.rpartition(":")[2] for image in images} == {f"{PROJECT['version']}-{kind}" for kind in ("cpu", "gpu")}
+    assert {cluster["rayVersion"] for cluster in clusters()} == {PINS["ray"]}
+    for name in ("Dockerfile", "Dockerfile.cpu"):
+        (python,) = set(re.findall(r"(?:python:|--python )(3[.\d]+)", (CLUSTER / name).read_text()))
+        assert f">={'.'.join(python.split('.')[:2])}" == PROJECT["requires-python"]
+    assert f"flash-attn=={PINS['flash-attn']}" in (CLUSTER / "Dockerfile").read_text()
+
+
+def test_each_group_of_nodes_is_the_same_on_aws_and_in_kubernetes() -> None:
+    aws = yaml.safe_load((CLUSTER / "aws.yaml").read_text())
+    types = aws["available_node_types"]
+    for cluster in clusters():
+        head, workers = cluster["headGroupSpec"], {one["groupName"]: one for one in cluster["workerGroupSpecs"]}
+        assert types.keys() == {"head", *workers}
+        assert head["rayStartParams"]["num-cpus"] == str(types["head"]["resources"]["CPU"]) == "0"
+        assert types["head"]["labels"] == head["labels"]
+        for name, group in workers.items():
+            assert types[name]["labels"] == group["labels"]
+            assert types[name]["max_workers"] == group["maxReplicas"]
+            pod = group["template"]["spec"]
+            assert pod["nodeSelector"]["node.kubernetes.io/instance-type"] == types[name]["node_config"]["InstanceType"]
+            asked = pod["containers"][0]["resources"]["requests"]
+            assert int(asked.get("nvidia.com/gpu", 0)) == types[name]["resources"].get("GPU", 0)
+    assert aws["max_workers"] == sum(types[name]["max_workers"] for name in workers)
+
+
+def test_drivers_are_not_on_spot_machines_and_all_others_are() -> None:
+    types = yaml.safe_load((CLUSTER / "aws.yaml").read_text())["available_node_types"]
+    assert {name for name, one in types.items() if "InstanceMarketOptions" not in one["node_config"]} == {"head"}
+    for cluster in clusters():
+        groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+        capacity = [one["template"]["spec"]["nodeSelector"]["eks.amazonaws.com/capacityType"] for one in groups]
+        assert capacity == ["ON_DEMAND", "SPOT", "SPOT"]
+
+
+def test_a_job_that_is_tried_again_resumes_its_run() -> None:
+    for name in JOBS:
+        spec = documents(f"kuberay/{name}.yaml")[0]["spec"]
+        assert spec["backoffLimit"] > 0
+        assert " --name " in spec["entrypoint"]
+        # With resources of its own a driver may land on any node that has them.
+        assert not [key for key in spec if key.startswith("entrypoint") and key != "entrypoint"]
+
+
+def test_a_stopped_job_has_time_for_its_checkpoint_everywhere() -> None:
+    (wait,) = set(re.findall(r"RAY_JOB_STOP_WAIT_TIME_S\D+(\d+)", "".join(RENDERED.values())))
+    from crosslmm.train.launch import STOP_WITHIN_S
+
+    assert int(wait) > STOP_WITHIN_S
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_s_configuration_is_a_run_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    entrypoint = documents(f"kuberay/{name}.yaml")[0]["spec"]["entrypoint"].split()
+    script, arguments = entrypoint[1], entrypoint[2:]
+    assert (ROOT / script).is_file()
+    own = {"--space", "--trials"}
+    pairs = zip(arguments[::2], arguments[1::2], strict=True)
+    config = parse_run([part for pair in pairs if pair[0] not in own for part in pair], "")
+    facts = render.facts()
+    assert config.storage == f"s3://{facts['bucket']}/runs"
+    train, decode = facts["groups"]["train"], facts["groups"]["decode"]
+    # What it asks for has room in what the groups may grow to, with a core of each node left to Kubernetes.
+    assert config.scaling.most_workers <= train["gpus"] * train["most"]
+    assert config.scaling.cpus_per_worker * train["gpus"] <= train["cpus"] - 1
+    decoders = 2 * config.scaling.decode_workers * config.scaling.cpus_per_decode_worker
+    assert decoders <= (decode["cpus"] - 1) * decode["most"]
+
+
 def test_the_tracking_server_has_one_command_line() -> None:
     compose = yaml.safe_load((CLUSTER / "mlflow" / "compose.yaml").read_text())["services"]["mlflow"]
-    (deployment,) = (
-        one
-        for one in yaml.safe_load_all((CLUSTER / "mlflow" / "kubernetes.yaml").read_text())
-        if one["kind"] == "Deployment"
-    )
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    (container,) = of_kind("mlflow/kubernetes.yaml", "Deployment")["spec"]["template"]["spec"]["containers"]
     assert container["command"] == compose["command"]
     there = {one["name"]: one.get("value") for one in container["env"]}
     assert there.keys() == compose["environment"].keys()
     for name, value in there.items():
-        # A secret comes by reference: from a Secret there, from the environment without a default here.
-        assert compose["environment"][name] == value or (
-            value is None and compose["environment"][name].startswith(f"${{{name}:?")
-        )
+        # A secret comes by reference: from a Secret there, from the environment and without a default here.
+        assert compose["environment"][name] in (value, *([] if value else [compose_secret(compose, name)]))
+    ini = of_kind("mlflow/kubernetes.yaml", "ConfigMap")["data"]["basic_auth.ini"]
+    assert ini == (CLUSTER / "mlflow" / "basic_auth.ini").read_text()
+
+
+def compose_secret(compose: Any, name: str) -> str:
+    value = str(compose["environment"][name])
+    assert value.startswith(f"${{{name}:?")
+    return value
+
+
+def test_the_tracking_server_answers_to_the_names_by_which_clusters_call_it() -> None:
+    compose = yaml.safe_load((CLUSTER / "mlflow" / "compose.yaml").read_text())["services"]["mlflow"]
+    allowed = compose["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    called = set(re.findall(r"http://([\w.]+:\d+)", RENDERED[CLUSTER / "aws.yaml"]))
+    for cluster in clusters():
+        (container,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+        (uri,) = (one["value"] for one in container["env"] if one["name"] == "MLFLOW_TRACKING_URI")
+        called.add(uri.removeprefix("http://"))
+    assert called <= set(allowed)
+    assert len(called) == 2
+    assert not [host for host in allowed if "*" in host]

@@ -110,10 +110,14 @@ def run(lab: Lab, fault: Fault, number: int, right: Undisturbed) -> Outcome:
     given, began, name = Outcome(fault.name), time.monotonic(), f"fault-{number}"
     given.steps_lost_limit = 0 if fault.announced else limit
     try:
-        judge(lab, name, given, fault, *fault.cause(lab, name), right)
+        attempts, at = fault.cause(lab, name)
+        judge(lab, name, given, fault, attempts, at, right)
+        if not given.nothing_lost:
+            print("\n".join(attempt.text for attempt in attempts), file=sys.stderr, flush=True)
     except Exception as error:
         given.note = f"{type(error).__name__}: {error}"
         print(f"{fault.name}: {given.note}", file=sys.stderr, flush=True)
+        lab.clear()
     given.seconds = time.monotonic() - began
     return given
 

@@ -150,11 +150,20 @@ class Lab:
         self.tracking = f"sqlite:///{folder}/mlflow.db"
         self.lost: dict[str, list[int]] = defaultdict(list)
         self._done: dict[str, int] = {}
+        self._attempts: list[Attempt] = []
         self.cluster = self.new_cluster()
 
     def new_cluster(self) -> LocalCluster:
         """One node."""
         return self.stack.enter_context(LocalCluster(num_cpus=2, environment=self.environment))
+
+    def clear(self) -> None:
+        """After a fault that was not survived: nothing of it reaches the next one."""
+        for attempt in self._attempts:
+            attempt.process.kill()
+        self.store.reads = self.store.writes = None
+        self.cluster.stop()
+        self.cluster = self.new_cluster()
 
     def command(self, name: str, *settings: str) -> list[str]:
         """What a user would type."""
@@ -176,7 +185,8 @@ class Lab:
         process = subprocess.Popen(
             command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        return Attempt(process, functools.partial(self._notice, name))
+        self._attempts.append(Attempt(process, functools.partial(self._notice, name)))
+        return self._attempts[-1]
 
     def _notice(self, name: str, line: str) -> None:
         """Count what a run has to do again: between the end of its workers and the first step of the next ones."""

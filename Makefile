@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo sweep test faults lint format ui clean
+.PHONY: demo sweep test faults cluster images lint format ui clean
 .DEFAULT_GOAL := demo
 
 .venv/.complete: pyproject.toml constraints.txt
@@ -20,12 +20,20 @@ sweep: .venv/.complete
 	$(BIN)/python jobs/tune.py --config tiny --config tiny-sweep --space joint --trials 12 --promote best
 
 test: .venv/.complete
-	$(BIN)/python -m pytest -m 'not fault'
+	$(BIN)/python -m pytest -m 'not fault and not cluster and not image'
 
 # Half an hour and more.
 faults: .venv/.complete
 	$(BIN)/python -m pytest -m fault
 	$(BIN)/python -m benchmarks.faults --json
+
+# Several nodes on this machine, and MLflow on PostgreSQL.
+cluster: .venv/.complete
+	$(BIN)/python -m pytest -m cluster
+
+# Installs all that is in the images.
+images: .venv/.complete
+	$(BIN)/python -m pytest -m image
 
 lint: .venv/.complete
 	$(BIN)/ruff format --check .

@@ -50,7 +50,7 @@ from crosslmm.sweep import trials
 from crosslmm.sweep.candidates import prefill
 from crosslmm.sweep.driver import SETTLED
 from crosslmm.sweep.trials import Trial
-from crosslmm.train import job
+from crosslmm.train import prepare
 
 ROOT = Path(__file__).parent.parent
 CLIPS, HELD_OUT, BATCH = 48, 2, 2
@@ -113,7 +113,9 @@ def main() -> None:
         sizes = bytes_per_frame(folder)
     figures, detail = compare(sweeps)
     figures |= {f"bytes_per_frame_{dtype}": size for dtype, size in sizes.items()}
-    detail["bytes_per_frame_2b"] = {dtype: job.recipe_of(two_b(), "", dtype).frame_bytes for dtype in rounding.DTYPES}
+    detail["bytes_per_frame_2b"] = {
+        dtype: prepare.recipe_of(two_b(), "", dtype).frame_bytes for dtype in rounding.DTYPES
+    }
     detail["accuracy"] = rounding.accuracy_by_form()
     figures |= rounding.lost(detail["accuracy"])
     detail["total_s"] = time.perf_counter() - began

@@ -45,7 +45,7 @@ from crosslmm.model import cost
 from crosslmm.model.encoder import digest, encode
 from crosslmm.model.pretrained import build_encoder, build_processor
 from crosslmm.train import driver, follow, placement
-from crosslmm.train.job import recipe_of
+from crosslmm.train.prepare import recipe_of
 
 INDEX_EVERY_S = 5.0
 """So much work is lost at most when the job is killed; an index is a request for each reader."""

@@ -20,7 +20,8 @@ from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.model.pretrained import build_config, build_processor
 from crosslmm.train import launch, placement
 from crosslmm.train.follow import Follower
-from crosslmm.train.job import Job, open_features, prepare
+from crosslmm.train.job import Job
+from crosslmm.train.prepare import open_features, prepare
 
 FREE_TO_CHANGE = (
     "name", "storage", "accept_changes", "scaling.", "tracking.", "watchdog.",

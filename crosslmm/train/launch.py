@@ -5,13 +5,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Self
+from typing import Any
 
 import ray
 import ray.train
-from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.exceptions import RayActorError, RayError
-from ray.train import DataConfig, FailureConfig, ScalingConfig, TrainingFailedError
+from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import PreemptionError
@@ -20,12 +19,11 @@ from crosslmm import storage
 from crosslmm.config import BadConfig
 from crosslmm.data.features import BadFeatures
 from crosslmm.data.manifest import BadManifest
-from crosslmm.data.pipeline import build_dataset
 from crosslmm.data.quarantine import TooManyBad
-from crosslmm.train import checkpoint, worker
-from crosslmm.train.job import Job
+from crosslmm.train import checkpoint, supply, worker
+from crosslmm.train.job import TRAIN, VALIDATION, Job
 from crosslmm.train.placement import QUIET
-from crosslmm.train.worker import TRAIN, VALIDATION, Stopped
+from crosslmm.train.worker import Stopped
 
 HOPELESS = (BadConfig, BadFeatures, BadManifest, TooManyBad, FloatingPointError, storage.BadLocation, storage.Refused)
 """What would end every other try in the same way."""
@@ -166,52 +164,6 @@ def _trainer(job: Job) -> TorchTrainer:
             failure_config=_NO_RETRIES,
             worker_runtime_env={"env_vars": QUIET},  # type: ignore[call-arg]
         ),
-        datasets={TRAIN: _later, VALIDATION: _later} if job.validation_rows else {TRAIN: _later},
-        dataset_config=_Given(job),
-    )
-
-
-def _later() -> Any:
-    """What Ray Train asks for before it knows its workers; see `_Given`."""
-    return None
-
-
-class _Given(DataConfig):
-    """Makes the datasets when the workers ask for them: only now is it known how many they are and where they go on."""
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(execution_options=ExecutionOptions(preserve_order=True))
-        self.job = job
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # an actor's handle cannot be copied
-
-    def configure(
-        self,
-        datasets: dict[str, Any],
-        world_size: int,
-        worker_handles: Any,
-        worker_node_ids: Any,
-        **_: Any,
-    ) -> list[dict[str, DataIterator]]:
-        """Runs in Ray Train's data manager, when rank 0 asks for its share."""
-        made = {name: _dataset(self.job, name, world_size) for name in datasets}
-        return super().configure(made, world_size, worker_handles, worker_node_ids)
-
-
-def _dataset(job: Job, name: str, workers: int) -> Dataset:
-    """What is left of the run, or the held-out samples."""
-    scaling = job.config.scaling
-    first_step = ray.get(job.board.begins.remote())
-    training = name == TRAIN
-    rows = job.rows if training else job.validation_rows
-    assert rows is not None
-    return build_dataset(
-        job.training(first_step, workers) if training else job.validation(workers),
-        rows,
-        job.config.data,
-        job.image_size,
-        scaling.decode_workers,
-        scaling.cpus_per_decode_worker,
-        job.features,
+        datasets=dict.fromkeys([TRAIN, VALIDATION] if job.validation_rows else [TRAIN], supply.later),
+        dataset_config=supply.Given(job),
     )

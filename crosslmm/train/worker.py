@@ -31,12 +31,12 @@ from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.pretrained import build_model, build_processor
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.checkpoint import Saver
-from crosslmm.train.job import Job, require_encoder
+from crosslmm.train.job import TRAIN, VALIDATION, Job
 from crosslmm.train.optim import build_optimizer
 from crosslmm.train.parallel import parallelize
+from crosslmm.train.prepare import require_encoder
 from crosslmm.train.watchdog import Watchdog, stacks_name
 
-TRAIN, VALIDATION = "train", "validation"
 LISTEN_EVERY_S = 1.0
 """How often a rank asks whether it is to stop [s]."""
 

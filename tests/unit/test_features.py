@@ -31,7 +31,7 @@ from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.pipeline import block_rows
 from crosslmm.model.encoder import digest
 from crosslmm.model.pretrained import build_encoder, build_model
-from crosslmm.train.job import require_encoder
+from crosslmm.train.prepare import require_encoder
 
 DATA = DataConfig(num_frames=4)
 PATCHES, WIDTH = 6, 8

@@ -34,7 +34,7 @@ STEPS, EVERY, BATCH = 40, 5, 8
 FAULT_AFTER = 10
 """Most faults come when a checkpoint of this step is sealed."""
 DEADLINE_S = 600.0
-SETTLED_S = 2.0
+SETTLED_S = 4.0
 """So long after the end of the workers everything that they did is in the record [s]; others need longer to start."""
 
 SETTINGS = (
@@ -50,7 +50,7 @@ HOOKS = ROOT / "tests" / "fault_hooks"
 AGAIN = "starting again from"
 GOES_ON = re.compile(r"resumed after step (\d+)|training from the start")
 RANK, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
-DECODER = "ray::MapWorker(MapBatches(ReadSamples)).submit"
+DECODER = "ray::MapWorker(MapBatches(ReadSamples))"
 
 
 class Lost(Exception):
@@ -74,8 +74,9 @@ class Attempt:
     def _read(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
-            self.lines.append((time.monotonic(), line.rstrip()))
-            self.notice(line)
+            came = time.monotonic()
+            self.notice(line)  # first: who waits for a line may change what is to be noticed
+            self.lines.append((came, line.rstrip()))
 
     @property
     def text(self) -> str:
@@ -95,15 +96,15 @@ class Attempt:
             if time.monotonic() > until:
                 self.process.kill()
                 raise Lost(f"after {DEADLINE_S:g} s still no {what}:\n{self.text}")
-            time.sleep(0.1)
+            time.sleep(0.5)  # most ask the store, which shares the machine with the run
 
-    def says(self, words: str) -> None:
-        """Wait until it has printed them.
+    def says(self, words: str, after: int = 0) -> None:
+        """Wait until it has printed them, after so many lines.
 
         Raises:
             Lost: it never did.
         """
-        self.wait_for(lambda: words in self.text, f"line with '{words}'")
+        self.wait_for(lambda: any(words in line for _, line in self.lines[after:]), f"line with '{words}'")
 
     def ended(self, status: int | None = 0) -> "Attempt":
         """Wait for its end; None takes any status.
@@ -150,6 +151,7 @@ class Lab:
         self.tracking = f"sqlite:///{folder}/mlflow.db"
         self.lost: dict[str, list[int]] = defaultdict(list)
         self._done: dict[str, int] = {}
+        """Of each run, the last step in its record when its workers, or its driver, had ended."""
         self._attempts: list[Attempt] = []
         self.cluster = self.new_cluster()
 
@@ -161,7 +163,9 @@ class Lab:
         """After a fault that was not survived: nothing of it reaches the next one."""
         for attempt in self._attempts:
             attempt.process.kill()
-        self.store.reads = self.store.writes = None
+        self.store.heal()
+        for order in self.orders.iterdir():
+            order.unlink()
         self.cluster.stop()
         self.cluster = self.new_cluster()
 
@@ -180,8 +184,7 @@ class Lab:
 
     def attempt(self, name: str, command: list[str], environment: dict[str, str], folder: Path) -> Attempt:
         """Start a command that trains this run."""
-        if name in self.lost:
-            self._done[name] = self._recorded(name)
+        self._done[name] = self._recorded(name)
         process = subprocess.Popen(
             command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -194,8 +197,8 @@ class Lab:
             time.sleep(SETTLED_S)
             self._done[name] = self._recorded(name)
         elif goes_on := GOES_ON.search(line):
-            # Ray Train itself starts a group of another size, without a word.
-            done = self._done.pop(name, None) or self._recorded(name)
+            # Ray Train itself starts a group of another size, without a word; the new one is held meanwhile.
+            done = self._done.pop(name) if name in self._done else self._recorded(name)
             self.lost[name].append(max(0, done - int(goes_on[1] or 0)))
 
     def _recorded(self, name: str) -> int:
@@ -205,13 +208,26 @@ class Lab:
         return 0
 
     def begun(self, name: str, *settings: str, step: int = FAULT_AFTER, cluster: str | None = None) -> Attempt:
-        """Start a run, and wait until it has a checkpoint of this step."""
+        """Start a run, and wait until it has a checkpoint of this step. It stands still after one step more, until
+        `go_on`."""
+        self.hold(step + 1)
         attempt = self.start(name, *settings, cluster=cluster)
         attempt.wait_for(lambda: self.sealed_step(name) >= step, f"checkpoint of step {step}")
         return attempt
 
+    def hold(self, step: int) -> None:
+        """Let ranks stand still in the middle of the step that follows this one, or of any later one."""
+        written = self.orders / "hold.new"
+        written.write_text(str(step + 1))
+        written.replace(self.orders / "hold")  # never empty, which would be no order
+
+    def go_on(self) -> float:
+        """Nobody is held any more, for the fault has come -> when [monotonic s]."""
+        (self.orders / "hold").unlink(missing_ok=True)
+        return time.monotonic()
+
     def decoding(self, name: str, *settings: str) -> Attempt:
-        """Start a run, and wait until its videos are being read: they are small, and soon all of them are."""
+        """Start a run, and wait until its videos are about to be read: they are small, and soon all of them are."""
         attempt = self.start(name, *settings)
         attempt.wait_for(lambda: self.pids(DECODER), "decoder")
         return attempt
@@ -231,9 +247,17 @@ class Lab:
         )
 
     def kill(self, title: str) -> float:
-        """SIGKILL one of them -> when [monotonic s]."""
-        os.kill(self.pids(title)[-1], signal.SIGKILL)
-        return time.monotonic()
+        """SIGKILL one of them, and the run goes on -> when [monotonic s].
+
+        Raises:
+            Lost: there is none.
+        """
+        until = time.monotonic() + 60
+        while not (found := self.pids(title)):
+            if time.monotonic() > until:
+                raise Lost(f"there is no process {title}")
+        os.kill(found[-1], signal.SIGKILL)
+        return self.go_on()
 
     def run_id(self, name: str) -> str:
         """Of a run in MLflow, found by its key: what a replay made is written down nowhere else."""

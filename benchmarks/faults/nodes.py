@@ -3,9 +3,8 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import psutil
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 
-from benchmarks.faults.lab import AGAIN, RANK, Attempt, Lab, Lost, fault
+from benchmarks.faults.lab import AGAIN, EVERY, FAULT_AFTER, RANK, Attempt, Lab, Lost, fault
 from crosslmm.train import checkpoint
 
 ON_NODES = ("--scaling.cpus_per_worker=1.5", "--scaling.cpus_per_decode_worker=1")
@@ -43,11 +42,15 @@ def _add(cluster: Cluster) -> Any:
 def _ranks_on(node: Any) -> list[int]:
     """Processes of ranks on a node."""
     raylet = psutil.Process(node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid)
-    return [child.pid for child in raylet.children() if " ".join(child.cmdline()).startswith(RANK)]
+    found = []
+    for child in raylet.children():
+        with suppress(psutil.NoSuchProcess):
+            found += [child.pid] if " ".join(child.cmdline()).startswith(RANK) else []
+    return found
 
 
-def _remove(cluster: Cluster, node: Any) -> float:
-    """A node goes without a word, and a rank with it -> when [monotonic s].
+def _remove(lab: Lab, cluster: Cluster, node: Any) -> float:
+    """A node goes without a word, and a rank with it; the run goes on -> when [monotonic s].
 
     Raises:
         Lost: no rank was on it.
@@ -55,7 +58,7 @@ def _remove(cluster: Cluster, node: Any) -> float:
     if not _ranks_on(node):
         raise Lost("there was no rank on the node")
     cluster.remove_node(node, allow_graceful=False)
-    return time.monotonic()
+    return lab.go_on()
 
 
 @fault("node removed, another one comes")
@@ -63,7 +66,7 @@ def node_removed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """Without a word, with all of its processes."""
     with _nodes(lab) as (cluster, nodes):
         run = lab.begun(name, *ON_NODES, cluster=cluster.gcs_address)
-        at = _remove(cluster, nodes[0])
+        at = _remove(lab, cluster, nodes[0])
         _add(cluster)
         return [run.ended()], at
 
@@ -81,9 +84,13 @@ def node_drained(lab: Lab, name: str) -> tuple[list[Attempt], float]:
         drained = subprocess.run(drain, capture_output=True, text=True, timeout=60)
         if drained.returncode:
             raise Lost(f"ray drain-node: {drained.stdout}{drained.stderr}")
-        at = time.monotonic()
+        # Some seconds pass until all ranks hear of it, and the steps must last as long.
+        slower = lab.orders / "slow"
+        slower.write_text("3")
+        at = lab.go_on()
         _add(cluster)
         run.says(AGAIN)
+        slower.unlink()
         run.says("resumed after step")
         if _ranks_on(nodes[0]):
             raise Lost(f"a rank is on the node that is taken away\n{run.text}")
@@ -101,13 +108,12 @@ def node_removed_elastic(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     with _nodes(lab) as (cluster, nodes):
         settings = ("--scaling.num_workers=[1, 2]", "--scaling.resize_every_s=5")
         run = lab.begun(name, *ON_NODES, *settings, cluster=cluster.gcs_address)
-        slower = lab.orders / "slow"
-        slower.write_text("1")  # a second a step, for a node takes some to come
-        try:
-            at = _remove(cluster, nodes[0])
-            run.wait_for(lambda: ranks() == 1, "checkpoint of one rank")
-            _add(cluster)
-            run.wait_for(lambda: ranks() == 2, "checkpoint of two ranks")
-        finally:
-            slower.unlink()
+        at = _remove(lab, cluster, nodes[0])
+        lab.hold(FAULT_AFTER + EVERY + 1)
+        run.wait_for(lambda: ranks() == 1, "checkpoint of one rank")
+        new = _add(cluster)
+        run.wait_for(lambda: _ranks_on(new), "rank on the new node")
+        run.says("resumed after step", after=len(run.lines))
+        lab.go_on()
+        run.wait_for(lambda: ranks() == 2, "checkpoint of two ranks")
         return [run.ended()], at

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
-from benchmarks.faults.lab import CONTROLLER, DECODER, FAULT_AFTER, RANK, Attempt, Lab, Lost, fault
+from benchmarks.faults.lab import CONTROLLER, DEADLINE_S, DECODER, EVERY, FAULT_AFTER, RANK, Attempt, Lab, Lost, fault
 from crosslmm import storage
 from crosslmm.train import checkpoint
 
@@ -26,7 +26,7 @@ def rank_stopped(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """It answers nobody, and dies of nothing: the watchdog finds it."""
     run = lab.begun(name, "--watchdog.step_s=15", "--watchdog.data_s=15")
     os.kill(lab.pids(RANK)[-1], signal.SIGSTOP)
-    at = time.monotonic()
+    at = lab.go_on()
     run.ended()
     stacks = [file for file in storage.names_in(lab.folder_of(name)) if file.startswith("stacks/")]
     if not any("stopped" in storage.read_bytes(f"{lab.folder_of(name)}/{file}").decode() for file in stacks):
@@ -38,7 +38,8 @@ def _held(lab: Lab, name: str, file: str, after: int | None) -> tuple[list[Attem
     """A rank is killed while the store is being given a file of a checkpoint."""
     run = lab.begun(name)
     held = lab.store.hold(lambda method, path: method == "PUT" and f"/{name}/step-" in path and file in path, after)
-    held.wait(60)
+    lab.hold(FAULT_AFTER + EVERY + 1)
+    held.wait(DEADLINE_S)
     at = lab.kill(RANK)
     held.drop()
     return [run.ended()], at
@@ -60,7 +61,7 @@ def killed_before_the_seal(lab: Lab, name: str) -> tuple[list[Attempt], float]:
 def decoder_killed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """Ray Data starts another one, and gives it the videos that this one had."""
     run = lab.decoding(name)
-    at = lab.kill(DECODER)
+    at = lab.kill(f"{DECODER}.submit")  # while it reads
     return [run.ended()], at
 
 
@@ -76,7 +77,7 @@ def kill_driver(lab: Lab, name: str) -> tuple[Attempt, float]:
     """SIGKILL it when its run has begun, and wait for the workers' end: they may seal one more checkpoint."""
     run = lab.begun(name)
     run.process.kill()
-    at = time.monotonic()
+    at = lab.go_on()
     run.ended(status=None)
     while lab.pids(RANK):
         if time.monotonic() > at + 60:
@@ -97,9 +98,10 @@ def job_stopped(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """The job is submitted as users do it, and stopped by `ray job stop`; the same command goes on."""
     ray, *submit = lab.cluster.submit()
     command = [ray, *submit[:-1], f"--submission-id={name}", "--", *lab.command(name)]
+    lab.hold(FAULT_AFTER + 1)
     run = lab.attempt(name, command, lab.cluster.environment, Path("/"))
     run.wait_for(lambda: lab.sealed_step(name) >= FAULT_AFTER, "checkpoint")
-    at = time.monotonic()
+    at = lab.go_on()
     stop = [ray, "job", "stop", "--address", lab.cluster.address, name]
     subprocess.run(stop, env=lab.cluster.environment, cwd="/", check=True, capture_output=True, timeout=90)
     run.ended(status=None)
@@ -114,7 +116,7 @@ def cluster_restarted(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """All of Ray's processes are killed, and the driver; the same command goes on on a new cluster."""
     run = lab.begun(name)
     lab.cluster.stop()
-    at = time.monotonic()
+    at = lab.go_on()
     run.process.kill()
     run.ended(status=None)
     lab.cluster = lab.new_cluster()
@@ -128,6 +130,7 @@ def resized(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     for workers, step in ((2, 10), (1, 20)):
         run = lab.begun(name, f"--scaling.num_workers={workers}", step=step)
         run.process.terminate()
-        at = at or time.monotonic()
+        went_on = lab.go_on()
+        at = at or went_on
         attempts.append(run.ended(status=130))
     return [*attempts, lab.start(name).ended()], at

@@ -16,7 +16,7 @@ from typing import Literal, Self
 from flaky_store import READS, Mode
 
 from benchmarks.faults import ROOT
-from benchmarks.faults.lab import BATCH, RANK, Attempt, Lab, Lost, fault
+from benchmarks.faults.lab import BATCH, EVERY, FAULT_AFTER, RANK, Attempt, Lab, Lost, fault
 from crosslmm import storage
 
 AWAY_S = 60.0
@@ -26,8 +26,9 @@ AWAY_S = 60.0
 def _store_away(lab: Lab, name: str, kind: Literal["reads", "writes"], mode: Mode) -> tuple[list[Attempt], float]:
     """Out of order for a minute, from the first videos or the second checkpoint on."""
     run = lab.decoding(name) if kind == "reads" else lab.begun(name)
-    at, before = time.monotonic(), len(lab.store.requests)
+    before = len(lab.store.requests)
     setattr(lab.store, kind, mode)
+    at = lab.go_on()
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.process.wait(AWAY_S)
@@ -53,17 +54,19 @@ for said, (kind, mode) in AWAY.items():
 
 @fault("disk full")
 def disk_full(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """Where the workers keep a checkpoint until it is in the store; for as long as two of them are due."""
+    """Where the workers keep a checkpoint until it is in the store; until two of them could not be saved."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", lab.scratch], check=True)
     try:
         run = lab.begun(name)
-        at = time.monotonic()
         filler = lab.scratch / "filler"
-        with filler.open("wb") as file, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(2**20))
+        at = time.monotonic()
+        lab.hold(FAULT_AFTER + 2 * EVERY + 1)
         run.wait_for(lambda: run.text.count("No space left") >= 2, "checkpoint that could not be saved")
         filler.unlink()
+        lab.go_on()
         return [run.ended()], at
     finally:
         subprocess.run(["umount", "-l", lab.scratch], check=True)
@@ -126,8 +129,10 @@ def mlflow_away_in_the_middle(lab: Lab, name: str) -> tuple[list[Attempt], float
     with server:
         run = lab.begun(name, server.setting, step=5)
     at = time.monotonic()
+    lab.hold(21)
     run.wait_for(lambda: lab.sealed_step(name) >= 20, "checkpoint")
     with server:
+        lab.go_on()
         return [run.ended()], at
 
 
@@ -137,7 +142,7 @@ def mlflow_away_at_the_end(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     server = Server(lab)
     with server:
         run = lab.begun(name, server.setting, step=20)
-    at = time.monotonic()
+    at = lab.go_on()
     run.ended()
     with server:
         server.replayed(name)
@@ -149,7 +154,7 @@ def nan(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """Once: the run stops and names the samples, and the same command goes on."""
     run = lab.begun(name)
     (lab.orders / "nan").touch()
-    at = time.monotonic()
+    at = lab.go_on()
     run.ended(status=1)
     (named,) = [file for file in storage.names_in(lab.folder_of(name)) if file.startswith("not_finite/")]
     ids = json.loads(storage.read_bytes(f"{lab.folder_of(name)}/{named}"))["ids"]

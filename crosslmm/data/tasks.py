@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,10 +24,18 @@ class NotPrepared(Exception):
     """It broke off, or rows are malformed; the message is one line. What was done is not done again."""
 
 
-def start_ray() -> None:
-    """Connect to the cluster at hand (RAY_ADDRESS, or the one of this job), or start one on this machine."""
+def start_ray(**options: Any) -> None:
+    """Connect to the cluster at hand (RAY_ADDRESS, or the one of this job), or start one on this machine.
+
+    Args:
+        options: of `ray.init`, beyond ours.
+    """
     if not ray.is_initialized():
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        stop = signal.getsignal(signal.SIGTERM)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+        if callable(stop) and threading.current_thread() is threading.main_thread():
+            # Ray puts a handler of its own in its place, which kills the cluster that it started, and our workers.
+            signal.signal(signal.SIGTERM, stop)
         keep_token_private()
 
 

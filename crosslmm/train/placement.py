@@ -1,13 +1,12 @@
 """What the cluster must have before a run starts on it."""
 
-import logging
 import os
 from typing import Any
 
 import ray
 
 from crosslmm.config import BadConfig, RunConfig
-from crosslmm.data.tasks import keep_token_private
+from crosslmm.data import tasks
 
 # What Ray says about itself is for its own log files; a failure reaches the terminal as our one line.
 QUIET = {
@@ -21,11 +20,9 @@ QUIET = {
 
 def start_ray() -> None:
     """Connect to the cluster at hand (RAY_ADDRESS, or the one of this job), or start one on this machine."""
-    if not ray.is_initialized():
-        # Of a cluster started here: trials beside one another are more processes than its cores, which Ray remarks on.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": QUIET})
-        keep_token_private()
+    # Of a cluster started here: trials beside one another are more processes than its cores, which Ray remarks on.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+    tasks.start_ray(runtime_env={"env_vars": QUIET})
 
 
 def check_placement(config: RunConfig) -> None:

@@ -22,6 +22,20 @@ import os
 print(os.environ["RAY_AUTH_MODE"], oct((Path.home() / ".ray/auth_token").stat().st_mode & 0o777))
 """
 
+STOPPED = """\
+import os, signal, time
+import ray
+from crosslmm.command_line import stop_on_sigterm
+from crosslmm.train.placement import start_ray
+stop_on_sigterm()
+start_ray()
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+except KeyboardInterrupt:
+    print(ray.get(ray.put("still here")))
+"""
+
 
 def test_a_local_cluster_s_token_is_private_and_its_dashboard_is_on_loopback():
     with LocalCluster(num_cpus=1) as cluster:
@@ -36,10 +50,21 @@ def test_a_local_cluster_s_token_is_private_and_its_dashboard_is_on_loopback():
 
 @pytest.mark.parametrize("module", ["train.placement", "data.tasks"])
 def test_a_cluster_that_a_job_starts_for_itself_wants_a_token_that_is_private(module):
+    job = _alone(STARTS.format(module=module))
+    assert job.stdout == "token 0o600\n", job.stderr
+
+
+@pytest.mark.fault
+def test_a_job_that_is_told_to_stop_keeps_the_cluster_that_it_started_until_its_checkpoint_is_taken():
+    job = _alone(STOPPED)
+    assert job.stdout == "still here\n", job.stderr
+
+
+def _alone(code: str) -> subprocess.CompletedProcess:
+    """Run it where there is no cluster."""
     hidden = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     with tempfile.TemporaryDirectory(prefix="ray-") as home:  # short, for sockets live below it
         environment |= {"HOME": home, "RAY_TMPDIR": home, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", STARTS.format(module=module)]
-        job = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert job.stdout == "token 0o600\n", job.stderr
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
@@ -106,14 +106,13 @@ def _waiting(job: Job, work: Callable[[], Any]) -> None:
         except BaseException as error:
             future.set_exception(error)
 
-    thread = threading.Thread(target=run, name="fit", daemon=True)
-    thread.start()
+    threading.Thread(target=run, name="fit", daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        # Not by the thread's `join`: Python takes a thread for ended when a signal interrupts that (bpo-45274).
+        wait([future])
     except (KeyboardInterrupt, SystemExit):
         job.board.stop.remote()
-        thread.join(STOP_WITHIN_S)  # a second signal ends this
+        wait([future], STOP_WITHIN_S)  # a second signal ends this
         if not future.done() or future.exception():
             raise
     future.result()

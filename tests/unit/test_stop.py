@@ -1,0 +1,28 @@
+"""A driver that is told to stop."""
+
+import os
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from crosslmm.train import launch
+from crosslmm.train.worker import Stopped
+
+
+def test_who_is_told_to_stop_waits_for_the_last_checkpoint():
+    told, taken = threading.Event(), []
+
+    def workers():
+        assert told.wait(30)
+        time.sleep(0.5)
+        taken.append("checkpoint")
+        raise Stopped("after step 1")
+
+    job = SimpleNamespace(board=SimpleNamespace(stop=SimpleNamespace(remote=told.set)))
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        launch._waiting(job, workers)
+    assert taken == ["checkpoint"]

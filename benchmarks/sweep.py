@@ -48,8 +48,8 @@ from crosslmm.data.features import Features, create, from_bf16, write_index, wri
 from crosslmm.data.manifest import Manifest
 from crosslmm.sweep import trials
 from crosslmm.sweep.candidates import prefill
-from crosslmm.sweep.driver import SETTLED
 from crosslmm.sweep.trials import Trial
+from crosslmm.tracking import SWEEP
 from crosslmm.train import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -154,7 +154,7 @@ def run_sweep(folder: Path, arm: str) -> dict[str, Any]:
         raise SystemExit(f"error: the sweep from {arm} ended with status {status}")
     client, sweep = MlflowClient(places["tracking.uri"]), folder / "runs" / places["name"]
     done = trials.read(str(sweep))
-    settled = json.loads((sweep / SETTLED).read_text())
+    settled = json.loads((sweep / SWEEP).read_text())
     return {
         "wall_s": time.perf_counter() - began,
         "encoding_s": client.get_run(settled["run_id"]).data.metrics.get("cost/encoding_s", 0.0),

@@ -26,11 +26,9 @@ from crosslmm.sweep.space import Space, changes_features, distribution, grid, is
 from crosslmm.sweep.trials import Trial
 from crosslmm.sweep.tuning import SweepFailed, at_once, run_trials
 from crosslmm.sweep.watch import Watch
-from crosslmm.tracking import Record, load_registered, register, require_answer, tracking_uri
+from crosslmm.tracking import SWEEP, Record, load_registered, register, require_answer, tracking_uri
 from crosslmm.train import driver, placement
 
-SETTLED = "sweep.json"
-"""In a sweep's folder: what must not change when it goes on."""
 DRAWN = 32
 """Trials of a space that is no grid, unless said otherwise."""
 
@@ -98,7 +96,7 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
         if "features" not in begun:
             looks = _looks(config, chosen, most, total_steps)
             begun["features"] = _features(config, chosen, space, looks, manifests, record, console)
-            storage.write_bytes(storage.join(folder, SETTLED), json.dumps(begun).encode())
+            storage.write_bytes(storage.join(folder, SWEEP), json.dumps(begun).encode())
         base = config.model_copy(update={"data": config.data.model_copy(update={"features": begun["features"]})})
         # Trials are runs in the sweep's folder, wherever they run.
         # One with credentials in it came from the environment, and trials take it from theirs.
@@ -256,7 +254,7 @@ def _record(
         BadConfig: an earlier start under this name searched something else, or MLflow does not answer.
     """
     require_answer(config.tracking)
-    uri = storage.join(folder, SETTLED)
+    uri = storage.join(folder, SWEEP)
     searched = {path: str(distribution(path, dimension)) for path, dimension in space.items()}
     # Where it is recorded, and on what it runs, may change.
     compared = {k: v for k, v in flatten(config.model_dump()).items() if not k.startswith(("tracking.", "scaling."))}

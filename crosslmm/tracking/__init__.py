@@ -1,8 +1,9 @@
 """The record of a run in MLflow, and the model registry. Made from the run's folder, which is the truth: folder.py."""
 
 from crosslmm.tracking.deliver import Copy, Delivered, replay
-from crosslmm.tracking.folder import BEGUN, CONFIG, HISTORY, LEDGER, MODEL, begin, runs
+from crosslmm.tracking.folder import BEGUN, CONFIG, HISTORY, LEDGER, MODEL, SWEEP, begin, runs
 from crosslmm.tracking.live import Run
+from crosslmm.tracking.prune import Retention
 from crosslmm.tracking.record import Record
 from crosslmm.tracking.registry import load_registered, register
 from crosslmm.tracking.server import require_answer, tracking_uri
@@ -13,9 +14,11 @@ __all__ = [
     "HISTORY",
     "LEDGER",
     "MODEL",
+    "SWEEP",
     "Copy",
     "Delivered",
     "Record",
+    "Retention",
     "Run",
     "begin",
     "load_registered",

@@ -5,6 +5,7 @@ config.yaml         the configuration that the run was begun with
 history/*.jsonl     {"step": int, "time": unix seconds, "metrics": {name: float}}, a line for each step
 quarantine.jsonl    what could not be read
 model/              what was exported
+sweep.json          in a sweep's folder, above those of its trials: what must not change when it goes on
 """
 
 import json
@@ -20,6 +21,7 @@ from crosslmm.config import BadConfig, RunConfig, to_yaml
 from crosslmm.tracking.server import tracking_uri, without_password
 
 BEGUN, CONFIG, HISTORY, LEDGER, MODEL = "run.json", "config.yaml", "history", "quarantine.jsonl", "model"
+SWEEP = "sweep.json"
 
 Step = tuple[int, float, dict[str, float]]
 """Number, unix time [s], metrics."""

@@ -27,6 +27,12 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 log = logging.getLogger(__name__)
 
+REMEDIES = {
+    "error code 401": "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials",
+    "Invalid Host header": "call it by a name that its MLFLOW_SERVER_ALLOWED_HOSTS has",
+}
+"""By what a server says that refuses."""
+
 RETRY_S = 2.0
 """Between two calls to a server that is away [s]."""
 PATIENCE_S = 600.0
@@ -68,7 +74,7 @@ def why(uri: str, error: Exception | None) -> str:
     if isinstance(error, BadConfig):
         return said
     if error and refuses(error):
-        return f"{uri} refuses: {said}"
+        return "; ".join([f"{uri} refuses: {said}", *(do for sign, do in REMEDIES.items() if sign in said)])
     silent = error is None or (isinstance(error, MlflowException) and "API request to" in said)
     return f"{uri} does not answer" + ("" if silent else f": {type(error).__name__}: {said}")
 

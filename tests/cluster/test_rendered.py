@@ -132,6 +132,10 @@ def test_the_tracking_server_has_one_command_line() -> None:
     for name, value in there.items():
         # A secret comes by reference: from a Secret there, from the environment and without a default here.
         assert compose["environment"][name] in (value, *([] if value else [compose_secret(compose, name)]))
+    gc = yaml.safe_load((CLUSTER / "mlflow" / "compose.yaml").read_text())["services"]["gc"]
+    cron = of_kind("mlflow/kubernetes.yaml", "CronJob")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert cron["containers"][0]["command"] == gc["command"]
+    assert {one["name"] for one in cron["containers"][0]["env"]} == gc["environment"].keys()
     ini = of_kind("mlflow/kubernetes.yaml", "ConfigMap")["data"]["basic_auth.ini"]
     assert ini == (CLUSTER / "mlflow" / "basic_auth.ini").read_text()
 

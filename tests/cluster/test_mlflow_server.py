@@ -1,0 +1,174 @@
+"""The tracking server as clusters have it: train, tune, promote, load and prune against it, and who is not let in."""
+
+import base64
+import http.client
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from mlflow_server import running_mlflow_server
+from object_store import object_store_in_use
+
+from crosslmm import storage
+from crosslmm.data.shapes import write_sample_set
+
+# A training and a sweep of two trials, half a minute each for their start alone where nothing else runs.
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+DATA, RUNS, ARTIFACTS = "s3://videos/data", "s3://videos/runs", "s3://crosslmm-example/mlflow"
+SPACE = """
+from ray import tune
+def space(config):
+    return {"train.learning_rate.decoder": tune.grid_search([1e-3, 2e-3])}
+"""
+SMALL = [
+    f"--storage={RUNS}", f"--data.manifest={DATA}/train.jsonl", f"--data.validation_manifest={DATA}/held_out.jsonl",
+    "--train.max_steps=2", "--train.epochs=9", "--train.global_batch_size=8", "--train.micro_batch_size=4",
+    "--train.warmup_steps=1", "--train.validate_every=2", "--train.checkpoint_every=1", "--scaling.max_failures=0",
+]  # fmt: skip
+TABLES = ["runs", "params", "metrics", "latest_metrics", "tags", "logged_models", "model_versions"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    root = tmp_path_factory.mktemp("store") / "swift"
+    with object_store_in_use(root, venv=ROOT / ".cache" / "swift-venv", bucket="videos") as store:
+        write_sample_set(DATA, train=24, held_out=8)
+        yield store
+
+
+@pytest.fixture(scope="module")
+def server(store):
+    with running_mlflow_server(store) as server:
+        yield server
+
+
+def job(server, *command, status=0, password=None):
+    """A command against the server -> its last line on stdout, and all it said."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | server.login(password),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return (done.stdout.splitlines() or [""])[-1], done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(server):
+    return json.loads(job(server, "jobs/train.py", "--config=tiny", "--name=first", *SMALL)[0])
+
+
+@pytest.fixture(scope="module")
+def swept(server, trained, tmp_path_factory):
+    """Later than the training, whose model its own one supersedes."""
+    space = tmp_path_factory.mktemp("space") / "space.py"
+    space.write_text(SPACE)
+    command = ["jobs/tune.py", "--config=tiny", "--config=tiny-sweep", f"--space={space}", "--name=sweep", *SMALL]
+    return json.loads(job(server, *command, "--scheduler=none", "--promote=best")[0])
+
+
+def objects(*folders):
+    """All objects of these folders."""
+    return {f"{folder}/{name}" for folder in folders for name in storage.names_in(folder)}
+
+
+def test_a_training_is_recorded_and_its_model_registered(server, trained):
+    assert trained["model_uri"] == "models:/crosslmm@candidate"
+    run = trained["run_id"]
+    assert server.ask(f"SELECT status FROM runs WHERE run_uuid = '{run}'") == [("FINISHED",)]
+    steps = server.ask(f"SELECT step FROM metrics WHERE run_uuid = '{run}' AND key = 'loss' ORDER BY step")
+    assert steps == [(1,), (2,)]
+    # Weights lie in the store, brought there by the server.
+    assert any(name.endswith("/model.safetensors") for name in objects(ARTIFACTS))
+
+
+def test_a_sweep_is_recorded_and_its_best_model_answers(server, swept):
+    assert (swept["trials"], swept["finished"]) == (2, 2)
+    assert swept["promoted"]["model_uri"] == "models:/crosslmm@candidate"
+    assert isinstance(swept["promoted"]["answer"], str)
+    below = f"SELECT count(*) FROM tags WHERE key = 'mlflow.parentRunId' AND value = '{swept['run_id']}'"
+    assert server.ask(below) == [(2,)]
+    versions = "SELECT version, run_id FROM model_versions WHERE current_stage != 'Deleted_Internal' ORDER BY version"
+    assert len(server.ask(versions)) == 2
+    assert server.ask("SELECT alias, version FROM registered_model_aliases") == [("candidate", 2)]
+
+
+def test_what_is_superseded_goes_without_a_trace_and_the_rest_answers(server, trained, swept):
+    old, kept = trained["run_id"], swept["run_id"]
+    prune = ["jobs/track.py", "prune", f"--storage={RUNS}", "--older_than=0", "--keep=0"]
+    before, versions = objects(ARTIFACTS, RUNS), server.ask("SELECT storage_location FROM model_versions")
+    _, said = job(server, *prune)
+    assert "1 of 2 would go" in said
+    assert "its model is crosslmm@candidate" in said
+    assert objects(ARTIFACTS, RUNS) == before
+    assert len(versions) == 2
+
+    _, said = job(server, *prune, "--delete=true")
+    assert "first is removed" in said
+    after = objects(ARTIFACTS, RUNS)
+    gone = before - after
+    assert {name for name in before if f"/{old}/" in name or name.startswith(f"{RUNS}/first/")} <= gone
+    # Only whole runs and models have gone, and all that is left belongs to what is left.
+    left = [run for (run,) in server.ask("SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'")]
+    models = [m for (m,) in server.ask("SELECT model_id FROM logged_models WHERE lifecycle_stage = 'active'")]
+    assert len(left) == 3
+    assert len(models) == 1
+    owners = {*left, *models, "sweep"}
+    assert not [name for name in after if not owners & set(name.split("/"))]
+    assert not [name for name in gone if owners & set(name.split("/"))]
+
+    # A week later the nightly job takes the rows.
+    week = 8 * 86400 * 1000
+    server.ask(f"UPDATE runs SET deleted_time = deleted_time - {week} WHERE lifecycle_stage = 'deleted'")
+    deleted = "lifecycle_stage = 'deleted'"
+    server.ask(
+        f"UPDATE logged_models SET last_updated_timestamp_ms = last_updated_timestamp_ms - {week} WHERE {deleted}"
+    )
+    assert f"Run with ID {old} has been permanently deleted" in server.run("gc")
+    for table in TABLES:
+        column = {"logged_models": "source_run_id", "model_versions": "run_id"}.get(table, "run_uuid")
+        rows = {run for (run,) in server.ask(f"SELECT DISTINCT {column} FROM {table}")}
+        assert old not in rows, table
+        assert rows <= set(left), table
+    assert kept in {run for (run,) in server.ask("SELECT run_uuid FROM params")}
+    assert objects(ARTIFACTS, RUNS) == after
+
+    clip = storage.read_bytes(f"{DATA}/held_out.jsonl").decode().splitlines()[0]
+    video, question = json.loads(clip)["video"], "Which shape is it?"
+    answer, _ = job(server, "jobs/answer.py", f"--video={DATA}/{video}", f"--question={question}")
+    assert isinstance(answer, str)
+    _, said = job(server, *prune)
+    assert "0 of 1 would go" in said
+
+
+def test_a_wrong_password_is_refused_before_anything_starts(server):
+    began = time.monotonic()
+    _, said = job(server, "jobs/train.py", "--config=tiny", "--name=stranger", *SMALL, status=2, password="wrong")
+    (error,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert error.startswith(f"error: tracking.uri: {server.uri} refuses: ")
+    assert "MLFLOW_TRACKING_PASSWORD" in error
+    assert "training" not in said
+    assert time.monotonic() - began < 60
+    for command in (["jobs/track.py", "prune", f"--storage={RUNS}"], ["jobs/tune.py", "--name=stranger", *SMALL]):
+        _, said = job(server, *command, status=2, password="wrong")
+        assert "refuses: " in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("host", "login", "status"),
+    [("localhost:{}", False, 401), ("127.0.0.1:{}", True, 403), ("evil.example", True, 403)],
+)
+def test_who_has_no_account_or_calls_it_by_another_name_is_refused(server, host, login, status):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    headers = {"Host": host.format(server.port), "Content-Type": "application/json"}
+    if login:
+        headers["Authorization"] = "Basic " + base64.b64encode(f"admin:{server.password}".encode()).decode()
+    connection.request("POST", "/api/2.0/mlflow/experiments/search", json.dumps({"max_results": 1}), headers)
+    assert connection.getresponse().status == status

@@ -219,7 +219,13 @@ def _cut(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
 def remove(uris: Sequence[str]) -> None:
     """Remove objects, one after the other."""
     for uri in uris:
-        ask(uri, lambda fs, path: fs.rm_file(path))
+        _remove(uri)
+
+
+def _remove(uri: str) -> None:
+    # Arrow makes an object of each folder, whose name ends with a slash.
+    slash = "/" if uri.endswith("/") else ""
+    ask(uri, lambda fs, path: fs.rm_file(path + slash))
 
 
 def remove_folder(uri: str) -> None:

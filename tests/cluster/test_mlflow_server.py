@@ -1,12 +1,12 @@
 """The tracking server as clusters have it: train, tune, promote, load and prune against it, and who is not let in."""
 
 import base64
+import contextlib
 import http.client
 import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT
@@ -29,7 +29,7 @@ SMALL = [
     "--train.max_steps=2", "--train.epochs=9", "--train.global_batch_size=8", "--train.micro_batch_size=4",
     "--train.warmup_steps=1", "--train.validate_every=2", "--train.checkpoint_every=1", "--scaling.max_failures=0",
 ]  # fmt: skip
-TABLES = ["runs", "params", "metrics", "latest_metrics", "tags", "logged_models", "model_versions"]
+TABLES = ["runs", "params", "metrics", "latest_metrics", "tags", "logged_models"]
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +71,20 @@ def swept(server, trained, tmp_path_factory):
     space = tmp_path_factory.mktemp("space") / "space.py"
     space.write_text(SPACE)
     command = ["jobs/tune.py", "--config=tiny", "--config=tiny-sweep", f"--space={space}", "--name=sweep", *SMALL]
-    return json.loads(job(server, *command, "--scheduler=none", "--promote=best")[0])
+    return json.loads(job(server, *command, "--scheduler=none", "--features=never", "--promote=best")[0])
 
 
 def objects(*folders):
-    """All objects of these folders."""
-    return {f"{folder}/{name}" for folder in folders for name in storage.names_in(folder)}
+    """All objects of these folders, but for the one that Arrow makes of a folder itself."""
+    return {f"{folder}/{name}" for folder in folders for name in storage.names_in(folder) if name}
+
+
+def owner(name):
+    """Whose an object is: a run's or a model's in MLflow, or of a folder below RUNS."""
+    if name.startswith(f"{RUNS}/"):
+        return name.removeprefix(f"{RUNS}/").split("/")[0]
+    _experiment, one, two, *_ = name.removeprefix(f"{ARTIFACTS}/").split("/")
+    return two if one == "models" else one
 
 
 def test_a_training_is_recorded_and_its_model_registered(server, trained):
@@ -103,26 +111,26 @@ def test_a_sweep_is_recorded_and_its_best_model_answers(server, swept):
 def test_what_is_superseded_goes_without_a_trace_and_the_rest_answers(server, trained, swept):
     old, kept = trained["run_id"], swept["run_id"]
     prune = ["jobs/track.py", "prune", f"--storage={RUNS}", "--older_than=0", "--keep=0"]
-    before, versions = objects(ARTIFACTS, RUNS), server.ask("SELECT storage_location FROM model_versions")
+    before = objects(ARTIFACTS, RUNS)
     _, said = job(server, *prune)
     assert "1 of 2 would go" in said
     assert "its model is crosslmm@candidate" in said
     assert objects(ARTIFACTS, RUNS) == before
-    assert len(versions) == 2
 
     _, said = job(server, *prune, "--delete=true")
     assert "first is removed" in said
     after = objects(ARTIFACTS, RUNS)
     gone = before - after
-    assert {name for name in before if f"/{old}/" in name or name.startswith(f"{RUNS}/first/")} <= gone
-    # Only whole runs and models have gone, and all that is left belongs to what is left.
+    # What has gone are whole runs and models, and all that is left belongs to what is left.
     left = [run for (run,) in server.ask("SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'")]
     models = [m for (m,) in server.ask("SELECT model_id FROM logged_models WHERE lifecycle_stage = 'active'")]
     assert len(left) == 3
     assert len(models) == 1
-    owners = {*left, *models, "sweep"}
-    assert not [name for name in after if not owners & set(name.split("/"))]
-    assert not [name for name in gone if owners & set(name.split("/"))]
+    assert {owner(name) for name in after} <= {*left, *models, "sweep"}
+    assert models[0] in {owner(name) for name in after}
+    gone = {owner(name) for name in before - after}
+    assert {old, "first"} < gone
+    assert not gone & {*left, *models, "sweep"}
 
     # A week later the nightly job takes the rows.
     week = 8 * 86400 * 1000
@@ -133,30 +141,32 @@ def test_what_is_superseded_goes_without_a_trace_and_the_rest_answers(server, tr
     )
     assert f"Run with ID {old} has been permanently deleted" in server.run("gc")
     for table in TABLES:
-        column = {"logged_models": "source_run_id", "model_versions": "run_id"}.get(table, "run_uuid")
+        column = "source_run_id" if table == "logged_models" else "run_uuid"
         rows = {run for (run,) in server.ask(f"SELECT DISTINCT {column} FROM {table}")}
-        assert old not in rows, table
+        assert rows, table
         assert rows <= set(left), table
-    assert kept in {run for (run,) in server.ask("SELECT run_uuid FROM params")}
+    assert old not in left
+    assert kept in left
+    assert server.ask("SELECT version FROM model_versions WHERE current_stage != 'Deleted_Internal'") == [(2,)]
     assert objects(ARTIFACTS, RUNS) == after
 
-    clip = storage.read_bytes(f"{DATA}/held_out.jsonl").decode().splitlines()[0]
-    video, question = json.loads(clip)["video"], "Which shape is it?"
-    answer, _ = job(server, "jobs/answer.py", f"--video={DATA}/{video}", f"--question={question}")
-    assert isinstance(answer, str)
+    # Exit status 0: the model that stays is loaded from the registry, and answers.
+    row = json.loads(storage.read_bytes(f"{DATA}/held_out.jsonl").decode().splitlines()[0])
+    job(server, "jobs/answer.py", f"--video={DATA}/{row['video']}", "--question=Which shape is it?")
     _, said = job(server, *prune)
     assert "0 of 1 would go" in said
 
 
 def test_a_wrong_password_is_refused_before_anything_starts(server):
-    began = time.monotonic()
     _, said = job(server, "jobs/train.py", "--config=tiny", "--name=stranger", *SMALL, status=2, password="wrong")
     (error,) = [line for line in said.splitlines() if line.startswith("error:")]
     assert error.startswith(f"error: tracking.uri: {server.uri} refuses: ")
     assert "MLFLOW_TRACKING_PASSWORD" in error
     assert "training" not in said
-    assert time.monotonic() - began < 60
-    for command in (["jobs/track.py", "prune", f"--storage={RUNS}"], ["jobs/tune.py", "--name=stranger", *SMALL]):
+    for command in (
+        ["jobs/track.py", "prune", f"--storage={RUNS}"],
+        ["jobs/tune.py", "--name=stranger", "--scheduler=none", *SMALL],
+    ):
         _, said = job(server, *command, status=2, password="wrong")
         assert "refuses: " in said.splitlines()[-1]
 
@@ -166,9 +176,11 @@ def test_a_wrong_password_is_refused_before_anything_starts(server):
     [("localhost:{}", False, 401), ("127.0.0.1:{}", True, 403), ("evil.example", True, 403)],
 )
 def test_who_has_no_account_or_calls_it_by_another_name_is_refused(server, host, login, status):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     headers = {"Host": host.format(server.port), "Content-Type": "application/json"}
     if login:
         headers["Authorization"] = "Basic " + base64.b64encode(f"admin:{server.password}".encode()).decode()
-    connection.request("POST", "/api/2.0/mlflow/experiments/search", json.dumps({"max_results": 1}), headers)
-    assert connection.getresponse().status == status
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as connection:
+        connection.request("POST", "/api/2.0/mlflow/experiments/search", json.dumps({"max_results": 1}), headers)
+        answer = connection.getresponse()
+        answer.read()
+    assert answer.status == status

@@ -223,6 +223,19 @@ def test_a_videos_features_cost_a_look_at_its_version_and_one_request(wire):
         storage.version("s3://nowhere/x.mp4")
 
 
+def test_a_folder_that_arrow_has_written_into_is_removed_whole(store, monkeypatch):
+    use(monkeypatch, store.environment())
+    filesystem, path = storage.arrow_filesystem("s3://videos/run")
+    filesystem.create_dir(f"{path}/ray/start")
+    storage.write_bytes("s3://videos/run/ray/start/state.json", b"{}")
+    storage.write_bytes("s3://videos/runner/state.json", b"{}")
+    assert "ray/start/" in storage.names_in("s3://videos/run")  # an object of its own
+    storage.remove_folder("s3://videos/run")
+    session = boto3.Session(USER, store.secret, region_name=REGION)
+    listed = session.client("s3", endpoint_url=store.endpoint).list_objects_v2(Bucket="videos", Prefix="run")
+    assert [one["Key"] for one in listed["Contents"]] == ["runner/state.json"]
+
+
 def test_a_key_that_leads_out_of_its_folder_is_not_copied(store, wire, tmp_path):
     session = boto3.Session(USER, store.secret, region_name=REGION)
     session.client("s3", endpoint_url=store.endpoint).put_object(Bucket="videos", Key="weights/a/../../out", Body=b"x")

@@ -31,6 +31,7 @@ from s3fs import S3FileSystem
 REQUIREMENTS = ("swift==2.38.3", "setuptools<81")  # Swift imports pkg_resources, gone in 81
 SERVERS = ("account", "container", "object", "proxy")
 USER = "test:tester"
+READER = "test:reader"  # may do nothing, until `let_read`
 REGION = "us-east-1"
 START_SECONDS = 60.0
 
@@ -65,6 +66,7 @@ use = egg:swift#s3api
 [filter:tempauth]
 use = egg:swift#tempauth
 user_test_tester = {secret} .admin
+user_test_reader = {secret}
 [filter:slo]
 use = egg:swift#slo
 """
@@ -118,6 +120,11 @@ class ObjectStore:
         """Create a bucket, which the code under test never does."""
         session = boto3.Session(USER, self.secret, region_name=REGION)
         session.client("s3", endpoint_url=self.endpoint).create_bucket(Bucket=name)
+
+    def let_read(self, name: str) -> None:
+        """Let everybody see and read a bucket's objects: `READER` among them, whose secret is the same."""
+        session = boto3.Session(USER, self.secret, region_name=REGION)
+        session.client("s3", endpoint_url=self.endpoint).put_bucket_acl(Bucket=name, ACL="public-read")
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Faults that come from inside a process: the machine computes nonsense once, or its clock is moved.
+"""Faults that come from inside a process: the machine computes nonsense once, its clock is moved, its Ray exchanged.
 
 On PYTHONPATH of a cluster, with FAULT_HOOKS naming a folder. A file there is the order: `nan` makes the next gradient
 of whichever rank sees it first no number, and is taken away; `hold` has the number of a step in whose middle all ranks
 stand still, or of any later one, until the file is gone, so that a fault finds them there on any machine; `slow` has
-the seconds that each step takes longer; `clock` those that clocks are moved by.
+the seconds that each step takes longer; `clock` those that clocks are moved by; `ray_version` the version
+of the Ray that processes find from now on, as if another one had been installed beneath a node that runs.
 """
 
 import importlib.abc
@@ -67,6 +68,18 @@ class _Loop(importlib.abc.MetaPathFinder):
         return None
 
 
+class _OtherRay(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stands in for the module that says which version it is."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "ray._version" and (ORDERS / "ray_version").exists():
+            return importlib.util.spec_from_loader(name, self)
+        return None
+
+    def exec_module(self, module):
+        module.version, module.commit = (ORDERS / "ray_version").read_text(), "another"
+
+
 if ORDERS.is_dir():
     time.time = _moved_time
-    sys.meta_path.insert(0, _Loop())
+    sys.meta_path[:0] = [_Loop(), _OtherRay()]

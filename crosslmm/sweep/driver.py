@@ -18,6 +18,7 @@ from crosslmm.answer import first_turn
 from crosslmm.config import BadConfig, RunConfig, flatten
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.order import Order
+from crosslmm.doctor import preflight
 from crosslmm.sweep import report, trials
 from crosslmm.sweep.candidates import Candidates
 from crosslmm.sweep.search import Search
@@ -86,6 +87,8 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
     most = min(chosen.trials or whole, whole) if whole else chosen.trials or DRAWN
     if chosen.promote and chosen.promote.isdecimal() and int(chosen.promote) >= most:
         raise BadConfig(f"--promote {chosen.promote}: trials are numbered from 0 to {most - 1}")
+    preflight.enter()
+    preflight.require_ready(config, manifests)
     console.print(f"sweep     {config.name} (the same command with --name {config.name} goes on with it)")
     console.print(f"space     {space_name}: {', '.join(space)}")
     record, begun = _record(config, folder, space_name, space, chosen)
@@ -103,7 +106,6 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
         uri = tracking_uri(base.tracking)
         tracking = base.tracking.model_copy(update={"uri": uri if uri == record.uri else None})
         base = base.model_copy(update={"storage": folder, "tracking": tracking})
-        placement.start_ray()
         placement.check_placement(base)
         _require_reach(record)
         search = Search(space, base, trials.read(folder), Candidates(base, chosen, space, record), most)

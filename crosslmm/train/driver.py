@@ -17,6 +17,7 @@ from crosslmm.config import BadConfig, RunConfig, flatten, to_yaml, validate_run
 from crosslmm.data import shapes
 from crosslmm.data.decode import require_backend
 from crosslmm.data.manifest import Manifest, Rows
+from crosslmm.doctor import preflight
 from crosslmm.model.pretrained import build_config, build_processor
 from crosslmm.train import launch, placement
 from crosslmm.train.follow import Follower
@@ -76,8 +77,10 @@ def run(config: RunConfig, part: Part | None = None) -> Outcome:
     held_out = config.data.validation_manifest
     validation = Manifest(held_out, config.data.roots) if held_out else None
     features = open_features(config, Rows([*manifests, *([validation] if validation else [])]))
-    placement.start_ray()
+    preflight.enter()
     placement.check_placement(config)
+    if part is None:
+        preflight.require_ready(config, manifests)
     job = prepare(config, manifests, validation, features)
     order = {
         "manifest": [manifest.digest for manifest in manifests],

@@ -1,0 +1,156 @@
+"""What the doctor makes of nodes' reports; what a node finds out without Ray; and the part that every run does."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from crosslmm import patience
+from crosslmm.config import BadConfig
+from crosslmm.doctor import checks, nodes, preflight
+from crosslmm.doctor.checks import Finding
+
+VERSIONS = {"Ray": "2.60.0", "Python": "3.11.7", "torch": "2.13.0+cu130", "crosslmm": "0.1.0 (94c6268e)"}
+GB = 10**9
+
+
+def report(**changed):
+    well = {
+        "asked": 100.0, "time": 101.0, "answered": 103.0, "versions": VERSIONS, "token": (True, "/root/token", 0o600),
+        "disks": {"temporary files": ("/tmp", 50 * GB, 100 * GB), "Ray's files": ("/ray", 40 * GB, 100 * GB)},
+        "reached": [("storage", "", "written to s3://b/runs")],
+    }  # fmt: skip
+    return well | changed
+
+
+def test_what_is_well_is_one_row_for_all_nodes():
+    reports = {"a": report(), "b": report(versions=VERSIONS | {"torch": "2.13.0+cpu"})}
+    found = [checks.versions(reports, VERSIONS), checks.clock(reports), checks.disks(reports), checks.token(reports)]
+    found.append(checks.reached(reports))
+    for (row,) in found:
+        assert row.ok
+        assert row.node == "all 2 nodes"
+        assert not row.remedy
+    assert found[2][0].said == "Ray's files, /ray: 40.0 GB of 100.0 GB left at least"
+    (alone,) = checks.clock({"a": report()})
+    assert alone.node == "a"
+
+
+def test_another_version_is_named_with_the_driver_s():
+    other = report(versions=VERSIONS | {"Ray": "2.59.0", "crosslmm": "is missing"})
+    (row,) = checks.versions({"a": report(), "b": other}, VERSIONS)
+    assert (row.ok, row.node) == (False, "b")
+    assert row.said == (
+        "Ray 2.59.0, and the driver has 2.60.0; crosslmm is missing, and the driver has 0.1.0 (94c6268e)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "said"), [(98.0, None), (94.0, "6 s behind"), (107.0, None), (3703.0, "3600 s ahead")]
+)
+def test_a_clock_may_be_anywhere_between_question_and_answer(told, said):
+    (row,) = checks.clock({"a": report(time=told)})
+    assert row.ok is (said is None)
+    assert said is None or row.said.startswith(said)
+
+
+def test_a_disk_is_full_where_files_are_written():
+    full = {"temporary files": ("/tmp", 8 * 10**6, 100 * GB), "local storage": ("/runs", 0, GB)}
+    tmp, runs = checks.disks({"a": report(disks=full)})
+    assert (tmp.said, tmp.remedy) == (
+        "temporary files, /tmp: 8 MB of 100.0 GB left", "free some, or point TMPDIR to a larger disk",
+    )  # fmt: skip
+    assert (runs.node, runs.remedy) == ("a", "free some")
+    spilling = {"a": report(disks={"Ray's files": ("/ray", 4 * GB, 100 * GB)})}
+    assert not checks.disks(spilling)[0].ok
+    assert checks.disks(spilling, spilling=False)[0].ok
+
+
+def test_tokens():
+    readable = report(token=(True, "/token", 0o644))
+    unasked = report(token=(False, "", 0))
+    one, two = checks.token({"a": readable, "b": report(), "c": unasked})
+    assert one == Finding(
+        "token", "a", False, "other users of the machine may read /token (mode 644)", "chmod 600 /token"
+    )
+    assert two.node == "c"
+    assert "ray get-auth-token --generate" in two.remedy
+
+
+def test_every_kind_of_failure_has_a_remedy():
+    for name in nodes.TRIES:
+        assert checks.remedy_of(name, "SomethingElse")
+    assert "AWS_*" in checks.remedy_of("storage", "PermissionError")
+    assert "all nodes share" in checks.remedy_of("storage", "NotShared")
+    assert "MLFLOW_TRACKING_PASSWORD" in checks.remedy_of("MLflow", "refuses")
+
+
+def test_nodes_that_say_the_same_share_a_row():
+    rows = [
+        Finding("MLflow", "a", False, "down", "up"),
+        Finding("clock", "c", True, "x"),
+        Finding("MLflow", "b", False, "down", "up"),
+    ]
+    assert [row.node for row in checks.merged(rows)] == ["a, b", "c"]
+    assert rows[0].line == "MLflow (a): down; up"
+
+
+def test_a_node_without_the_package_can_say_so(tmp_path):
+    """The file alone, as code that travels, beside nothing of ours."""
+    (tmp_path / "nodes.py").write_text((ROOT / "crosslmm/doctor/nodes.py").read_text())
+    code = "import nodes, json; print(json.dumps([nodes._files(), nodes.reach(nodes_asked)]))".replace(
+        "nodes_asked", "{'tries': ['storage', 'decoder', 'video'], 'videos': ['a.mp4']}"
+    )
+    hidden = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
+    command = [sys.executable, "-S", "-c", hidden + code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith('["is missing", [["storage", "ModuleNotFoundError"')
+    assert '"decoder", "ModuleNotFoundError"' in done.stdout
+
+
+def test_what_a_node_tries_by_itself(tmp_path, monkeypatch, config):
+    monkeypatch.setattr(patience, "PATIENCE_S", patience.PATIENCE_S)  # put back what `reach` sets
+    probe = tmp_path / "runs" / ".doctor-1"
+    (tmp_path / "rows.jsonl").write_text("{}")
+    asked = {
+        "node": "a", "probe": str(probe), "tries": ["storage", "manifest", "decoder", "video"], "gpus": 0,
+        "config": config.model_dump(mode="json"), "manifests": [f"{tmp_path}/rows.jsonl"],
+        "videos": [f"{tmp_path}/nothing.mp4"], "image_size": 48,
+    }  # fmt: skip
+    storage, manifest, decoder, video = nodes.reach(asked)
+    assert storage[:2] == ("storage", "NotShared")
+    assert manifest == ("manifest", "", f"{tmp_path}/rows.jsonl")
+    assert decoder == ("decoder", "", "auto loads")
+    assert video == ("video", "ValueError", f"ValueError: {tmp_path}/nothing.mp4: no such file")
+    (probe / "driver").write_bytes(b"")
+    assert nodes.reach(asked)[0] == ("storage", "", f"written to {tmp_path}/runs")
+
+
+def test_a_full_folder_for_temporary_files_is_looked_at_although_python_avoids_it(monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/dev/shm/nothing/here")
+    path, free, total = nodes.disks()["temporary files"]
+    assert path == "/dev/shm/nothing/here"
+    there = os.statvfs("/dev/shm")
+    assert total == there.f_frsize * there.f_blocks
+    assert 0 < free <= total
+
+
+def test_a_run_is_refused_in_the_doctor_s_words(tmp_path, monkeypatch, config):
+    """On one node all of it happens in this process, and leaves nothing."""
+    monkeypatch.setattr(preflight, "_others", dict)
+    config = config.model_copy(update={"storage": str(tmp_path / "runs")})
+    token = tmp_path / "token"
+    token.write_text("0" * 64)
+    monkeypatch.setattr(nodes, "token", lambda: (True, str(token), 0o600))
+    preflight.require_ready(config, [])
+    assert list((tmp_path / "runs").iterdir()) == []
+
+    monkeypatch.setattr(nodes, "token", lambda: (True, str(token), 0o644))
+    with pytest.raises(BadConfig, match=r"token \(driver\): other users of the machine may read .*; chmod 600 /"):
+        preflight.require_ready(config, [])
+    (tmp_path / "file").touch()
+    below = config.model_copy(update={"storage": str(tmp_path / "file" / "runs")})
+    with pytest.raises(BadConfig, match=r"chmod 600 .*; and 1 more, which jobs/doctor\.py shows"):
+        preflight.require_ready(below, [])

@@ -20,8 +20,8 @@ from crosslmm.data.shapes import write_sample_set
 
 LOOK_EVERY_S = 0.1
 PARTS = {
-    "driver: imports, checks": ("gcs_server", None),
-    "Ray's own processes": ("TrainController", None),
+    "driver: imports until Ray starts": ("gcs_server", None),
+    "Ray's processes, the driver's checks, the record": ("TrainController", None),
     "controller: imports, room for the workers": ("RayTrainWorker", None),
     "worker processes": ("RayTrainWorker", "init_train_context"),
     "workers: imports, process group": ("SplitCoordinator", None),

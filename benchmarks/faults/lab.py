@@ -252,10 +252,11 @@ class Lab:
         Raises:
             Lost: there is none.
         """
-        until = time.monotonic() + 60
+        until = time.monotonic() + DEADLINE_S
         while not (found := self.pids(title)):
             if time.monotonic() > until:
                 raise Lost(f"there is no process {title}")
+            time.sleep(0.01)
         os.kill(found[-1], signal.SIGKILL)
         return self.go_on()
 

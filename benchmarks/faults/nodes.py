@@ -12,7 +12,7 @@ import psutil
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 
-from benchmarks.faults.lab import AGAIN, EVERY, FAULT_AFTER, RANK, Attempt, Lab, Lost, fault
+from benchmarks.faults.lab import AGAIN, DEADLINE_S, EVERY, FAULT_AFTER, RANK, Attempt, Lab, Lost, fault
 from crosslmm.train import checkpoint
 
 ON_NODES = ("--scaling.cpus_per_worker=1.5", "--scaling.cpus_per_decode_worker=1")
@@ -80,8 +80,8 @@ def node_drained(lab: Lab, name: str) -> tuple[list[Attempt], float]:
             raise Lost("there was no rank on the node")
         drain = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.gcs_address]
         drain += ["--node-id", nodes[0].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-        drain += ["--reason-message", "spot", "--deadline-remaining-seconds", "60"]
-        drained = subprocess.run(drain, capture_output=True, text=True, timeout=60)
+        drain += ["--reason-message", "spot", "--deadline-remaining-seconds", "120"]
+        drained = subprocess.run(drain, capture_output=True, text=True, timeout=DEADLINE_S)
         if drained.returncode:
             raise Lost(f"ray drain-node: {drained.stdout}{drained.stderr}")
         # Some seconds pass until all ranks hear of it, and the steps must last as long.

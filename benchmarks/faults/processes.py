@@ -24,7 +24,7 @@ def rank_killed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
 @fault("rank SIGSTOPped")
 def rank_stopped(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """It answers nobody, and dies of nothing: the watchdog finds it."""
-    run = lab.begun(name, "--watchdog.step_s=15", "--watchdog.data_s=15")
+    run = lab.begun(name, "--watchdog.step_s=30", "--watchdog.data_s=30")
     os.kill(lab.pids(RANK)[-1], signal.SIGSTOP)
     at = lab.go_on()
     run.ended()
@@ -80,8 +80,8 @@ def kill_driver(lab: Lab, name: str) -> tuple[Attempt, float]:
     at = lab.go_on()
     run.ended(status=None)
     while lab.pids(RANK):
-        if time.monotonic() > at + 60:
-            raise Lost("its workers outlive the driver by a minute")
+        if time.monotonic() > at + DEADLINE_S:
+            raise Lost(f"its workers outlive the driver by {DEADLINE_S:g} s")
         time.sleep(0.2)
     return run, at
 
@@ -103,7 +103,7 @@ def job_stopped(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     run.wait_for(lambda: lab.sealed_step(name) >= FAULT_AFTER, "checkpoint")
     at = lab.go_on()
     stop = [ray, "job", "stop", "--address", lab.cluster.address, name]
-    subprocess.run(stop, env=lab.cluster.environment, cwd="/", check=True, capture_output=True, timeout=90)
+    subprocess.run(stop, env=lab.cluster.environment, cwd="/", check=True, capture_output=True, timeout=DEADLINE_S)
     run.ended(status=None)
     status = MlflowClient(lab.tracking).get_run(lab.run_id(name)).info.status
     if status != "KILLED":

@@ -16,7 +16,7 @@ from typing import Literal, Self
 from flaky_store import READS, Mode
 
 from benchmarks.faults import ROOT
-from benchmarks.faults.lab import BATCH, EVERY, FAULT_AFTER, RANK, Attempt, Lab, Lost, fault
+from benchmarks.faults.lab import BATCH, DEADLINE_S, EVERY, FAULT_AFTER, RANK, Attempt, Lab, Lost, fault
 from crosslmm import storage
 
 AWAY_S = 60.0
@@ -92,7 +92,7 @@ class Server:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        until = time.monotonic() + 60
+        until = time.monotonic() + DEADLINE_S
         while True:
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
@@ -109,7 +109,7 @@ class Server:
     def replayed(self, name: str) -> None:
         """What could not be delivered is, by the command that the run names."""
         replay = [sys.executable, "jobs/track.py", "replay", "--storage=s3://lab/runs", f"--name={name}"]
-        subprocess.run(replay, cwd=ROOT, env=os.environ | self.lab.environment, check=True, timeout=200)
+        subprocess.run(replay, cwd=ROOT, env=os.environ | self.lab.environment, check=True, timeout=DEADLINE_S)
 
 
 @fault("MLflow away from the start")

@@ -13,6 +13,13 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 Limit = Annotated[float, Field(gt=0)]
+# As Kubernetes and Ray have them; an optional domain, a slash, a name.
+LabelKey = Annotated[
+    str, Field(pattern=r"^([a-zA-Z0-9][a-zA-Z0-9.-]*/)?[a-zA-Z0-9]([\w.-]*[a-zA-Z0-9])?$", max_length=316)
+]
+LabelValue = Annotated[str, Field(pattern=r"^[a-zA-Z0-9]([\w.-]*[a-zA-Z0-9])?$", max_length=63)]
+Labels = dict[LabelKey, LabelValue]
+"""Of a node, and what a node must have."""
 
 
 class Section(BaseModel):
@@ -61,8 +68,9 @@ class ModelConfig(Section):
     """Rotary positions over frames in the cross-attentions; the paper has none."""
     encoder_chunk: Count = 4
     """Frames that the vision encoder holds intermediates of at a time [frames]."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernels; flash_attention_2 needs a GPU, bf16 and the `flash` extra."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernels; flash_attention_2 needs a GPU, bf16 and the `flash` extra. auto takes it where the nodes that
+    train have all of these, and sdpa elsewhere."""
 
 
 class DataConfig(Section):
@@ -168,8 +176,9 @@ class TrainConfig(Section):
     not_finite: Literal["stop", "skip"] = "stop"
     """What becomes of a step whose gradient is not a number: the run stops, to be looked at, or goes on without it. Its
     samples are named in the run's `not_finite` folder in both."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic; bf16 keeps float32 weights and reduces gradients in float32."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Arithmetic; bf16 keeps float32 weights and reduces gradients in float32. auto is bf16 on GPUs that have it, and
+    fp32 elsewhere; the run keeps what was chosen when it began."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     checkpoint_every: Count = 500
@@ -200,8 +209,19 @@ class TrackingConfig(Section):
     """Alias that the newly registered version is given."""
 
 
+class NodeType(Section):
+    """Nodes that an autoscaler adds."""
+
+    most: Count
+    """So many of them at a time [nodes]."""
+    resources: dict[str, Limit]
+    """Of one of them: CPU [cores], GPU [GPUs], and what else it has."""
+    labels: Labels = {}
+    """Of each of them."""
+
+
 class ScalingConfig(Section):
-    """What it runs on."""
+    """What it runs on, and where. A cluster's own file says where, such as cluster/run.yaml; a laptop needs none."""
 
     num_workers: Count | tuple[Count, Count] = 1
     """Training processes, one FSDP rank each. [min, max] trains on as many as there is room for, at the start, after a
@@ -219,6 +239,18 @@ class ScalingConfig(Section):
     """CPUs that each of them reserves [cores]."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts in a row that bring no new checkpoint, after which the run gives up."""
+    train_on: Labels = {}
+    """Labels of the nodes that train, {"crosslmm.io/role": "train"}; empty: any node."""
+    decode_on: Labels = {}
+    """Labels of the nodes that decode video."""
+    drive_on: Labels = {}
+    """Labels of the node of the driver, with which its board, Ray Train's controller and the drivers of a sweep's
+    trials are: one that is not taken away. `ray job submit` takes the head; a driver that is elsewhere is refused."""
+    worker_resources: dict[str, Limit] = {}
+    """What each training worker reserves beside CPUs and GPU: resources that nodes were started with."""
+    node_types: list[NodeType] = []
+    """What the cluster's autoscaler may add, which Ray does not tell: [{most: 4, resources: {CPU: 48, GPU: 4}, labels:
+    {crosslmm.io/role: train}}, ...]; empty: nothing, there are the nodes that there are."""
 
     @model_validator(mode="after")
     def _least_is_least(self) -> "ScalingConfig":
@@ -283,6 +315,11 @@ class RunConfig(Section):
         """Micro-batches of each worker in one optimizer step, where they are counted in samples."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.scaling.most_workers)
 
+    @property
+    def in_bf16(self) -> bool:
+        """Whether it computes in bf16; while that is open, whether it would on a GPU of today."""
+        return self.train.precision == "bf16" or (self.train.precision == "auto" and self.scaling.use_gpu)
+
     @model_validator(mode="after")
     def _holds_no_credentials(self) -> "RunConfig":
         values = self.model_dump()
@@ -317,9 +354,7 @@ class RunConfig(Section):
                 f"data.features: features are those of a frozen encoder, and train.learning_rate.vision is "
                 f"{self.train.learning_rate.vision:g}; make it 0, or train from videos without data.features"
             )
-        if self.model.attention == "flash_attention_2" and not (
-            self.scaling.use_gpu and self.train.precision == "bf16"
-        ):
+        if self.model.attention == "flash_attention_2" and not (self.scaling.use_gpu and self.in_bf16):
             raise ValueError(
                 "model.attention is flash_attention_2, which needs scaling.use_gpu true and train.precision bf16"
             )

@@ -44,7 +44,7 @@ from crosslmm.data.sampling import Sampling, excerpt
 from crosslmm.model import cost
 from crosslmm.model.encoder import digest, encode
 from crosslmm.model.pretrained import build_encoder, build_processor
-from crosslmm.train import driver, follow, placement
+from crosslmm.train import driver, follow, machine, placement
 from crosslmm.train.prepare import recipe_of
 
 INDEX_EVERY_S = 5.0
@@ -175,7 +175,12 @@ def run(config: RunConfig, settings: FeatureSettings) -> Outcome:
     driver.require_lasting("features.folder", root)
     # The rules of a run that reads features: a frozen encoder, among them.
     validate_run(config.model_dump() | {"data": config.data.model_dump() | {"features": root}})
+    # A graph runs in this process, whose terminal is no place for Ray's remarks about its actors.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     config = driver.resolve(config)
+    computes_on = machine.found(config, console.print)
+    config = machine.settled(config, computes_on)
+    console.print(f"machine   {machine.described(config, computes_on)}")
     processor = build_processor(config.model)
     uris = [*config.data.manifests, *([config.data.validation_manifest] if config.data.validation_manifest else [])]
     rows = Rows([Manifest(uri, config.data.roots) for uri in uris])
@@ -192,8 +197,6 @@ def run(config: RunConfig, settings: FeatureSettings) -> Outcome:
     _announce(console, config, settings, recipe, folder, missing, len(videos))
     record = _Record(create(storage.absolute(root), recipe), missing, config.data, console)
     if missing:
-        # The graph runs in this process, whose terminal is no place for Ray's remarks about its actors.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         placement.start_ray()
         # Nothing is validated, and so nothing decoded beside.
         data = config.data.model_copy(update={"validation_manifest": None})
@@ -262,6 +265,7 @@ def _dataset(config: RunConfig, recipe: Recipe, folder: str, tower: SiglipVision
         recipe.image_size,
         scaling.decode_workers,
         scaling.cpus_per_decode_worker,
+        decode_on=scaling.decode_on,
     )
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # the first cause reaches the terminal as our one line
     return decoded.map_batches(
@@ -270,6 +274,8 @@ def _dataset(config: RunConfig, recipe: Recipe, folder: str, tower: SiglipVision
         compute=ActorPoolStrategy(size=scaling.most_workers),
         num_cpus=scaling.cpus_per_worker,
         num_gpus=1 if scaling.use_gpu else None,
+        resources=dict(scaling.worker_resources) or None,
+        label_selector=dict(scaling.train_on) or None,
         fn_constructor_kwargs={
             "tower": ray.put(tower), "rows": rows, "folder": folder, "recipe": recipe, "config": config,
         },

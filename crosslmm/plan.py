@@ -180,7 +180,7 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     fits = memory.total <= room(assumptions)
 
     flops_per_sample = traced.flops // train.micro_batch_size
-    samples_per_s = gpu.flops[train.precision] * assumptions.utilisation / flops_per_sample
+    samples_per_s = gpu.flops["bf16" if config.in_bf16 else "fp32"] * assumptions.utilisation / flops_per_sample
     video_bytes = assumptions.video_seconds * assumptions.bitrate / 8
     components = cost.parameters(model)
     weights = cost.FLOAT32 * sum(components.values())

@@ -1,48 +1,79 @@
-"""A Ray cluster of one node on this machine, with token authentication and its dashboard on loopback.
+"""A Ray cluster on this machine, with token authentication and its dashboard on loopback, until Ctrl-C.
 
-python jobs/local_cluster.py starts one, prints what `ray job submit` needs, and runs until Ctrl-C.
+One node with all of its CPUs:
+
+    python jobs/local_cluster.py
+
+Several nodes, with the labels that nodes in clouds have (cluster/facts.yaml), and as many CPUs as you like: Ray hands
+them out, whatever the machine has. GROUP=NODESxCPUS; the head, from which jobs are driven, has no CPU to give:
+
+    python jobs/local_cluster.py --nodes
+    python jobs/local_cluster.py --nodes decode=1x1 train=2x2
+
+It prints what to type in another terminal. A run is told where its parts belong by the file that it names there.
 """
 
-import contextlib
+import argparse
+import json
 import os
 import secrets
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-START_DEADLINE_S = 240.0
+import yaml
+from local_nodes import (
+    OBJECT_STORE_BYTES,
+    ROLE_LABEL,
+    START_DEADLINE_S,
+    Group,
+    LocalNode,
+    free_ports,
+    ray,
+    worker_options,
+)
+
+DEFAULT = ("decode=1x1", "train=2x1")
 
 
 class LocalCluster:
-    """Starts `ray start --head --block` as a child in a session of its own; leaving the context kills that session.
+    """Starts the head as a child in a session of its own, and so each other node; leaving the context kills them.
 
     Ports are free ones and the token lies in a private folder of this cluster alone, so that it can live beside other
     clusters of the same user; `ray stop` would end those too.
 
     Args:
-        num_cpus: CPUs that Ray may hand out; default all.
+        num_cpus: CPUs that Ray may hand out on the head; default all, and with groups none.
         environment: added to what every process of the cluster inherits (`AWS_*`, say).
+        groups: nodes beside the head.
+
+    Attributes:
+        nodes: those beside the head that were started here, by role.
 
     Raises:
         RuntimeError: it does not come up; with the end of its log.
     """
 
-    def __init__(self, num_cpus: int | None = None, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        num_cpus: int | None = None,
+        environment: dict[str, str] | None = None,
+        groups: Sequence[Group] = (),
+    ) -> None:
         # Short, for sockets live below it; private, for Ray makes its own folders readable to all.
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
         self.token = self.folder / "token"
         with os.fdopen(os.open(self.token, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
-        gcs, dashboard, client, agent, agent_grpc, metrics = _free_ports(6)
+        gcs, dashboard, client = free_ports(3)
         self.address = f"http://127.0.0.1:{dashboard}"
         self.gcs_address = f"127.0.0.1:{gcs}"  # RAY_ADDRESS of a driver that is no submitted job
         self.environment = {
@@ -58,116 +89,125 @@ class LocalCluster:
         self.environment.pop("RAY_AUTH_TOKEN", None)
         # Train's helpers look for "the" cluster of this machine; tell them which. A job sets it for itself.
         self.environment.pop("RAY_ADDRESS", None)
-        self._log = self.folder / "start.log"
-        options = {
-            "--node-ip-address": "127.0.0.1",
+        self.groups, self.nodes = list(groups), dict[str, list[LocalNode]]()
+        if groups:
+            num_cpus = num_cpus or 0
+            # More processes than the few CPUs of a node, on which Ray remarks.
+            self.environment.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+        options: dict[str, object] = {
+            "--head": None,
             "--port": gcs,
             "--dashboard-host": "127.0.0.1",
             "--dashboard-port": dashboard,
             "--ray-client-server-port": client,
-            "--dashboard-agent-listen-port": agent,
-            "--dashboard-agent-grpc-port": agent_grpc,
-            "--metrics-export-port": metrics,
-            "--min-worker-port": 0,
-            "--max-worker-port": 0,
             "--include-dashboard": "true",
             "--temp-dir": self.folder / "t",
-            **({"--num-cpus": num_cpus} if num_cpus else {}),
+            **({"--num-cpus": num_cpus} if num_cpus is not None else {}),
         }
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [*_ray(), "start", "--head", "--block", "--disable-usage-stats", *_flags(options)],
-                env=self.environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        if groups:
+            options |= {"--labels": f"{ROLE_LABEL}=head", "--object-store-memory": OBJECT_STORE_BYTES}
+            self.placement = self.folder / "placement.yaml"
+            self.placement.write_text(yaml.safe_dump(self._placement(), sort_keys=False))
+        self._head = LocalNode(options, self.environment, self.folder / "start.log")
+
+    def _placement(self) -> dict[str, Any]:
+        """A run's configuration: where its parts belong, as cluster/run.yaml says it of clouds."""
+        scaling: dict[str, Any] = {"drive_on": {ROLE_LABEL: "head"}, "use_gpu": False}
+        for group in self.groups:
+            scaling |= {f"{group.role}_on": group.labels}
+            if group.role == "train":
+                scaling |= {"worker_resources": {"train": 1}, "cpus_per_worker": 1}
+        return {"scaling": scaling}
 
     @property
     def session(self) -> int:
-        """Session id of all of the cluster's processes."""
-        return self._process.pid
+        """Session id of all of the head's processes."""
+        return self._head.session
 
     def __enter__(self) -> Self:
-        request = urllib.request.Request(
-            f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {self.token.read_text()}"}
-        )
-        deadline = time.monotonic() + START_DEADLINE_S
-        while True:
-            try:
-                urllib.request.urlopen(request, timeout=5).read()
-                return self
-            except (urllib.error.URLError, OSError):
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    tail = self._log.read_text()[-2000:]
-                    self.stop()
-                    raise RuntimeError(f"the Ray cluster did not come up:\n{tail}") from None
+        try:
+            self._head.wait()
+            deadline = time.monotonic() + START_DEADLINE_S
+            while self.ask("/api/jobs/") is None:
+                if time.monotonic() > deadline:
+                    raise RuntimeError("the cluster's dashboard does not answer")
                 time.sleep(0.3)
+            for group in self.groups:
+                for _ in range(group.nodes):
+                    self.add(group)
+        except BaseException:
+            self.stop()
+            raise
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
 
+    def add(self, group: Group) -> LocalNode:
+        """Start one more node of a group."""
+        options = worker_options(self.gcs_address, group.resources, group.labels)
+        number = len(list(self.folder.glob(f"{group.role}-*.log")))
+        node = LocalNode(options, self.environment, self.folder / f"{group.role}-{number}.log")
+        self.nodes.setdefault(group.role, []).append(node)
+        node.wait()
+        return node
+
+    def alive(self) -> list[dict[str, Any]]:
+        """The nodes that are there, as Ray's state API tells of them: `node_id`, `labels`, ..."""
+        answer = self.ask("/api/v0/nodes?limit=1000&detail=1") or {}
+        nodes = answer.get("data", {}).get("result", {}).get("result", [])
+        return [node for node in nodes if node["state"] == "ALIVE"]
+
+    def ask(self, path: str) -> Any:
+        """What the dashboard answers; None if it does not."""
+        request = urllib.request.Request(
+            f"{self.address}{path}", headers={"Authorization": f"Bearer {self.token.read_text()}"}
+        )
+        try:
+            return json.load(urllib.request.urlopen(request, timeout=30))
+        except (urllib.error.URLError, OSError):
+            return None
+
     def submit(self, *entrypoint: str) -> list[str]:
         """The command line that submits a job to this cluster; run it with `environment`."""
-        return [*_ray(), "job", "submit", "--address", self.address, "--", *entrypoint]
+        return [*ray(), "job", "submit", "--address", self.address, "--", *entrypoint]
 
     def stop(self) -> None:
-        """Kill every process of the cluster: workers have groups of their own, but share its session."""
-        for _ in range(10):
-            alive = [pid for pid in _processes() if _session_of(pid) == self.session]
-            if not alive:
-                break
-            for pid in alive:
-                _kill(pid)
-            self._process.poll()
-            time.sleep(0.2)
-        self._process.wait()
+        """Kill every process of the cluster."""
+        self._head.stop()
+        for node in [node for nodes in self.nodes.values() for node in nodes]:
+            node.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _ray() -> list[str]:
-    return [str(Path(sys.executable).parent / "ray")]
-
-
-def _flags(options: dict[str, object]) -> list[str]:
-    return [part for name, value in options.items() for part in (name, str(value))]
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
-
-
-def _processes() -> list[int]:
-    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-
-
-def _session_of(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except OSError:
-        return None
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+def _group(text: str) -> Group:
+    """`train=2x1` -> two nodes of one CPU."""
+    role, _, size = text.partition("=")
+    nodes, _, cpus = size.partition("x")
+    if role not in ("decode", "train") or not nodes.isdecimal() or not cpus.isdecimal() or not int(cpus):
+        raise argparse.ArgumentTypeError(f"{text}: give decode=NODESxCPUS or train=NODESxCPUS, such as train=2x1")
+    return Group(role, int(nodes), int(cpus))
 
 
 def main() -> None:
     """Run a cluster until Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--nodes",
+        nargs="*",
+        type=_group,
+        metavar="GROUP=NODESxCPUS",
+        help=f"nodes beside the head, of the groups decode and train (without a group: {' '.join(DEFAULT)})",
+    )
+    arguments = parser.parse_args()
+    groups = [_group(text) for text in DEFAULT] if arguments.nodes == [] else arguments.nodes or []
     print("starting a Ray cluster ...", flush=True)
-    with LocalCluster() as cluster:
+    with LocalCluster(groups=groups) as cluster:
+        where = f" --config tiny --config {cluster.placement}" if groups else ""
         print(f"""Dashboard {cluster.address}. In another terminal, in the same folder:
 
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={cluster.token} RAY_API_SERVER_ADDRESS={cluster.address}
-  {_ray()[0]} job submit -- python jobs/train.py
+  {ray()[0]} job submit -- python jobs/train.py{where}
 
 Ctrl-C stops the cluster.""", flush=True)  # fmt: skip
         try:

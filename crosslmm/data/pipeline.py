@@ -8,7 +8,7 @@ Ray Data never needs to know what is in them.
 import functools
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -116,6 +116,7 @@ def build_dataset(
     workers: int,
     cpus_per_worker: float,
     features: ray.ObjectRef | None = None,
+    decode_on: Mapping[str, str] | None = None,
 ) -> Dataset:
     """The dataset of a layout. Call it in the process that will run it (Train's controller): Ray's context is local.
 
@@ -127,6 +128,7 @@ def build_dataset(
         workers: decoding processes.
         cpus_per_worker: CPUs that each of them reserves.
         features: `Features`, in the object store, that are read instead of videos.
+        decode_on: labels of the nodes on which it reads and decodes; None for any.
     """
     context = DataContext.get_current()
     context.target_max_block_size = 1  # bytes: no two rows ever share a block, and a row cannot be cut
@@ -134,8 +136,12 @@ def build_dataset(
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # while validation runs, training's data stands still
     # One task that counts, as far ahead as the readers need: tasks of their own for millions of blocks would be made
-    # before the first one runs. It takes no CPU, which the readers could wait for in silence.
-    numbers = ray.data.read_datasource(_BlockNumbers(layout.blocks), override_num_blocks=1, num_cpus=0)
+    # before the first one runs. It takes no CPU, which the readers could wait for in silence, and counts on this node:
+    # readers' nodes come and go.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    numbers = ray.data.read_datasource(
+        _BlockNumbers(layout.blocks), override_num_blocks=1, num_cpus=0, label_selector=here
+    )
     return numbers.map_batches(
         ReadSamples,
         batch_size=None,
@@ -144,6 +150,7 @@ def build_dataset(
             size=workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
         ),
         num_cpus=cpus_per_worker,
+        label_selector=dict(decode_on) if decode_on else None,
         fn_constructor_kwargs={
             "layout": layout,
             "rows": rows,

@@ -10,7 +10,7 @@ from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.doctor.checks import Finding
-from crosslmm.train import launch, placement
+from crosslmm.train import launch, machine, placement
 from crosslmm.train.job import Job
 from crosslmm.train.prepare import open_features, prepare
 
@@ -33,6 +33,7 @@ def two_steps(config: RunConfig, manifests: Sequence[Manifest], folder: str) -> 
         placement.check_placement(short)
         if busy := _busy(short):
             return Finding("training", "", False, busy, "wait for it, or stop it (`ray job list`), and ask again")
+        short = machine.settled(short, machine.found(short, lambda line: None))
         job = prepare(short, list(manifests), None, open_features(short, Rows(list(manifests))))
     except (BadConfig, storage.Unavailable) as error:
         return Finding("training", "", False, str(error), REMEDY)

@@ -241,13 +241,13 @@ def _batch(model: CrossLMMForConditionalGeneration, samples: int, frames: int, t
 
 
 def _compute_bytes(config: RunConfig) -> int:
-    return 2 if config.train.precision == "bf16" else 4
+    return 2 if config.in_bf16 else 4
 
 
 def _trace(
     model: CrossLMMForConditionalGeneration, config: RunConfig, batch: dict[str, Any], call: Callable[[], Any]
 ) -> Trace:
-    if config.train.precision == "bf16":
+    if config.in_bf16:
         model.bfloat16()
     return trace(
         call,

@@ -28,7 +28,7 @@ from crosslmm.sweep.trials import Trial
 from crosslmm.sweep.tuning import SweepFailed, at_once, run_trials
 from crosslmm.sweep.watch import Watch
 from crosslmm.tracking import SWEEP, Record, load_registered, register, require_answer, tracking_uri
-from crosslmm.train import driver, placement
+from crosslmm.train import driver, machine, placement
 
 DRAWN = 32
 """Trials of a space that is no grid, unless said otherwise."""
@@ -74,6 +74,9 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
     if not (config.data.validation_manifest or config.data.manifest == "sample"):
         raise BadConfig("data.validation_manifest: trials are compared on held-out samples; give their manifest")
     config = driver.resolve(config)
+    # Once for all trials: they are compared, and share features.
+    computes_on = machine.found(config, console.print)
+    config = machine.settled(config, computes_on)
     manifests = [Manifest(uri, config.data.roots) for uri in config.data.manifests]
     Manifest(str(config.data.validation_manifest), config.data.roots)
     total_steps = _steps(config, manifests)
@@ -90,6 +93,7 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
     preflight.enter()
     preflight.require_ready(config, manifests)
     console.print(f"sweep     {config.name} (the same command with --name {config.name} goes on with it)")
+    console.print(f"machine   {machine.described(config, computes_on)}")
     console.print(f"space     {space_name}: {', '.join(space)}")
     record, begun = _record(config, folder, space_name, space, chosen)
     console.print(f"storage   {folder}")

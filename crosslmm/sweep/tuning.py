@@ -38,9 +38,7 @@ class SweepFailed(Exception):
 
 def at_once(config: RunConfig) -> int:
     """Trials that the cluster, scaled up to its limit, can place beside one another."""
-    need, limit = placement.resources(config, config.scaling.most_workers), placement.cluster_limit()
-    need["CPU"] += OWN_CPUS
-    return max(1, int(min(limit.get(kind, 0) / count for kind, count in need.items() if count)))
+    return placement.room_for(config, placement.cluster(config), OWN_CPUS)
 
 
 def run_trials(base: RunConfig, chosen: SweepSettings, search: Search, watch: Watch, concurrent: int) -> None:
@@ -57,7 +55,7 @@ def run_trials(base: RunConfig, chosen: SweepSettings, search: Search, watch: Wa
     scheduler = scheduler_of(chosen, search, watch.total_steps, base)
     in_trial = _in_a_process_of_its_own(base, watch.total_steps)
     tuner = tune.Tuner(
-        tune.with_resources(in_trial, {"CPU": OWN_CPUS}),
+        tune.with_resources(in_trial, _own_place(base)),
         tune_config=tune.TuneConfig(
             search_alg=search,
             scheduler=scheduler,
@@ -71,6 +69,14 @@ def run_trials(base: RunConfig, chosen: SweepSettings, search: Search, watch: Wa
         tuner.fit()
     except TuneError as error:
         raise SweepFailed(str(error).strip().splitlines()[-1]) from error
+
+
+def _own_place(base: RunConfig) -> dict[str, float] | tune.PlacementGroupFactory:
+    """What the driver of a trial reserves, and where: its workers are elsewhere, in a group of their own."""
+    if not base.scaling.drive_on:
+        return {"CPU": OWN_CPUS}
+    # A node that is to drive alone may have no CPU to give. Each has memory, and a bundle must have something.
+    return tune.PlacementGroupFactory([{"memory": 2**20}], bundle_label_selector=[dict(base.scaling.drive_on)])
 
 
 def scheduler_of(chosen: SweepSettings, search: Search, total_steps: int, base: RunConfig) -> TrialScheduler:

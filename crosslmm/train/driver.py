@@ -19,7 +19,7 @@ from crosslmm.data.decode import require_backend
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.doctor import preflight
 from crosslmm.model.pretrained import build_config, build_processor
-from crosslmm.train import launch, placement
+from crosslmm.train import launch, machine, placement
 from crosslmm.train.follow import Follower
 from crosslmm.train.job import Job
 from crosslmm.train.prepare import open_features, prepare
@@ -76,11 +76,13 @@ def run(config: RunConfig, part: Part | None = None) -> Outcome:
     manifests = [Manifest(uri, config.data.roots) for uri in config.data.manifests]
     held_out = config.data.validation_manifest
     validation = Manifest(held_out, config.data.roots) if held_out else None
-    features = open_features(config, Rows([*manifests, *([validation] if validation else [])]))
     preflight.enter()
     placement.check_placement(config)
     if part is None:
         preflight.require_ready(config, manifests)
+    computes_on = machine.found(config, console.print)
+    config = machine.settled(config, computes_on)
+    features = open_features(config, Rows([*manifests, *([validation] if validation else [])]))
     job = prepare(config, manifests, validation, features)
     order = {
         "manifest": [manifest.digest for manifest in manifests],
@@ -95,7 +97,7 @@ def run(config: RunConfig, part: Part | None = None) -> Outcome:
     datasets += [_described(validation, "validation")] if validation else []
     tracking.begin(config, job.folder, order, datasets, part.run_id if part else None)
     record = tracking.Run(job.folder, config.tracking, functools.partial(console.print, markup=False))
-    _announce(console, config, job, manifests, record)
+    _announce(console, job, manifests, record, machine.described(config, computes_on))
 
     follower = Follower(job, record, console, part.report if part else None)
     status, origin = "FAILED", None
@@ -225,7 +227,8 @@ def _count(config: RunConfig) -> str:
     return str(most) if least == most else f"{least} to {most}"
 
 
-def _announce(console: Console, config: RunConfig, job: Job, manifests: list[Manifest], record: tracking.Run) -> None:
+def _announce(console: Console, job: Job, manifests: list[Manifest], record: tracking.Run, computes_on: str) -> None:
+    config = job.config
     processor = "GPU" if config.scaling.use_gpu else "CPU"
     lines = {
         "run": f"{config.name} (the same command with --name {config.name} resumes it)",
@@ -234,8 +237,11 @@ def _announce(console: Console, config: RunConfig, job: Job, manifests: list[Man
         **({"features": f"{config.data.features}, instead of videos"} if config.data.features else {}),
         "training": f"{job.total_steps} steps of {config.train.global_batch_size} samples, "
         f"{_count(config)} {processor} workers",
+        "machine": computes_on,
         "storage": job.folder,
         "record": record.uri + (f", run {record.run_id}" if record.run_id else ", later"),
     }
+    if spills := machine.objects_warning(config, job.image_size, job.recipe):
+        lines["objects"] = spills
     for key, value in lines.items():
         console.print(f"{key:<9} {value}")

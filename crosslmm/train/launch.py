@@ -20,7 +20,7 @@ from crosslmm.config import BadConfig
 from crosslmm.data.features import BadFeatures
 from crosslmm.data.manifest import BadManifest
 from crosslmm.data.quarantine import TooManyBad
-from crosslmm.train import checkpoint, supply, worker
+from crosslmm.train import checkpoint, machine, placement, supply, worker
 from crosslmm.train.job import TRAIN, VALIDATION, Job
 from crosslmm.train.placement import QUIET
 from crosslmm.train.worker import Stopped
@@ -154,14 +154,15 @@ def _trainer(job: Job) -> TorchTrainer:
             num_workers=scaling.num_workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=scaling.resize_every_s,  # type: ignore[call-arg]
             use_gpu=scaling.use_gpu,
-            resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),
+            resources_per_worker=placement.worker_resources(config),
+            label_selector=dict(scaling.train_on) or None,
         ),
         run_config=ray.train.RunConfig(
             name=f"start-{time.time_ns()}",
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=_NO_RETRIES,
-            worker_runtime_env={"env_vars": QUIET},  # type: ignore[call-arg]
+            worker_runtime_env={"env_vars": QUIET | machine.environment(config)},  # type: ignore[call-arg]
         ),
         datasets=dict.fromkeys([TRAIN, VALIDATION] if job.validation_rows else [TRAIN], supply.later),
         dataset_config=supply.Given(job),

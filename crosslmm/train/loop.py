@@ -147,7 +147,7 @@ def _step(
         # Gradients are reduced with every micro-batch: those that waited for the last would be whole, in float32.
         # FSDP averages gradients over ranks; the sum is wanted.
         # Divided out here: FSDP in bf16 would round the divisor on its way into the model.
-        share = model(**part.to(device), num_items_in_batch=1).loss * (world / divisor)
+        share = model(**part.to(device, non_blocking=True), num_items_in_batch=1).loss * (world / divisor)
         share.backward()
         loss += share.detach() / world
     clipped: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
@@ -181,6 +181,13 @@ def _step(
         "samples_per_s": config.train.global_batch_size / seconds,
         "data_wait_share": wait / seconds,
     }, stop
+
+
+def pinned(batch: BatchFeature) -> BatchFeature:
+    """A batch in memory from which a GPU copies while it computes; without one, the batch as it is."""
+    if not torch.cuda.is_available():
+        return batch
+    return BatchFeature({name: value.pin_memory() for name, value in batch.items()})
 
 
 def _without_labels(batch: BatchFeature) -> BatchFeature:

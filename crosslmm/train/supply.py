@@ -53,4 +53,5 @@ def _dataset(job: Job, name: str, workers: int) -> Dataset:
         scaling.decode_workers,
         scaling.cpus_per_decode_worker,
         job.features,
+        scaling.decode_on,
     )

@@ -188,7 +188,7 @@ def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: i
 
     def collate_step(samples: list[Sample]) -> loop.Step:
         micro = micro_batches(samples, train.micro_batch_size, train.micro_batch_tokens, length_of)
-        return loop.Step([collate(part, process) for part in micro], [sample.id for sample in samples])
+        return loop.Step([loop.pinned(collate(part, process)) for part in micro], [sample.id for sample in samples])
 
     layout = job.training(first_step, dist.get_world_size())
     # One step's frames are held while those of the step before are trained on.

@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, meta
 
 from crosslmm.command_line import parse_run
+from crosslmm.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -104,15 +105,20 @@ def test_a_stopped_job_has_time_for_its_checkpoint_everywhere() -> None:
     assert int(wait) > STOP_WITHIN_S
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_a_job_s_configuration_is_a_run_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def configuration(name: str) -> RunConfig:
+    """That a job gives, from the repository's root."""
     entrypoint = documents(f"kuberay/{name}.yaml")[0]["spec"]["entrypoint"].split()
     script, arguments = entrypoint[1], entrypoint[2:]
     assert (ROOT / script).is_file()
     own = {"--space", "--trials"}
     pairs = zip(arguments[::2], arguments[1::2], strict=True)
-    config = parse_run([part for pair in pairs if pair[0] not in own for part in pair], "")
+    return parse_run([part for pair in pairs if pair[0] not in own for part in pair], "")
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_s_configuration_is_a_run_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = configuration(name)
     facts = render.facts()
     assert config.storage == f"s3://{facts['bucket']}/runs"
     train, decode = facts["groups"]["train"], facts["groups"]["decode"]
@@ -157,3 +163,31 @@ def test_the_tracking_server_answers_to_the_names_by_which_clusters_call_it() ->
     assert called <= set(allowed)
     assert len(called) == 2
     assert not [host for host in allowed if "*" in host]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_s_parts_belong_on_nodes_that_there_can_be_and_have_room_there(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crosslmm.train.placement import Nodes, check_driver, check_room
+
+    monkeypatch.chdir(ROOT)
+    config = configuration(name)
+    types = yaml.safe_load((CLUSTER / "aws.yaml").read_text())["available_node_types"]
+    check_driver(config, types["head"]["labels"])
+    # Nothing has been added yet.
+    head = Nodes(1, types["head"]["resources"], types["head"]["labels"])
+    may_come = [Nodes(one.most, one.resources, one.labels) for one in config.scaling.node_types]
+    check_room(config, [head, *may_come])
+    # What the configuration says of nodes to come, both clouds have.
+    for nodes in may_come:
+        (there,) = [one for one in types.values() if one["labels"] == nodes.labels]
+        assert there["max_workers"] == nodes.count
+        assert all(there["resources"][kind] >= count for kind, count in nodes.resources.items())
+        for cluster in clusters():
+            (group,) = [one for one in cluster["workerGroupSpecs"] if one["labels"] == nodes.labels]
+            assert group["maxReplicas"] == nodes.count
+            asked = group["template"]["spec"]["containers"][0]["resources"]["requests"]
+            assert {"CPU": int(asked["cpu"]), "GPU": int(asked.get("nvidia.com/gpu", 0))} == {
+                "GPU": 0
+            } | nodes.resources

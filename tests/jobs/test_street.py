@@ -223,8 +223,8 @@ def test_a_request_that_the_cluster_can_never_place_is_refused(cluster, manifest
     output, _ = job.communicate(timeout=100)
     assert job.returncode != 0
     error = next(line for line in output.splitlines() if line.startswith("error:"))
-    assert "scaling: num_workers 2 x cpus_per_worker 2" in error
-    assert "the cluster has 2" in error
+    assert "scaling.num_workers: 2 workers need 2 CPU each" in error
+    assert "(1 x 2 CPU) have room for 1" in error
 
 
 def test_published_weights_are_read_from_the_object_store(store, tmp_path):

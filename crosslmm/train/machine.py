@@ -1,0 +1,125 @@
+"""What the nodes that train have, and what a run makes of it: precision, kernels, settings of CUDA and NCCL."""
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import ray
+import torch
+
+from crosslmm.config import RunConfig, validate_run
+from crosslmm.data.features import BF16, Recipe
+from crosslmm.data.pipeline import block_rows
+from crosslmm.train import placement
+
+GPU_ENVIRONMENT = {
+    # A broken link is a line in the worker's log instead of silence until the watchdog.
+    "NCCL_DEBUG": "WARN",
+    # Batches differ in length: segments that grow are not cut into pieces that fit nothing.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+"""Of workers on GPUs, where the driver's own environment does not say otherwise."""
+READERS_HOLD, RANKS_HOLD = 3, 4
+"""Blocks on their way: of a decoder two that are made and one that is taken, of a rank two that are fetched, those of
+the step in use and of the next one."""
+SAY_AFTER_S = 10.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A node that trains."""
+
+    gpu: str | None = None
+    """Its name, None on CPUs."""
+    bf16: bool = False
+    """The GPU computes in it."""
+    flash: bool = False
+    """flash-attn is there, and the GPU can run it."""
+    nccl: str = ""
+    """Version."""
+
+
+def look() -> Machine:
+    """What is here. Runs on a node that trains."""
+    if not torch.cuda.is_available():
+        return Machine()
+    ampere = torch.cuda.get_device_capability() >= (8, 0)
+    return Machine(
+        gpu=torch.cuda.get_device_name(),
+        bf16=ampere,
+        flash=ampere and importlib.util.find_spec("flash_attn") is not None,
+        nccl=".".join(map(str, torch.cuda.nccl.version())),
+    )
+
+
+def found(config: RunConfig, tell: Callable[[str], None]) -> Machine:
+    """What the nodes that train have. On GPUs one of them is asked, and waited for: without it no run starts either.
+
+    Args:
+        config: the run.
+        tell: takes a line, should it take long.
+
+    Raises:
+        BadConfig: the cluster can never have one.
+    """
+    if not config.scaling.use_gpu:
+        return Machine()
+    placement.start_ray()
+    placement.check_placement(config)
+    scaling = config.scaling
+    asked = ray.remote(look).options(
+        num_cpus=0, num_gpus=1, resources=dict(scaling.worker_resources), label_selector=dict(scaling.train_on)
+    )
+    answer, began, said = asked.remote(), time.monotonic(), False
+    while not ray.wait([answer], timeout=1.0)[0]:
+        if not said and time.monotonic() - began > SAY_AFTER_S:
+            said = True
+            tell("machine   waits for a GPU")
+    machine: Machine = ray.get(answer)
+    return machine
+
+
+def settled(config: RunConfig, machine: Machine) -> RunConfig:
+    """The configuration with nothing left open.
+
+    Raises:
+        BadConfig: flash attention is asked for, and the GPU has no bf16.
+    """
+    values = config.model_dump()
+    if config.train.precision == "auto":
+        values["train"]["precision"] = "bf16" if machine.bf16 else "fp32"
+    if config.model.attention == "auto":
+        flash = machine.flash and values["train"]["precision"] == "bf16"
+        values["model"]["attention"] = "flash_attention_2" if flash else "sdpa"
+    return validate_run(values)
+
+
+def described(config: RunConfig, machine: Machine) -> str:
+    """What is computed on, and how, in one line."""
+    how = f"{config.train.precision}, {config.model.attention}"
+    if machine.gpu is None:
+        return f"CPUs, {how}, gloo"
+    return f"{machine.gpu}, {how}, NCCL {machine.nccl}"
+
+
+def environment(config: RunConfig) -> dict[str, str]:
+    """Of the workers."""
+    return {k: os.environ.get(k, v) for k, v in GPU_ENVIRONMENT.items()} if config.scaling.use_gpu else {}
+
+
+def objects_warning(config: RunConfig, image_size: int, features: Recipe | None) -> str | None:
+    """A line, where the object stores of the nodes that there are do not hold the blocks that are on their way."""
+    scaling, data = config.scaling, config.data
+    frame = image_size**2 * 3 if features is None else features.patches * features.width * BF16
+    block = block_rows(data, image_size, features) * data.num_frames * frame
+    decoders = placement.pools_of(config, scaling.most_workers)[1].count
+    need = block * (READERS_HOLD * decoders + RANKS_HOLD * scaling.most_workers)
+    have = sum(node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"])
+    if scaling.node_types or need <= have:
+        return None
+    return (
+        f"blocks on their way take {need / 1e9:.1f} GB, and object stores have {have / 1e9:.1f} GB, so that "
+        "Ray spills to disk; give nodes more (ray start --object-store-memory), or lower data.num_frames"
+    )

@@ -1,0 +1,136 @@
+"""A cluster of several nodes, labelled as those in clouds: what runs where."""
+
+import json
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from mlflow.tracking import MlflowClient
+
+from crosslmm.data.shapes import write_sample_set
+
+sys.path.insert(0, str(ROOT / "jobs"))
+from local_cluster import LocalCluster
+from local_nodes import ROLE_LABEL, Group
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+STEPS = 30
+DECODE, TRAIN = Group("decode", 1, cpus=1), Group("train", 2, cpus=1)
+WORKER, DECODER = "RayTrainWorker", "MapWorker(MapBatches(ReadSamples))"
+DRIVES = {"Board", "TrainController", "DatasetManager", "SplitCoordinator", "SynchronizationActor"}
+DEADLINE_S = 500.0
+
+
+class Laboratory:
+    """Runs on a cluster, each in a folder of its own name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            "OMP_NUM_THREADS": "1",
+            "RAY_worker_niceness": "0",  # or they starve beside anything else that runs here
+        }
+        self.tracking = f"sqlite:///{folder}/mlflow.db"
+        write_sample_set(str(folder / "data"), train=64, held_out=8)
+
+    def settings(self, cluster: LocalCluster, name: str) -> list[str]:
+        return [
+            "--config=tiny", f"--config={cluster.placement}", f"--name={name}", f"--storage={self.folder}/runs",
+            f"--tracking.uri={self.tracking}", f"--data.manifest={self.folder}/data/train.jsonl",
+            "--train.epochs=99", f"--train.max_steps={STEPS}", "--train.global_batch_size=8",
+            "--train.micro_batch_size=4", "--train.warmup_steps=2", "--train.checkpoint_every=10",
+        ]  # fmt: skip
+
+    def submit(self, cluster: LocalCluster, *entrypoint: str) -> "Submitted":
+        return Submitted(cluster, [*cluster.submit("python", *entrypoint)], self.folder)
+
+    def train(self, cluster: LocalCluster, name: str, *more: str) -> "Submitted":
+        return self.submit(cluster, "jobs/train.py", *self.settings(cluster, name), *more)
+
+    def recorded(self, run_id: str) -> list[int]:
+        """The steps in the record, as often as they are there."""
+        return sorted(point.step for point in MlflowClient(self.tracking).get_metric_history(run_id, "loss"))
+
+
+class Submitted:
+    """A job, submitted from elsewhere, and what it prints."""
+
+    def __init__(self, cluster: LocalCluster, command: list[str], folder: Path) -> None:
+        self.cluster, self.log = cluster, folder / f"job-{time.monotonic_ns()}.log"
+        self._before = {job["submission_id"] for job in submitted(cluster)}
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, env=cluster.environment, cwd="/", stdout=file, stderr=subprocess.STDOUT
+            )
+
+    def outcome(self) -> dict:
+        """Its last line, once it has ended well."""
+        assert self.process.wait(DEADLINE_S) == 0, self.log.read_text()
+        return json.loads([line for line in self.log.read_text().splitlines() if line.startswith("{")][-1])
+
+    def details(self) -> dict:
+        (mine,) = [job for job in submitted(self.cluster) if job["submission_id"] not in self._before]
+        return mine
+
+    def roles(self) -> dict[str, set[str]]:
+        """What the nodes are for that the state API has the job's actors and tasks on, by class or name."""
+        role = {node["node_id"]: node["labels"].get(ROLE_LABEL) for node in nodes(self.cluster)}
+        driver = self.details()["driver_info"]["id"]
+        found = defaultdict(set)
+        for kind, name in (("actors", "class_name"), ("tasks", "name")):
+            for one in state(self.cluster, kind):
+                if one["job_id"] == driver and one["node_id"]:
+                    found[one[name]].add(role[one["node_id"]])
+        return found
+
+
+def state(cluster: LocalCluster, what: str) -> list[dict]:
+    answer = cluster.ask(f"/api/v0/{what}?limit=10000&detail=1")
+    assert answer["result"], answer
+    return answer["data"]["result"]["result"]
+
+
+def submitted(cluster: LocalCluster) -> list[dict]:
+    return [job for job in cluster.ask("/api/jobs/") if job["type"] == "SUBMISSION"]
+
+
+def nodes(cluster: LocalCluster) -> list[dict]:
+    return state(cluster, "nodes")
+
+
+def placed(cluster: LocalCluster, job: Submitted, class_name: str) -> set[str]:
+    """The nodes that a job's actors are or were on."""
+    driver = job.details()["driver_info"]["id"]
+    found = [one for one in state(cluster, "actors") if one["class_name"] == class_name and one["job_id"] == driver]
+    return {one["node_id"] for one in found if one["node_id"]}
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory):
+    return Laboratory(tmp_path_factory.mktemp("nodes"))
+
+
+@pytest.fixture(scope="module")
+def cluster(laboratory):
+    with LocalCluster(environment=laboratory.environment, groups=[DECODE, TRAIN]) as cluster:
+        yield cluster
+
+
+def test_each_part_of_a_submitted_run_is_on_the_nodes_that_are_there_for_it(laboratory, cluster):
+    job = laboratory.train(cluster, "placed")
+    outcome = job.outcome()
+    (head,) = [node["node_id"] for node in nodes(cluster) if node["is_head_node"]]
+    assert job.details()["driver_node_id"] == head
+    roles = job.roles()
+    assert roles[WORKER] == {"train"}
+    assert len(placed(cluster, job, WORKER)) == TRAIN.nodes
+    assert roles[DECODER] == {"decode"}
+    assert {name: roles[name] for name in DRIVES} == {name: {"head"} for name in DRIVES}
+    assert [places for name, places in roles.items() if name.startswith("Read")] == [{"head"}]
+    assert laboratory.recorded(outcome["run_id"]) == list(range(1, STEPS + 1))
+    assert "machine   CPUs, fp32, sdpa, gloo" in job.log.read_text()

@@ -55,9 +55,11 @@ for said, (kind, mode) in AWAY.items():
 @fault("disk full")
 def disk_full(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """Where the workers keep a checkpoint until it is in the store; until two of them could not be saved."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", lab.scratch], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4g", "tmpfs", lab.scratch], check=True)
     try:
         run = lab.begun(name)
+        # Not before: a run does not begin on a disk that is nearly full. Small, for what fills it is memory.
+        subprocess.run(["mount", "-o", "remount,size=100m", lab.scratch], check=True)
         filler = lab.scratch / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:

@@ -154,7 +154,7 @@ def test_away_at_the_start_and_hanging_in_the_middle(one_server, client, begin, 
         one_server.signal(signal.SIGCONT)
     run.settle(60)
     run.finish("FINISHED")
-    assert run.delivered
+    assert run.delivered, repr(run._error)  # failed twice beside other work, and left no word
     assert recorded(client, run.run_id) == times(*range(1, 104))
     assert client.get_run(run.run_id).info.status == "FINISHED"
 

@@ -1,6 +1,7 @@
 """Bad and odd files: the right frames or the right reason, every time; no hang, no crash, no request."""
 
 import http.server
+import os
 import re
 import threading
 import time
@@ -160,6 +161,10 @@ def harmless(found):
     assert found.reason.isascii()
     assert found.reason.isprintable()
     return found
+
+
+def test_making_them_leaves_these_tests_processes_like_others():
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 @pytest.mark.parametrize("kind", RIGHT)

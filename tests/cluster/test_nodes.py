@@ -1,6 +1,7 @@
-"""A cluster of several nodes, labelled as those in clouds: what runs where."""
+"""A cluster of several nodes, labelled as those in clouds: what runs where, and nodes that go."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from conftest import ROOT
 from mlflow.tracking import MlflowClient
 
 from crosslmm.data.shapes import write_sample_set
+from crosslmm.train import checkpoint
 
 sys.path.insert(0, str(ROOT / "jobs"))
 from local_cluster import LocalCluster
@@ -19,19 +21,23 @@ from local_nodes import ROLE_LABEL, Group
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-STEPS = 30
-DECODE, TRAIN = Group("decode", 1, cpus=1), Group("train", 2, cpus=1)
+STEPS, EVERY = 30, 5
+# One worker fits a node that trains, and then a decoder would still fit there.
+DECODE, TRAIN, WORKER_CPUS = Group("decode", 1, cpus=1), Group("train", 2, cpus=2), 1.5
 WORKER, DECODER = "RayTrainWorker", "MapWorker(MapBatches(ReadSamples))"
 DRIVES = {"Board", "TrainController", "DatasetManager", "SplitCoordinator", "SynchronizationActor"}
 DEADLINE_S = 500.0
 
 
 class Laboratory:
-    """Runs on a cluster, each in a folder of its own name."""
+    """Runs on a cluster, each in a folder of its own name; `slow` holds them up so that something may happen."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.orders = folder, folder / "orders"
+        self.orders.mkdir()
         self.environment = {
+            "FAULT_HOOKS": str(self.orders),
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "fault_hooks"), str(ROOT)]),
             "OMP_NUM_THREADS": "1",
             "RAY_worker_niceness": "0",  # or they starve beside anything else that runs here
         }
@@ -43,7 +49,8 @@ class Laboratory:
             "--config=tiny", f"--config={cluster.placement}", f"--name={name}", f"--storage={self.folder}/runs",
             f"--tracking.uri={self.tracking}", f"--data.manifest={self.folder}/data/train.jsonl",
             "--train.epochs=99", f"--train.max_steps={STEPS}", "--train.global_batch_size=8",
-            "--train.micro_batch_size=4", "--train.warmup_steps=2", "--train.checkpoint_every=10",
+            "--train.micro_batch_size=4", "--train.warmup_steps=2", f"--train.checkpoint_every={EVERY}",
+            f"--scaling.cpus_per_worker={WORKER_CPUS}",
         ]  # fmt: skip
 
     def submit(self, cluster: LocalCluster, *entrypoint: str) -> "Submitted":
@@ -51,6 +58,10 @@ class Laboratory:
 
     def train(self, cluster: LocalCluster, name: str, *more: str) -> "Submitted":
         return self.submit(cluster, "jobs/train.py", *self.settings(cluster, name), *more)
+
+    def checkpoints(self, name: str) -> list[checkpoint.Checkpoint]:
+        """Newest first."""
+        return checkpoint.sealed(str(self.folder / "runs" / name))
 
     def recorded(self, run_id: str) -> list[int]:
         """The steps in the record, as often as they are there."""
@@ -68,6 +79,13 @@ class Submitted:
                 command, env=cluster.environment, cwd="/", stdout=file, stderr=subprocess.STDOUT
             )
 
+    def until(self, condition, what: str) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert self.process.poll() is None, f"it ended before {what}:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"no {what}:\n{self.log.read_text()}"
+            time.sleep(0.2)
+
     def outcome(self) -> dict:
         """Its last line, once it has ended well."""
         assert self.process.wait(DEADLINE_S) == 0, self.log.read_text()
@@ -76,6 +94,11 @@ class Submitted:
     def details(self) -> dict:
         (mine,) = [job for job in submitted(self.cluster) if job["submission_id"] not in self._before]
         return mine
+
+    def known(self) -> bool:
+        """Whether its driver has begun."""
+        mine = [job for job in submitted(self.cluster) if job["submission_id"] not in self._before]
+        return bool(mine and mine[0]["driver_info"])
 
     def roles(self) -> dict[str, set[str]]:
         """What the nodes are for that the state API has the job's actors and tasks on, by class or name."""
@@ -103,6 +126,10 @@ def nodes(cluster: LocalCluster) -> list[dict]:
     return state(cluster, "nodes")
 
 
+def count(cluster: LocalCluster, role: str) -> int:
+    return sum(node["labels"][ROLE_LABEL] == role for node in cluster.alive())
+
+
 def placed(cluster: LocalCluster, job: Submitted, class_name: str) -> set[str]:
     """The nodes that a job's actors are or were on."""
     driver = job.details()["driver_info"]["id"]
@@ -121,8 +148,16 @@ def cluster(laboratory):
         yield cluster
 
 
+@pytest.fixture
+def slowly(laboratory):
+    """Half a second a step."""
+    (laboratory.orders / "slow").write_text("0.5")
+    yield
+    (laboratory.orders / "slow").unlink()
+
+
 def test_each_part_of_a_submitted_run_is_on_the_nodes_that_are_there_for_it(laboratory, cluster):
-    job = laboratory.train(cluster, "placed")
+    job = laboratory.train(cluster, "placed", "--scaling.decode_workers=3")
     outcome = job.outcome()
     (head,) = [node["node_id"] for node in nodes(cluster) if node["is_head_node"]]
     assert job.details()["driver_node_id"] == head
@@ -134,3 +169,21 @@ def test_each_part_of_a_submitted_run_is_on_the_nodes_that_are_there_for_it(labo
     assert [places for name, places in roles.items() if name.startswith("Read")] == [{"head"}]
     assert laboratory.recorded(outcome["run_id"]) == list(range(1, STEPS + 1))
     assert "machine   CPUs, fp32, sdpa, gloo" in job.log.read_text()
+
+
+@pytest.mark.parametrize("lost", [DECODE, TRAIN], ids=lambda group: group.role)
+def test_a_run_survives_the_loss_of_a_node(laboratory, cluster, slowly, lost):
+    name, at_work = f"lost-{lost.role}", DECODER if lost is DECODE else WORKER
+    job = laboratory.train(cluster, name)
+    if lost is DECODE:  # videos are small, and soon all of them are decoded
+        job.until(lambda: job.known() and placed(cluster, job, at_work), "decoder")
+    else:
+        job.until(lambda: laboratory.checkpoints(name), "checkpoint")
+    before, there = placed(cluster, job, at_work), count(cluster, lost.role)
+    cluster.nodes[lost.role].pop(0).stop()
+    cluster.add(lost)
+    outcome = job.outcome()
+    # It goes on where another node has come.
+    assert placed(cluster, job, at_work) - before
+    assert count(cluster, lost.role) == there
+    assert laboratory.recorded(outcome["run_id"]) == list(range(1, STEPS + 1))

@@ -18,6 +18,7 @@ from object_store import READER, object_store_in_use
 
 from crosslmm import storage
 from crosslmm.data.shapes import write_sample_set
+from crosslmm.doctor.preflight import ANSWER_WITHIN_S
 
 sys.path.insert(0, str(ROOT / "jobs"))
 from local_cluster import LocalCluster
@@ -247,7 +248,7 @@ def test_a_node_whose_clock_is_wrong(cluster, tracking_uri, tmp_path):
         printed, status = ask(cluster, tracking_uri)
     ((what, where, found, remedy),) = failures(printed)
     assert (status, what, where) == (1, "clock", "late")
-    assert 3590 < int(found.split()[0]) < 3700
+    assert 3600 - ANSWER_WITHIN_S <= int(found.split()[0]) <= 3600  # as long as the answer takes it may be less
     assert found.endswith("s behind the driver's")
     assert "chrony" in remedy
 
@@ -285,16 +286,16 @@ def test_a_node_that_the_store_is_out_of_reach_of(cluster, tracking_uri):
 
 
 def test_a_node_that_gives_out_a_gpu_that_torch_does_not_see(cluster, tracking_uri):
-    with node(cluster, "fast", {"CUDA_VISIBLE_DEVICES": ""}, options=["--num-gpus=1"]):
+    with node(cluster, "fast", options=["--num-gpus=16"]):  # more than any machine has
         printed, status = ask(cluster, tracking_uri, "--scaling.use_gpu=true")
     ((what, where, found, remedy),) = failures(printed)
     assert (status, what, where) == (1, "GPU", "fast")
-    assert "Ray gives out 1 GPUs here, and torch sees 0" in found
+    assert "Ray gives out 16 GPUs here, and torch sees " in found
     assert remedy.startswith("look at nvidia-smi there")
 
 
-@pytest.mark.parametrize("job", ["train", "tune"])
-def test_a_run_is_refused_before_it_starts_workers(cluster, tracking_uri, tmp_path, job):
+@pytest.mark.parametrize(("job", "own"), [("train", []), ("tune", ["--scheduler=none"])])
+def test_a_run_is_refused_before_it_starts_workers(cluster, tracking_uri, tmp_path, job, own):
     token = tmp_path / "token"
     shutil.copy(cluster.token, token)
     token.chmod(0o644)
@@ -310,6 +311,7 @@ def test_a_run_is_refused_before_it_starts_workers(cluster, tracking_uri, tmp_pa
             cluster,
             tracking_uri,
             "--data.validation_manifest=s3://doctor/data/held_out.jsonl",
+            *own,
             environment={"HOME": str(tmp_path)} | environment,
             job=job,
         )

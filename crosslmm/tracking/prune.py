@@ -7,10 +7,13 @@ the MLflow run of all. So the next call goes on where one was killed.
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
+import yaml
 from mlflow.entities import LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -18,8 +21,8 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.tracking import MlflowClient
 
 from crosslmm import storage
-from crosslmm.config import BadConfig, TrackingConfig, redacted
-from crosslmm.tracking.folder import BEGUN, SWEEP, read
+from crosslmm.config import BadConfig, TrackingConfig, flatten, redacted
+from crosslmm.tracking.folder import BEGUN, CONFIG, SWEEP, read, runs
 from crosslmm.tracking.record import KEY
 from crosslmm.tracking.server import refuses, tracking_uri, why
 
@@ -50,6 +53,11 @@ class Tree:
     def name(self) -> str:
         """Of the run in storage."""
         return str(self.runs[0].data.params["name"])
+
+    @property
+    def named(self) -> set[str]:
+        """What its configuration names."""
+        return {value for run in self.runs for value in run.data.params.values()}
 
     @property
     def ended(self) -> float:
@@ -109,13 +117,17 @@ class Retention:
                 reasons[tree.run_id] = f"one of the {keep} newest"
             elif now - tree.ended < older_than_days * DAY_S:
                 reasons[tree.run_id] = f"younger than {older_than_days:g} days"
+        for name, named in self._untold():
+            for tree in trees:
+                if tree.run_id not in reasons and _stands_on(named, tree):
+                    reasons[tree.run_id] = f"{name}, of which MLflow has not been told, was made from it"
         # What stays may have begun with weights of what does not, and that with others'.
         while found := {
             other.run_id: f"{tree.name} was made from it"
             for tree in trees
             if tree.run_id in reasons
             for other in trees
-            if other.run_id not in reasons and _stands_on(tree, other)
+            if other.run_id not in reasons and _stands_on(tree.named, other)
         }:
             reasons |= found
         return [
@@ -130,7 +142,8 @@ class Retention:
                 return f"{run.info.run_name} is {run.info.status} in MLflow"
         for folder in [tree.folder, *(storage.join(tree.folder, name) for name in storage.folders_in(tree.folder))]:
             begun = _begun(folder)
-            if begun and begun["status"] is None and begun.get("key") in {run.data.tags.get(KEY) for run in tree.runs}:
+            keys = {run.data.tags[KEY] for run in tree.runs if KEY in run.data.tags}
+            if begun and begun["status"] is None and begun.get("key") in keys:
                 return f"{begun['name']} is not ended in its folder"
         return None
 
@@ -175,6 +188,16 @@ class Retention:
             aliases = [alias for version in versions for alias in self._aliases(version)]
             yield Tree(tree, tuple(versions), tuple(aliases), storage.join(self.root, name))
 
+    def _untold(self) -> Iterator[tuple[str, set[str]]]:
+        """Runs in storage that are not in MLflow, where they wait for a replay, say, and what they name."""
+        known, found = {tree.folder for tree in self.trees}, []
+        with suppress(BadConfig):  # there are none at all
+            found = runs(self.root)
+        for name, folder in found:
+            if storage.join(self.root, name.split("/")[0]) not in known:
+                values = flatten(yaml.safe_load(storage.read_bytes(storage.join(folder, CONFIG)))).values()
+                yield name, {value for value in values if isinstance(value, str)}
+
     def _versions(self, run: Run) -> Iterator[ModelVersion]:
         return _pages(self.client.search_model_versions, filter_string=f"run_id = '{run.info.run_id}'")
 
@@ -193,7 +216,7 @@ class Retention:
         """Unless it is gone, or another run's that was begun under the name since."""
         top = tree.runs[0]
         begun, settled = _begun(tree.folder), storage.join(tree.folder, SWEEP)
-        if begun and begun.get("key") == top.data.tags[KEY]:
+        if begun and begun.get("key") == top.data.tags.get(KEY, ""):
             mark = BEGUN
         elif storage.exists(settled) and json.loads(storage.read_bytes(settled))["run_id"] == top.info.run_id:
             mark = SWEEP
@@ -223,7 +246,14 @@ def _begun(folder: str) -> dict[str, Any] | None:
     return read(folder) if storage.exists(storage.join(folder, BEGUN)) else None
 
 
-def _stands_on(tree: Tree, other: Tree) -> bool:
-    """Whether a tree's configuration names what lies in the other's folder: weights to begin with, say."""
-    values = {value for run in tree.runs for value in run.data.params.values()}
-    return any(value.startswith(f"{other.folder}/") for value in values)
+def _stands_on(named: Iterable[str], other: Tree) -> bool:
+    """Whether a configuration names what lies in a tree's folder: weights to begin with, say. Of a relative path nobody
+    knows any more where it began; one with the tree's name in it is taken for its."""
+    for value in named:
+        relative = "://" not in value and not value.startswith("/")
+        if relative and "/" in value and other.name in PurePosixPath(value).parts:
+            return True
+        with suppress(storage.BadLocation):  # a server's URI
+            if not relative and storage.within(storage.join(value, "it"), [other.folder]):
+                return True
+    return False

@@ -104,6 +104,20 @@ def test_what_is_old_goes_and_the_rest_says_why_it_stays(lab):
     assert lab.verdicts(keep=4)["old"] == (False, "one of the 4 newest")
 
 
+@pytest.mark.parametrize("way", ["{runs}/base/model", "{runs}//base/model/", "{runs}/base", "runs/base/model"])
+def test_whatever_way_weights_are_named_they_stay(lab, way):
+    lab.run("base", 50)
+    lab.run("grown", 20, f"--model.init_from={way.format(runs=lab.runs)}")
+    assert lab.verdicts()["base"] == (False, "grown was made from it")
+
+
+def test_a_run_that_mlflow_has_not_been_told_of_keeps_its_weights(lab):
+    lab.run("base", 50)
+    config = lab.config("waits", f"--model.init_from={lab.runs}/base/model")
+    tracking.begin(config, str(lab.runs / "waits"), {}, [])
+    assert lab.verdicts() == {"base": (False, "waits, of which MLflow has not been told, was made from it")}
+
+
 def test_a_model_with_an_alias_stays_and_one_that_was_superseded_goes(lab):
     first = lab.run("first", 50, model=True)
     second = lab.run("second", 40, model=True)

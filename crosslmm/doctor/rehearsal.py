@@ -33,7 +33,7 @@ def two_steps(config: RunConfig, manifests: Sequence[Manifest], folder: str) -> 
         placement.check_placement(short)
         if busy := _busy(short):
             return Finding("training", "", False, busy, "wait for it, or stop it (`ray job list`), and ask again")
-        short = machine.settled(short, machine.found(short, lambda line: None))
+        short = machine.settled(short, machine.found(short, lambda line: None, config.watchdog.startup_s))
         job = prepare(short, list(manifests), None, open_features(short, Rows(list(manifests))))
     except (BadConfig, storage.Unavailable) as error:
         return Finding("training", "", False, str(error), REMEDY)

@@ -183,11 +183,12 @@ def _step(
     }, stop
 
 
-def pinned(batch: BatchFeature) -> BatchFeature:
-    """A batch in memory from which a GPU copies while it computes; without one, the batch as it is."""
-    if not torch.cuda.is_available():
+def pinned(batch: BatchFeature, device: torch.device) -> BatchFeature:
+    """A batch in memory from which this GPU copies while it computes; without one, the batch as it is."""
+    if device.type != "cuda":
         return batch
-    return BatchFeature({name: value.pin_memory() for name, value in batch.items()})
+    with torch.cuda.device(device):  # a thread begins on the first GPU of the machine, and would make itself room there
+        return BatchFeature({name: value.pin_memory() for name, value in batch.items()})
 
 
 def _without_labels(batch: BatchFeature) -> BatchFeature:

@@ -1,6 +1,7 @@
 """What the nodes that train have, and what a run makes of it: precision, kernels, settings of CUDA and NCCL."""
 
 import importlib.util
+import math
 import os
 import time
 from collections.abc import Callable
@@ -8,8 +9,9 @@ from dataclasses import dataclass
 
 import ray
 import torch
+from ray.exceptions import RayError
 
-from crosslmm.config import RunConfig, validate_run
+from crosslmm.config import BadConfig, RunConfig, validate_run
 from crosslmm.data.features import BF16, Recipe
 from crosslmm.data.pipeline import block_rows
 from crosslmm.train import placement
@@ -54,15 +56,16 @@ def look() -> Machine:
     )
 
 
-def found(config: RunConfig, tell: Callable[[str], None]) -> Machine:
+def found(config: RunConfig, tell: Callable[[str], None], within_s: float = math.inf) -> Machine:
     """What the nodes that train have. On GPUs one of them is asked, and waited for: without it no run starts either.
 
     Args:
         config: the run.
         tell: takes a line, should it take long.
+        within_s: how long it is waited for [s].
 
     Raises:
-        BadConfig: the cluster can never have one.
+        BadConfig: the cluster can never have one, has none in this time, or the one that it has cannot say.
     """
     if not config.scaling.use_gpu:
         return Machine()
@@ -77,7 +80,14 @@ def found(config: RunConfig, tell: Callable[[str], None]) -> Machine:
         if not said and time.monotonic() - began > SAY_AFTER_S:
             said = True
             tell("machine   waits for a GPU")
-    machine: Machine = ray.get(answer)
+        if time.monotonic() - began > within_s:
+            ray.cancel(answer)
+            raise BadConfig(f"scaling.use_gpu: no GPU was free within {within_s:g} s; see `ray status`")
+    try:
+        machine: Machine = ray.get(answer)
+    except RayError as error:
+        line = str(error).strip().splitlines()[-1]
+        raise BadConfig(f"scaling.use_gpu: the node that trains cannot say what it has: {line}") from error
     return machine
 
 

@@ -180,7 +180,7 @@ def _peers(group: dist.ProcessGroup) -> dict[int, int]:
 
 def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: int) -> Iterator[loop.Step]:
     """This rank's part of each step from `first_step` on."""
-    train = job.config.train
+    train, device = job.config.train, ray.train.torch.get_device()
 
     def length_of(sample: Sample) -> int:
         (messages,), (videos,), _ = readable([sample])
@@ -188,7 +188,9 @@ def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: i
 
     def collate_step(samples: list[Sample]) -> loop.Step:
         micro = micro_batches(samples, train.micro_batch_size, train.micro_batch_tokens, length_of)
-        return loop.Step([loop.pinned(collate(part, process)) for part in micro], [sample.id for sample in samples])
+        return loop.Step(
+            [loop.pinned(collate(part, process), device) for part in micro], [sample.id for sample in samples]
+        )
 
     layout = job.training(first_step, dist.get_world_size())
     # One step's frames are held while those of the step before are trained on.

@@ -2,7 +2,7 @@
 
 Not run here, for want of Docker, a GPU and its compiler: the base images, apt's packages, users, and flash-attn's
 kernels, of which only the source's own build without them is (`FLASH_ATTENTION_SKIP_CUDA_BUILD`). uv's part is done by
-`python -m venv`, with the Python that runs the tests; and torch is the build that this machine's index has.
+`python -m venv`, with the Python that runs the tests; and torch is the build that the index at hand has.
 """
 
 import json

@@ -74,9 +74,6 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
     if not (config.data.validation_manifest or config.data.manifest == "sample"):
         raise BadConfig("data.validation_manifest: trials are compared on held-out samples; give their manifest")
     config = driver.resolve(config)
-    # Once for all trials: they are compared, and share features.
-    computes_on = machine.found(config, console.print)
-    config = machine.settled(config, computes_on)
     manifests = [Manifest(uri, config.data.roots) for uri in config.data.manifests]
     Manifest(str(config.data.validation_manifest), config.data.roots)
     total_steps = _steps(config, manifests)
@@ -92,6 +89,9 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
         raise BadConfig(f"--promote {chosen.promote}: trials are numbered from 0 to {most - 1}")
     preflight.enter()
     preflight.require_ready(config, manifests)
+    # Once for all trials: they are compared, and share features.
+    computes_on = machine.found(config, console.print)
+    config = machine.settled(config, computes_on)
     console.print(f"sweep     {config.name} (the same command with --name {config.name} goes on with it)")
     console.print(f"machine   {machine.described(config, computes_on)}")
     console.print(f"space     {space_name}: {', '.join(space)}")

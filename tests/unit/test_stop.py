@@ -22,7 +22,11 @@ def test_who_is_told_to_stop_waits_for_the_last_checkpoint():
         raise Stopped("after step 1")
 
     job = SimpleNamespace(board=SimpleNamespace(stop=SimpleNamespace(remote=told.set)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        launch._waiting(job, workers)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch._waiting(job, workers)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert taken == ["checkpoint"]

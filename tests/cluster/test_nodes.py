@@ -27,6 +27,12 @@ DECODE, TRAIN, WORKER_CPUS = Group("decode", 1, cpus=1), Group("train", 2, cpus=
 WORKER, DECODER = "RayTrainWorker", "MapWorker(MapBatches(ReadSamples))"
 DRIVES = {"Board", "TrainController", "DatasetManager", "SplitCoordinator", "SynchronizationActor"}
 DEADLINE_S = 500.0
+SPACE = """\
+from ray import tune
+
+def space(config):
+    return {"model.pool_stride": tune.grid_search([2, 3, 4, 8])}
+"""
 
 
 class Laboratory:
@@ -187,3 +193,21 @@ def test_a_run_survives_the_loss_of_a_node(laboratory, cluster, slowly, lost):
     assert placed(cluster, job, at_work) - before
     assert count(cluster, lost.role) == there
     assert laboratory.recorded(outcome["run_id"]) == list(range(1, STEPS + 1))
+
+
+def test_a_sweep_of_four_trials_uses_both_nodes_that_train(laboratory, cluster):
+    (laboratory.folder / "space.py").write_text(SPACE)
+    job = laboratory.submit(
+        cluster, "jobs/tune.py", *laboratory.settings(cluster, "sweep"), f"--space={laboratory.folder}/space.py",
+        "--scheduler=none", "--features=never", "--scaling.num_workers=1", "--train.max_steps=4",
+        "--train.validate_every=2", "--train.checkpoint_every=4",
+        f"--data.validation_manifest={laboratory.folder}/data/held_out.jsonl",
+    )  # fmt: skip
+    outcome = job.outcome()
+    assert (outcome["trials"], outcome["finished"]) == (4, 4), job.log.read_text()
+    assert "trials    4, 2 at a time" in job.log.read_text()
+    roles = job.roles()
+    assert roles[WORKER] == {"train"}
+    assert len(placed(cluster, job, WORKER)) == 2
+    assert roles[DECODER] == {"decode"}
+    assert roles["TrainController"] == {"head"}

@@ -287,7 +287,7 @@ def test_another_search_under_the_same_name_is_refused(cluster, swept, folder, a
 )
 def test_what_cannot_be_is_refused_before_anything_starts(tmp_path, arguments, said):
     done = subprocess.run([sys.executable, "jobs/tune.py", f"--storage={tmp_path}", *arguments], cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+                          capture_output=True, text=True, timeout=200)  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,10 @@ them out, whatever the machine has. GROUP=NODESxCPUS; the head, from which jobs 
     python jobs/local_cluster.py --nodes
     python jobs/local_cluster.py --nodes decode=1x1 train=2x2
 
+Nodes that an autoscaler adds when they are asked for, up to so many, and takes away when they have been idle:
+
+    python jobs/local_cluster.py --nodes decode=1x1 train=2x2 --autoscale
+
 It prints what to type in another terminal. A run is told where its parts belong by the file that it names there.
 """
 
@@ -33,15 +37,18 @@ import yaml
 from local_nodes import (
     OBJECT_STORE_BYTES,
     ROLE_LABEL,
+    SESSION,
     START_DEADLINE_S,
     Group,
     LocalNode,
     free_ports,
+    kill_session,
     ray,
     worker_options,
 )
 
 DEFAULT = ("decode=1x1", "train=2x1")
+IDLE_S = 60.0
 
 
 class LocalCluster:
@@ -54,6 +61,8 @@ class LocalCluster:
         num_cpus: CPUs that Ray may hand out on the head; default all, and with groups none.
         environment: added to what every process of the cluster inherits (`AWS_*`, say).
         groups: nodes beside the head.
+        idle_s: an autoscaler adds the nodes of the groups, and takes away those that have been idle for so long [s];
+            None starts them all at once, for good.
 
     Attributes:
         nodes: those beside the head that were started here, by role.
@@ -67,6 +76,7 @@ class LocalCluster:
         num_cpus: int | None = None,
         environment: dict[str, str] | None = None,
         groups: Sequence[Group] = (),
+        idle_s: float | None = None,
     ) -> None:
         # Short, for sockets live below it; private, for Ray makes its own folders readable to all.
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
@@ -90,6 +100,7 @@ class LocalCluster:
         # Train's helpers look for "the" cluster of this machine; tell them which. A job sets it for itself.
         self.environment.pop("RAY_ADDRESS", None)
         self.groups, self.nodes = list(groups), dict[str, list[LocalNode]]()
+        self._autoscaled = idle_s is not None
         if groups:
             num_cpus = num_cpus or 0
             # More processes than the few CPUs of a node, on which Ray remarks.
@@ -108,7 +119,15 @@ class LocalCluster:
             options |= {"--labels": f"{ROLE_LABEL}=head", "--object-store-memory": OBJECT_STORE_BYTES}
             self.placement = self.folder / "placement.yaml"
             self.placement.write_text(yaml.safe_dump(self._placement(), sort_keys=False))
-        self._head = LocalNode(options, self.environment, self.folder / "start.log")
+        head_environment = self.environment
+        if idle_s is not None:
+            import local_autoscaler
+
+            scales = local_autoscaler.config(self.gcs_address, num_cpus or 0, groups, idle_s, self.folder)
+            (self.folder / "autoscaler.json").write_text(json.dumps(scales))
+            options["--autoscaling-config"] = self.folder / "autoscaler.json"
+            head_environment = local_autoscaler.head_environment(self.environment)
+        self._head = LocalNode(options, head_environment, self.folder / "start.log")
 
     def _placement(self) -> dict[str, Any]:
         """A run's configuration: where its parts belong, as cluster/run.yaml says it of clouds."""
@@ -117,6 +136,10 @@ class LocalCluster:
             scaling |= {f"{group.role}_on": group.labels}
             if group.role == "train":
                 scaling |= {"worker_resources": {"train": 1}, "cpus_per_worker": 1}
+        if self._autoscaled:
+            scaling["node_types"] = [
+                {"most": group.nodes, "resources": group.resources, "labels": group.labels} for group in self.groups
+            ]
         return {"scaling": scaling}
 
     @property
@@ -132,7 +155,7 @@ class LocalCluster:
                 if time.monotonic() > deadline:
                     raise RuntimeError("the cluster's dashboard does not answer")
                 time.sleep(0.3)
-            for group in self.groups:
+            for group in self.groups if not self._autoscaled else []:
                 for _ in range(group.nodes):
                     self.add(group)
         except BaseException:
@@ -173,10 +196,12 @@ class LocalCluster:
         return [*ray(), "job", "submit", "--address", self.address, "--", *entrypoint]
 
     def stop(self) -> None:
-        """Kill every process of the cluster."""
+        """Kill every process of the cluster, those of the autoscaler's nodes too."""
         self._head.stop()
+        for file in self.folder.glob(f"*{SESSION}"):
+            kill_session(int(file.read_text()))
         for node in [node for nodes in self.nodes.values() for node in nodes]:
-            node.stop()
+            node.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -199,10 +224,20 @@ def main() -> None:
         metavar="GROUP=NODESxCPUS",
         help=f"nodes beside the head, of the groups decode and train (without a group: {' '.join(DEFAULT)})",
     )
+    parser.add_argument(
+        "--autoscale",
+        nargs="?",
+        type=float,
+        const=IDLE_S,
+        metavar="SECONDS",
+        help=f"add nodes when they are asked for, and take away those that were idle for so long (default {IDLE_S:g})",
+    )
     arguments = parser.parse_args()
     groups = [_group(text) for text in DEFAULT] if arguments.nodes == [] else arguments.nodes or []
+    if arguments.autoscale is not None and not groups:
+        parser.error("--autoscale: give --nodes, that is what there may be")
     print("starting a Ray cluster ...", flush=True)
-    with LocalCluster(groups=groups) as cluster:
+    with LocalCluster(groups=groups, idle_s=arguments.autoscale) as cluster:
         where = f" --config tiny --config {cluster.placement}" if groups else ""
         print(f"""Dashboard {cluster.address}. In another terminal, in the same folder:
 

@@ -18,6 +18,8 @@ ROLE_LABEL: str = yaml.safe_load((Path(__file__).parent.parent / "cluster" / "fa
 START_DEADLINE_S = 240.0
 STARTED = "Ray runtime started"
 """What `ray start` says then."""
+SESSION = ".session"
+"""Of the file beside a node's log that holds its session id."""
 OBJECT_STORE_BYTES = 2**30
 """Of each of several nodes: by itself each would take a third of the machine's memory."""
 
@@ -28,9 +30,11 @@ class Group:
 
     role: str
     nodes: int
-    """So many of them."""
+    """So many of them; with an autoscaler at most."""
     cpus: int
     """Of each of them, whatever the machine has [cores]."""
+    least: int = 0
+    """With an autoscaler: that are always there."""
 
     @property
     def resources(self) -> dict[str, int]:
@@ -71,6 +75,8 @@ class LocalNode:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        # For who did not start it: an autoscaler's nodes end with their cluster.
+        log.with_suffix(SESSION).write_text(str(self.session))
 
     def wait(self) -> None:
         """Until it is there. Nodes that start at the same time on one machine take each other's names of sockets.
@@ -93,6 +99,7 @@ class LocalNode:
         """Kill every process of the node, without a word."""
         kill_session(self.session)
         self.process.wait()
+        self.log.with_suffix(SESSION).unlink(missing_ok=True)
 
 
 def kill_session(session: int) -> None:

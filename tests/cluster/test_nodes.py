@@ -1,4 +1,4 @@
-"""A cluster of several nodes, labelled as those in clouds: what runs where, and nodes that go."""
+"""A cluster of several nodes, labelled as those in clouds: what runs where, nodes that come, and nodes that go."""
 
 import json
 import os
@@ -211,3 +211,26 @@ def test_a_sweep_of_four_trials_uses_both_nodes_that_train(laboratory, cluster):
     assert len(placed(cluster, job, WORKER)) == 2
     assert roles[DECODER] == {"decode"}
     assert roles["TrainController"] == {"head"}
+
+
+def test_an_autoscaler_adds_a_node_that_trains_and_takes_it_away_again(laboratory, slowly):
+    groups = [DECODE, Group("train", 2, cpus=2, least=1)]
+    (laboratory.orders / "slow").write_text("1")
+    with LocalCluster(environment=laboratory.environment, groups=groups, idle_s=5.0) as cluster:
+        wait_for(lambda: count(cluster, "train") == 1, "first node that trains")
+        job = laboratory.train(cluster, "scaled", "--scaling.num_workers=[1, 2]", "--scaling.resize_every_s=5")
+        job.until(lambda: count(cluster, "train") == 2, "second node that trains")
+        job.until(lambda: {one.world_size for one in laboratory.checkpoints("scaled")} >= {2}, "two ranks")
+        assert len(placed(cluster, job, WORKER)) == 2
+        (laboratory.orders / "slow").write_text("0")
+        outcome = job.outcome()
+        assert laboratory.recorded(outcome["run_id"]) == list(range(1, STEPS + 1))
+        assert job.roles()[DECODER] == {"decode"}
+        wait_for(lambda: (count(cluster, "train"), count(cluster, "decode")) == (1, 0), "end of idle nodes")
+
+
+def wait_for(condition, what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.5)

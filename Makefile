@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo sweep test faults cluster images lint format ui clean
+.PHONY: demo sweep test faults cluster images gpu lint format ui clean
 .DEFAULT_GOAL := demo
 
 .venv/.complete: pyproject.toml constraints.txt
@@ -20,7 +20,7 @@ sweep: .venv/.complete
 	$(BIN)/python jobs/tune.py --config tiny --config tiny-sweep --space joint --trials 12 --promote best
 
 test: .venv/.complete
-	$(BIN)/python -m pytest -m 'not fault and not cluster and not image'
+	$(BIN)/python -m pytest -m 'not fault and not cluster and not image and not gpu'
 
 # Half an hour and more.
 faults: .venv/.complete
@@ -34,6 +34,11 @@ cluster: .venv/.complete
 # Installs all that is in the images.
 images: .venv/.complete
 	$(BIN)/python -m pytest -m image
+
+# On a machine with an NVIDIA GPU, CUDA's build of torch and, for its own tests, the extra flash.
+gpu: .venv/.complete
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.gpu --json
 
 lint: .venv/.complete
 	$(BIN)/ruff format --check .

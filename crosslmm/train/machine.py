@@ -1,6 +1,5 @@
 """What the nodes that train have, and what a run makes of it: precision, kernels, settings of CUDA and NCCL."""
 
-import importlib.util
 import math
 import os
 import time
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import ray
 import torch
 from ray.exceptions import RayError
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from crosslmm.config import BadConfig, RunConfig, validate_run
 from crosslmm.data.features import BF16, Recipe
@@ -38,7 +38,7 @@ class Machine:
     bf16: bool = False
     """The GPU computes in it."""
     flash: bool = False
-    """flash-attn is there, and the GPU can run it."""
+    """flash-attn is there as Transformers wants it, and the GPU can run it."""
     nccl: str = ""
     """Version."""
 
@@ -51,7 +51,7 @@ def look() -> Machine:
     return Machine(
         gpu=torch.cuda.get_device_name(),
         bf16=ampere,
-        flash=ampere and importlib.util.find_spec("flash_attn") is not None,
+        flash=ampere and is_flash_attn_2_available(),
         nccl=".".join(map(str, torch.cuda.nccl.version())),
     )
 

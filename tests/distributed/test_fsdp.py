@@ -67,7 +67,7 @@ def fixed_batch(processor, config: RunConfig):
     return shown(processor, config, talks, videos)
 
 
-def sharded(config: RunConfig, gates: float):
+def sharded(config: RunConfig, gates: float, device: str = "cpu"):
     """The run's model over all ranks, its cross-attentions at work, and its processor."""
     processor = build_processor(config.model)
 
@@ -77,17 +77,20 @@ def sharded(config: RunConfig, gates: float):
             open_gates(model, gates)
         return model
 
-    return parallelize(build, config.train, torch.device("cpu")), processor
+    return parallelize(build, config.train, torch.device(device)), processor
 
 
-def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrides: tuple[str, ...] = ()) -> None:
+def train(
+    rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrides: tuple[str, ...] = (), device: str = "cpu"
+) -> None:
     torch.set_num_threads(1)
     # pytest's filters do not reach here. What FSDP says about a module's output is about wrong gradients.
     warnings.filterwarnings("error", category=UserWarning, module=r"torch\.distributed\.fsdp.*")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{ranks}-{resume}-{stop}", rank=rank,
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous-{ranks}-{resume}-{stop}", rank=rank,
                             world_size=ranks)  # fmt: skip
     config = run_config(ranks, *overrides)
-    model, processor = sharded(config, gates=0.3)
+    model, processor = sharded(config, 0.3, device)
     optimizer = build_optimizer(model, config.train)
     group, losses, first = dist.new_group(backend="gloo"), {}, 0
     with checkpoint.newest(str(folder), group, print) as found:
@@ -108,12 +111,15 @@ def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrid
                     dist.barrier()
                     os._exit(0)  # as a spot node goes: without a word
 
-    given = (loop.Step(micro, []) for micro in batches(processor, config, ranks, rank, first))
+    given = (
+        loop.Step([loop.pinned(batch, torch.device(device)) for batch in micro], [])
+        for micro in batches(processor, config, ranks, rank, first)
+    )
     loop.train(config, model, optimizer, given, range(first, STEPS), Around())
     saver.close()
     model.eval()
     with torch.no_grad():
-        loss = float(model(**fixed_batch(processor, config)).loss)
+        loss = float(model(**fixed_batch(processor, config).to(device)).loss)
     checkpoint.export(folder / "export", model, processor)
     if rank == 0:
         (folder / "sharded-loss.json").write_text(json.dumps(loss))
@@ -122,9 +128,12 @@ def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrid
     dist.destroy_process_group()
 
 
-def spawn(ranks: int, folder: Path, resume: bool = False, stop: bool = False, overrides: tuple[str, ...] = ()) -> dict:
+def spawn(
+    ranks: int, folder: Path, resume: bool = False, stop: bool = False, overrides: tuple[str, ...] = (),
+    device: str = "cpu",
+) -> dict:  # fmt: skip
     folder.mkdir(exist_ok=True)
-    torch.multiprocessing.spawn(train, (ranks, folder, resume, stop, overrides), nprocs=ranks)
+    torch.multiprocessing.spawn(train, (ranks, folder, resume, stop, overrides, device), nprocs=ranks)
     written = folder / f"losses-{ranks}.json"
     return {int(k): v for k, v in json.loads(written.read_text()).items()} if written.exists() else {}
 

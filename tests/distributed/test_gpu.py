@@ -1,0 +1,160 @@
+"""What only a GPU can show: CUDA's kernels, NCCL, bf16, pinned memory, flash-attn: `make gpu`, where there is one."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, conversation, open_gates, random_frames
+from test_fsdp import STEPS, STOP_AFTER, spawn, weights
+
+from crosslmm.command_line import parse_run
+from crosslmm.model.pretrained import build_model, build_processor
+from crosslmm.train import machine
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
+with_flash = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed")
+# Heads of 64 channels, as flash-attn's own kernels want them.
+WIDE = ["--model.vision.hidden_size=256", "--model.language.hidden_size=256"]
+
+
+@pytest.fixture(scope="module")
+def padded():
+    """Model, batch and prompts: conversations of different lengths, with 4, 2, no and 1 frames."""
+    config = parse_run(["--model.vision.patch_size=8", "--model.pool_stride=3", *WIDE], "")
+    processor = build_processor(config.model)
+    model = build_model(config.model, processor, seed=0)
+    open_gates(model, 0.5)
+    videos = [[random_frames(4, 1)], [random_frames(2, 2)], [], [random_frames(1, 3)]]
+    questions = ["Which shape is it?", "Which way does it move, and what colour is it?", "What is red?", "Why?"]
+    talks = [conversation(q, "red circle", video=bool(v)) for q, v in zip(questions, videos, strict=True)]
+    prompts = processor([talk[:1] for talk in talks], videos, answer=True)
+    return model.eval(), processor(talks, videos), prompts
+
+
+def said(model, batch, attention, dtype, device):
+    """Logits at the labelled positions, and every parameter's gradient; float32 on the CPU."""
+    model.set_attn_implementation(attention)
+    model.to(device, dtype).zero_grad(set_to_none=True)
+    batch = {name: value.to(device) for name, value in batch.items()}
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    model(**batch).loss.backward()
+    gradients = {name: p.grad.float().cpu().clone() for name, p in model.named_parameters()}
+    return logits[batch["labels"] != -100].detach().float().cpu(), gradients
+
+
+def differ(ours, theirs):
+    """||ours - theirs|| / ||theirs||."""
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def compared(model, batch, attention, dtype):
+    """Beside float32 on the CPU: how the logits differ, and all gradients as one vector."""
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    right, right_gradients = said(model, batch, "eager", torch.float32, "cpu")
+    ours, gradients = said(model, batch, attention, dtype, "cuda")
+    model.to("cpu", torch.float32).load_state_dict(start)  # bf16 rounded them
+    assert ours.isfinite().all()
+    flat = [torch.cat([g[name].flatten() for name in right_gradients]) for g in (gradients, right_gradients)]
+    return differ(ours, right), differ(*flat)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_float32_says_what_the_cpu_says(padded, attention):
+    logits, gradients = compared(*padded[:2], attention, torch.float32)
+    assert logits < 1e-4
+    assert gradients < 1e-3
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flash_attention_2", marks=with_flash)])
+def test_bf16_says_what_float32_says_but_for_its_rounding(padded, attention):
+    logits, gradients = compared(*padded[:2], attention, torch.bfloat16)
+    assert logits < 3e-2
+    assert gradients < 1e-1
+
+
+@with_flash
+def test_flash_attention_answers_as_sdpa_does(padded):
+    """Greedy, with caches, left-padded prompts."""
+    model, _, prompts = padded
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    given = {name: value.cuda() for name, value in prompts.items()}
+    model.to("cuda", torch.bfloat16)
+    scores = []
+    for attention in ("sdpa", "flash_attention_2"):
+        model.set_attn_implementation(attention)
+        out = model.generate(
+            **given, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        scores.append(torch.stack(out.logits).float().cpu())
+    model.to("cpu", torch.float32).load_state_dict(start)
+    assert differ(scores[1][0], scores[0][0]) < 3e-2
+
+
+@pytest.fixture(scope="module")
+def on_the_gpu(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    return spawn(1, folder, device="cuda"), folder
+
+
+def test_training_over_nccl_equals_training_on_the_cpu(on_the_gpu, tmp_path):
+    cpu = spawn(1, tmp_path / "cpu")
+    assert sorted(on_the_gpu[0]) == list(range(1, STEPS + 1))
+    for step, values in on_the_gpu[0].items():
+        assert values == pytest.approx(cpu[step], rel=1e-3)
+
+
+def test_kill_and_resume_gives_the_losses_and_weights_of_no_kill(on_the_gpu, tmp_path):
+    """But for the last bits: CUDA sums in whatever order its threads come."""
+    assert spawn(1, tmp_path / "killed", stop=True, device="cuda") == {}
+    resumed = spawn(1, tmp_path / "killed", resume=True, device="cuda")
+    assert sorted(resumed) == list(range(STOP_AFTER + 1, STEPS + 1))
+    for step, values in resumed.items():
+        assert values == pytest.approx(on_the_gpu[0][step], rel=1e-5)
+    theirs = weights(on_the_gpu[1])
+    for name, value in weights(tmp_path / "killed").items():
+        torch.testing.assert_close(value, theirs[name], atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_with_checkpointing_trains(on_the_gpu, tmp_path):
+    half = ("--train.precision=bf16", "--train.activation_checkpointing=true")
+    for step, (loss, _) in spawn(1, tmp_path / "half", overrides=half, device="cuda").items():
+        assert loss == pytest.approx(on_the_gpu[0][step][0], rel=3e-2)
+
+
+def test_what_is_found(on_the_gpu):
+    found = machine.look()
+    assert found.gpu == torch.cuda.get_device_name()
+    assert found.bf16 == torch.cuda.is_bf16_supported(including_emulation=False)
+    assert found.nccl.count(".") == 2
+
+
+def job(folder, name, *more):
+    """Run to its end -> what it printed."""
+    command = [
+        sys.executable, f"jobs/{name}.py", "--scaling.use_gpu=true", "--scaling.num_workers=1",
+        "--train.precision=auto", "--model.attention=auto", f"--storage={folder}", f"--tracking.uri=sqlite:///{folder}/m.db",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [*command, *more], cwd=ROOT, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_a_run_from_video_to_answers(tmp_path):
+    """The real entry points: what is found is said, a run learns and goes on where it stopped."""
+    steps = ["--name=gpu", "--train.checkpoint_every=20", "--train.validate_every=40"]
+    printed = job(tmp_path, "train", *steps, "--train.max_steps=40")
+    attention = "flash_attention_2" if machine.look().flash else "sdpa"
+    assert f"{torch.cuda.get_device_name()}, bf16, {attention}, NCCL " in printed
+    outcome = json.loads(printed.strip().splitlines()[-1])
+    assert outcome["steps"] == 40
+    assert "all is well" in job(tmp_path, "doctor", *steps)
+    frozen = ["--train.learning_rate.vision=0", "--name=features"]
+    encoded = json.loads(job(tmp_path, "encode", *frozen).strip().splitlines()[-1])
+    printed = job(tmp_path, "train", *frozen, f"--data.features={encoded['folder']}", "--train.max_steps=20")
+    assert json.loads(printed.strip().splitlines()[-1])["steps"] == 20

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import EncoderDecoderCache, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from benchmarks import report
+from crosslmm.command_line import parse_run
 from crosslmm.model import CrossLMMConfig, CrossLMMForConditionalGeneration, cost
 
 FRAMES = (8, 16, 32, 64)
@@ -73,7 +74,12 @@ def encoder_intermediate(size: Proportion) -> int:
 
 
 def configurations(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Vision and text fields, of both models alike."""
+    """Vision and text fields, of both models alike: of a proportion, or a preset's."""
+    if name not in PROPORTIONS:
+        model = parse_run([f"--config={name}"], "").model
+        assert model.vision is not None
+        assert model.language is not None
+        return {**model.vision, "image_size": SIDE}, model.language
     size = PROPORTIONS[name]
     text = {
         "model_type": "qwen2", "vocab_size": size.vocabulary, "hidden_size": size.width, "num_hidden_layers": LAYERS,

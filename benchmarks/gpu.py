@@ -1,0 +1,289 @@
+"""What a GPU says of it all, at the paper's sizes: python -m benchmarks.gpu [--json].
+
+(a) Training steps of the presets on one GPU, through `crosslmm.train`: NCCL, FSDP, bf16, checkpointed activations. The
+    most memory they take, against `jobs/plan.py`'s (`ratio_...`, limit 0.8 to 1.2), and the share of the GPU's dense
+    FLOP/s that they reach, recomputation counted as work: the `utilisation` that the planner assumes.
+(b) CrossLMM's prefill beside Transformers' own LLaVA-OneVision in bf16, in turns: seconds, and peak memory above the
+    weights, with the logits of every position and of the last one; reductions averaged over the frames, as the paper
+    has them for the 7B.
+(c) Training steps with flash-attn, where it is installed, over those with SDPA (`flash_over_sdpa`).
+
+Random weights: neither time nor memory knows. Wants 80 GB; about four minutes. What does not fit is said so.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import importlib.util
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+from transformers import BatchFeature
+
+from benchmarks import report
+from benchmarks.memory import LIMIT
+from benchmarks.model import PAPER, Ours, Theirs, prefill, reduction
+from crosslmm.command_line import parse_run
+from crosslmm.config import RunConfig
+from crosslmm.model import CrossLMMForConditionalGeneration
+from crosslmm.model.cost import TEXT, VIDEO, training_memory, training_trace
+from crosslmm.model.pretrained import build_config
+from crosslmm.plan import GPUS, Assumptions
+from crosslmm.train.loop import Around, Metrics, Step, pinned, train
+from crosslmm.train.optim import build_optimizer
+from crosslmm.train.parallel import parallelize
+
+FRAMES = (32, 64, 128, 256)
+ROUNDS = 5
+STEPS, WARM = 8, 3
+"""Of training; the first ones are not timed."""
+TEXT_TOKENS = Assumptions().text_tokens
+
+
+class Setting(NamedTuple):
+    """A training run."""
+
+    model: str
+    stage: str
+    frames: int
+    micro_batch: int
+    attention: str = "sdpa"
+
+    @property
+    def name(self) -> str:
+        """As the figure is called."""
+        kernels = "" if self.attention == "sdpa" else "_flash"
+        return f"{self.model}_{self.stage}_frames{self.frames}x{self.micro_batch}{kernels}".replace("-", "")
+
+
+SETTINGS = [
+    Setting("paper-2b", "stage-1", 32, 4),
+    Setting("paper-2b", "stage-2", 64, 1),
+    Setting("paper-2b", "stage-2", 256, 1),
+    Setting("paper-7b", "stage-1", 64, 1),
+]
+WITH_FLASH = [setting._replace(attention="flash_attention_2") for setting in SETTINGS[:3]]
+
+
+def configured(setting: Setting) -> RunConfig:
+    """One rank, one micro-batch a step."""
+    return parse_run(
+        [
+            f"--config={setting.model}", f"--config={setting.stage}", f"--data.num_frames={setting.frames}",
+            f"--model.attention={setting.attention}", "--train.precision=bf16", "--scaling.num_workers=1",
+            f"--train.micro_batch_size={setting.micro_batch}", f"--train.global_batch_size={setting.micro_batch}",
+        ],
+        "",
+    )  # fmt: skip
+
+
+def batch(config: RunConfig, side: int, tokens_per_frame: int) -> BatchFeature:
+    """Videos of noise, each with its text, all of it labelled."""
+    frames, size = config.data.num_frames, config.train.micro_batch_size
+    input_ids = torch.tensor([[VIDEO] * frames * tokens_per_frame + [TEXT] * TEXT_TOKENS] * size)
+    return BatchFeature({
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "labels": input_ids.masked_fill(input_ids == VIDEO, -100),
+        "pixel_values": torch.randint(0, 256, (size * frames, 3, side, side), dtype=torch.uint8),
+        "num_frames": torch.tensor([[frames]] * size),
+    })  # fmt: skip
+
+
+class Seconds(Around):
+    """Of every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Takes the step's own."""
+        self.steps.append(metrics["step_s"])
+
+
+def trained(setting: Setting) -> dict[str, float]:
+    """Seconds of a step, and the most bytes allocated and reserved since the model stood."""
+    config, device = configured(setting), torch.device("cuda")
+
+    def build(weights: bool) -> CrossLMMForConditionalGeneration:
+        model_config = build_config(config.model, video_token_id=VIDEO)
+        model_config._attn_implementation = config.model.attention
+        with device if weights else contextlib.nullcontext():
+            return CrossLMMForConditionalGeneration(model_config)
+
+    model: Any = parallelize(build, config.train, device)
+    emptied()
+    optimizer = build_optimizer(model, config.train)
+    made = batch(config, model.config.vision_config.image_size, model.config.tokens_per_frame)
+    given, around = Step([pinned(made, device)], []), Seconds()
+    train(config, model, optimizer, iter([given] * STEPS), range(STEPS), around)
+    return {
+        "step_s": statistics.median(around.steps[WARM:]),
+        "allocated_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+    }
+
+
+def training(settings: list[Setting]) -> Iterator[dict[str, Any]]:
+    """What each takes, and what the planner says of it."""
+    peak = next((gpu.flops["bf16"] for name, gpu in GPUS.items() if name in torch.cuda.get_device_name().lower()), None)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    for setting in settings:
+        row: dict[str, Any] = {"setting": setting.name}
+        try:
+            row |= trained(setting)
+        except torch.OutOfMemoryError:
+            row["step_s"] = None
+        emptied()
+        if row["step_s"] is not None:
+            row["predicted_bytes"], row["flops"] = planned(setting._replace(attention="sdpa"))
+            row["utilisation"] = peak and row["flops"] / row["step_s"] / peak
+        yield row
+    dist.destroy_process_group()
+
+
+@functools.cache
+def planned(setting: Setting) -> tuple[int, int]:
+    """Bytes and floating-point operations of a step, as `jobs/plan.py` has them."""
+    config = configured(setting)
+    traced = training_trace(config, setting.frames, TEXT_TOKENS)
+    return training_memory(config, traced).total, traced.flops
+
+
+def emptied() -> None:
+    """Garbage goes, and the most memory is counted anew."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def said(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows, each printed as it comes: minutes lie between them."""
+    for row in rows:
+        print(row, file=sys.stderr, flush=True)
+        yield row
+
+
+@torch.no_grad()
+def prefills(preset: str) -> list[dict[str, Any]]:
+    """One row a frame count, of both; an arm that does not fit is missing in it."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            chunk = parse_run([f"--config={preset}"], "").model.encoder_chunk
+            arms: dict[str, Ours | Theirs] = {"ours": Ours(preset, encoder_chunk=chunk), "theirs": Theirs(preset)}
+            return list(said(_prefill_row(arms, frames) for frames in FRAMES))
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _prefill_row(arms: dict[str, Ours | Theirs], frames: int) -> dict[str, Any]:
+    inputs = {name: arm.inputs(frames) for name, arm in arms.items()}
+    peaks: dict[str, dict[str, int]] = {"all_logits": {}, "last_logit": {}}
+    for kind, keep in (("all_logits", 0), ("last_logit", 1)):
+        for name, arm in arms.items():
+            emptied()
+            before = torch.cuda.memory_allocated()
+            with contextlib.suppress(torch.OutOfMemoryError):
+                prefill(arm, inputs[name], keep)
+                # The pixels count, as the paper has them.
+                pixels = next(value for key, value in inputs[name].items() if "pixel" in key)
+                peaks[kind][name] = torch.cuda.max_memory_allocated() - before + pixels.nbytes
+    emptied()
+    timed = {name: functools.partial(prefill, arm, inputs[name]) for name, arm in arms.items()}
+    return {"frames": frames, "memory_bytes": peaks, "prefill_s": in_turns(timed)}
+
+
+def in_turns(works: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+    """Median seconds on the GPU of each, one after the other, round by round; the first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(ROUNDS + 1):
+        for name, work in works.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            seconds[name].append(begin.elapsed_time(end) / 1000)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here; python -m benchmarks.model and benchmarks.memory run on CPUs")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as crosslmm.train.machine has it
+    flash = WITH_FLASH if importlib.util.find_spec("flash_attn") else []
+    rows = list(said(training([*SETTINGS, *flash])))
+    beside = {preset: prefills(preset) for preset in ("paper-2b", "paper-7b")}
+    figures: dict[str, float] = {}
+    for row in rows:
+        if row["step_s"] is not None:
+            figures[f"ratio_{row['setting']}"] = row["predicted_bytes"] / row["allocated_bytes"]
+            if row["utilisation"] is not None:
+                figures[f"utilisation_{row['setting']}"] = row["utilisation"]
+    for preset, of_one in beside.items():
+        measured = {"prefill_time_reduction": reduction(of_one, lambda row: row["prefill_s"])}
+        for figure, kind in (("memory_reduction", "all_logits"), ("memory_reduction_last_logit", "last_logit")):
+            both = [row for row in of_one if len(row["memory_bytes"][kind]) == 2]
+            measured[figure] = reduction(both, lambda row, kind=kind: row["memory_bytes"][kind])  # type: ignore[misc]
+        figures |= {f"{name}_{preset.removeprefix('paper-')}": value for name, value in measured.items()}
+    by_name = {row["setting"]: row["step_s"] for row in rows}
+    for setting in flash:
+        sdpa, packed = by_name[setting._replace(attention="sdpa").name], by_name[setting.name]
+        if sdpa and packed:
+            figures[f"flash_over_sdpa_{setting.name}"] = packed / sdpa
+    table = _training_table(rows)
+    report("gpu training", table, {}, None, False)
+    report("gpu", _prefill_table(beside, figures), figures, {"training": rows, "prefill": beside}, arguments.json)
+
+
+def _training_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"training steps on one {torch.cuda.get_device_name()}")
+    for heading in ("setting", "step [s]", "utilisation", "allocated [GB]", "reserved [GB]", "predicted [GB]",
+                    f"predicted / allocated (limit 1 ± {LIMIT})"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading == "setting" else "right")
+    for row in rows:
+        if row["step_s"] is None:
+            table.add_row(row["setting"], "does not fit")
+            continue
+        ratio = row["predicted_bytes"] / row["allocated_bytes"]
+        gigabytes = (f"{row[key] / 1e9:.1f}" for key in ("allocated_bytes", "reserved_bytes", "predicted_bytes"))
+        utilisation = f"{row['utilisation']:.2f}" if row["utilisation"] else "unknown GPU"
+        missed = "" if abs(ratio - 1) <= LIMIT else "  MISSED"
+        table.add_row(row["setting"], f"{row['step_s']:.3f}", utilisation, *gigabytes, f"{ratio:.3f}{missed}")
+    return table
+
+
+def _prefill_table(beside: dict[str, list[dict[str, Any]]], figures: dict[str, float]) -> Table:
+    table = Table(title="prefill, CrossLMM / LLaVA-OneVision, bf16: less is better")
+    for heading in ("preset", "frames", "prefill [s]", "all logits [GB]", "last logit [GB]"):
+        table.add_column(heading, justify="right")
+
+    def pair(values: dict[str, float], unit: float, digits: int) -> str:
+        return " / ".join(f"{values[a] / unit:.{digits}f}" if a in values else "too much" for a in ("ours", "theirs"))
+
+    for preset, of_one in beside.items():
+        for row in of_one:
+            memory = (pair(row["memory_bytes"][kind], 1e9, 2) for kind in ("all_logits", "last_logit"))
+            table.add_row(preset, str(row["frames"]), pair(row["prefill_s"], 1, 3), *memory)
+    table.caption = "\n".join(
+        f"{name} {value:.3f}" + (f" (the paper: {PAPER[name[:-3]]:.3f})" if name[:-3] in PAPER and "7b" in name else "")
+        for name, value in figures.items()
+    )
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -267,7 +267,7 @@ def test_the_job_prints_plain_counts_as_json_and_nothing_else():
 def test_the_job_prints_a_table_and_what_it_assumed(run_job):
     status, out, _ = run_job("--config", "tiny")
     assert status == 0
-    for words in ("attention products", "KV caches", "--utilisation 0.35", "--decode_speed 62.0", "fits"):
+    for words in ("attention products", "KV caches", "--utilisation 0.2", "--decode_speed 62.0", "fits"):
         assert words in out
 
 

@@ -46,9 +46,9 @@ from crosslmm.train.parallel import parallelize
 
 LIMITS = {"step_over_bare": "<= 1.05"}
 RANKS, BATCHES = 2, 4
-ROUND = 40
+ROUND = 70
 """Steps in a turn, and between checkpoints: one is begun in the middle of each turn, and sealed before its end. That is
-one in 40 s; the presets take one in 500 steps of seconds each."""
+one a minute; the presets take one in 500 steps of seconds each."""
 NICENESS = 15
 """Of Ray's workers (RAY_worker_niceness)."""
 QUESTION, ANSWER = "Which way does it move, and what colour is it?", "right, red"
@@ -247,7 +247,7 @@ def main() -> None:
     """Measure the points asked for and print each figure beside its limit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--starts", type=int, default=2)
     parser.add_argument("--points", default="ba", help="which of a and b (default: both)")
     arguments = parser.parse_args()

@@ -29,6 +29,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -236,8 +237,11 @@ def main() -> None:
     groups = [_group(text) for text in DEFAULT] if arguments.nodes == [] else arguments.nodes or []
     if arguments.autoscale is not None and not groups:
         parser.error("--autoscale: give --nodes, that is what there may be")
+    # A closed terminal and `kill` as Ctrl-C: nodes have sessions of their own, and would outlive this process.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)
     print("starting a Ray cluster ...", flush=True)
-    with LocalCluster(groups=groups, idle_s=arguments.autoscale) as cluster:
+    with suppress(KeyboardInterrupt), LocalCluster(groups=groups, idle_s=arguments.autoscale) as cluster:
         where = f" --config tiny --config {cluster.placement}" if groups else ""
         print(f"""Dashboard {cluster.address}. In another terminal, in the same folder:
 
@@ -245,10 +249,8 @@ def main() -> None:
   {ray()[0]} job submit -- python jobs/train.py{where}
 
 Ctrl-C stops the cluster.""", flush=True)  # fmt: skip
-        try:
-            signal.pause()
-        except KeyboardInterrupt:
-            print("stopping")
+        signal.pause()
+    print("stopped")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Clusters that this project starts: who may use them."""
 
+import itertools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import psutil
 import pytest
@@ -46,6 +49,20 @@ def test_a_local_cluster_s_token_is_private_and_its_dashboard_is_on_loopback():
         assert {address.ip for address in listeners} == {"127.0.0.1"}
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=10)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_nothing_of_a_local_cluster_outlives_the_command_that_started_it(ending):
+    command = [sys.executable, str(ROOT / "jobs" / "local_cluster.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        said = "".join(itertools.takewhile(lambda line: "Ctrl-C" not in line, process.stdout))
+        folder = Path(said.split("RAY_AUTH_TOKEN_PATH=")[1].split()[0]).parent
+        own = psutil.Process(process.pid).children(recursive=True)
+        assert own
+        process.send_signal(ending)
+        assert process.wait(timeout=60) == 0
+    assert not [child for child in own if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("module", ["train.placement", "data.tasks"])

@@ -8,14 +8,14 @@
     has them for the 7B.
 (c) Training steps with flash-attn, where it is installed, over those with SDPA (`flash_over_sdpa`).
 
-Random weights: neither time nor memory knows. Wants 80 GB; about four minutes. What does not fit is said so.
+Random weights: neither time nor memory knows. An arm or a setting that does not fit into the GPU's memory is left out.
 """
 
 import argparse
 import contextlib
 import functools
 import gc
-import importlib.util
+import itertools
 import os
 import statistics
 import sys
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 from transformers import BatchFeature
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from benchmarks import report
 from benchmarks.memory import LIMIT
@@ -45,6 +46,12 @@ ROUNDS = 5
 STEPS, WARM = 8, 3
 """Of training; the first ones are not timed."""
 TEXT_TOKENS = Assumptions().text_tokens
+PICKS: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
+    "prefill_time_reduction": lambda row: row["prefill_s"],
+    "memory_reduction": lambda row: row["memory_bytes"]["all_logits"],
+    "memory_reduction_last_logit": lambda row: row["memory_bytes"]["last_logit"],
+}
+"""Of a row of prefills: the figure, and what of it is compared."""
 
 
 class Setting(NamedTuple):
@@ -122,8 +129,9 @@ def trained(setting: Setting) -> dict[str, float]:
     emptied()
     optimizer = build_optimizer(model, config.train)
     made = batch(config, model.config.vision_config.image_size, model.config.tokens_per_frame)
-    given, around = Step([pinned(made, device)], []), Seconds()
-    train(config, model, optimizer, iter([given] * STEPS), range(STEPS), around)
+    around = Seconds()
+    # Each step copies its batch to the GPU, as in a run.
+    train(config, model, optimizer, (Step([pinned(made, device)], []) for _ in range(STEPS)), range(STEPS), around)
     return {
         "step_s": statistics.median(around.steps[WARM:]),
         "allocated_bytes": torch.cuda.max_memory_allocated(),
@@ -133,7 +141,7 @@ def trained(setting: Setting) -> dict[str, float]:
 
 def training(settings: list[Setting]) -> Iterator[dict[str, Any]]:
     """What each takes, and what the planner says of it."""
-    peak = next((gpu.flops["bf16"] for name, gpu in GPUS.items() if name in torch.cuda.get_device_name().lower()), None)
+    peak = next((gpu.flops["bf16"] for name, gpu in GPUS.items() if name in _words(torch.cuda.get_device_name())), None)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     for setting in settings:
         row: dict[str, Any] = {"setting": setting.name}
@@ -147,6 +155,12 @@ def training(settings: list[Setting]) -> Iterator[dict[str, Any]]:
             row["utilisation"] = peak and row["flops"] / row["step_s"] / peak
         yield row
     dist.destroy_process_group()
+
+
+def _words(device: str) -> set[str]:
+    """NVIDIA A100-SXM4-80GB -> a100-80 and the words themselves; NVIDIA GeForce RTX 4090 -> rtx-4090, ..."""
+    words = device.lower().replace("-", " ").replace("gb", "").split()
+    return {*words, *("-".join((a, b)) for a, b in itertools.permutations(words, 2))}
 
 
 @functools.cache
@@ -174,19 +188,27 @@ def said(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 @torch.no_grad()
 def prefills(preset: str) -> list[dict[str, Any]]:
     """One row a frame count, of both; an arm that does not fit is missing in it."""
+    chunk = parse_run([f"--config={preset}"], "").model.encoder_chunk
+    with _in_bf16_on_the_gpu():
+        arms: dict[str, Ours | Theirs] = {"ours": Ours(preset, encoder_chunk=chunk), "theirs": Theirs(preset)}
+    return list(said(_prefill_row(arms, frames) for frames in FRAMES))
+
+
+@contextlib.contextmanager
+def _in_bf16_on_the_gpu() -> Iterator[None]:
+    """What is made in it. Nothing is timed in it: every call would go through the mode that chooses the device."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            chunk = parse_run([f"--config={preset}"], "").model.encoder_chunk
-            arms: dict[str, Ours | Theirs] = {"ours": Ours(preset, encoder_chunk=chunk), "theirs": Theirs(preset)}
-            return list(said(_prefill_row(arms, frames) for frames in FRAMES))
+            yield
     finally:
         torch.set_default_dtype(default)
 
 
 def _prefill_row(arms: dict[str, Ours | Theirs], frames: int) -> dict[str, Any]:
-    inputs = {name: arm.inputs(frames) for name, arm in arms.items()}
+    with _in_bf16_on_the_gpu():
+        inputs = {name: arm.inputs(frames) for name, arm in arms.items()}
     peaks: dict[str, dict[str, int]] = {"all_logits": {}, "last_logit": {}}
     for kind, keep in (("all_logits", 0), ("last_logit", 1)):
         for name, arm in arms.items():
@@ -198,7 +220,7 @@ def _prefill_row(arms: dict[str, Ours | Theirs], frames: int) -> dict[str, Any]:
                 pixels = next(value for key, value in inputs[name].items() if "pixel" in key)
                 peaks[kind][name] = torch.cuda.max_memory_allocated() - before + pixels.nbytes
     emptied()
-    timed = {name: functools.partial(prefill, arm, inputs[name]) for name, arm in arms.items()}
+    timed = {name: functools.partial(prefill, arms[name], inputs[name]) for name in peaks["last_logit"]}
     return {"frames": frames, "memory_bytes": peaks, "prefill_s": in_turns(timed)}
 
 
@@ -224,7 +246,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no GPU here; python -m benchmarks.model and benchmarks.memory run on CPUs")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as crosslmm.train.machine has it
-    flash = WITH_FLASH if importlib.util.find_spec("flash_attn") else []
+    flash = WITH_FLASH if is_flash_attn_2_available() else []
     rows = list(said(training([*SETTINGS, *flash])))
     beside = {preset: prefills(preset) for preset in ("paper-2b", "paper-7b")}
     figures: dict[str, float] = {}
@@ -234,11 +256,10 @@ def main() -> None:
             if row["utilisation"] is not None:
                 figures[f"utilisation_{row['setting']}"] = row["utilisation"]
     for preset, of_one in beside.items():
-        measured = {"prefill_time_reduction": reduction(of_one, lambda row: row["prefill_s"])}
-        for figure, kind in (("memory_reduction", "all_logits"), ("memory_reduction_last_logit", "last_logit")):
-            both = [row for row in of_one if len(row["memory_bytes"][kind]) == 2]
-            measured[figure] = reduction(both, lambda row, kind=kind: row["memory_bytes"][kind])  # type: ignore[misc]
-        figures |= {f"{name}_{preset.removeprefix('paper-')}": value for name, value in measured.items()}
+        size = preset.removeprefix("paper-")
+        for figure, pick in PICKS.items():
+            if both := [row for row in of_one if len(pick(row)) == 2]:
+                figures[f"{figure}_{size}"] = reduction(both, pick)
     by_name = {row["setting"]: row["step_s"] for row in rows}
     for setting in flash:
         sdpa, packed = by_name[setting._replace(attention="sdpa").name], by_name[setting.name]

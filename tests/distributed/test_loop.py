@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_fsdp import STEPS, batches, run_config, sharded
+from test_fsdp import STEPS, batches, leave, run_config, sharded
 
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.optim import build_optimizer
@@ -64,8 +64,7 @@ def train(rank: int, folder: Path, not_finite: str) -> None:
     ]
     saver.close()
     (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def seen_by_both(folder: Path, not_finite: str) -> list[dict]:

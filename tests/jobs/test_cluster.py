@@ -51,6 +51,7 @@ def test_a_local_cluster_s_token_is_private_and_its_dashboard_is_on_loopback():
             urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=10)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
 def test_nothing_of_a_local_cluster_outlives_the_command_that_started_it(ending):
     command = [sys.executable, str(ROOT / "jobs" / "local_cluster.py")]

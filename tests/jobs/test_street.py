@@ -181,6 +181,7 @@ def test_the_registered_model_answers_about_a_real_clip(undisturbed, tracking_ur
     assert [type(answer) for answer in answers] == [str, str]
 
 
+@pytest.mark.fault
 def test_a_killed_run_goes_on_under_its_name_as_if_nothing_had_happened(cluster, undisturbed, manifest, tracking_uri):
     """SIGKILL the driver after the first checkpoint: the same command goes on, and every step's loss is the same."""
     job = submit(cluster, *arguments(manifest, tracking_uri, "killed"))

@@ -11,24 +11,23 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import ray
 import torch
-from pydantic import Field
 from ray.data import ActorPoolStrategy, Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import SiglipVisionModel
 
 from crosslmm import storage
-from crosslmm.config import DataConfig, RunConfig, Section, validate_run
+from crosslmm.config import DataConfig, RunConfig, validate_run
 from crosslmm.data.features import (
     LEDGER,
     SAID,
-    DType,
     Features,
+    FeatureSettings,
     Recipe,
     Stored,
     create,
@@ -51,18 +50,6 @@ INDEX_EVERY_S = 5.0
 """So much work is lost at most when the job is killed; an index is a request for each reader."""
 ASKED_AT_ONCE = 32
 """Videos whose versions the store is asked for."""
-
-
-class FeatureSettings(Section):
-    """Where features go, and in which form."""
-
-    folder: str | None = None
-    """Path or s3:// URI; features of each encoder and frame policy get a folder of their own in it. Null: `features` in
-    `storage`."""
-    dtype: DType = "bf16"
-    """Two bytes a value, or int8: one, scaled by each token's largest value."""
-    price: Annotated[float, Field(ge=0)] = 0.023
-    """Of storage, for the estimate: an example of what a cloud asks [USD a GB and month]."""
 
 
 @dataclass(frozen=True)

@@ -20,20 +20,22 @@ from crosslmm.config import BadConfig
 
 def main() -> int:
     """Parse, encode, print."""
-    from crosslmm import encode
-    from crosslmm.data.manifest import BadManifest
-    from crosslmm.storage import BadLocation, Unavailable
+    from crosslmm.data.features import FeatureSettings
 
     def add_own(parser: ArgumentParser) -> None:
-        parser.add_class_arguments(encode.FeatureSettings, "features", fail_untyped=False)
+        parser.add_class_arguments(FeatureSettings, "features", fail_untyped=False)
 
     try:
         config, own = parse_job(sys.argv[1:], str(__doc__), add_own)
     except BadConfig as error:
         fail(error)
+    from crosslmm import encode
+    from crosslmm.data.manifest import BadManifest
+    from crosslmm.storage import BadLocation, Unavailable
+
     stop_on_sigterm()
     try:
-        outcome = encode.run(config, encode.FeatureSettings(**own["features"]))
+        outcome = encode.run(config, FeatureSettings(**own["features"]))
     except (BadConfig, BadManifest, BadLocation) as error:
         fail(error)
     except (SystemExit, KeyboardInterrupt):

@@ -24,6 +24,7 @@ SPACES = Path(__file__).parent.parent / "tune_spaces"
 def main() -> int:
     """Parse, search, print."""
     from crosslmm.sweep.settings import SweepSettings
+    from crosslmm.sweep.space import load
 
     names = ", ".join(sorted(path.stem for path in SPACES.glob("*.py") if path.stem != "__init__"))
 
@@ -34,19 +35,21 @@ def main() -> int:
 
     try:
         config, own = parse_job(sys.argv[1:], str(__doc__), add_own)
+        space_name = own.pop("space")
+        chosen = SweepSettings(**own)
+        chosen.check(config)
+        space = load(space_name, SPACES, config)
     except BadConfig as error:
         fail(error)
     from crosslmm.data.manifest import BadManifest
     from crosslmm.encode import EncodingFailed
     from crosslmm.storage import BadLocation, Unavailable
     from crosslmm.sweep import driver
-    from crosslmm.sweep.space import load
     from crosslmm.sweep.tuning import SweepFailed
 
     stop_on_sigterm()
     try:
-        name = own.pop("space")
-        outcome = driver.run(config, SweepSettings(**own), name, load(name, SPACES, config))
+        outcome = driver.run(config, chosen, space_name, space)
     except (BadConfig, BadManifest, BadLocation) as error:
         fail(error)
     except (SystemExit, KeyboardInterrupt):

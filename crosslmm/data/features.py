@@ -18,13 +18,13 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, DataConfig, Section
@@ -41,6 +41,19 @@ BF16 = 2
 REMEDY = "python jobs/encode.py, with this run's settings, makes anew what is missing or has changed"
 
 DType = Literal["bf16", "int8"]
+
+
+class FeatureSettings(Section):
+    """Where features go, and in which form."""
+
+    folder: str | None = None
+    """Path or s3:// URI; features of each encoder and frame policy get a folder of their own in it. Null: `features` in
+    `storage`."""
+    dtype: DType = "bf16"
+    """Two bytes a value, or int8: one, scaled by each token's largest value."""
+    price: Annotated[float, Field(ge=0)] = 0.023
+    """Of storage, for the estimate: an example of what a cloud asks [USD a GB and month]."""
+
 
 INDEX = pa.schema(
     {

@@ -16,6 +16,7 @@ from rich.console import Console
 from crosslmm import encode, storage
 from crosslmm.answer import first_turn
 from crosslmm.config import BadConfig, RunConfig, flatten
+from crosslmm.data.features import FeatureSettings
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.order import Order
 from crosslmm.doctor import preflight
@@ -62,6 +63,11 @@ class Outcome:
 def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space) -> Outcome:
     """Search a space, or go on with the sweep of that name.
 
+    Args:
+        config: what points are laid over.
+        chosen: checked against it.
+        space_name, space: what is searched, and its name for people.
+
     Raises:
         BadConfig, BadManifest: the request cannot be carried out.
         encode.EncodingFailed: no features.
@@ -69,10 +75,7 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
     """
     began = time.monotonic()
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=True)
-    chosen.check()
     config = config.model_copy(update={"name": config.name or datetime.now().strftime("sweep-%Y%m%d-%H%M%S")})
-    if not (config.data.validation_manifest or config.data.manifest == "sample"):
-        raise BadConfig("data.validation_manifest: trials are compared on held-out samples; give their manifest")
     config = driver.resolve(config)
     manifests = [Manifest(uri, config.data.roots) for uri in config.data.manifests]
     Manifest(str(config.data.validation_manifest), config.data.roots)
@@ -245,7 +248,7 @@ def _features(
             )
             return None
         console.print(f"features  trials look at {looks:,} samples or more of {videos:,} videos: encoded once")
-    encoded = encode.run(config, encode.FeatureSettings(dtype="int8" if chosen.features == "int8" else "bf16"))
+    encoded = encode.run(config, FeatureSettings(dtype="int8" if chosen.features == "int8" else "bf16"))
     if encoded.videos:
         record.log_values({"cost/encoding_s": encoded.encoding_s}, {})
     return encoded.folder
@@ -267,13 +270,7 @@ def _record(
     settled = {"space": searched, "config": json.loads(json.dumps(compared))}
     if storage.exists(uri):
         begun = json.loads(storage.read_bytes(uri))
-        for part, now in settled.items():
-            for key in {**begun[part], **now}:
-                if begun[part].get(key) != now.get(key):
-                    raise BadConfig(
-                        f"name: sweep {config.name} was begun with {key} {begun[part].get(key)}, and this is "
-                        f"{now.get(key)}; take it back, or another --name"
-                    )
+        _require_same(str(config.name), begun, settled)
         record = Record(config.tracking, begun["run_id"])
         record.client.update_run(record.run_id, status="RUNNING")
         return record, begun
@@ -283,6 +280,21 @@ def _record(
     begun = {"run_id": record.run_id, **settled}
     storage.write_bytes(uri, json.dumps(begun).encode())
     return record, begun
+
+
+def _require_same(name: str, begun: dict[str, Any], now: dict[str, Any]) -> None:
+    """Whether an earlier start searched the same.
+
+    Raises:
+        BadConfig: it did not; the first difference.
+    """
+    for part, settled in now.items():
+        for key in {**begun[part], **settled}:
+            if begun[part].get(key) != settled.get(key):
+                raise BadConfig(
+                    f"name: sweep {name} was begun with {key} {begun[part].get(key)}, and this is {settled.get(key)}; "
+                    "take it back, or another --name"
+                )
 
 
 def _report(

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from crosslmm.config import BadConfig, Count, Section
+from crosslmm.config import BadConfig, Count, RunConfig, Section
 
 NO_CLONES = (
     "it continues trials from other trials' checkpoints or pauses them, which Tune cannot do with Ray Train runs"
@@ -47,8 +47,8 @@ class SweepSettings(Section):
     """Register the model of a trial: best (most accurate), knee (of the front, where more compute stops paying), or a
     trial's number; it is given `tracking.alias`."""
 
-    def check(self) -> None:
-        """What types do not say.
+    def check(self, config: RunConfig) -> None:
+        """What types do not say, alone and beside the configuration that is searched.
 
         Raises:
             BadConfig: naming the argument.
@@ -61,3 +61,5 @@ class SweepSettings(Section):
             raise BadConfig("--dollars: needs --price, what one training worker costs [USD an hour]")
         if self.promote and self.promote not in ("best", "knee") and not self.promote.isdecimal():
             raise BadConfig(f"--promote {self.promote}: best, knee, or a trial's number")
+        if not (config.data.validation_manifest or config.data.manifest == "sample"):
+            raise BadConfig("data.validation_manifest: trials are compared on held-out samples; give their manifest")

@@ -16,8 +16,9 @@ from conftest import ROOT, processes
 from mlflow.tracking import MlflowClient
 from selenium.webdriver.support.ui import WebDriverWait
 
+from crosslmm.config import BadConfig
 from crosslmm.data.shapes import write_sample_set
-from crosslmm.sweep import trials
+from crosslmm.sweep import driver, trials
 
 sys.path.insert(0, str(ROOT / "jobs"))
 from local_cluster import LocalCluster
@@ -83,6 +84,9 @@ def swept(cluster, folder):
         os.kill(pid, signal.SIGKILL)
     first, _ = job.communicate(timeout=60)
     before = {path.name: path.read_bytes() for path in (sweep / "trials").iterdir()}
+    # Whether the sweep had heard of the validation before that checkpoint is a matter of half a second. It had not.
+    last = json.loads(before["003.json"]) | {"curve": []}
+    (sweep / "trials" / "003.json").write_text(json.dumps(last))
     job = submit(cluster, *command(folder, "--promote=best"))
     second, _ = job.communicate(timeout=400)
     assert job.returncode == 0, second
@@ -259,19 +263,29 @@ def test_mlflows_own_pages_show_nested_runs_and_aliases(server, swept, known, br
     shown(browser, f"{server}/#/models/crosslmm", "Version 1", "@ candidate", "promoted_as")
 
 
+def test_another_search_under_the_same_name_is_refused(cluster, swept, folder):
+    other = command(folder, "--train.warmup_steps=2")[1:]
+    done = subprocess.run([sys.executable, *other], env=cluster.environment, cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert done.returncode == 2
+    assert "name: sweep sweep was begun with train.warmup_steps 1, and this is 2" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("part", "now", "said"),
     [
-        ("--space=pooling", "name: sweep sweep was begun with train.learning_rate.decoder"),
-        ("--train.warmup_steps=2", "name: sweep sweep was begun with train.warmup_steps 1, and this is 2"),
+        ("space", {"model.pool_stride": "of 2, 4"}, r"begun with train\.learning_rate of 1, and this is None"),
+        ("space", {"train.learning_rate": "of 1", "seed": "of 7"}, r"begun with seed None, and this is of 7"),
+        ("config", {"seed": 1}, r"begun with seed 0, and this is 1; take it back, or another --name"),
     ],
 )
-def test_another_search_under_the_same_name_is_refused(cluster, swept, folder, argument, said):
-    done = subprocess.run([sys.executable, *command(folder, argument)[1:]], env=cluster.environment, cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_another_space_or_configuration_is_another_search(part, now, said):
+    begun = {"space": {"train.learning_rate": "of 1"}, "config": {"seed": 0}, "run_id": "1"}
+    same = {"space": begun["space"], "config": begun["config"]}
+    driver._require_same("s", begun, same)
+    with pytest.raises(BadConfig, match=rf"name: sweep s was {said}"):
+        driver._require_same("s", begun, same | {part: now})
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,9 @@ def test_a_search_leaves_refused_points_out_and_says_why(base, record):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_schedulers_that_clone_or_pause_are_refused_by_name(name):
+def test_schedulers_that_clone_or_pause_are_refused_by_name(base, name):
     with pytest.raises(BadConfig, match=rf"--scheduler {name}: .*take asha or none"):
-        SweepSettings(scheduler=name).check()
+        SweepSettings(scheduler=name).check(base)
 
 
 def test_a_budget_ends_the_sweep_and_not_before():

@@ -5,12 +5,13 @@
 (a) `step_over_bare`: step time of a whole run, `crosslmm.train.driver.run`: Ray Train, record in MLflow, watchdog,
     asynchronous checkpoints, everything but the data pipeline / of two plain processes with torch's FSDP and a for
     loop. The same model and the same batches, which lie in memory in both; the losses are equal to the bit, or it
-    fails. `checkpoint_share`: of its time the run spent on waiting for checkpoints, one in every turn.
+    fails. `checkpoint_share`: of its time the run spent on waiting for checkpoints, one in every round.
 (b) `startup_s`: from `python jobs/train.py` to the end of its first step; where the seconds go is in the detail.
 
-Both arms are there all the time and take turns, a round of steps each, the order turning; who has no turn waits for a
-message. A figure is the median of the rounds' ratios. Two ranks and one thread for each, on two cores. All ranks have
-the niceness that Ray gives its workers: what else runs on these cores would take its time from one arm alone.
+Both arms are there all the time and take turns of a few seconds, the order turning; who has no turn waits for a
+message. A round is as many turns as lie between two checkpoints, and the figure is the median of the rounds' ratios.
+Two ranks and one thread for each, on two cores. All ranks have the niceness that Ray gives its workers: what else runs
+on these cores would take its time from one arm alone.
 """
 
 import argparse
@@ -46,16 +47,17 @@ from crosslmm.train.parallel import parallelize
 
 LIMITS = {"step_over_bare": "<= 1.05"}
 RANKS, BATCHES = 2, 4
-ROUND = 70
-"""Steps in a turn, and between checkpoints: one is begun in the middle of each turn, and sealed before its end. That is
-one a minute; the presets take one in 500 steps of seconds each."""
+TURN, ROUND = 10, 70
+"""Steps in a turn, and between checkpoints: one is begun in the middle of a turn, and sealed before its end. That is
+one a minute; the presets take one in 500 steps of seconds each. A turn is short because the machine's pace changes from
+one minute to the next."""
 NICENESS = 15
 """Of Ray's workers (RAY_worker_niceness)."""
 QUESTION, ANSWER = "Which way does it move, and what colour is it?", "right, red"
 
 
 def configuration(folder: Path, rounds: int) -> RunConfig:
-    """A run of so many turns, after one to warm up; a step takes about 0.8 s on two cores."""
+    """A run of so many rounds, after one to warm up; a step takes about 0.8 s on two cores."""
     settings = {
         "model.vision": "{hidden_size: 128, intermediate_size: 384, num_hidden_layers: 3, num_attention_heads: 4, "
         "image_size: 112, patch_size: 8}",
@@ -67,7 +69,7 @@ def configuration(folder: Path, rounds: int) -> RunConfig:
         "train.global_batch_size": str(2 * RANKS),
         "train.micro_batch_size": "2",
         "train.epochs": "1000",
-        "train.max_steps": str((rounds + 1) * ROUND + ROUND // 2 + 1),
+        "train.max_steps": str((rounds + 1) * ROUND + TURN // 2 + 1),
         "train.validate_every": "100000",
         "train.checkpoint_every": str(ROUND),
         "train.keep_checkpoints": "1000",
@@ -113,7 +115,7 @@ class Turns:
         began = None
         for number in range(self.count):
             # Half a turn after a checkpoint.
-            if number % ROUND == ROUND // 2:
+            if number % TURN == TURN // 2:
                 self.line.send((None if began is None else time.perf_counter() - began, time.time()))
                 self.line.recv()
                 began = time.perf_counter()
@@ -170,7 +172,7 @@ def deal_turns(listener: Listener, rounds: int, taken: dict[str, Any]) -> None:
     Args:
         listener: to which the ranks come.
         rounds: to count.
-        taken: gets the seconds of a turn, by arm, when each turn was, and the bare arm's losses.
+        taken: gets the seconds of each round, by arm, when each turn was, and the bare arm's losses.
     """
     lines: dict[tuple[str, int], Connection] = {}
     while len(lines) < 2 * RANKS:
@@ -178,17 +180,17 @@ def deal_turns(listener: Listener, rounds: int, taken: dict[str, Any]) -> None:
         lines[line.recv()] = line
     for line in lines.values():
         line.recv()
-    taken |= {"bare": [], "ray": [], "turns": []}
-    for number in range(rounds + 1):
-        for arm in ("bare", "ray") if number % 2 else ("ray", "bare"):
+    taken |= {"bare": [0.0] * (rounds + 1), "ray": [0.0] * (rounds + 1), "turns": []}
+    for turn in range((rounds + 1) * ROUND // TURN):
+        for arm in ("bare", "ray") if turn % 2 else ("ray", "bare"):
             ranks, began = [lines[arm, rank] for rank in range(RANKS)], time.time()
             for line in ranks:
                 line.send("go")
-            seconds = [line.recv()[0] for line in ranks]
-            if number:
-                taken[arm].append(max(seconds))
+            taken[arm][turn * TURN // ROUND] += max(line.recv()[0] for line in ranks)
             if arm == "ray":
                 taken["turns"].append((began, time.time()))
+    for arm in ("bare", "ray"):
+        del taken[arm][0]
     for line in lines.values():  # the step that ends the run
         line.send("go")
     taken["losses"] = lines["bare", 0].recv()

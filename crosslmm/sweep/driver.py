@@ -65,8 +65,9 @@ def run(config: RunConfig, chosen: SweepSettings, space_name: str, space: Space)
 
     Args:
         config: what points are laid over.
-        chosen: checked against it.
-        space_name, space: what is searched, and its name for people.
+        chosen: how to search; `check` has found nothing.
+        space_name: for people.
+        space: what is searched.
 
     Raises:
         BadConfig, BadManifest: the request cannot be carried out.

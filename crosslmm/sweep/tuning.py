@@ -19,7 +19,6 @@ from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import apply
 from crosslmm.sweep.trials import Rung, Trial
 from crosslmm.sweep.watch import Watch
-from crosslmm.tracking.folder import steps_after
 from crosslmm.train import driver, placement
 
 OWN_CPUS = 0.01
@@ -134,24 +133,13 @@ def _in_a_process_of_its_own(base: RunConfig, total_steps: int) -> Callable[[dic
 
         assert trial.run_id
         try:
-            for step, metrics in _untold(trial, config):
-                report(step, metrics)
-            outcome = driver.run(config, driver.Part(trial.run_id, report))
+            outcome = driver.run(config, driver.Part(trial.run_id, report, trial.last.step if trial.last else 0))
         except Exception as error:
             tune.report({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"})
             raise
         return {"finished": True, "train_s": outcome.train_s}
 
     return in_trial
-
-
-def _untold(trial: Trial, config: RunConfig) -> list[tuple[int, dict[str, float]]]:
-    """Validations that lie in a trial's folder with its checkpoints, and of which a killed sweep had not heard: the
-    trial goes on behind them, and will not report them again."""
-    last = trial.last.step if trial.last else 0
-    steps = steps_after(storage.join(config.storage, trial.name), last)
-    found = {step: metrics for step, _, metrics in steps if step > last and "validation/loss" in metrics}
-    return sorted(found.items())
 
 
 class Budget(tune.Stopper):

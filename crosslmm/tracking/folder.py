@@ -82,6 +82,16 @@ def steps_after(folder: str, last: int) -> Iterable[Step]:
             yield step["step"], step["time"], step["metrics"]
 
 
+def validations_after(folder: str, last: int) -> list[tuple[int, dict[str, float]]]:
+    """Steps of a run's folder behind `last` that were validated, and their metrics, in order. Of a step that was walked
+    twice the first walk counts, as in the record."""
+    found: dict[int, dict[str, float]] = {}
+    for step, _, metrics in steps_after(folder, last):
+        if step > last and "validation/loss" in metrics:
+            found.setdefault(step, metrics)
+    return sorted(found.items())
+
+
 def runs(storage_folder: str, names: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Name and folder of runs, in the order in which they began.
 

@@ -61,6 +61,9 @@ class Part:
     report: Callable[[int, dict[str, float]], None]
     """Takes the number of steps done and their metrics, after each validation, when both are in the record (or its
     server is away)."""
+    reported: int = 0
+    """The last step that an earlier start reported. It may have been killed before it reported what lies in the run's
+    folder with its checkpoints, and the run goes on behind them."""
 
 
 def run(config: RunConfig, part: Part | None = None) -> Outcome:
@@ -102,6 +105,9 @@ def run(config: RunConfig, part: Part | None = None) -> Outcome:
     follower = Follower(job, record, console, part.report if part else None)
     status, origin = "FAILED", None
     try:
+        if part:
+            for step, metrics in tracking.validations_after(job.folder, part.reported):
+                part.report(step, metrics)
         follower.start()
         try:
             launch.fit(job, follower.say)

@@ -16,9 +16,8 @@ from conftest import ROOT, processes
 from mlflow.tracking import MlflowClient
 from selenium.webdriver.support.ui import WebDriverWait
 
-from crosslmm.config import BadConfig
 from crosslmm.data.shapes import write_sample_set
-from crosslmm.sweep import driver, trials
+from crosslmm.sweep import trials
 
 sys.path.insert(0, str(ROOT / "jobs"))
 from local_cluster import LocalCluster
@@ -270,22 +269,6 @@ def test_another_search_under_the_same_name_is_refused(cluster, swept, folder):
     assert done.returncode == 2
     assert "name: sweep sweep was begun with train.warmup_steps 1, and this is 2" in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("part", "now", "said"),
-    [
-        ("space", {"model.pool_stride": "of 2, 4"}, r"begun with train\.learning_rate of 1, and this is None"),
-        ("space", {"train.learning_rate": "of 1", "seed": "of 7"}, r"begun with seed None, and this is of 7"),
-        ("config", {"seed": 1}, r"begun with seed 0, and this is 1; take it back, or another --name"),
-    ],
-)
-def test_another_space_or_configuration_is_another_search(part, now, said):
-    begun = {"space": {"train.learning_rate": "of 1"}, "config": {"seed": 0}, "run_id": "1"}
-    same = {"space": begun["space"], "config": begun["config"]}
-    driver._require_same("s", begun, same)
-    with pytest.raises(BadConfig, match=rf"name: sweep s was {said}"):
-        driver._require_same("s", begun, same | {part: now})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from ray import tune
 from crosslmm.command_line import parse_run
 from crosslmm.config import BadConfig
 from crosslmm.model import cost
-from crosslmm.sweep import trials, tuning
+from crosslmm.sweep import driver, trials, tuning
 from crosslmm.sweep.candidates import Candidates, prefill
 from crosslmm.sweep.search import Search
 from crosslmm.sweep.settings import REFUSED, SweepSettings
@@ -124,3 +124,19 @@ def test_a_resumed_asha_knows_what_ended_trials_reported_and_judges_no_trial_at_
     assert scheduler.on_trial_result(None, late, worse_at_the_end) == "CONTINUE"
     worse_before = tuning._news(running, Rung(60, 9.0, 0.0), base, total_steps=100)
     assert scheduler.on_trial_result(None, late, worse_before) == "STOP"
+
+
+@pytest.mark.parametrize(
+    ("part", "now", "said"),
+    [
+        ("space", {"model.pool_stride": "of 2, 4"}, r"begun with train\.learning_rate of 1, and this is None"),
+        ("space", {"train.learning_rate": "of 1", "seed": "of 7"}, r"begun with seed None, and this is of 7"),
+        ("config", {"seed": 1}, r"begun with seed 0, and this is 1; take it back, or another --name"),
+    ],
+)
+def test_another_space_or_configuration_is_another_search(part, now, said):
+    begun = {"space": {"train.learning_rate": "of 1"}, "config": {"seed": 0}, "run_id": "1"}
+    same = {"space": begun["space"], "config": begun["config"]}
+    driver._require_same("s", begun, same)
+    with pytest.raises(BadConfig, match=rf"name: sweep s was {said}"):
+        driver._require_same("s", begun, same | {part: now})

@@ -8,7 +8,7 @@ from mlflow.tracking import MlflowClient
 from crosslmm import tracking
 from crosslmm.command_line import parse_run
 from crosslmm.config import BadConfig, TrackingConfig, flatten
-from crosslmm.tracking import Run, tracking_uri
+from crosslmm.tracking import Run, tracking_uri, validations_after
 from crosslmm.tracking.record import find_or_create
 
 DIGEST = "0123456789abcdef" * 4
@@ -118,6 +118,24 @@ def test_what_is_in_mlflow_is_not_sent_again(client, run, folder):
     again = tracking.replay(str(folder))
     assert again == tracking.Delivered(run.run_id, 0, "FINISHED", None)
     assert client.get_run(run.run_id).to_dictionary() == before.to_dictionary()
+
+
+def test_validations_that_a_folder_has_behind_a_step(tmp_path):
+    """Steps 2 and 4 were walked twice: a driver that could not deliver them kept its walk, and workers kept theirs."""
+    (tmp_path / "history").mkdir()
+    kept = {
+        "driver-1.jsonl": {1: {"loss": 5.0}, 2: {"validation/loss": 2.0}, 4: {"validation/loss": 4.0}},
+        "step-00000002.jsonl": {2: {"validation/loss": 2.5}},
+        "step-00000006.jsonl": {3: {"loss": 3.0}, 4: {"validation/loss": 4.5}, 6: {"validation/loss": 6.0}},
+    }
+    for name, steps in kept.items():
+        lines = [json.dumps({"step": step, "time": 0.0, "metrics": metrics}) for step, metrics in steps.items()]
+        (tmp_path / "history" / name).write_text("\n".join(lines) + "\n")
+    two, four, six = ((step, {"validation/loss": float(step)}) for step in (2, 4, 6))
+    assert validations_after(str(tmp_path), 0) == [two, four, six]
+    assert validations_after(str(tmp_path), 2) == [four, six]
+    assert validations_after(str(tmp_path), 6) == []
+    assert validations_after(str(tmp_path / "nothing"), 0) == []
 
 
 def test_the_whole_record_can_be_made_elsewhere_from_the_folder(run, folder, client, tmp_path):

@@ -39,7 +39,8 @@ def look(asked: dict[str, Any]) -> dict[str, Any]:
     Args:
         asked: `node`, `probe` (folder in storage with the driver's own file), `config` of the run, plain, `tries`, the
             names of what is tried; and what these need: `manifests`, `videos` (any of which will do), `image_size`,
-            `gpus` that Ray gives out here, `patient` with a store that is out of reach.
+            `gpus` that Ray gives out here, `drives`: whether drivers may be here, `patient` with a store that is out of
+            reach.
     """
     return {
         "time": time.time(),
@@ -216,7 +217,10 @@ def _video(asked: dict[str, Any]) -> Try | None:
     return decode
 
 
-def _mlflow(asked: dict[str, Any]) -> Try:
+def _mlflow(asked: dict[str, Any]) -> Try | None:
+    if not asked["drives"]:  # drivers alone write the record
+        return None
+
     from crosslmm.config import TrackingConfig
     from crosslmm.tracking.server import require_answer, tracking_uri, without_password
 

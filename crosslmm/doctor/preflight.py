@@ -16,7 +16,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from crosslmm import storage
+from crosslmm import storage, tracking
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.data.manifest import Manifest
 from crosslmm.doctor import checks, nodes
@@ -126,8 +126,13 @@ def ask(
     at, running = time.time(), {}
     for name, node in cluster.items():
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        gpus = node["Resources"].get("GPU", 0) if asked["config"]["scaling"]["use_gpu"] else 0
-        task = look.options(scheduling_strategy=there, **runtime_env).remote({**asked, "node": name, "gpus": gpus})
+        scaling = asked["config"]["scaling"]
+        own = {
+            "node": name,
+            "gpus": node["Resources"].get("GPU", 0) if scaling["use_gpu"] else 0,
+            "drives": scaling["drive_on"].items() <= node["Labels"].items(),
+        }
+        task = look.options(scheduling_strategy=there, **runtime_env).remote(asked | own)
         running[task] = name
     reports, silent = {}, {}
     until = time.monotonic() + ANSWER_WITHIN_S
@@ -163,6 +168,10 @@ def question(config: RunConfig, manifests: Sequence[Manifest], probe: str, tries
     for manifest in manifests if config.data.features is None else []:
         for row in manifest.take(range(min(ROWS, len(manifest)))):
             videos += row["videos"]
+    # Nodes have an environment of their own, which may not say where the record is; but a password is theirs to have.
+    uri = tracking.tracking_uri(config.tracking)
+    if uri == tracking.without_password(uri):
+        config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
     return {
         "config": config.model_dump(mode="json"),
         "probe": probe,

@@ -110,6 +110,22 @@ def test_a_node_without_the_package_can_say_so(tmp_path):
     assert '"decoder", "ModuleNotFoundError"' in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [("http://mlflow:5000", "http://mlflow:5000"), ("http://me:secret@mlflow:5000", None)],
+)
+def test_nodes_are_told_where_the_driver_s_record_is_and_nobody_s_password(uri, told, config, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert preflight.question(config, [], "", ["MLflow"])["config"]["tracking"]["uri"] == told
+
+
+@pytest.mark.parametrize("drives", [True, False])
+def test_only_where_drivers_may_be_is_the_record_asked_for(drives, config):
+    nobody = config.model_dump(mode="json") | {"tracking": {"uri": "http://127.0.0.1:9"}}
+    found = nodes.reach({"tries": ["MLflow"], "config": nobody, "drives": drives, "probe": ""})
+    assert [row and row[:2] for row in found] == ([("MLflow", "BadConfig")] if drives else [None])
+
+
 def test_what_a_node_tries_by_itself(tmp_path, monkeypatch, config):
     monkeypatch.setattr(patience, "PATIENCE_S", patience.PATIENCE_S)  # put back what `reach` sets
     probe = tmp_path / "runs" / ".doctor-1"

@@ -215,7 +215,7 @@ class NodeType(Section):
     most: Count
     """So many of them at a time [nodes]."""
     resources: dict[str, Limit]
-    """Of one of them: CPU [cores], GPU [GPUs], and what else it has."""
+    """Of one of them: CPU [cores], GPU [GPUs], object_store_memory [bytes], and what else it has."""
     labels: Labels = {}
     """Of each of them."""
 

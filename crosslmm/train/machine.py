@@ -26,6 +26,8 @@ GPU_ENVIRONMENT = {
 READERS_HOLD, RANKS_HOLD = 3, 4
 """Blocks on their way: of a decoder two that are made and one that is taken, of a rank two that are fetched, those of
 the step in use and of the next one."""
+STORE = "object_store_memory"
+"""Ray's name for what a node's object store has [bytes]."""
 SAY_AFTER_S = 10.0
 
 
@@ -120,14 +122,15 @@ def environment(config: RunConfig) -> dict[str, str]:
 
 
 def objects_warning(config: RunConfig, image_size: int, features: Recipe | None) -> str | None:
-    """A line, where the object stores of the nodes that there are do not hold the blocks that are on their way."""
+    """A line, where the object stores of the nodes that there are, and of those that may come, do not hold the blocks
+    that are on their way. A type of node that does not say what its store has is taken to have enough."""
     scaling, data = config.scaling, config.data
     frame = image_size**2 * 3 if features is None else features.patches * features.width * BF16
     block = block_rows(data, image_size, features) * data.num_frames * frame
     decoders = placement.pools_of(config, scaling.most_workers)[1].count
     need = block * (READERS_HOLD * decoders + RANKS_HOLD * scaling.most_workers)
-    have = sum(node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"])
-    if scaling.node_types or need <= have:
+    have = sum(node.count * node.resources.get(STORE, math.inf) for node in placement.cluster(config))
+    if need <= have:
         return None
     return (
         f"blocks on their way take {need / 1e9:.1f} GB, and object stores have {have / 1e9:.1f} GB, so that "

@@ -169,6 +169,8 @@ def test_the_tracking_server_answers_to_the_names_by_which_clusters_call_it() ->
 def test_a_job_s_parts_belong_on_nodes_that_there_can_be_and_have_room_there(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
+
     from crosslmm.train.placement import Nodes, check_driver, check_room
 
     monkeypatch.chdir(ROOT)
@@ -183,11 +185,14 @@ def test_a_job_s_parts_belong_on_nodes_that_there_can_be_and_have_room_there(
     for nodes in may_come:
         (there,) = [one for one in types.values() if one["labels"] == nodes.labels]
         assert there["max_workers"] == nodes.count
-        assert all(there["resources"][kind] >= count for kind, count in nodes.resources.items())
+        room = dict(nodes.resources)
+        objects = room.pop("object_store_memory")
+        assert all(there["resources"][kind] >= count for kind, count in room.items())
         for cluster in clusters():
             (group,) = [one for one in cluster["workerGroupSpecs"] if one["labels"] == nodes.labels]
             assert group["maxReplicas"] == nodes.count
             asked = group["template"]["spec"]["containers"][0]["resources"]["requests"]
-            assert {"CPU": int(asked["cpu"]), "GPU": int(asked.get("nvidia.com/gpu", 0))} == {
-                "GPU": 0
-            } | nodes.resources
+            assert {"CPU": int(asked["cpu"]), "GPU": int(asked.get("nvidia.com/gpu", 0))} == {"GPU": 0} | room
+            # What Ray takes of a pod's memory if nobody says otherwise, and of a whole machine's it is more.
+            gib = int(asked["memory"].removesuffix("Gi"))
+            assert objects == int(DEFAULT_OBJECT_STORE_MEMORY_PROPORTION * gib * 2**30)

@@ -9,8 +9,9 @@ from conftest import ROOT
 
 from crosslmm.command_line import parse_run, preset_names
 from crosslmm.config import BadConfig, to_yaml
+from crosslmm.train import placement
 from crosslmm.train.driver import changes
-from crosslmm.train.machine import GPU_ENVIRONMENT, Machine, described, environment, settled
+from crosslmm.train.machine import GPU_ENVIRONMENT, STORE, Machine, described, environment, objects_warning, settled
 from crosslmm.train.placement import Nodes, check_driver, check_room, room_for, worker_resources
 
 sys.path.insert(0, str(ROOT / "jobs"))
@@ -131,6 +132,19 @@ def test_worker_resources_come_on_top():
 
 
 AUTO = ("--train.precision=auto", "--model.attention=auto")
+
+
+@pytest.mark.parametrize(
+    ("stores", "warned"),
+    [((10**6,), True), ((10**6, 10**6), True), ((10**9,), False), ((10**6, 10**9), False), ((10**6, None), False)],
+)
+def test_blocks_that_object_stores_do_not_hold_are_said_of_all_nodes_that_may_be_there(stores, warned, monkeypatch):
+    # The last one is of a type that does not say what it has.
+    there = [Nodes(2, {"CPU": 1} | ({} if store is None else {STORE: store}), {}) for store in stores]
+    monkeypatch.setattr(placement, "cluster", lambda config: there)
+    said = objects_warning(run("--data.num_frames=64"), 112, None)
+    assert bool(said) is warned
+    assert not said or f"object stores have {2 * sum(stores) / 1e9:.1f} GB, so that Ray spills to disk" in said
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ test: .venv/.complete
 	$(BIN)/python -m pytest $(WANTED) --ignore tests/jobs --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest $(WANTED) tests/jobs
 
-# Half an hour and more.
+# An hour and more.
 faults: .venv/.complete
 	$(BIN)/python -m pytest -m fault
 	$(BIN)/python -m benchmarks.faults --json

@@ -11,7 +11,8 @@
 Both arms are there all the time and take turns of a few seconds, the order turning; who has no turn waits for a
 message. A round is as many turns as lie between two checkpoints, and the figure is the median of the rounds' ratios.
 Two ranks and one thread for each, on two cores. All ranks have the niceness that Ray gives its workers: what else runs
-on these cores would take its time from one arm alone.
+on these cores would take its time from one arm alone. What Ray's own processes do all the time (about twenty, idle)
+they do in both arms' turns, so it is not in the figure.
 """
 
 import argparse

@@ -82,7 +82,8 @@ def test_nodes_of_aws_have_no_public_address_and_are_in_the_private_group() -> N
         assert not {"NetworkInterfaces", "AssociatePublicIpAddress"} & node.keys()
         assert node["MetadataOptions"] == {"HttpTokens": "required"}
         assert all(disk["Ebs"]["Encrypted"] is True for disk in node["BlockDeviceMappings"])
-    # ssh goes through Session Manager: no key pair, no open port, no group that Ray would open one in.
+    # ssh goes through Session Manager: no open port, no group that Ray would open one in, no key pair that is shared
+    # (whoever types `ray up` gets one of their own from it).
     assert not [key for key in ("ssh_private_key", "ssh_public_key") if key in AWS["auth"]]
     assert "ssm start-session" in AWS["auth"]["ssh_proxy_command"]
     assert "security_group" not in AWS["provider"]

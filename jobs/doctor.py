@@ -1,7 +1,7 @@
 """Look whether this cluster can do a run, before it costs anything: python jobs/doctor.py [arguments of jobs/train.py].
 
-From every node: versions, clock, disk, token, storage, manifest, a video, its decoder, MLflow (where drivers may be), the
-GPUs; then a sum over all nodes, and two steps of the run itself. Leaves nothing behind.
+From every node: versions, clock, disk, token, storage, manifest, a video, its decoder, MLflow (where drivers may be),
+the GPUs; then a sum over all nodes, and two steps of the run itself. Leaves nothing behind.
 On a cluster: ray job submit -- python jobs/doctor.py ...
 Exit status: 0 all is well, 1 something is not (the table says what to do), 2 the request was refused.
 """

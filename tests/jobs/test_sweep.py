@@ -22,14 +22,14 @@ from crosslmm.sweep import trials
 sys.path.insert(0, str(ROOT / "jobs"))
 from local_cluster import LocalCluster
 
-# Six starts of a training job, half a minute each where nothing else runs.
+# Five starts of jobs that train or encode, half a minute each where nothing else runs.
 pytestmark = pytest.mark.timeout(900)
 STEPS, EVERY = 6, 2
-# In this order, one at a time: a good one, one that does not learn and is stopped at the first rung, one whose gradient
-# is no number, one that learns faster than the first.
+# In this order, one at a time: a good one, one whose gradient is no number, one that does not learn and is stopped at
+# the first rung.
 SPACE = """
 from ray import tune
-RATES = [1e-3, 1e-9, 1e30, 4e-3]
+RATES = [1e-3, 1e30, 1e-9]
 def space(config):
     return {"train.learning_rate.decoder": tune.grid_search(RATES)}
 """
@@ -73,7 +73,7 @@ def swept(cluster, folder):
     sweep = folder / "runs" / "sweep"
     job = submit(cluster, *command(folder))
     until = time.monotonic() + 400
-    while not list(sweep.glob(f"003-*/step-{EVERY:08d}-*/seal.json")):
+    while not list(sweep.glob(f"002-*/step-{EVERY:08d}-*/seal.json")):
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < until, [trial.state for trial in trials.read(str(sweep))]
         time.sleep(0.05)
@@ -84,8 +84,8 @@ def swept(cluster, folder):
     first, _ = job.communicate(timeout=60)
     before = {path.name: path.read_bytes() for path in (sweep / "trials").iterdir()}
     # Whether the sweep had heard of the validation before that checkpoint is a matter of half a second. It had not.
-    last = json.loads(before["003.json"]) | {"curve": []}
-    (sweep / "trials" / "003.json").write_text(json.dumps(last))
+    last = json.loads(before["002.json"]) | {"curve": []}
+    (sweep / "trials" / "002.json").write_text(json.dumps(last))
     job = submit(cluster, *command(folder, "--promote=best"))
     second, _ = job.communicate(timeout=400)
     assert job.returncode == 0, second
@@ -100,25 +100,27 @@ def known(swept, folder):
 
 def test_each_trial_ends_in_its_own_way(swept, known):
     outcome = swept[3]
-    assert [trial.state for trial in known] == ["finished", "stopped early", "failed", "finished"]
+    assert [trial.state for trial in known] == ["finished", "failed", "stopped early"]
     counted = (outcome["trials"], outcome["finished"], outcome["stopped_early"], outcome["failed"])
-    assert counted == (4, 2, 1, 1)
-    assert [len(trial.curve) for trial in known] == [3, 2, 0, 3]
-    assert known[1].last.step == 2 * EVERY  # the first validation at or after 0.34 of 6 steps
-    assert "FloatingPointError: the gradient's norm is" in known[2].error
+    assert counted == (3, 1, 1, 1)
+    assert [len(trial.curve) for trial in known] == [3, 0, 2]
+    assert "FloatingPointError: the gradient's norm is" in known[1].error
+    # The first validation at or after 0.34 of 6 steps; what it is measured against was trained before the kill.
+    assert known[2].last.step == 2 * EVERY
 
 
 def test_a_killed_sweep_leaves_finished_trials_alone_and_goes_on_from_checkpoints(swept, folder):
     first, before, second, _ = swept
     sweep = folder / "runs" / "sweep"
-    for number in (0, 1, 2):
+    for number in (0, 1):
         assert (sweep / "trials" / f"{number:03d}.json").read_bytes() == before[f"{number:03d}.json"]
         assert f"trial {number}  starts" in first
         assert f"trial {number}  starts" not in second
-    assert "trial 3  starts" in second
-    # A start from nothing would have saved the first steps again, under another attempt's name.
-    saved = sorted(path.name.rpartition("-")[0] for path in sweep.glob("003-*/step-*"))
-    assert saved == [f"step-{step:08d}" for step in range(EVERY, STEPS + 1, EVERY)]
+    assert "trial 2  starts" in second
+    # A start from nothing would have saved the first steps again, under another attempt's name; it was stopped when it
+    # had been validated, at the time of its second checkpoint.
+    saved = sorted(path.name.rpartition("-")[0] for path in sweep.glob("002-*/step-*"))
+    assert saved in ([f"step-{EVERY:08d}"], [f"step-{EVERY:08d}", f"step-{2 * EVERY:08d}"])
 
 
 def test_encoded_once(swept):
@@ -251,7 +253,7 @@ def test_mlflows_own_pages_show_nested_runs_and_aliases(server, swept, known, br
     resize(browser, 1600)
     experiment = MlflowClient(server).get_experiment_by_name("crosslmm").experiment_id
     shown(
-        browser, f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning", "sweep", "5 matching runs"
+        browser, f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning", "sweep", "4 matching runs"
     )
     assert known[0].name not in browser.find_element("css selector", "body").text
     browser.find_element("css selector", "[role=row] button[data-component-id*=runnamecellrenderer]").click()
@@ -260,15 +262,6 @@ def test_mlflows_own_pages_show_nested_runs_and_aliases(server, swept, known, br
         lambda _: all(name in browser.find_element("css selector", "body").text for name in names)
     )
     shown(browser, f"{server}/#/models/crosslmm", "Version 1", "@ candidate", "promoted_as")
-
-
-def test_another_search_under_the_same_name_is_refused(cluster, swept, folder):
-    other = command(folder, "--train.warmup_steps=2")[1:]
-    done = subprocess.run([sys.executable, *other], env=cluster.environment, cwd=ROOT, capture_output=True, text=True,
-                          timeout=120)  # fmt: skip
-    assert done.returncode == 2
-    assert "name: sweep sweep was begun with train.warmup_steps 1, and this is 2" in done.stderr
-    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,8 @@ def _mlflow(asked: dict[str, Any]) -> Try | None:
     config = TrackingConfig.model_validate(asked["config"]["tracking"])
 
     def ask() -> str:
+        if tracking_uri(config).startswith("sqlite:"):
+            raise RuntimeError("MLFLOW_TRACKING_URI is not set here; the driver's holds a password, and stays there")
         require_answer(config)
         return f"{without_password(tracking_uri(config))} answers"
 

@@ -126,13 +126,7 @@ def ask(
     at, running = time.time(), {}
     for name, node in cluster.items():
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        scaling = asked["config"]["scaling"]
-        own = {
-            "node": name,
-            "gpus": node["Resources"].get("GPU", 0) if scaling["use_gpu"] else 0,
-            "drives": scaling["drive_on"].items() <= node["Labels"].items(),
-        }
-        task = look.options(scheduling_strategy=there, **runtime_env).remote(asked | own)
+        task = look.options(scheduling_strategy=there, **runtime_env).remote(asked | _own(name, node, asked))
         running[task] = name
     reports, silent = {}, {}
     until = time.monotonic() + ANSWER_WITHIN_S
@@ -148,6 +142,16 @@ def ask(
         ray.cancel(task, force=True)
         silent[name] = f"nothing heard for {ANSWER_WITHIN_S:g} s"
     return {name: reports[name] for name in cluster if name in reports}, silent
+
+
+def _own(name: str, node: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """What a node is told of itself."""
+    scaling = asked["config"]["scaling"]
+    return {
+        "node": name,
+        "gpus": node["Resources"].get("GPU", 0) if scaling["use_gpu"] else 0,
+        "drives": scaling["drive_on"].items() <= node["Labels"].items(),
+    }
 
 
 def _last_line(error: Exception) -> str:

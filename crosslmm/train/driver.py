@@ -63,7 +63,8 @@ class Part:
     server is away)."""
     reported: int = 0
     """The last step that an earlier start reported. It may have been killed before it reported what lies in the run's
-    folder with its checkpoints, and the run goes on behind them."""
+    folder with its checkpoints, and the run goes on behind them. What the folder has of steps that are taken again is
+    reported twice."""
 
 
 def run(config: RunConfig, part: Part | None = None) -> Outcome:
@@ -122,7 +123,8 @@ def run(config: RunConfig, part: Part | None = None) -> Outcome:
     except launch.TrainingFailed as error:
         raise launch.TrainingFailed(f"{error}; the same command with --name {config.name} resumes the run") from error
     finally:
-        record.finish(status, origin)
+        # Of a trial that is stopped the workers go first, as if they had failed.
+        record.finish("KILLED" if follower.stopped else status, origin)
     if record.model_uri:
         console.print(f"registered {record.model_uri} from run {record.run_id}")
     return Outcome(

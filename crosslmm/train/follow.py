@@ -40,6 +40,8 @@ class Follower:
         self.report = report
         self.last_metrics: dict[str, float] = {}
         self.train_s = 0.0
+        self.stopped = False
+        """Whether who was reported to has stopped the run."""
         self._began: float | None = None
         self._last_line = 0.0
         self._ledger_uri = storage.join(job.folder, LEDGER)
@@ -109,7 +111,11 @@ class Follower:
                 self.console.print(_validation_line(step, metrics))
                 if self.report:
                     self.record.settle(SETTLE_S)
-                    self.report(step, metrics)
+                    try:
+                        self.report(step, metrics)
+                    except SystemExit:  # Tune's word for a trial that it stops; only this thread hears it
+                        self.stopped = True
+                        raise
         step, _, metrics = steps[-1]
         news = (
             f"loss {metrics.get('loss', math.nan):.3f}  {metrics['samples_per_s']:.0f} samples/s  "

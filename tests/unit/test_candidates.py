@@ -140,3 +140,11 @@ def test_another_space_or_configuration_is_another_search(part, now, said):
     driver._require_same("s", begun, same)
     with pytest.raises(BadConfig, match=rf"name: sweep s was {said}"):
         driver._require_same("s", begun, same | {part: now})
+
+
+def test_a_name_that_was_taken_by_another_search_is_refused(base, tmp_path):
+    first, _ = driver._record(base, str(tmp_path), "own", SPACE, SweepSettings())
+    again, begun = driver._record(base, str(tmp_path), "own", SPACE, SweepSettings())
+    assert again.run_id == first.run_id == begun["run_id"]
+    with pytest.raises(BadConfig, match="was begun with seed 0, and this is 1"):
+        driver._record(base.model_copy(update={"seed": 1}), str(tmp_path), "own", SPACE, SweepSettings())

@@ -119,6 +119,27 @@ def test_nodes_are_told_where_the_driver_s_record_is_and_nobody_s_password(uri, 
     assert preflight.question(config, [], "", ["MLflow"])["config"]["tracking"]["uri"] == told
 
 
+def test_drivers_may_be_on_nodes_with_all_their_labels():
+    def drives(drive_on, **labels):
+        asked = {"config": {"scaling": {"use_gpu": False, "drive_on": drive_on}}}
+        return preflight._own("a", {"Resources": {"CPU": 1}, "Labels": labels}, asked)["drives"]
+
+    assert drives({}, role="train")
+    assert drives({"role": "head"}, role="head", zone="a")
+    assert not drives({"role": "head"}, role="train")
+    assert not drives({"role": "head", "zone": "b"}, role="head", zone="a")
+
+
+def test_a_node_that_does_not_know_the_record_makes_none_of_its_own(config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    asked = {"tries": ["MLflow"], "config": config.model_dump(mode="json"), "drives": True, "probe": ""}
+    ((name, kind, said),) = nodes.reach(asked)
+    assert (name, kind) == ("MLflow", "RuntimeError")
+    assert "MLFLOW_TRACKING_URI is not set here" in said
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("drives", [True, False])
 def test_only_where_drivers_may_be_is_the_record_asked_for(drives, config):
     nobody = config.model_dump(mode="json") | {"tracking": {"uri": "http://127.0.0.1:9"}}

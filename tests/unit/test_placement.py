@@ -136,15 +136,16 @@ AUTO = ("--train.precision=auto", "--model.attention=auto")
 
 @pytest.mark.parametrize(
     ("stores", "warned"),
-    [((10**6,), True), ((10**6, 10**6), True), ((10**9,), False), ((10**6, 10**9), False), ((10**6, None), False)],
+    # The blocks take 1.7 GB.
+    [((8,), True), ((4, 3), True), ((9,), False), ((4, 5), False), ((4, None), False)],
 )
 def test_blocks_that_object_stores_do_not_hold_are_said_of_all_nodes_that_may_be_there(stores, warned, monkeypatch):
     # The last one is of a type that does not say what it has.
-    there = [Nodes(2, {"CPU": 1} | ({} if store is None else {STORE: store}), {}) for store in stores]
+    there = [Nodes(2, {"CPU": 1} | ({} if store is None else {STORE: store * 10**8}), {}) for store in stores]
     monkeypatch.setattr(placement, "cluster", lambda config: there)
-    said = objects_warning(run("--data.num_frames=64"), 112, None)
+    said = objects_warning(run("--data.num_frames=256"), 448, None)
     assert bool(said) is warned
-    assert not said or f"object stores have {2 * sum(stores) / 1e9:.1f} GB, so that Ray spills to disk" in said
+    assert not said or f"object stores have {2 * sum(stores) / 10:.1f} GB, so that Ray spills to disk" in said
 
 
 @pytest.mark.parametrize(

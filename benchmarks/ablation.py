@@ -30,15 +30,15 @@ from torch import Tensor, nn
 
 import crosslmm
 from benchmarks import report
-from crosslmm.command_line import parse_run
+from crosslmm.cli import parse_run
 from crosslmm.config import DataConfig, RunConfig
-from crosslmm.data import digits, shapes
-from crosslmm.data.decode import decode_video
 from crosslmm.data.manifest import Manifest
-from crosslmm.data.order import Order
+from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.samples import digits, shapes
+from crosslmm.data.video.decode_pool import decode_video
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
-from crosslmm.model.components import freeze
-from crosslmm.model.pretrained import build_model, build_processor
+from crosslmm.model.loading import build_model, build_processor
+from crosslmm.model.param_groups import freeze
 from crosslmm.train.optim import build_optimizer, learning_rate_factor, set_learning_rate
 
 ARMS = {"none": (), "T2V": ("t2v",), "V2V": ("v2v",), "both": ("v2v", "t2v")}
@@ -179,7 +179,7 @@ def train_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
     freeze(model, config.train.learning_rate)
     optimizer = build_optimizer(model, config.train)
     rows, videos = clips(folder, "train", config.data.num_frames)
-    order = Order((len(rows),), config.train.global_batch_size, config.seed)
+    order = SampleOrder((len(rows),), config.train.global_batch_size, config.seed)
     losses = []
     for step in range(ARM_STEPS):
         set_learning_rate(optimizer, step, ARM_STEPS, config.train)

@@ -40,13 +40,13 @@ from rich.table import Table
 from benchmarks import report
 from crosslmm import storage
 from crosslmm.config import DataConfig
-from crosslmm.data import sampling
-from crosslmm.data.decode import Decoder, Unreadable, decode_video
+from crosslmm.data import frame_sampling
+from crosslmm.data.dataset import Layout, block_rows, build_dataset, to_samples
 from crosslmm.data.manifest import Manifest, Rows
-from crosslmm.data.order import Order
-from crosslmm.data.pipeline import Layout, block_rows, build_dataset, to_samples
-from tests.object_store import running_object_store
-from tests.wire import Wire
+from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.video.decode_pool import Decoder, Unreadable, decode_video
+from tests.support.object_store import running_object_store
+from tests.support.wire import Wire
 
 FRAMES, SIDE, FPS = 32, 384, 30
 SAMPLES, PROCESSES = 40, 2
@@ -99,7 +99,7 @@ class Needed:
         with av.open(str(path)) as container:
             stream: Any = container.streams.video[0]
             packets: list[Any] = [p for p in container.demux(stream) if p.size]
-            wanted = sampling.uniform(float(stream.duration * stream.time_base), count) / float(stream.time_base)
+            wanted = frame_sampling.uniform(float(stream.duration * stream.time_base), count) / float(stream.time_base)
         shown = np.sort([p.pts for p in packets])
         wanted_pts = np.unique(shown[np.searchsorted(shown, wanted, side="right") - 1])
         place = {p.pts: i for i, p in enumerate(packets)}
@@ -218,7 +218,7 @@ def run_pipeline(videos: list[Path], data: DataConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "rows.jsonl").write_text("\n".join(lines))
         rows = Rows([Manifest(f"{folder}/rows.jsonl", ["/"])])
-    order = Order((len(videos),), 1, seed=0)
+    order = SampleOrder((len(videos),), 1, seed=0)
     layout = Layout(order, 1, 0, order.steps_per_epoch, block_rows(data, SIDE))
     began = time.perf_counter()
     dataset = build_dataset(layout, ray.put(rows), data, SIDE, workers=PROCESSES, cpus_per_worker=0.5)

@@ -30,7 +30,7 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.data import cpu_s, in_turns, median_ratio
 from crosslmm.config import BadConfig, DataConfig
-from crosslmm.data.decode import BACKENDS, Decoder, Unreadable, require_backend
+from crosslmm.data.video.decode_pool import BACKENDS, Decoder, Unreadable, require_backend
 from tests.corrupt import zoo
 
 FRAMES, SIDE, SIZE = 16, 384, (640, 360)

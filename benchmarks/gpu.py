@@ -31,13 +31,13 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from benchmarks import report
 from benchmarks.memory import LIMIT
 from benchmarks.model import PAPER, Ours, Theirs, prefill, reduction
-from crosslmm.command_line import parse_run
+from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
 from crosslmm.model import CrossLMMForConditionalGeneration
-from crosslmm.model.cost import TEXT, VIDEO, training_memory, training_trace
-from crosslmm.model.pretrained import build_config
-from crosslmm.plan import GPUS, Assumptions
-from crosslmm.train.loop import Around, Metrics, Step, pinned, train
+from crosslmm.model.loading import build_config
+from crosslmm.planning.cost import TEXT, VIDEO, training_memory, training_trace
+from crosslmm.planning.plan import GPUS, Assumptions
+from crosslmm.train.loop import Callbacks, Metrics, StepBatch, pinned, train
 from crosslmm.train.optim import build_optimizer
 from crosslmm.train.parallel import parallelize
 
@@ -104,7 +104,7 @@ def batch(config: RunConfig, side: int, tokens_per_frame: int) -> BatchFeature:
     })  # fmt: skip
 
 
-class Seconds(Around):
+class Seconds(Callbacks):
     """Of every step."""
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ def trained(setting: Setting) -> dict[str, float]:
     made = batch(config, model.config.vision_config.image_size, model.config.tokens_per_frame)
     around = Seconds()
     # Each step copies its batch to the GPU, as in a run.
-    train(config, model, optimizer, (Step([pinned(made, device)], []) for _ in range(STEPS)), range(STEPS), around)
+    train(config, model, optimizer, (StepBatch([pinned(made, device)], []) for _ in range(STEPS)), range(STEPS), around)
     return {
         "step_s": statistics.median(around.steps[WARM:]),
         "allocated_bytes": torch.cuda.max_memory_allocated(),
@@ -245,7 +245,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU here; python -m benchmarks.model and benchmarks.memory run on CPUs")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as crosslmm.train.machine has it
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as crosslmm.preflight.hardware has it
     flash = WITH_FLASH if is_flash_attn_2_available() else []
     rows = list(said(training([*SETTINGS, *flash])))
     beside = {preset: prefills(preset) for preset in ("paper-2b", "paper-7b")}

@@ -29,11 +29,11 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.data import start_ray
 from crosslmm.config import DataConfig
-from crosslmm.data import prepared
+from crosslmm.data import manifest_shards
+from crosslmm.data.dataset import Layout, block_rows, build_dataset, to_samples
+from crosslmm.data.frame_sampling import Sampling
 from crosslmm.data.manifest import Manifest, Rows
-from crosslmm.data.order import Order
-from crosslmm.data.pipeline import Layout, block_rows, build_dataset, to_samples
-from crosslmm.data.sampling import Sampling
+from crosslmm.data.sampler import SampleOrder
 
 SIZES = {"1m": 1_000_000, "10m": 10_000_000}
 PART_ROWS, BATCH, BLOCKS, SIDE = 250_000, 256, 40, 64
@@ -63,9 +63,9 @@ def write_manifest(folder: str, rows: int) -> None:
                 "seconds": nothing,
             }
         )
-        parts.append(prepared.write_part(folder, number, table))
-        lengths.append(table.select(prepared.LENGTHS))
-    prepared.seal(folder, parts, pa.concat_tables(lengths), {"made_by": "benchmarks.manifest"})
+        parts.append(manifest_shards.write_part(folder, number, table))
+        lengths.append(table.select(manifest_shards.LENGTHS))
+    manifest_shards.seal(folder, parts, pa.concat_tables(lengths), {"made_by": "benchmarks.manifest"})
 
 
 def measure(folder: str) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def measure(folder: str) -> dict[str, Any]:
     data = DataConfig(num_frames=4)
     manifest = Manifest(folder)
     lengths = manifest.lengths(Sampling(data.num_frames), tokens_per_frame=9)
-    order = Order((len(manifest),), BATCH, seed=0)
+    order = SampleOrder((len(manifest),), BATCH, seed=0)
     layout = Layout(order, 2, 0, order.steps_per_epoch, block_rows(data, SIDE), lengths)
     planned = time.perf_counter() - began
     dataset = build_dataset(layout, ray.put(Rows([manifest])), data, SIDE, workers=2, cpus_per_worker=0.5)

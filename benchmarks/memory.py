@@ -1,7 +1,7 @@
 """The planner's memory against what training processes really use: python -m benchmarks.memory [--json].
 
 Each setting runs in processes of its own, which take two training steps on CPU: forward, backward, AdamW. Their peak
-resident memory above what the imports take is held against `crosslmm.model.cost`. Linux only; about five minutes.
+resident memory above what the imports take is held against `crosslmm.planning.cost`. Linux only; about five minutes.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     # Freed blocks go back to the system at once, so that resident memory is what tensors hold.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-    from crosslmm.model.cost import training_memory, training_trace
+    from crosslmm.planning.cost import training_memory, training_trace
 
     table = Table(title="peak memory of a training step above the imports [MB]")
     for heading in ("setting", "measured", "predicted", "weights", "gradients", "optimizer", "activations", "logits",
@@ -125,7 +125,7 @@ def _train(setting: Setting, rank: int, port: int) -> int:
     from transformers import BatchFeature
 
     from crosslmm.model import CrossLMMForConditionalGeneration
-    from crosslmm.model.pretrained import build_config
+    from crosslmm.model.loading import build_config
     from crosslmm.train.optim import build_optimizer
     from crosslmm.train.parallel import parallelize
 

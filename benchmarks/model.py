@@ -27,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import EncoderDecoderCache, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from benchmarks import report
-from crosslmm.command_line import parse_run
-from crosslmm.model import CrossLMMConfig, CrossLMMForConditionalGeneration, cost
+from crosslmm.cli import parse_run
+from crosslmm.model import CrossLMMConfig, CrossLMMForConditionalGeneration
+from crosslmm.planning import cost
 
 FRAMES = (8, 16, 32, 64)
 STEP_FRAMES = (8, 16, 32)

@@ -24,11 +24,11 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import report
-from crosslmm.command_line import fail, parse_run
+from crosslmm.cli import fail, parse_run
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.model import CrossLMMForConditionalGeneration
-from crosslmm.model.components import component_of, freeze
-from crosslmm.model.pretrained import build_model, build_processor
+from crosslmm.model.loading import build_model, build_processor
+from crosslmm.model.param_groups import component_of, freeze
 from crosslmm.train.optim import build_optimizer
 
 STEPS = 5

@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from crosslmm.command_line import parse_run
+from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
-from crosslmm.data import shapes
-from crosslmm.data.decode import decode_video
-from crosslmm.data.features import DType, from_bf16, pack, to_bf16, unpack
+from crosslmm.data.feature_cache import DType, from_bf16, pack, to_bf16, unpack
 from crosslmm.data.manifest import Manifest
-from crosslmm.data.order import Order
-from crosslmm.model.components import freeze
-from crosslmm.model.encoder import encode
-from crosslmm.model.pretrained import build_encoder, build_model, build_processor
+from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.samples import shapes
+from crosslmm.data.video.decode_pool import decode_video
+from crosslmm.model.loading import build_encoder, build_model, build_processor
+from crosslmm.model.param_groups import freeze
+from crosslmm.model.vision_encoder import encode
 from crosslmm.train.optim import build_optimizer, set_learning_rate
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +89,7 @@ def train(data: str, folder: str, form: str, seed: int) -> float:
     model = build_model(config.model, processor, config.seed)
     freeze(model, config.train.learning_rate)
     optimizer = build_optimizer(model, config.train)
-    order = Order((len(rows["train"]),), batch, config.seed)
+    order = SampleOrder((len(rows["train"]),), batch, config.seed)
     for step in range(steps):
         set_learning_rate(optimizer, step, steps, config.train)
         chosen, weights = order.at(np.arange(step * batch, (step + 1) * batch))

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from crosslmm.data.shapes import write_sample_set
+from crosslmm.data.samples.shapes import write_sample_set
 
 LOOK_EVERY_S = 0.1
 PARTS = {

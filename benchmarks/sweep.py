@@ -41,16 +41,16 @@ from mlflow.tracking import MlflowClient
 from rich.table import Table
 
 from benchmarks import report, rounding
-from crosslmm.command_line import parse_run, stop_on_sigterm
+from crosslmm.cli import parse_run, stop_on_sigterm
 from crosslmm.config import RunConfig
-from crosslmm.data import shapes
-from crosslmm.data.features import Features, create, from_bf16, write_index, write_shard
+from crosslmm.data.feature_cache import FeatureCache, create, from_bf16, write_index, write_shard
 from crosslmm.data.manifest import Manifest
+from crosslmm.data.samples import shapes
+from crosslmm.encode import recipe
+from crosslmm.run_folder import SWEEP
 from crosslmm.sweep import trials
 from crosslmm.sweep.candidates import prefill
 from crosslmm.sweep.trials import Trial
-from crosslmm.tracking import SWEEP
-from crosslmm.train import prepare
 
 ROOT = Path(__file__).parent.parent
 CLIPS, HELD_OUT, BATCH = 48, 2, 2
@@ -114,7 +114,7 @@ def main() -> None:
     figures, detail = compare(sweeps)
     figures |= {f"bytes_per_frame_{dtype}": size for dtype, size in sizes.items()}
     detail["bytes_per_frame_2b"] = {
-        dtype: prepare.recipe_of(two_b(), "", dtype).frame_bytes for dtype in rounding.DTYPES
+        dtype: recipe.recipe_of(two_b(), "", dtype).frame_bytes for dtype in rounding.DTYPES
     }
     detail["accuracy"] = rounding.accuracy_by_form()
     figures |= rounding.lost(detail["accuracy"])
@@ -235,7 +235,7 @@ def proportions(done: Sequence[dict[str, Any]]) -> dict[str, float]:
 def bytes_per_frame(folder: Path) -> dict[str, float]:
     """Of the sweep's own store, and of one in int8 with the same videos; all files of each counted."""
     (place,) = (folder / "runs" / "features").iterdir()
-    store = Features(str(place))
+    store = FeatureCache(str(place))
     rows = [row for split in rounding.SPLITS for row in Manifest(f"{folder}/data/{split}.jsonl").rows]
     uris = [row["videos"][0] for row in rows]
     videos = [(uri, None, from_bf16(cast("np.ndarray", store.read(uri)))) for uri in uris]

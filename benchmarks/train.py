@@ -2,7 +2,7 @@
 
     python -m benchmarks.train --json
 
-(a) `step_over_bare`: step time of a whole run, `crosslmm.train.driver.run`: Ray Train, record in MLflow, watchdog,
+(a) `step_over_bare`: step time of a whole run, `crosslmm.train.run.run`: Ray Train, record in MLflow, watchdog,
     asynchronous checkpoints, everything but the data pipeline / of two plain processes with torch's FSDP and a for
     loop. The same model and the same batches, which lie in memory in both; the losses are equal to the bit, or it
     fails. `checkpoint_share`: of its time the run spent on waiting for checkpoints, one in every round.
@@ -37,14 +37,15 @@ import torch.distributed as dist
 from rich.table import Table
 
 from benchmarks import report, startup
-from crosslmm.command_line import parse_run
+from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
-from crosslmm.data.shapes import write_sample_set
-from crosslmm.model.pretrained import build_model, build_processor
-from crosslmm.train import checkpoint, driver, worker
-from crosslmm.train.loop import Step
+from crosslmm.data.samples.shapes import write_sample_set
+from crosslmm.model.loading import build_model, build_processor
+from crosslmm.train import checkpoint, worker
+from crosslmm.train.loop import StepBatch
 from crosslmm.train.optim import build_optimizer, set_learning_rate
 from crosslmm.train.parallel import parallelize
+from crosslmm.train.run import run_training
 
 LIMITS = {"step_over_bare": "<= 1.05"}
 RANKS, BATCHES = 2, 4
@@ -82,7 +83,7 @@ def configuration(folder: Path, rounds: int) -> RunConfig:
     return parse_run(["--config=tiny", *(f"--{key}={value}" for key, value in settings.items())], "")
 
 
-def batches(config: RunConfig, rank: int) -> list[Step]:
+def batches(config: RunConfig, rank: int) -> list[StepBatch]:
     """What a rank trains on, over and over."""
     processor = build_processor(config.model)
     random = np.random.default_rng(rank)
@@ -93,7 +94,7 @@ def batches(config: RunConfig, rank: int) -> list[Step]:
     for number in range(BATCHES):
         shape = (config.data.num_frames, side, side, 3)
         videos = [[random.integers(0, 256, shape, dtype=np.uint8)] for _ in range(size)]
-        steps.append(Step([processor([talk] * size, videos)], [f"{number}-{i}" for i in range(size)]))
+        steps.append(StepBatch([processor([talk] * size, videos)], [f"{number}-{i}" for i in range(size)]))
     return steps
 
 
@@ -107,12 +108,12 @@ class Turns:
         count: steps in all.
     """
 
-    def __init__(self, address: Any, key: bytes, arm: str, rank: int, steps: list[Step], count: int) -> None:
+    def __init__(self, address: Any, key: bytes, arm: str, rank: int, steps: list[StepBatch], count: int) -> None:
         self.line: Connection = Client(address, authkey=key)
         self.line.send((arm, rank))
         self.steps, self.count = steps, count
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[StepBatch]:
         began = None
         for number in range(self.count):
             # Half a turn after a checkpoint.
@@ -127,7 +128,7 @@ def in_ray_train(address: Any, key: bytes) -> Callable[[dict[str, Any]], None]:
     """What a worker does, but for where its batches come from."""
 
     def train(loop_config: dict[str, Any]) -> None:
-        def held(job: Any, *_: Any) -> Iterator[Step]:
+        def held(job: Any, *_: Any) -> Iterator[StepBatch]:
             rank = dist.get_rank()
             return iter(Turns(address, key, "ray", rank, batches(job.config, rank), job.total_steps))
 
@@ -211,7 +212,7 @@ def steps(folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
         for process in others:
             process.start()
         worker.train = in_ray_train(listener.address, key)  # type: ignore[assignment]
-        outcome = driver.run(config)
+        outcome = run_training(config)
         dealer.join()
         for process in others:
             process.join()

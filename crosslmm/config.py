@@ -1,6 +1,8 @@
 """The one schema of a run: typed, validated, with units."""
 
+import os
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -410,6 +412,21 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def redacted(text: str) -> str:
     """Without the user and password of any URI in it."""
     return USERINFO.sub("***@", text)
+
+
+def tracking_uri(config: TrackingConfig) -> str:
+    """Where the record goes: the configuration, else MLFLOW_TRACKING_URI, else sqlite in the working directory."""
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    return uri
+
+
+def without_password(uri: str) -> str:
+    """A URI that may be written down."""
+    scheme, separator, rest = uri.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 # What jsonargparse says where a key takes a value of some type or null.

@@ -33,10 +33,10 @@ def answer(
     from mlflow.exceptions import MlflowException
 
     from crosslmm import storage
-    from crosslmm.answer import score
-    from crosslmm.command_line import fail
+    from crosslmm.cli import fail
     from crosslmm.config import TrackingConfig
     from crosslmm.data.manifest import BadManifest, Manifest
+    from crosslmm.inference.answerer import score
     from crosslmm.tracking import load_registered
 
     if (video is None) == (manifest is None):

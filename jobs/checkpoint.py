@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crosslmm import storage
-from crosslmm.command_line import fail
+from crosslmm.cli import fail
 from crosslmm.config import BadConfig
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def repair(run: str) -> int:
 
 def export(run: str, folder: str, step: int | None) -> int:
     """Make a `from_pretrained` folder of the newest checkpoint that is whole, or of a given one."""
-    from crosslmm.answer import CONFIG
+    from crosslmm.inference.answerer import CONFIG
     from crosslmm.train import checkpoint
 
     if not storage.is_empty(folder):

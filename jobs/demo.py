@@ -12,9 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-from local_cluster import LocalCluster
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # `cluster` is beside this folder, and not installed
+
+from cluster.local.cluster import LocalCluster  # noqa: E402
+
 # How to query and stop the job: for those who submit one themselves, or whose job failed.
 RAYS_OWN_LINE = re.compile(r"\b(cli|sdk|job_manager)\.py:\d+|^Running entrypoint")
 
@@ -60,10 +62,10 @@ def _report(began: float, outcome: dict) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from crosslmm.answer import score
     from crosslmm.config import TrackingConfig
     from crosslmm.data.manifest import Manifest
-    from crosslmm.data.shapes import CHANCE
+    from crosslmm.data.samples.shapes import CHANCE
+    from crosslmm.inference.answerer import score
     from crosslmm.tracking import load_registered
 
     loaded = load_registered(outcome["model_uri"], TrackingConfig(uri=f"sqlite:///{ROOT / 'mlflow.db'}"))

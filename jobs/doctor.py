@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crosslmm.command_line import fail, parse_run
+from crosslmm.cli import fail, parse_run
 from crosslmm.config import BadConfig, redacted
 
 if TYPE_CHECKING:
-    from crosslmm.doctor.checks import Finding
+    from crosslmm.preflight.findings import Finding
 
 
 def main() -> int:
@@ -30,12 +30,12 @@ def main() -> int:
     except BadConfig as error:
         fail(error)
     # Only now what takes seconds to import.
-    from crosslmm.doctor import driver
-    from crosslmm.doctor.checks import merged
+    from crosslmm.doctor.run import run_doctor
+    from crosslmm.preflight.findings import merged
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     logging.getLogger("ray").setLevel(logging.CRITICAL)
-    findings = merged(driver.run(config, console.print))
+    findings = merged(run_doctor(config, console.print))
     show(console, findings)
     failures = sum(not finding.ok for finding in findings)
     verdict = f"{failures} of {len(findings)} rows need something done" if failures else "all is well"

@@ -14,13 +14,13 @@ import sys
 
 from jsonargparse import ArgumentParser
 
-from crosslmm.command_line import fail, parse_job, stop_on_sigterm
+from crosslmm.cli import fail, parse_job, stop_on_sigterm
 from crosslmm.config import BadConfig
 
 
 def main() -> int:
     """Parse, encode, print."""
-    from crosslmm.data.features import FeatureSettings
+    from crosslmm.data.feature_cache import FeatureSettings
 
     def add_own(parser: ArgumentParser) -> None:
         parser.add_class_arguments(FeatureSettings, "features", fail_untyped=False)
@@ -29,19 +29,19 @@ def main() -> int:
         config, own = parse_job(sys.argv[1:], str(__doc__), add_own)
     except BadConfig as error:
         fail(error)
-    from crosslmm import encode
     from crosslmm.data.manifest import BadManifest
+    from crosslmm.encode.run import EncodingFailed, run_encoding
     from crosslmm.storage import BadLocation, Unavailable
 
     stop_on_sigterm()
     try:
-        outcome = encode.run(config, FeatureSettings(**own["features"]))
+        outcome = run_encoding(config, FeatureSettings(**own["features"]))
     except (BadConfig, BadManifest, BadLocation) as error:
         fail(error)
     except (SystemExit, KeyboardInterrupt):
         print("stopped; the same command goes on where it stopped", file=sys.stderr)
         return 130
-    except (encode.EncodingFailed, Unavailable) as error:
+    except (EncodingFailed, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(dataclasses.asdict(outcome)))

@@ -14,16 +14,16 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from crosslmm.command_line import fail, parse_job
+from crosslmm.cli import fail, parse_job
 from crosslmm.config import BadConfig, validate_run
 
 if TYPE_CHECKING:
-    from crosslmm.plan import Plan, Row
+    from crosslmm.planning.plan import Plan, Row
 
 
 def main() -> int:
     """Parse, plan, print."""
-    from crosslmm.plan import Assumptions, plan
+    from crosslmm.planning.plan import Assumptions, plan
 
     def add_own(parser: ArgumentParser) -> None:
         parser.add_argument("--frames", type=str, metavar="N[,N...]",

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crosslmm.command_line import fail, stop_on_sigterm
+from crosslmm.cli import fail, stop_on_sigterm
 from crosslmm.config import BadConfig, DataConfig
 
 LIMITS = {"decode_timeout_s", "decode_memory_gib", "max_video_bytes", "max_video_s", "max_frame_pixels"}
@@ -48,10 +48,10 @@ def convert(
         skip_bad: leave malformed rows out instead of refusing the manifest.
         piece_bytes: of the manifest in one task, which is what a kill costs; default 32 MiB, with probe 4 MiB [bytes].
     """
-    from crosslmm.data import prepare
+    from crosslmm.data.ingest import convert
 
     console = _console()
-    said = prepare.convert(manifest, folder, probe, skip_bad, piece_bytes, data, console)
+    said = convert.convert(manifest, folder, probe, skip_bad, piece_bytes, data, console)
     table = Table("rows", "malformed", "unreadable", "videos", "hours", "codecs", "sizes")
     table.add_row(
         *(f"{said[key]:,}" for key in ("rows", "rejected", "quarantined", "videos", "hours")),
@@ -74,10 +74,10 @@ def validate(
         probe: read each video's header too; rows whose video cannot be read count as bad then.
         piece_bytes: of the manifest in one task; default 32 MiB, with probe 4 MiB [bytes].
     """
-    from crosslmm.data import prepare
+    from crosslmm.data.ingest import convert
 
     console = _console()
-    found = prepare.validate(manifest, probe, piece_bytes, data, console)
+    found = convert.validate(manifest, probe, piece_bytes, data, console)
     if found.reasons or found.unreadable:
         table = Table("rows", "lines", "reason")
         for count, lines, reason in sorted(found.reasons.values(), key=lambda one: -one[0]):
@@ -102,7 +102,7 @@ def requeue(place: str, data: DataConfig = DEFAULTS) -> int:
     Args:
         place: path or s3:// URI of a ledger (quarantine.jsonl of a run that is not running), or of a prepared folder.
     """
-    from crosslmm.data.requeue import requeue as try_again
+    from crosslmm.data.ingest.retry_unreadable import requeue as try_again
 
     _print_json(try_again(place, data, _console()))
     return 0
@@ -125,8 +125,8 @@ def sample(
         kind: moving shapes, with questions about colour, shape, motion and order; or small handwritten digits, which
             need scikit-learn.
     """
-    from crosslmm.data.digits import write_digits
-    from crosslmm.data.shapes import write_sample_set
+    from crosslmm.data.samples.digits import write_digits
+    from crosslmm.data.samples.shapes import write_sample_set
 
     write = {"shapes": write_sample_set, "digits": write_digits}[kind]
     write(folder, train, held_out, seed)
@@ -149,9 +149,9 @@ def main() -> int:
     except BadConfig as error:
         fail(error)
     # Only now what takes seconds to import.
+    from crosslmm.data.ingest.ray_tasks import NotPrepared
     from crosslmm.data.manifest import BadManifest
     from crosslmm.data.quarantine import TooManyBad
-    from crosslmm.data.tasks import NotPrepared
     from crosslmm.storage import BadLocation
 
     stop_on_sigterm()

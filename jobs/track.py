@@ -14,9 +14,10 @@ import argparse
 import sys
 import time
 
-from crosslmm.command_line import fail
+from crosslmm import run_folder
+from crosslmm.cli import fail
 from crosslmm.config import BadConfig, TrackingConfig
-from crosslmm.patience import BadLocation
+from crosslmm.storage.retry import BadLocation
 
 
 def replay(storage: str, names: list[str], uri: str | None) -> int:
@@ -30,7 +31,7 @@ def replay(storage: str, names: list[str], uri: str | None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=True)
     table = Table("run", "MLflow run", "points sent", "status", "model")
     missing = []
-    for name, folder in tracking.runs(storage, names):
+    for name, folder in run_folder.runs(storage, names):
         try:
             done = tracking.replay(folder, uri)
         except Exception as error:  # the next one may have another server, or stores its artifacts elsewhere

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-from crosslmm.command_line import fail, parse_run, stop_on_sigterm
+from crosslmm.cli import fail, parse_run, stop_on_sigterm
 from crosslmm.config import BadConfig, redacted
 
 
@@ -26,12 +26,12 @@ def main() -> int:
 
     from crosslmm.data.manifest import BadManifest
     from crosslmm.storage import BadLocation
-    from crosslmm.train import driver
-    from crosslmm.train.launch import TrainingFailed
+    from crosslmm.train.launcher import TrainingFailed
+    from crosslmm.train.run import run_training
 
     stop_on_sigterm()
     try:
-        outcome = driver.run(config)
+        outcome = run_training(config)
     except (BadConfig, BadManifest, BadLocation) as error:
         fail(error)
     except (SystemExit, KeyboardInterrupt):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from crosslmm.command_line import fail, parse_job, stop_on_sigterm
+from crosslmm.cli import fail, parse_job, stop_on_sigterm
 from crosslmm.config import BadConfig
 
 SPACES = Path(__file__).parent.parent / "tune_spaces"
@@ -42,14 +42,14 @@ def main() -> int:
     except BadConfig as error:
         fail(error)
     from crosslmm.data.manifest import BadManifest
-    from crosslmm.encode import EncodingFailed
+    from crosslmm.encode.run import EncodingFailed
     from crosslmm.storage import BadLocation, Unavailable
-    from crosslmm.sweep import driver
-    from crosslmm.sweep.tuning import SweepFailed
+    from crosslmm.sweep.run import run_sweep
+    from crosslmm.sweep.tuner import SweepFailed
 
     stop_on_sigterm()
     try:
-        outcome = driver.run(config, chosen, space_name, space)
+        outcome = run_sweep(config, chosen, space_name, space)
     except (BadConfig, BadManifest, BadLocation) as error:
         fail(error)
     except (SystemExit, KeyboardInterrupt):

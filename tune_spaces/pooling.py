@@ -3,7 +3,7 @@
 from ray import tune
 
 from crosslmm.config import RunConfig
-from crosslmm.model.pretrained import build_config
+from crosslmm.model.loading import build_config
 from crosslmm.sweep.space import Space
 
 

@@ -2,11 +2,9 @@
 
 import os
 import secrets
-import sys
 from pathlib import Path
 
 # Ray reads them when it is imported, and clusters of several nodes are started by this very process.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path[:0] = [str(ROOT / "jobs"), str(ROOT / "tests")]

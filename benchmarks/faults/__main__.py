@@ -18,12 +18,12 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from object_store import object_store_in_use
 from rich.table import Table
 
 from benchmarks import report
 from benchmarks.faults import ROOT, checkpoints, nodes, processes, surroundings  # noqa: F401  they fill the table
 from benchmarks.faults.lab import BATCH, EVERY, FAULTS, GOES_ON, STEPS, Attempt, Fault, Lab, write_data
+from tests.support.object_store import object_store_in_use
 
 POLL_S = 2.0
 """How often Ray Train's controller looks at its workers [s]; what they do until then is lost with them."""

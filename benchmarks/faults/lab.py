@@ -18,17 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conftest import processes
-from flaky_store import FlakyStore
-from local_cluster import LocalCluster
 from mlflow.entities import ViewType
 from mlflow.tracking import MlflowClient
-from object_store import ObjectStore
 
 from benchmarks.faults import ROOT
+from cluster.local.cluster import LocalCluster
 from crosslmm import storage
-from crosslmm.data.shapes import write_sample_set
+from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.train import checkpoint
+from tests.support.common import processes
+from tests.support.flaky_store import FlakyStore
+from tests.support.object_store import ObjectStore
 
 STEPS, EVERY, BATCH = 40, 5, 8
 FAULT_AFTER = 10

@@ -13,11 +13,10 @@ import urllib.request
 from pathlib import Path
 from typing import Literal, Self
 
-from flaky_store import READS, Mode
-
 from benchmarks.faults import ROOT
 from benchmarks.faults.lab import BATCH, DEADLINE_S, EVERY, FAULT_AFTER, RANK, Attempt, Lab, Lost, fault
 from crosslmm import storage
+from tests.support.flaky_store import READS, Mode
 
 AWAY_S = 60.0
 """How long a store is out of order [s]."""

@@ -13,9 +13,9 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crosslmm import storage
-from crosslmm.data import formats, prepared
-from crosslmm.data.prepared import SCHEMA
-from crosslmm.data.sampling import Sampling, excerpt
+from crosslmm.data import formats, manifest_shards
+from crosslmm.data.frame_sampling import Sampling, excerpt
+from crosslmm.data.manifest_shards import SCHEMA
 
 RESERVED = ("<|im_start|>", "<|im_end|>", "<|video_pad|>")
 """Tokens of the chat format: written out in a text they would break out of their message."""
@@ -163,13 +163,13 @@ class Manifest:
                 named.
         """
         self.uri = storage.absolute(uri)
-        self._table: pa.Table | prepared.PreparedTable
+        self._table: pa.Table | manifest_shards.PreparedTable
         self._folder = ""
         try:
             self._folder = folder_of(self.uri)
             self.roots = [self._folder, *map(storage.absolute, roots)]
-            if prepared.is_prepared(self.uri):
-                self._table = prepared.PreparedTable(self.uri)
+            if manifest_shards.is_prepared(self.uri):
+                self._table = manifest_shards.PreparedTable(self.uri)
                 self.digest = self._table.digest
                 self.take([0])  # where the others lie, as a rule
                 return
@@ -218,7 +218,7 @@ class Manifest:
 
     def videos(self) -> Iterator[tuple[str, "Video"]]:
         """Every place that a row names, as often as it is named."""
-        table = self._table.videos() if isinstance(self._table, prepared.PreparedTable) else self._table
+        table = self._table.videos() if isinstance(self._table, manifest_shards.PreparedTable) else self._table
         table = table.select(["videos", "seconds"])
         for row, record in enumerate(row for batch in table.to_batches(4096) for row in batch.to_pylist()):
             lengths = record["seconds"] or [None] * len(record["videos"])
@@ -235,7 +235,7 @@ class Manifest:
     def lengths(self, sampling: Sampling, tokens_per_frame: int) -> np.ndarray:
         """About how many tokens each row is, before anything is opened: float32 (rows,). Characters count as a quarter;
         a video of unknown duration as the most frames that it may give."""
-        table = self._table.lengths() if isinstance(self._table, prepared.PreparedTable) else self._table
+        table = self._table.lengths() if isinstance(self._table, manifest_shards.PreparedTable) else self._table
         seconds = table["seconds"].combine_chunks()
         frames = sampling.count(np.asarray(seconds.flatten().to_numpy(zero_copy_only=False), np.float64))
         ends = np.concatenate([[0], np.cumsum(np.asarray(seconds.value_lengths().fill_null(0)))])

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from crosslmm.data.decode import Unreadable
+from crosslmm.data.video.decode_pool import Unreadable
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward, rotate_half
 
-from crosslmm.model.encoder import in_chunks
-from crosslmm.model.lookup import Lookup
+from crosslmm.model.attention_plan import Lookup
+from crosslmm.model.vision_encoder import in_chunks
 
 ROTARY_BASE = 10_000.0
 

@@ -19,11 +19,11 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from crosslmm.model.attention_plan import text_lookup, visual_lookup
 from crosslmm.model.configuration import CrossLMMConfig
 from crosslmm.model.cross_attention import DualCrossAttentionLayer, VisualContext
-from crosslmm.model.encoder import build_tower, encode, in_chunks
-from crosslmm.model.lookup import text_lookup, visual_lookup
 from crosslmm.model.pooling import pool
+from crosslmm.model.vision_encoder import build_tower, encode, in_chunks
 
 LOSS_CHUNK = 1024
 """Labelled positions whose logits exist at a time: 0.6 GB in float32 over Qwen's vocabulary."""

@@ -1,13 +1,13 @@
 """A point -> a trial with what it costs, or the reason why it is not tried."""
 
 from crosslmm.config import BadConfig, RunConfig
-from crosslmm.model import cost
-from crosslmm.plan import GPUS, Assumptions, room
+from crosslmm.planning import cost
+from crosslmm.planning.plan import GPUS, Assumptions, room
 from crosslmm.sweep import trials
 from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import Space, apply, settings
 from crosslmm.sweep.trials import Point, Trial
-from crosslmm.tracking import Record
+from crosslmm.tracking import MlflowRun
 
 TEXT_TOKENS = Assumptions().text_tokens
 """Of the sample whose prefill is counted [tokens]."""
@@ -23,7 +23,7 @@ class Candidates:
         record: of the sweep.
     """
 
-    def __init__(self, base: RunConfig, chosen: SweepSettings, space: Space, record: Record) -> None:
+    def __init__(self, base: RunConfig, chosen: SweepSettings, space: Space, record: MlflowRun) -> None:
         self.base, self.chosen, self.space, self.record = base, chosen, space, record
 
     def __call__(self, number: int, point: Point) -> Trial:
@@ -46,7 +46,7 @@ class Candidates:
                 f"training takes {memory / 1e9:,.1f} GB, too much for the {whole / 1e9:.0f} GB of --gpu {gpu}"
             )
         trial = Trial(number, point, given, model.config.tokens_per_frame, behind, of_encoder, memory)
-        child = Record.create(self.record.tracking, trial.name, "jobs/tune.py", parent=self.record.run_id)
+        child = MlflowRun.create(self.record.tracking, trial.name, "jobs/tune.py", parent=self.record.run_id)
         child.log_params({"trial": {"number": number, **point}})
         costs = {
             "macs_behind_encoder": behind,

@@ -12,9 +12,8 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
 from crosslmm import storage
-from crosslmm.config import TrackingConfig
-from crosslmm.tracking.record import Record
-from crosslmm.tracking.server import tracking_uri
+from crosslmm.config import TrackingConfig, tracking_uri
+from crosslmm.tracking.run import MlflowRun
 
 UPLOAD_S = 120
 """How long a server may take to put away one file of a model [s]."""
@@ -24,7 +23,7 @@ SIGNATURE = ModelSignature(
 )
 
 
-def register(record: Record, model_uri: str, tags: dict[str, str]) -> str:
+def register(record: MlflowRun, model_uri: str, tags: dict[str, str]) -> str:
     """Log an exported model to a run, register it with these tags, and move the alias to it -> `models:/NAME@ALIAS`.
 
     The version is a pyfunc made from code: `crosslmm/registered.py` and the package itself travel with the
@@ -40,7 +39,7 @@ def register(record: Record, model_uri: str, tags: dict[str, str]) -> str:
             with mlflow.start_run(run_id=record.run_id):
                 info = mlflow.pyfunc.log_model(
                     name="model",
-                    python_model=str(package / "registered.py"),
+                    python_model=str(package / "inference" / "pyfunc.py"),
                     artifacts={"model": folder},
                     code_paths=[str(package)],
                     signature=SIGNATURE,

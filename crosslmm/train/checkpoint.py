@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.state_dict import (
 from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, to_yaml, validate_run
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
-from crosslmm.model.pretrained import build_model, build_processor
+from crosslmm.model.loading import build_model, build_processor
 
 SEAL, BROKEN_SEAL, CONFIG = "seal.json", "broken-seal.json", "config.yaml"
 NAME = re.compile(r"step-\d{8}-\w+")

@@ -1,15 +1,17 @@
 """Everything that a run's workers must agree upon. Light: processes that need no model hold it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import ray
+from ray.data import DataIterator, Dataset, ExecutionOptions
+from ray.train import DataConfig
 
 from crosslmm.config import RunConfig
-from crosslmm.data.features import Recipe
-from crosslmm.data.order import Order
-from crosslmm.data.pipeline import Layout, block_rows
+from crosslmm.data.dataset import Layout, block_rows, build_dataset
+from crosslmm.data.feature_cache import FeatureRecipe
+from crosslmm.data.sampler import SampleOrder
 
 TRAIN, VALIDATION = "train", "validation"
 """The datasets of a run, by Ray Train's names for them."""
@@ -23,7 +25,7 @@ class Job:
     folder: str
     """The run's own folder in storage."""
     total_steps: int
-    order: Order
+    order: SampleOrder
     rows: ray.ObjectRef
     lengths: np.ndarray | None
     """About how many tokens each row is, where micro-batches are counted in tokens."""
@@ -33,10 +35,10 @@ class Job:
     image_size: int
     features: ray.ObjectRef | None
     """`Features` that are read instead of videos."""
-    recipe: Recipe | None
+    recipe: FeatureRecipe | None
     """How they were made."""
-    board: Any
-    """Actor handle of the `Board`."""
+    events: Any
+    """Actor handle of the `EventChannel`."""
 
     def training(self, first_step: int, workers: int) -> Layout:
         """What is left of the run after `first_step` steps, for so many workers."""
@@ -52,5 +54,52 @@ class Job:
     def validation(self, workers: int) -> Layout:
         """Validation's "steps" are rounds in which every worker takes one micro-batch."""
         rows = self.config.train.micro_batch_size
-        order = Order((self.validation_size,), rows * workers, None)
+        order = SampleOrder((self.validation_size,), rows * workers, None)
         return Layout(order, workers, 0, order.steps_per_epoch, rows)
+
+
+def later() -> Any:
+    """What Ray Train asks for before it knows its workers; see `Given`."""
+    return None
+
+
+class Given(DataConfig):
+    """Makes the datasets when the workers ask for them: only now is it known how many they are and where they go on."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(execution_options=ExecutionOptions(preserve_order=True))
+        self.job = job
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # an actor's handle cannot be copied
+
+    def configure(
+        self,
+        datasets: dict[str, Any],
+        world_size: int,
+        worker_handles: Any,
+        worker_node_ids: Any,
+        **_: Any,
+    ) -> list[dict[str, DataIterator]]:
+        """Runs in Ray Train's data manager, when rank 0 asks for its share."""
+        made = {name: _dataset(self.job, name, world_size) for name in datasets}
+        return super().configure(made, world_size, worker_handles, worker_node_ids)
+
+
+def _dataset(job: Job, name: str, workers: int) -> Dataset:
+    """What is left of the run, or the held-out samples."""
+    scaling = job.config.scaling
+    first_step = ray.get(job.events.get_first_step.remote())
+    training = name == TRAIN
+    rows = job.rows if training else job.validation_rows
+    assert rows is not None
+    return build_dataset(
+        job.training(first_step, workers) if training else job.validation(workers),
+        rows,
+        job.config.data,
+        job.image_size,
+        scaling.decode_workers,
+        scaling.cpus_per_decode_worker,
+        job.features,
+        scaling.decode_on,
+    )

@@ -25,7 +25,7 @@ EMPTY_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Step:
+class StepBatch:
     """What one rank trains on in one optimizer step."""
 
     micro: list[BatchFeature]
@@ -34,7 +34,7 @@ class Step:
     """The samples in them, by which they are found again."""
 
 
-class Around:
+class Callbacks:
     """What goes on around the loop; a run overrides what it needs. All ranks are called at the same steps."""
 
     def enter(self, phase: Phase) -> None:
@@ -62,9 +62,9 @@ def train(
     config: RunConfig,
     model: CrossLMMForConditionalGeneration,
     optimizer: torch.optim.Optimizer,
-    batches: Iterator[Step],
+    batches: Iterator[StepBatch],
     steps: range,
-    around: Around,
+    around: Callbacks,
 ) -> int:
     """Train from step `steps.start` to `steps.stop`; every rank calls it, and every rank takes every step.
 
@@ -122,11 +122,11 @@ def _step(
     config: RunConfig,
     model: Any,
     optimizer: torch.optim.Optimizer,
-    batch: Step,
+    batch: StepBatch,
     number: int,
     began: float,
     waited: float,
-    around: Around,
+    around: Callbacks,
 ) -> tuple[Metrics, bool]:
     """One optimizer step over the micro-batches of every rank -> its metrics, and whether any rank was told to stop.
     `began` is when it began to wait for them, and `waited` how long that took [s]."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from crosslmm.config import TrainConfig
-from crosslmm.model.components import component_of
+from crosslmm.model.param_groups import component_of
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from crosslmm.config import TrainConfig
 from crosslmm.model import CrossLMMForConditionalGeneration
-from crosslmm.model.components import freeze
 from crosslmm.model.cross_attention import DualCrossAttentionLayer
+from crosslmm.model.param_groups import freeze
 
 
 def parallelize(

@@ -22,19 +22,19 @@ import torch
 import torch.distributed as dist
 
 from crosslmm import storage
-from crosslmm.answer import CONFIG
 from crosslmm.config import to_yaml
 from crosslmm.data.collate import Sample, collate, collate_for_validation, micro_batches, readable
-from crosslmm.data.pipeline import Layout, ahead, to_samples
+from crosslmm.data.dataset import Layout, ahead, to_samples
 from crosslmm.data.quarantine import Tally
+from crosslmm.encode.recipe import require_encoder
+from crosslmm.inference.answerer import CONFIG
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
-from crosslmm.model.pretrained import build_model, build_processor
+from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.checkpoint import Saver
 from crosslmm.train.job import TRAIN, VALIDATION, Job
 from crosslmm.train.optim import build_optimizer
 from crosslmm.train.parallel import parallelize
-from crosslmm.train.prepare import require_encoder
 from crosslmm.train.watchdog import Watchdog, stacks_name
 
 LISTEN_EVERY_S = 1.0
@@ -64,12 +64,12 @@ def train(loop_config: dict[str, Any]) -> None:
     process = functools.partial(processor, features=(job.recipe.patches, job.recipe.width) if job.recipe else None)
 
     def tell(line: str) -> None:
-        job.board.post.remote("said", line)
+        job.events.post.remote("message", line)
 
     with checkpoint.newest(job.folder, group, tell) as found:
         first_step = found[0].step if found else 0
         if rank == 0:
-            ray.get(job.board.begin.remote(first_step))
+            ray.get(job.events.set_first_step.remote(first_step))
         # The data starts while the model is built.
         batches = _batches(job, processor, process, first_step)
 
@@ -85,10 +85,12 @@ def train(loop_config: dict[str, Any]) -> None:
         if found:
             checkpoint.load(found[1], found[0], model, optimizer)
     if rank == 0:
-        job.board.post.remote("started", (first_step, sum(p.numel() for p in model.parameters())))
+        job.events.post.remote("started", (first_step, sum(p.numel() for p in model.parameters())))
 
     saver = Saver(job.folder, config, attempt[0], group, tell)
-    around = _Around(job, model, optimizer, processor, process, saver, watchdog, found[0].metrics if found else {})
+    around = _WorkerCallbacks(
+        job, model, optimizer, processor, process, saver, watchdog, found[0].metrics if found else {}
+    )
     done = loop.train(config, model, optimizer, batches, range(first_step, job.total_steps), around)
     watchdog.enter("checkpoint")
     saver.close()
@@ -105,7 +107,7 @@ def train(loop_config: dict[str, Any]) -> None:
     watchdog.close()
 
 
-class _Around(loop.Around):
+class _WorkerCallbacks(loop.Callbacks):
     """The loop's surroundings in a Ray Train worker."""
 
     def __init__(
@@ -132,7 +134,7 @@ class _Around(loop.Around):
         """Ask whether the job is being stopped, or a node of ours taken away. Ray's question is asked of all ranks
         together, so it has a thread of its own beside the steps."""
         while not self._told_to_stop.wait(LISTEN_EVERY_S):
-            if ray.train.get_preemption_info() or (self.rank == 0 and ray.get(self.job.board.stops.remote())):
+            if ray.train.get_preemption_info() or (self.rank == 0 and ray.get(self.job.events.stop_requested.remote())):
                 self._told_to_stop.set()
 
     def wanted(self) -> bool:
@@ -141,7 +143,7 @@ class _Around(loop.Around):
     def log(self, step: int, metrics: loop.Metrics) -> None:
         if self.rank == 0:
             now = time.time()
-            self.job.board.post.remote("step", (step, now, metrics))
+            self.job.events.post.remote("step", (step, now, metrics))
             self._history.append(json.dumps({"step": step, "time": now, "metrics": metrics}) + "\n")
 
     def save(self, step: int) -> None:
@@ -162,12 +164,12 @@ class _Around(loop.Around):
             said = {"step": step, "grad_norm": str(grad_norm), "ids": ids}
             storage.write_bytes(storage.join(self.job.folder, name), json.dumps(said).encode())
             line = f"step {step}: the gradient's norm is {grad_norm}; {name} in the run's folder names its samples"
-            self.job.board.post.remote("said", line)
+            self.job.events.post.remote("message", line)
 
 
 def _hand_over_stacks(job: Job, rank: int, attempt: list[str], phase: str, text: str) -> None:
     name = stacks_name(attempt[0], phase, rank)
-    job.board.post.remote("said", f"worker {rank}: {text.splitlines()[0]}; its stacks are in {name} of the run")
+    job.events.post.remote("message", f"worker {rank}: {text.splitlines()[0]}; its stacks are in {name} of the run")
     storage.write_bytes(storage.join(job.folder, name), text.encode())
 
 
@@ -178,7 +180,7 @@ def _peers(group: dist.ProcessGroup) -> dict[int, int]:
     return {rank: pid for rank, (host, pid) in enumerate(everyone) if host == socket.gethostname()}
 
 
-def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: int) -> Iterator[loop.Step]:
+def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: int) -> Iterator[loop.StepBatch]:
     """This rank's part of each step from `first_step` on."""
     train, device = job.config.train, ray.train.torch.get_device()
 
@@ -186,9 +188,9 @@ def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: i
         (messages,), (videos,), _ = readable([sample])
         return processor.length(messages, [len(video) for video in videos])
 
-    def collate_step(samples: list[Sample]) -> loop.Step:
+    def collate_step(samples: list[Sample]) -> loop.StepBatch:
         micro = micro_batches(samples, train.micro_batch_size, train.micro_batch_tokens, length_of)
-        return loop.Step(
+        return loop.StepBatch(
             [loop.pinned(collate(part, process), device) for part in micro], [sample.id for sample in samples]
         )
 
@@ -212,6 +214,6 @@ def _samples(job: Job, name: str, layout: Layout) -> Iterator[list[Sample]]:
             )
         bad = [entry for sample in samples for entry in sample.bad]
         for entry in bad:
-            job.board.post.remote("unreadable", {"split": name, **entry})
+            job.events.post.remote("unreadable", {"split": name, **entry})
         tally.count([sample.manifest for sample in samples], bad)
         yield samples

@@ -1,8 +1,8 @@
 import pytest
-import sweeps
-from browser_page import console_errors, resize
 
 from crosslmm.sweep.report import write
+from tests.support import sweeps
+from tests.support.browser_page import console_errors, resize
 
 WIDTHS = (1280, 400)
 

@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from mlflow_server import running_mlflow_server
-from object_store import object_store_in_use
 
 from crosslmm import storage
-from crosslmm.data.shapes import write_sample_set
+from crosslmm.data.samples.shapes import write_sample_set
+from tests.support.common import ROOT
+from tests.support.mlflow_server import running_mlflow_server
+from tests.support.object_store import object_store_in_use
 
 # Beside a full CI run a training took 245 s with its store and server, and the sweep had not ended after 400 s.
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]

@@ -3,21 +3,18 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from mlflow.tracking import MlflowClient
 
-from crosslmm.data.shapes import write_sample_set
+from cluster.local.cluster import LocalCluster
+from cluster.local.nodes import ROLE_LABEL, Group
+from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.train import checkpoint
-
-sys.path.insert(0, str(ROOT / "jobs"))
-from local_cluster import LocalCluster
-from local_nodes import ROLE_LABEL, Group
+from tests.support.common import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -25,7 +22,7 @@ STEPS, EVERY = 30, 5
 # One worker fits a node that trains, and then a decoder would still fit there.
 DECODE, TRAIN, WORKER_CPUS = Group("decode", 1, cpus=1), Group("train", 2, cpus=2), 1.5
 WORKER, DECODER = "RayTrainWorker", "MapWorker(MapBatches(ReadSamples))"
-DRIVES = {"Board", "TrainController", "DatasetManager", "SplitCoordinator", "SynchronizationActor"}
+DRIVES = {"EventChannel", "TrainController", "DatasetManager", "SplitCoordinator", "SynchronizationActor"}
 DEADLINE_S = 500.0
 SPACE = """\
 from ray import tune

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from crosslmm.command_line import parse_run
+from crosslmm.cli import parse_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text().split("## Laptop, AWS, Kubernetes\n")[1].split("\n## ")[0]

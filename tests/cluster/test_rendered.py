@@ -1,7 +1,6 @@
 """The files that clouds and clusters read: what their templates and facts give, and in step with one another."""
 
 import re
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +10,12 @@ import pytest
 import yaml
 from jinja2 import Environment, meta
 
-from crosslmm.command_line import parse_run
+from cluster import render
+from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
-sys.path.insert(0, str(CLUSTER))
-
-import render  # noqa: E402
 
 RENDERED = render.render()
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
@@ -100,7 +97,7 @@ def test_a_job_that_is_tried_again_resumes_its_run() -> None:
 
 def test_a_stopped_job_has_time_for_its_checkpoint_everywhere() -> None:
     (wait,) = set(re.findall(r"RAY_JOB_STOP_WAIT_TIME_S\D+(\d+)", "".join(RENDERED.values())))
-    from crosslmm.train.launch import STOP_WITHIN_S
+    from crosslmm.train.launcher import STOP_WITHIN_S
 
     assert int(wait) > STOP_WITHIN_S
 
@@ -171,7 +168,7 @@ def test_a_job_s_parts_belong_on_nodes_that_there_can_be_and_have_room_there(
 ) -> None:
     from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 
-    from crosslmm.train.placement import Nodes, check_driver, check_room
+    from crosslmm.preflight.placement import Nodes, check_driver, check_room
 
     monkeypatch.chdir(ROOT)
     config = configuration(name)

@@ -1,18 +1,16 @@
 """What the files of cluster/ close: who may talk to Ray, to MLflow, to the database, and with whose rights."""
 
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cluster import render
+
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
-sys.path.insert(0, str(CLUSTER))
-
-import render  # noqa: E402
 
 AWS = yaml.safe_load((CLUSTER / "aws.yaml").read_text())
 NODES = [one["node_config"] for one in AWS["available_node_types"].values()]

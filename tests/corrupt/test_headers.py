@@ -6,13 +6,13 @@ import struct
 
 import av
 import pytest
-import test_zoo
-import zoo
 
 from crosslmm.config import DataConfig
-from crosslmm.data.decode import Prober, Unreadable, probe_video
-from crosslmm.data.frames import UnreadableVideo
-from crosslmm.data.headers import Probe, probe
+from crosslmm.data.video.decode_pool import Prober, Unreadable, probe_video
+from crosslmm.data.video.probe import Probe, probe
+from crosslmm.data.video.pyav import UnreadableVideo
+from tests.corrupt import test_zoo
+from tests.support import zoo
 
 pytestmark = pytest.mark.corrupt
 

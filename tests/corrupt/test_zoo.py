@@ -7,14 +7,13 @@ import threading
 import time
 from itertools import pairwise
 
-import misbehave
 import numpy as np
 import pytest
-import zoo
 
 from crosslmm.config import BadConfig, DataConfig
-from crosslmm.data import frames
-from crosslmm.data.decode import Decoder, Unreadable, decode_video, require_backend
+from crosslmm.data.video import pyav
+from crosslmm.data.video.decode_pool import Decoder, Unreadable, decode_video, require_backend
+from tests.support import misbehave, zoo
 
 pytestmark = pytest.mark.corrupt
 
@@ -177,7 +176,7 @@ def test_an_odd_file_gives_its_right_frames(decoded, kind):
 def test_the_other_policies_see_their_frames_and_measure_nothing(tmp_path, monkeypatch, form):
     path = tmp_path / "clip.mp4"
     path.write_bytes(zoo.video(form))
-    monkeypatch.setattr(frames, "_measure", None)
+    monkeypatch.setattr(pyav, "_measure", None)
     for policy, expected in {"fps": [0, 5, 10], "fps_then_uniform": [0, 19, 39]}.items():
         data = DataConfig(num_frames=3, sampling=policy, fps=2)
         assert numbers(decode_video(str(path), data, SIDE)) == expected

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import conversation, open_gates, random_frames
 from transformers import AutoModelForImageTextToText
 
-from crosslmm.command_line import parse_run
+from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
 from crosslmm.data.collate import ValidationBatch
-from crosslmm.data.features import to_bf16
-from crosslmm.model.pretrained import build_model, build_processor
+from crosslmm.data.feature_cache import to_bf16
+from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.optim import build_optimizer
 from crosslmm.train.parallel import parallelize
+from tests.support.common import conversation, open_gates, random_frames
 
 STEPS, STOP_AFTER, BATCH = 6, 3, 8
 
@@ -106,7 +106,7 @@ def train(
             first = found[0].step
     saver = checkpoint.Saver(str(folder), config, f"{ranks}{resume:d}", group, print)
 
-    class Around(loop.Around):
+    class Around(loop.Callbacks):
         def log(self, step, metrics):
             losses[step] = metrics["loss"], metrics["grad_norm"]
 
@@ -119,7 +119,7 @@ def train(
                     os._exit(0)  # as a spot node goes: without a word
 
     given = (
-        loop.Step([loop.pinned(batch, torch.device(device)) for batch in micro], [])
+        loop.StepBatch([loop.pinned(batch, torch.device(device)) for batch in micro], [])
         for micro in batches(processor, config, ranks, rank, first)
     )
     loop.train(config, model, optimizer, given, range(first, STEPS), Around())

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, conversation, open_gates, random_frames
-from test_fsdp import STEPS, STOP_AFTER, spawn, weights
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from crosslmm.command_line import parse_run
-from crosslmm.model.pretrained import build_model, build_processor
-from crosslmm.train import machine
+from crosslmm.cli import parse_run
+from crosslmm.model.loading import build_model, build_processor
+from crosslmm.preflight import hardware
+from tests.distributed.test_fsdp import STEPS, STOP_AFTER, spawn, weights
+from tests.support.common import ROOT, conversation, open_gates, random_frames
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 with_flash = pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
@@ -131,7 +131,7 @@ def test_bf16_with_checkpointing_trains(on_the_gpu, tmp_path):
 
 
 def test_what_is_found():
-    found = machine.look()
+    found = hardware.look()
     assert found.gpu == torch.cuda.get_device_name()
     assert found.bf16 == torch.cuda.is_bf16_supported(including_emulation=False)
     assert found.nccl.count(".") == 2
@@ -160,7 +160,7 @@ def test_a_run_says_what_it_computes_on_stops_goes_on_and_learns(tmp_path):
         said = "".join(itertools.takewhile(lambda line: not line.startswith("step "), stopped.stdout))
         stopped.terminate()
         stopped.stdout.read()
-    attention = "flash_attention_2" if machine.look().flash else "sdpa"
+    attention = "flash_attention_2" if hardware.look().flash else "sdpa"
     assert f"{torch.cuda.get_device_name()}, bf16, {attention}, NCCL " in said
     assert stopped.returncode
     printed = job(tmp_path, "train", *run)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_fsdp import STEPS, batches, leave, run_config, sharded
 
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.optim import build_optimizer
+from tests.distributed.test_fsdp import STEPS, batches, leave, run_config, sharded
 
 RANKS, POISONED, TOLD_AFTER = 2, 2, 4
 """Rank 1 has a broken sample in the second step, and is told to stop in the fourth."""
@@ -37,9 +37,9 @@ def train(rank: int, folder: Path, not_finite: str) -> None:
             if rank == 1 and step == POISONED:
                 micro[0]["features"] *= float("nan")
             seen_before.append(weights())
-            yield loop.Step(micro, [f"{step}-of-{rank}"])
+            yield loop.StepBatch(micro, [f"{step}-of-{rank}"])
 
-    class Around(loop.Around):
+    class Around(loop.Callbacks):
         def wanted(self):
             return rank == 1 and next(asked) == TOLD_AFTER
 

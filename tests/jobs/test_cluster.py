@@ -12,14 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "jobs"))
-from local_cluster import LocalCluster
+from cluster.local.cluster import LocalCluster
+from tests.support.common import ROOT
 
 STARTS = """\
 from pathlib import Path
-from crosslmm.{module} import start_ray
+from crosslmm.ray_runtime import start_ray
 start_ray()
 import os
 print(os.environ["RAY_AUTH_MODE"], oct((Path.home() / ".ray/auth_token").stat().st_mode & 0o777))
@@ -28,8 +27,8 @@ print(os.environ["RAY_AUTH_MODE"], oct((Path.home() / ".ray/auth_token").stat().
 STOPPED = """\
 import os, signal, time
 import ray
-from crosslmm.command_line import stop_on_sigterm
-from crosslmm.train.placement import start_ray
+from crosslmm.cli import stop_on_sigterm
+from crosslmm.ray_runtime import start_ray
 stop_on_sigterm()
 start_ray()
 try:
@@ -66,9 +65,8 @@ def test_nothing_of_a_local_cluster_outlives_the_command_that_started_it(ending)
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("module", ["train.placement", "data.tasks"])
-def test_a_cluster_that_a_job_starts_for_itself_wants_a_token_that_is_private(module):
-    job = _alone(STARTS.format(module=module))
+def test_a_cluster_that_a_job_starts_for_itself_wants_a_token_that_is_private():
+    job = _alone(STARTS)
     assert job.stdout == "token 0o600\n", job.stderr
 
 

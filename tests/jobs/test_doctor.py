@@ -13,15 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from object_store import READER, object_store_in_use
 
+from cluster.local.cluster import LocalCluster
 from crosslmm import storage
-from crosslmm.data.shapes import write_sample_set
-from crosslmm.doctor.preflight import ANSWER_WITHIN_S
-
-sys.path.insert(0, str(ROOT / "jobs"))
-from local_cluster import LocalCluster
+from crosslmm.data.samples.shapes import write_sample_set
+from crosslmm.preflight.checks import ANSWER_WITHIN_S
+from tests.support.common import ROOT
+from tests.support.object_store import READER, object_store_in_use
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,22 +12,20 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, conversation, processes
 from mlflow.tracking import MlflowClient
 
-from crosslmm.command_line import parse_run
-from crosslmm.data.decode import decode_video
-from crosslmm.data.features import Features
+from cluster.local.cluster import LocalCluster
+from crosslmm.cli import parse_run
+from crosslmm.data.feature_cache import FeatureCache
 from crosslmm.data.manifest import Manifest
-from crosslmm.data.order import Order
-from crosslmm.data.shapes import write_sample_set
-from crosslmm.model.pretrained import build_model, build_processor
+from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.samples.shapes import write_sample_set
+from crosslmm.data.video.decode_pool import decode_video
+from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import loop
 from crosslmm.train.optim import build_optimizer
 from crosslmm.train.parallel import parallelize
-
-sys.path.insert(0, str(ROOT / "jobs"))
-from local_cluster import LocalCluster
+from tests.support.common import conversation, processes
 
 # As many as take long enough to be killed in between.
 CLIPS, STEPS = 800, 4
@@ -84,7 +81,7 @@ def encoded(cluster, folder):
     first, _ = finish(job)
     assert job.returncode != 0, first
     place = str(indices[0].parent)
-    before = Features(place)
+    before = FeatureCache(place)
     clips = sorted(str(path) for path in (folder / "data" / "train").glob("*.mp4"))
     kept = {uri: before.find(uri) for uri in clips if before.find(uri)}
     job = start(cluster, *command(folder, "encode"))
@@ -103,7 +100,7 @@ def test_a_killed_job_goes_on_without_encoding_anything_twice(encoded):
     assert outcome["videos"] == CLIPS - len(kept)
     assert 0 < outcome["encoding_s"] < outcome["seconds"]
     assert 0 < outcome["relative_error"] < 0.002  # bfloat16 keeps 8 bits
-    features = Features(outcome["folder"])
+    features = FeatureCache(outcome["folder"])
     assert all(features.find(uri) == stored for uri, stored in kept.items())
     assert all(features.read(uri).shape == (4, 64, 64) for uri in clips[:: CLIPS // 20])
 
@@ -125,7 +122,7 @@ def train_from_videos(folder):
     """The losses of the same run in this one process, which decodes."""
     config = parse_run([*settings(folder), "--scaling.num_workers=1"], "")
     rows = Manifest(config.data.manifest).rows
-    order = Order((len(rows),), config.train.global_batch_size, config.seed)
+    order = SampleOrder((len(rows),), config.train.global_batch_size, config.seed)
     processor = build_processor(config.model)
 
     def batches():
@@ -133,11 +130,11 @@ def train_from_videos(folder):
             chosen, weights = order.at(step * order.global_batch_size + np.arange(order.global_batch_size))
             assert all(rows[i]["id"] != "gone" for i in chosen), "another row stands in for it"
             videos = [[decode_video(rows[i]["videos"][0], config.data, processor.image_size)] for i in chosen]
-            yield loop.Step([processor([rows[i]["messages"] for i in chosen], videos, weights=weights)], [])
+            yield loop.StepBatch([processor([rows[i]["messages"] for i in chosen], videos, weights=weights)], [])
 
     losses = []
 
-    class Around(loop.Around):
+    class Around(loop.Callbacks):
         def log(self, step, metrics):
             losses.append(metrics["loss"])
 

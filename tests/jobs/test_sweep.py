@@ -11,16 +11,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from browser_page import resize
-from conftest import ROOT, processes
 from mlflow.tracking import MlflowClient
 from selenium.webdriver.support.ui import WebDriverWait
 
-from crosslmm.data.shapes import write_sample_set
+from cluster.local.cluster import LocalCluster
+from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.sweep import trials
-
-sys.path.insert(0, str(ROOT / "jobs"))
-from local_cluster import LocalCluster
+from tests.support.browser_page import resize
+from tests.support.common import ROOT, processes
 
 # Five starts of jobs that train or encode, half a minute each where nothing else runs.
 pytestmark = pytest.mark.timeout(900)

@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow.fs
 import pytest
 from boto3.s3.transfer import TransferConfig
-from conftest import ROOT
-from flaky_store import FlakyStore
-from object_store import running_object_store
 from s3fs import S3FileSystem
 
-from crosslmm import patience, storage
+from crosslmm import storage
+from crosslmm.storage import retry
+from tests.support.common import ROOT
+from tests.support.flaky_store import FlakyStore
+from tests.support.object_store import running_object_store
 
 pytestmark = pytest.mark.fault
 
@@ -37,8 +38,8 @@ def flaky(store, monkeypatch):
     with FlakyStore(int(store.endpoint.rsplit(":", 1)[1])) as flaky:
         for name, value in (store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{flaky.port}"}).items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(patience, "WAITS_S", (0.2,))
-        monkeypatch.setattr(patience, "READ_TIMEOUT_S", 2)
+        monkeypatch.setattr(retry, "WAITS_S", (0.2,))
+        monkeypatch.setattr(retry, "READ_TIMEOUT_S", 2)
         monkeypatch.setattr(storage, "PART_BYTES", PART)
         S3FileSystem.clear_instance_cache()
         yield flaky
@@ -120,7 +121,7 @@ def test_arrow_is_as_patient(flaky, mode):
 
 
 def test_a_store_that_stays_down_is_given_up_and_named(flaky, monkeypatch):
-    monkeypatch.setattr(patience, "PATIENCE_S", 2)
+    monkeypatch.setattr(retry, "PATIENCE_S", 2)
     flaky.reads = flaky.writes = "503"
     for call in (lambda: storage.read_bytes("s3://runs/x"), lambda: storage.write_bytes("s3://runs/x", DATA)):
         began = time.monotonic()
@@ -132,7 +133,7 @@ def test_a_store_that_stays_down_is_given_up_and_named(flaky, monkeypatch):
 
 def test_a_broken_off_write_leaves_what_was_there(flaky, monkeypatch):
     storage.write_bytes("s3://runs/old", b"old")
-    monkeypatch.setattr(patience, "PATIENCE_S", 0)
+    monkeypatch.setattr(retry, "PATIENCE_S", 0)
     flaky.writes = "reset"
     for data in (b"new", DATA):
         with pytest.raises(storage.Unavailable):
@@ -190,7 +191,7 @@ def test_boto_uploads_in_parts_through_it(flaky, store, tmp_path):
 
 
 def test_what_waiting_cannot_mend_is_said_at_once(flaky, monkeypatch):
-    monkeypatch.setattr(patience, "pause", lambda seconds: pytest.fail("it waited"))
+    monkeypatch.setattr(retry, "pause", lambda seconds: pytest.fail("it waited"))
     wrong = {
         "s3://nowhere/x": (storage.Refused, "there is no bucket nowhere"),
         "s3://runs/missing": (FileNotFoundError, "no such object"),
@@ -216,8 +217,8 @@ def test_a_full_disk_is_said_at_once_and_leaves_nothing(tmp_path):
     """On a file system of 1 MB of its own."""
     code = textwrap.dedent(f"""\
         import os
-        from crosslmm import patience, storage
-        patience.pause = None
+        from crosslmm import retry, storage
+        retry.pause = None
         for write in (storage.write_bytes, lambda uri, data: storage.write_chunks(uri, [data])):
             try:
                 write("{tmp_path}/folder/big", bytes(2_000_000))
@@ -234,7 +235,7 @@ def test_a_full_disk_is_said_at_once_and_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("budget_s", [0, 0.25, 180])
 def test_pauses_grow_and_end_with_the_budget(monkeypatch, budget_s):
-    monkeypatch.setattr(patience, "PATIENCE_S", budget_s)
+    monkeypatch.setattr(retry, "PATIENCE_S", budget_s)
     now, waits = [0.0], []
 
     def pause(seconds):
@@ -244,8 +245,8 @@ def test_pauses_grow_and_end_with_the_budget(monkeypatch, budget_s):
     def ask():
         raise storage.Unavailable("down")
 
-    monkeypatch.setattr(patience, "pause", pause)
-    monkeypatch.setattr(patience.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(retry, "pause", pause)
+    monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
     with pytest.raises(storage.Unavailable, match="down"):
         storage.patiently(ask)
     assert waits == ([1, 2, 4, 8, *[15] * 11] if budget_s == 180 else [])

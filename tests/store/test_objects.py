@@ -9,17 +9,18 @@ import av
 import boto3
 import numpy as np
 import pytest
-from conftest import ROOT
-from object_store import REGION, USER, running_object_store
 from s3fs import S3FileSystem
-from wire import Wire
 
-from crosslmm import patience, storage
+from crosslmm import storage
 from crosslmm.config import DataConfig
-from crosslmm.data import decode
-from crosslmm.data.clips import encode_clip
-from crosslmm.data.decode import Decoder, Unreadable, decode_video
-from crosslmm.data.features import BadFeatures, Features, Recipe, create, write_index, write_shard
+from crosslmm.data.feature_cache import BadFeatures, FeatureCache, FeatureRecipe, create, write_index, write_shard
+from crosslmm.data.samples.clips import encode_clip
+from crosslmm.data.video import decode_pool
+from crosslmm.data.video.decode_pool import Decoder, Unreadable, decode_video
+from crosslmm.storage import retry
+from tests.support.common import ROOT
+from tests.support.object_store import REGION, USER, running_object_store
+from tests.support.wire import Wire
 
 SIDE = 32
 
@@ -57,8 +58,8 @@ def clip(wire):
 
 @pytest.fixture
 def decoder(wire, monkeypatch):
-    monkeypatch.setattr(patience, "PATIENCE_S", 0)
-    monkeypatch.setattr(decode, "ANSWER_WITHIN_S", 2.0)
+    monkeypatch.setattr(retry, "PATIENCE_S", 0)
+    monkeypatch.setattr(decode_pool, "ANSWER_WITHIN_S", 2.0)
     with Decoder(DataConfig(num_frames=2, decode_timeout_s=10), SIDE) as decoder:
         yield decoder
 
@@ -138,7 +139,7 @@ def test_a_missing_bucket_is_no_bad_video(decoder):
 
 def test_refused_credentials_are_no_bad_video(wire, monkeypatch, clip):
     use(monkeypatch, {"AWS_SECRET_ACCESS_KEY": "wrong"})
-    monkeypatch.setattr(patience, "PATIENCE_S", 0)
+    monkeypatch.setattr(retry, "PATIENCE_S", 0)
     with (
         Decoder(DataConfig(num_frames=2), SIDE) as decoder,
         pytest.raises(storage.Unavailable, match=r"permission denied, as for all of videos; check the credentials"),
@@ -151,7 +152,7 @@ def test_a_store_out_of_reach_is_no_bad_video(monkeypatch, store):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     use(monkeypatch, store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_MAX_ATTEMPTS": "1"})
-    monkeypatch.setattr(patience, "PATIENCE_S", 0)
+    monkeypatch.setattr(retry, "PATIENCE_S", 0)
     with (
         Decoder(DataConfig(num_frames=2), SIDE) as decoder,
         pytest.raises(storage.Unavailable, match="Could not connect to the endpoint"),
@@ -170,7 +171,7 @@ def test_a_store_that_comes_back_in_time_costs_nothing(monkeypatch, store, clip)
         wires.append(Wire(int(store.endpoint.rsplit(":", 1)[1]), port=port).__enter__())
         time.sleep(0.1)
 
-    monkeypatch.setattr(patience, "pause", wait)
+    monkeypatch.setattr(retry, "pause", wait)
     with Decoder(DataConfig(num_frames=2), SIDE) as decoder:
         assert isinstance(decoder([clip])[0], np.ndarray)
     assert len(wires) == 1
@@ -206,11 +207,11 @@ def test_a_videos_features_cost_a_look_at_its_version_and_one_request(wire):
     video = "s3://videos/encoded.mp4"
     storage.write_bytes(video, b"one")
     version = storage.version(video)
-    recipe = Recipe.of(DataConfig(num_frames=2), SIDE, "fp32", 4, 8, "e", "int8")
+    recipe = FeatureRecipe.of(DataConfig(num_frames=2), SIDE, "fp32", 4, 8, "e", "int8")
     folder = create("s3://videos/features", recipe)
     given = [(uri, version, np.full((2, 4, 8), 3.0, np.float32)) for uri in (f"{video}#t=0,1", video)]
     write_index(folder, write_shard(folder, given, "int8")[0])
-    features = Features(folder)
+    features = FeatureCache(folder)
     before = wire.requests
     assert features.read(video).shape == (2, 4, 8)
     assert wire.requests - before == 2

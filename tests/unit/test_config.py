@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT
 from pydantic import BaseModel
 
-from crosslmm.command_line import parse_run, preset_names
+from crosslmm.cli import parse_run, preset_names
 from crosslmm.config import BadConfig, RunConfig, to_yaml
-from crosslmm.model.components import component_of
+from crosslmm.model.loading import build_config
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
-from crosslmm.model.pretrained import build_config
+from crosslmm.model.param_groups import component_of
+from tests.support.common import ROOT
 
 JOB = Path(__file__).parents[2] / "jobs" / "train.py"
 STAGES = ["stage-1", "stage-2", "stage-1 stage-1-t2v", "stage-1 without-t2v", "stage-2 without-t2v"]

@@ -8,19 +8,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import ROOT, conversation
 
 from crosslmm import storage
-from crosslmm.command_line import fail, parse_run
+from crosslmm.cli import fail, parse_run
 from crosslmm.config import BadConfig, DataConfig, TrackingConfig
-from crosslmm.data import pipeline, prepared
-from crosslmm.data.clips import encode_clip
-from crosslmm.data.decode import Unreadable, decode_video
+from crosslmm.data import dataset, manifest_shards
+from crosslmm.data.dataset import Layout, ReadSamples, to_samples
 from crosslmm.data.manifest import BadManifest, Manifest, Rows
-from crosslmm.data.order import Order
-from crosslmm.data.pipeline import Layout, ReadSamples, to_samples
-from crosslmm.model.pretrained import build_model
-from crosslmm.tracking import Record, Run, begin
+from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.samples.clips import encode_clip
+from crosslmm.data.video.decode_pool import Unreadable, decode_video
+from crosslmm.model.loading import build_model
+from crosslmm.run_folder import begin
+from crosslmm.tracking import BackgroundSync, MlflowRun
+from tests.support.common import ROOT, conversation
 
 SIDE = 32
 SECRET = "s3cr3t/with+slash"
@@ -116,9 +117,9 @@ def foreign(tmp_path):
          "chars": 2, "seconds": [1.0]}
         for i, video in enumerate(["a.mp4", "b.mp4", "/etc/passwd"])
     ]  # fmt: skip
-    table = pa.Table.from_pylist(rows, prepared.SCHEMA)
+    table = pa.Table.from_pylist(rows, manifest_shards.SCHEMA)
     folder = str(tmp_path / "prepared")
-    prepared.seal(folder, [prepared.write_part(folder, 0, table)], table, {})
+    manifest_shards.seal(folder, [manifest_shards.write_part(folder, 0, table)], table, {})
     return folder
 
 
@@ -134,8 +135,8 @@ def test_a_prepared_row_is_checked_when_it_is_taken(foreign):
 
 
 def test_a_run_ends_at_a_row_that_leads_out(foreign, monkeypatch):
-    monkeypatch.setattr(pipeline.ray, "get", lambda rows: rows)
-    reader = ReadSamples(Layout(Order((3,), 3, None), 1, 0, 1, 3), Rows([Manifest(foreign)]), DataConfig(), SIDE)
+    monkeypatch.setattr(dataset.ray, "get", lambda rows: rows)
+    reader = ReadSamples(Layout(SampleOrder((3,), 3, None), 1, 0, 1, 3), Rows([Manifest(foreign)]), DataConfig(), SIDE)
     try:
         with pytest.raises(BadManifest, match="line 3: '/etc/passwd' lies outside"):
             list(to_samples(reader({"block": np.array([0])})))
@@ -156,8 +157,8 @@ def test_a_link_that_leads_out_is_not_followed(tmp_path, monkeypatch):
 
     def seen(manifest, roots=()):
         """As a run's reader does it."""
-        monkeypatch.setattr(pipeline.ray, "get", lambda rows: rows)
-        layout = Layout(Order((len(names),), len(names), None), 1, 0, 1, len(names))
+        monkeypatch.setattr(dataset.ray, "get", lambda rows: rows)
+        layout = Layout(SampleOrder((len(names),), len(names), None), 1, 0, 1, len(names))
         reader = ReadSamples(layout, Rows([Manifest(manifest, roots)]), DataConfig(num_frames=2), SIDE)
         try:
             return [sample.error for sample in to_samples(reader({"block": np.array([0])}))]
@@ -247,7 +248,7 @@ def test_a_place_without_credentials_is_no_matter(tmp_path):
 
 def test_a_password_of_the_environment_is_not_shown(monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@127.0.0.1:9")
-    record = Record(TrackingConfig(), "0" * 32)
+    record = MlflowRun(TrackingConfig(), "0" * 32)
     assert record.uri == "http://***@127.0.0.1:9"
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(Exception, match=r"127\.0\.0\.1") as raised:
@@ -264,7 +265,7 @@ def test_nothing_that_a_run_leaves_holds_the_environment_s_credentials(tmp_path,
         [f"--tracking.uri=sqlite:///{tmp_path}/record.db", f"--tracking.artifacts={tmp_path}/artifacts", "--name=x"], ""
     )
     begin(config, str(tmp_path / "x"), {}, [])
-    run = Run(str(tmp_path / "x"), config.tracking, print)
+    run = BackgroundSync(str(tmp_path / "x"), config.tracking, print)
     run.log([(1, 1e9, {"loss": 1.0})])
     run.finish("FINISHED")
     assert run.delivered

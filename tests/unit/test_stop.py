@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from crosslmm.train import launch
+from crosslmm.train import launcher
 from crosslmm.train.worker import Stopped
 
 
@@ -21,12 +21,12 @@ def test_who_is_told_to_stop_waits_for_the_last_checkpoint():
         taken.append("checkpoint")
         raise Stopped("after step 1")
 
-    job = SimpleNamespace(board=SimpleNamespace(stop=SimpleNamespace(remote=told.set)))
+    job = SimpleNamespace(events=SimpleNamespace(request_stop=SimpleNamespace(remote=told.set)))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            launch._waiting(job, workers)
+            launcher._waiting(job, workers)
     finally:
         signal.signal(signal.SIGINT, before)
     assert taken == ["checkpoint"]

@@ -1,0 +1,1 @@
+"""Generated sample sets: H.264 clips with questions."""

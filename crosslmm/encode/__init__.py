@@ -1,0 +1,1 @@
+"""Runs the frozen vision encoder over all videos of a run and stores the features."""

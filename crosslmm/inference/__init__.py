@@ -1,0 +1,1 @@
+"""Answers questions about videos with an exported or registered model."""

@@ -1,0 +1,1 @@
+"""What a run will cost: multiply-accumulates, memory, time."""

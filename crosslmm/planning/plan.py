@@ -1,0 +1,279 @@
+"""What a run will need and cost, before anything is rented: the counts of `model.cost`, times stated assumptions."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import yaml
+from pydantic import Field
+
+from crosslmm.cli import preset_names, resolve_preset
+from crosslmm.config import BadConfig, Count, LearningRates, RunConfig, Section, Share, validate_run
+from crosslmm.planning import cost
+from crosslmm.planning.meta_trace import Trace
+
+
+class Gpu(NamedTuple):
+    """One model of GPU."""
+
+    memory_bytes: float
+    """As advertised, in powers of ten; what the driver shows is a little more."""
+    flops: dict[str, float]
+    """Dense floating-point operations a second by `train.precision`, from the maker's data sheet."""
+    price: float
+    """An example of what a cloud asks [USD an hour]."""
+
+
+GPUS = {
+    "l4": Gpu(24e9, {"bf16": 121e12, "fp32": 30e12}, 0.80),
+    "rtx-4090": Gpu(24e9, {"bf16": 165e12, "fp32": 83e12}, 0.50),
+    "a100-40": Gpu(40e9, {"bf16": 312e12, "fp32": 19.5e12}, 1.30),
+    "l40s": Gpu(48e9, {"bf16": 362e12, "fp32": 92e12}, 1.00),
+    "a100-80": Gpu(80e9, {"bf16": 312e12, "fp32": 19.5e12}, 1.80),
+    "h100": Gpu(80e9, {"bf16": 989e12, "fp32": 67e12}, 3.00),
+    "h200": Gpu(141e9, {"bf16": 989e12, "fp32": 67e12}, 3.80),
+    "b200": Gpu(180e9, {"bf16": 2250e12, "fp32": 75e12}, 5.50),
+}
+
+MOST_GPUS = 1024
+"""Beyond these no further setting is looked for."""
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Assumptions(Section):
+    """What a plan rests on beside the configuration."""
+
+    gpu: Literal["l4", "rtx-4090", "a100-40", "l40s", "a100-80", "h100", "h200", "b200"] = "h100"
+    """What is rented."""
+    price: Positive | None = None
+    """Of one GPU [USD an hour]; null takes the example that the table of GPUs has."""
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the GPU's dense FLOP/s that a training step reaches, recomputation counted as work (measured: 0.19 and
+    0.24, the 2B's two stages in bf16 on one H200)."""
+    reserve: Share = 0.1
+    """Share of the GPU's memory kept for CUDA's context, NCCL's buffers and fragmentation."""
+    text_tokens: Count = 60
+    """Text of a sample, all of it labelled [tokens]."""
+    samples: Count = 1_000_000
+    """Rows of the manifest, each with one video."""
+    video_seconds: Positive = 60.0
+    """Length of a video [s]."""
+    bitrate: Positive = 2.5e6
+    """Of the stored videos [bit/s]; 640 x 360 H.264 has about this."""
+    decode_speed: Positive = 62.0
+    """Seconds of such video that one core decodes in a second, from its start to its end (measured: 60 s in 0.97 s)."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The nearest setting that fits."""
+
+    change: str
+    """What to change, as arguments of the command."""
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run at one number of frames. Bytes and counts are of one GPU unless said otherwise."""
+
+    frames: int
+    positions: int
+    """Of one sample in the decoder."""
+    macs: dict[str, int]
+    """Prefill of one sample."""
+    linear_macs: int
+    memory_bytes: dict[str, int]
+    """A training step's peak by part."""
+    peak_memory_bytes: int
+    """Their sum."""
+    answering_memory_bytes: dict[str, int]
+    """The same for answering about one video."""
+    fits: bool
+    nearest_fit: Fit | None
+    training_flops_per_sample: int
+    """Forward, recomputation, backward."""
+    samples_per_s: float
+    decode_cores: float
+    """That keep the GPU busy."""
+    s3_bytes_per_s: float
+    """That keep the decoders busy."""
+    epoch_samples: int
+    epoch_traffic_bytes: int
+    """Videos read and checkpoints written by all GPUs."""
+    storage_bytes: int
+    """Videos, the checkpoints that are kept, the exported model."""
+    run_hours: float
+    run_price: float
+    """[USD]"""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts."""
+
+    total: int
+    components: dict[str, int]
+    trainable: dict[str, int]
+    """By stage preset, and for the configuration as given."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `jobs/plan.py` prints."""
+
+    parameters: Parameters
+    rows: list[Row]
+    gpus: int
+    price: float
+    """[USD an hour and GPU]"""
+    assumptions: dict[str, float | str | None]
+
+
+def plan(config: RunConfig, frames: Sequence[int], assumptions: Assumptions) -> Plan:
+    """Plan a run at several numbers of frames.
+
+    Raises:
+        BadConfig: a model that cannot be built, or does not take so many frames.
+    """
+    model = cost.empty_model(config.model)
+    for count in frames:
+        cost.check_lengths(model, count, assumptions.text_tokens)
+    components = cost.parameters(model)
+    stages = {name: _rates(name) for name in preset_names() if name.startswith("stage-")}
+    stages["as configured"] = config.train.learning_rate
+    return Plan(
+        parameters=Parameters(
+            total=sum(components.values()),
+            components=components,
+            trainable={stage: cost.trainable(components, rates) for stage, rates in stages.items()},
+        ),
+        rows=[_row(config, count, assumptions) for count in frames],
+        gpus=config.scaling.most_workers,
+        price=_price(assumptions),
+        assumptions=assumptions.model_dump(),
+    )
+
+
+def _rates(preset: str) -> LearningRates:
+    values = yaml.safe_load(Path(resolve_preset(preset)).read_text())
+    return LearningRates.model_validate(values["train"]["learning_rate"])
+
+
+def _price(assumptions: Assumptions) -> float:
+    return GPUS[assumptions.gpu].price if assumptions.price is None else assumptions.price
+
+
+def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
+    model = cost.empty_model(config.model)
+    if config.train.micro_batch_tokens:
+        # All samples are taken to be equally long here, so that tokens are a number of samples.
+        at_once = config.train.micro_batch_tokens // (frames * model.config.tokens_per_frame + assumptions.text_tokens)
+        at_once = max(1, min(at_once, config.train.global_batch_size // config.scaling.most_workers))
+        train = config.train.model_copy(update={"micro_batch_size": at_once, "micro_batch_tokens": None})
+        config = config.model_copy(update={"train": train})
+    gpu, gpus, train = GPUS[assumptions.gpu], config.scaling.most_workers, config.train
+    macs = cost.macs(model, frames, assumptions.text_tokens)
+    traced = cost.training_trace(config, frames, assumptions.text_tokens)
+    memory = cost.training_memory(config, traced)
+    fits = memory.total <= room(assumptions)
+
+    flops_per_sample = traced.flops // train.micro_batch_size
+    samples_per_s = gpu.flops["bf16" if config.in_bf16 else "fp32"] * assumptions.utilisation / flops_per_sample
+    video_bytes = assumptions.video_seconds * assumptions.bitrate / 8
+    components = cost.parameters(model)
+    weights = cost.FLOAT32 * sum(components.values())
+    checkpoint = weights + cost.MOMENTS * cost.FLOAT32 * cost.trainable(components, train.learning_rate)
+
+    epoch_samples = assumptions.samples
+    run_samples = train.epochs * epoch_samples
+    if train.max_steps is not None:
+        run_samples = min(run_samples, train.max_steps * train.global_batch_size)
+    checkpoints = max(1, epoch_samples // (train.global_batch_size * train.checkpoint_every))
+    hours = run_samples / (samples_per_s * gpus) / 3600
+    return Row(
+        frames=frames,
+        positions=frames * model.config.tokens_per_frame + assumptions.text_tokens,
+        macs=vars(macs),
+        linear_macs=macs.linear,
+        memory_bytes=vars(memory),
+        peak_memory_bytes=memory.total,
+        answering_memory_bytes=vars(cost.answering_memory(config, frames, assumptions.text_tokens)),
+        fits=fits,
+        nearest_fit=None if fits else _nearest_fit(config, frames, assumptions, traced),
+        training_flops_per_sample=flops_per_sample,
+        samples_per_s=samples_per_s,
+        decode_cores=samples_per_s * assumptions.video_seconds / assumptions.decode_speed,
+        s3_bytes_per_s=samples_per_s * video_bytes,
+        epoch_samples=epoch_samples,
+        epoch_traffic_bytes=round(epoch_samples * video_bytes) + checkpoints * checkpoint,
+        storage_bytes=round(epoch_samples * video_bytes) + train.keep_checkpoints * checkpoint + weights,
+        run_hours=hours,
+        run_price=hours * gpus * _price(assumptions),
+    )
+
+
+def room(assumptions: Assumptions) -> float:
+    """What a GPU has for a run [bytes]."""
+    return GPUS[assumptions.gpu].memory_bytes * (1 - assumptions.reserve)
+
+
+def _nearest_fit(config: RunConfig, frames: int, assumptions: Assumptions, traced: Trace) -> Fit | None:
+    """The first change that fits, from what costs nothing to what costs most."""
+    traces = {_what_is_traced(config, frames): traced}
+    for change, changed, fewer, gpu in _changes(config, frames, assumptions.gpu):
+        key = _what_is_traced(changed, fewer)
+        if key not in traces:
+            traces[key] = cost.training_trace(changed, fewer, assumptions.text_tokens)
+        total = cost.training_memory(changed, traces[key]).total
+        if total <= room(assumptions.model_copy(update={"gpu": gpu})):
+            return Fit(change, total)
+    return None
+
+
+def _what_is_traced(config: RunConfig, frames: int) -> tuple[int, bool, int]:
+    return config.train.micro_batch_size, config.train.activation_checkpointing, frames
+
+
+def _changes(config: RunConfig, frames: int, gpu: str) -> Iterator[tuple[str, RunConfig, int, str]]:
+    """Smaller micro-batches, checkpointing, both; with both: more GPUs, larger ones, fewer frames."""
+    micro, workers = config.train.micro_batch_size, config.scaling.most_workers
+    tokens = config.train.micro_batch_tokens
+    said: dict[str, object] = {}
+    while micro > 1:
+        micro //= 2
+        said = {"train.micro_batch_size": micro} | ({"train.micro_batch_tokens": None} if tokens else {})
+        yield from _changed(config, said, frames, gpu)
+    if not config.train.activation_checkpointing:
+        yield from _changed(config, {"train.activation_checkpointing": True}, frames, gpu)
+        said = {**said, "train.activation_checkpointing": True}
+        yield from _changed(config, said, frames, gpu)
+    while (workers := workers * 2) <= MOST_GPUS:
+        yield from _changed(config, {**said, "scaling.num_workers": workers}, frames, gpu)
+    for larger in sorted(GPUS, key=lambda name: GPUS[name].memory_bytes):
+        if GPUS[larger].memory_bytes > GPUS[gpu].memory_bytes:
+            yield from _changed(config, said, frames, larger, f"--gpu {larger}")
+    while frames > 1:
+        frames //= 2
+        yield from _changed(config, said, frames, gpu, f"--frames {frames}")
+
+
+def _changed(
+    config: RunConfig, said: dict[str, object], frames: int, gpu: str, more: str = ""
+) -> Iterator[tuple[str, RunConfig, int, str]]:
+    """The configuration with some settings changed, unless it is none."""
+    values = config.model_dump()
+    for key, value in said.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    try:
+        changed = validate_run(values)
+    except BadConfig:
+        return
+    arguments = [
+        *(f"--{key} {'null' if value is None else str(value).lower()}" for key, value in said.items()),
+        *([more] if more else []),
+    ]
+    yield " ".join(arguments), changed, frames, gpu

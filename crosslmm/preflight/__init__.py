@@ -1,0 +1,1 @@
+"""Checks a run makes of configuration and cluster before it starts."""

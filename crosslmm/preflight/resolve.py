@@ -1,0 +1,43 @@
+"""Fills in what a configuration leaves open: the name, absolute storage, the sample data."""
+
+from datetime import datetime
+from pathlib import Path
+
+from crosslmm import storage
+from crosslmm.config import BadConfig, RunConfig, tracking_uri
+from crosslmm.data.samples import shapes
+from crosslmm.data.video.decode_pool import require_backend
+from crosslmm.model.loading import build_config
+
+
+def resolve_config(config: RunConfig) -> RunConfig:
+    """Fill in what the configuration leaves to the moment: name, absolute storage, sample data.
+
+    Raises:
+        BadConfig: relative storage in a job whose working directory is a copy that will be thrown away; a decoder that
+            does not load.
+    """
+    build_config(config.model)
+    require_backend(config.data.decoder)
+    require_durable("storage", config.storage)
+    require_durable("tracking.uri", tracking_uri(config.tracking))
+    folder = storage.absolute(config.storage)
+    data = config.data
+    if data.manifest == "sample":
+        data = data.model_copy(update=shapes.sample_manifests(storage.join(folder, "sample")))
+    return config.model_copy(
+        update={"name": config.name or datetime.now().strftime("%Y%m%d-%H%M%S"), "storage": folder, "data": data}
+    )
+
+
+def require_durable(key: str, uri: str) -> None:
+    """Whether what is written there outlives the job.
+
+    Raises:
+        BadConfig: relative, in a job whose working directory is a copy that will be thrown away.
+    """
+    here = str(Path.cwd())
+    uploaded = "/working_dir_files/" in here  # where Ray unpacks `ray job submit --working-dir`
+    local = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:") else uri
+    if uploaded and "://" not in local and storage.absolute(local).startswith(here):
+        raise BadConfig(f"{key}: {uri} lies in this job's uploaded copy of the code; give an absolute path or a URI")

@@ -1,0 +1,105 @@
+"""What a person sees while a job runs: log lines, and one progress display for all jobs.
+
+Modules log through `logging.getLogger(__name__)` and never print. Entry points call `set_up_logging` once; a program
+that only imports the package keeps its own logging configuration.
+"""
+
+import logging
+import os
+import time
+from types import TracebackType
+from typing import Any, Self
+
+import rich
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+PLAIN_INTERVAL_S = 10.0
+"""Where nobody watches a terminal: seconds between two log lines about progress."""
+PLAIN_WIDTH = 120
+"""Width of tables that are written to a file or a pipe [characters]."""
+PLAIN_FORMAT = "%(asctime)s %(levelname)s run=%(run)s %(message)s"
+"""Format of log lines that go to a file or a pipe; `rank` and `step` are further fields that a format can use."""
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes log records to rich's console, so that they appear above a live progress display."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        try:
+            rich.get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+
+class _RunFields(logging.Filter):
+    """Gives each record the fields `run`, `rank` and `step`; "-" where the caller passed none in `extra`."""
+
+    def __init__(self, run: str | None) -> None:
+        super().__init__()
+        self.run = run
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add the missing fields."""
+        for name, default in {"run": self.run or "-", "rank": "-", "step": "-"}.items():
+            if not hasattr(record, name):
+                setattr(record, name, default)
+        return True
+
+
+def set_up_logging(run: str | None = None) -> None:
+    """Send the log of this package to the terminal; for entry points only.
+
+    A terminal gets the bare messages, a file or pipe gets `PLAIN_FORMAT`. CROSSLMM_LOG_LEVEL (default INFO) and
+    CROSSLMM_LOG_FORMAT (a `logging` format) override both.
+
+    Args:
+        run: name of the run, for the field `run` of each record.
+    """
+    plain = not rich.get_console().is_terminal
+    rich.reconfigure(highlight=False, soft_wrap=True, **({"width": PLAIN_WIDTH} if plain else {}))
+    handler = _ConsoleHandler()
+    handler.setFormatter(
+        logging.Formatter(os.environ.get("CROSSLMM_LOG_FORMAT") or (PLAIN_FORMAT if plain else "%(message)s"))
+    )
+    handler.addFilter(_RunFields(run))
+    log = logging.getLogger("crosslmm")
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(os.environ.get("CROSSLMM_LOG_LEVEL", "INFO").upper())
+
+
+class Progress:
+    """Shows how far a job is: a live bar at a terminal, otherwise a log line every `PLAIN_INTERVAL_S`.
+
+    Args:
+        log: logger of the calling module; a process that did not set up logging shows nothing.
+        description: what is going on, such as "training"; first part of the live line.
+        total: number of units of the whole job.
+        unit: what is counted, such as "step"; first word of a plain line.
+    """
+
+    def __init__(self, log: logging.Logger, description: str, total: int, unit: str) -> None:
+        self._log, self._total, self._unit = log, total, unit
+        self._last_line = time.monotonic()
+        self._bar = RichProgress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"), console=rich.get_console(), disable=not rich.get_console().is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task(description, total=total, status="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def update(self, completed: int, status: str = "", description: str | None = None) -> None:
+        """Show the number of units done, and a few words about the last ones. Cheap enough to call for each unit."""
+        changed: dict[str, Any] = {"description": description} if description else {}
+        self._bar.update(self._task, completed=completed, status=status, **changed)
+        if self._bar.disable and time.monotonic() - self._last_line >= PLAIN_INTERVAL_S:
+            self._last_line = time.monotonic()
+            self._log.info("%s %s/%s  %s", self._unit, completed, self._total, status, extra={self._unit: completed})

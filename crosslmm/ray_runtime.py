@@ -1,0 +1,99 @@
+"""How this project connects to Ray, and the only place that touches Ray's private parts.
+
+Ray changes its private modules without notice: an upgrade that breaks one of them fails here, and in
+tests/unit/test_ray_runtime.py, and nowhere else. Imports are local, since helper processes start faster without them.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+
+QUIET_ENVIRONMENT = {
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # A relative path in a configuration means the same in every trial of a sweep.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+"""Environment of all workers: Ray logs about itself to its own files only; failures reach the terminal as one line."""
+
+
+def start_ray(**options: Any) -> None:
+    """Connect to the cluster in reach (RAY_ADDRESS, or the one that runs this job), or start one on this machine.
+
+    Args:
+        options: further arguments of `ray.init`.
+    """
+    if ray.is_initialized():
+        return
+    # Concurrent trials run more processes than the machine has cores, which Ray would warn about.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+    options = {"runtime_env": {"env_vars": QUIET_ENVIRONMENT}} | options
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        # Ray installs its own handler, which kills the cluster it started together with our workers.
+        signal.signal(signal.SIGTERM, handler)
+    _make_token_private()
+
+
+def _make_token_private() -> None:
+    """Make the token file unreadable to other users: `ray.init` creates it world-readable."""
+    with contextlib.suppress(OSError):  # a cluster that was already running has none here
+        (Path.home() / ".ray" / "auth_token").chmod(0o600)
+
+
+def token_auth_enabled() -> bool:
+    """Return whether Ray authenticates with a token in this process's environment."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    return bool(is_token_auth_enabled())
+
+
+def token_available() -> bool:
+    """Return whether a token exists that Ray could use, even if RAY_AUTH_MODE does not ask for one."""
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
+
+
+def ping_gcs(address: str, timeout_s: float) -> None:
+    """Ask a cluster's control store for its id, with this process's token.
+
+    Args:
+        address: HOST:PORT of the control store (GCS).
+        timeout_s: deadline of the call [s].
+
+    Raises:
+        grpc.RpcError: no answer, or UNAUTHENTICATED.
+    """
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(init_grpc_channel(address))
+    stub.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=timeout_s)  # type: ignore[attr-defined]
+
+
+def local_node() -> Any:
+    """Return Ray's object for the node this driver started or joined; None in a worker process."""
+    import ray._private.worker
+
+    return ray._private.worker._global_node
+
+
+def on_head_node() -> bool:
+    """Return whether this driver runs on the head node."""
+    return bool(local_node().is_head())
+
+
+def worker_group_errors() -> tuple[type[Exception], type[Exception]]:
+    """Return Ray Train's exceptions for "no room for the workers" and "a worker's process has died"."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+
+    return WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError

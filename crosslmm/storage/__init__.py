@@ -1,0 +1,38 @@
+"""Files: local paths and `s3://` URIs alike, through fsspec and s3fs."""
+
+from crosslmm.storage.filesystem import (
+    absolute,
+    arrow_filesystem,
+    download,
+    download_file,
+    exists,
+    folders_in,
+    is_empty,
+    is_folder,
+    join,
+    local_path,
+    names_in,
+    open_read,
+    parent,
+    read_bytes,
+    real,
+    remove,
+    remove_folder,
+    stamp_of,
+    upload,
+    upload_file,
+    version,
+    version_of,
+    will_read,
+    within,
+    write_bytes,
+    write_chunks,
+)
+from crosslmm.storage.retry import BadLocation, Refused, Unavailable, patiently, scheme_of
+
+__all__ = [
+    "BadLocation", "Refused", "Unavailable", "absolute", "arrow_filesystem", "download", "download_file", "exists",
+    "folders_in", "is_empty", "is_folder", "join", "local_path", "names_in", "open_read", "parent", "patiently",
+    "read_bytes", "real", "remove", "remove_folder", "scheme_of", "stamp_of", "upload", "upload_file", "version",
+    "version_of", "will_read", "within", "write_bytes", "write_chunks",
+]  # fmt: skip

@@ -1,0 +1,338 @@
+"""The feature cache: nothing that is damaged, of another video or of another recipe is ever handed out."""
+
+import functools
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from crosslmm.cli import parse_run
+from crosslmm.config import BadConfig, DataConfig
+from crosslmm.data import feature_cache as features_module
+from crosslmm.data.dataset import block_rows
+from crosslmm.data.feature_cache import (
+    BadFeatures,
+    FeatureCache,
+    FeatureRecipe,
+    Stored,
+    create,
+    from_bf16,
+    pack,
+    to_bf16,
+    unpack,
+    write_index,
+    write_shard,
+)
+from crosslmm.data.manifest import Manifest, Rows
+from crosslmm.data.video.decode_pool import Unreadable
+from crosslmm.encode.recipe import require_encoder
+from crosslmm.model.loading import build_encoder, build_model
+from crosslmm.model.vision_encoder import digest
+from tests.support.common import conversation, open_gates, random_frames
+
+DATA = DataConfig(num_frames=4)
+PATCHES, WIDTH = 6, 8
+
+
+def recipe(dtype="bf16", data=DATA, **other):
+    given = {"image_size": 48, "precision": "fp32", "patches": PATCHES, "width": WIDTH, "encoder": "e" * 64}
+    return FeatureRecipe.of(data, dtype=dtype, **given | other)
+
+
+def values(frames, seed=0):
+    return np.random.default_rng(seed).normal(0, 3, (frames, PATCHES, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture(params=["bf16", "int8"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """Two videos and a part of one of them; what is in them does not matter here."""
+    places = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+    for number, place in enumerate(places):
+        place.write_bytes(bytes([number]) * 100)
+    return [str(places[0]), str(places[1]), f"{places[0]}#t=1,2"]
+
+
+@pytest.fixture
+def cached(tmp_path, videos, dtype):
+    """Their features in storage; one more video could not be read."""
+    folder = create(str(tmp_path / "features"), recipe(dtype))
+    versions = [features_module.storage.version(uri.split("#")[0]) for uri in videos]
+    given = [(uri, version, values(n + 1, n)) for n, (uri, version) in enumerate(zip(videos, versions, strict=True))]
+    stored, _, _ = write_shard(folder, given, dtype)
+    nothing = Stored(str(tmp_path / "gone.mp4"), None, 0, reason="no such file", stage="read")
+    write_index(folder, [*stored, nothing])
+    return folder
+
+
+def test_every_ingredient_changes_the_key():
+    changed = [
+        recipe(dtype="int8"),
+        *(recipe(**{name: 1}) for name in ("image_size", "patches", "width")),
+        recipe(precision="bf16"),
+        recipe(encoder="f" * 64),
+        recipe(data=DataConfig(num_frames=5)),
+        recipe(data=DataConfig(num_frames=4, sampling="fps")),
+        recipe(data=DataConfig(num_frames=4, fps=2)),
+        recipe(data=DataConfig(num_frames=4, decoder="decord")),
+        recipe().model_copy(update={"format": 2}),
+    ]
+    assert len({one.key for one in [recipe(), *changed]}) == len(changed) + 1
+    assert len(changed) == len(FeatureRecipe.model_fields)
+    # A name that stands for a decoder is not a decoder of its own.
+    assert recipe(data=DataConfig(num_frames=4, decoder="pyav")).key == recipe().key
+
+
+def test_bf16_is_torchs_to_the_last_bit():
+    every = np.arange(2**16, dtype=np.uint16)
+    finite = every[np.isfinite(from_bf16(every))]
+    x = np.concatenate([values(50).ravel(), from_bf16(finite), from_bf16(finite[:-1]) * np.float32(1.00390625)])
+    assert np.array_equal(to_bf16(x), torch.from_numpy(x).bfloat16().view(torch.uint16).numpy())
+    assert np.array_equal(to_bf16(from_bf16(finite)), finite)
+
+
+def test_int8_is_off_by_half_a_step_at_most_and_says_how_much(tmp_path):
+    x = values(5)
+    x[0, 0] = 0
+    rounded = from_bf16(unpack(pack(x, "int8"), x.shape, "int8"))
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    # Half a step of the scale, which is itself float16, and then bfloat16's own rounding.
+    assert (np.abs(rounded - x) <= largest / 127 * 0.5 * 1.001 + largest * (2**-11 + 2**-8)).all()
+    assert not rounded[0, 0].any()
+    for dtype, most in {"bf16": 0.002, "int8": 0.01}.items():
+        _, lost, whole = write_shard(str(tmp_path), [("a", None, x)], dtype)
+        again = from_bf16(unpack(pack(x, dtype), x.shape, dtype))
+        assert (lost / whole) ** 0.5 == pytest.approx(np.linalg.norm(again - x) / np.linalg.norm(x), rel=1e-4)
+        assert 0 < (lost / whole) ** 0.5 < most
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_stored(value, dtype):
+    x = values(2)
+    x[1, 2, 3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        pack(x, dtype)
+
+
+def test_features_are_read_at_random_as_they_were_stored(cached, videos, dtype):
+    features = pickle.loads(pickle.dumps(FeatureCache(cached)))  # as Ray hands it on
+    for order in ([2, 0, 1], [1, 1, 0]):
+        found = features([videos[n] for n in order])
+        for n, bits in zip(order, found, strict=True):
+            assert np.array_equal(bits, unpack(pack(values(n + 1, n), dtype), (n + 1, PATCHES, WIDTH), dtype))
+    (gone,) = features([str(Path(videos[0]).parent / "gone.mp4")])
+    assert gone == Unreadable("no such file", "read")
+
+
+def test_a_damaged_shard_is_refused(cached, videos):
+    (shard,) = Path(cached).glob("shard-*")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1  # of the last video
+    shard.write_bytes(data)
+    features = FeatureCache(cached)
+    features([videos[0]])
+    with pytest.raises(BadFeatures, match=r"#t=1,2: its features are damaged: delete .*shard-.*jobs/encode\.py"):
+        features([videos[2]])
+    shard.write_bytes(data[:-1])
+    with pytest.raises(BadFeatures, match="damaged"):
+        features([videos[2]])
+    shard.unlink()
+    with pytest.raises(BadFeatures, match=r"gone with .*jobs/encode\.py"):
+        features([videos[0]])
+    # Then it is made anew.
+    features = FeatureCache(cached)
+    assert not features.has(videos[0], features.find(videos[0]).version)
+    with pytest.raises(BadConfig, match=r"lacks 3 videos of the manifests, .*a\.mp4 first"):
+        features.require(recipe(), videos)
+
+
+def test_a_source_that_changed_is_refused_until_it_is_encoded_anew(cached, videos, dtype):
+    features = FeatureCache(cached)
+    os.utime(videos[1], ns=(0, 0))
+    features([videos[0]])
+    with pytest.raises(BadFeatures, match=r"b\.mp4: has changed, or gone, .*jobs/encode\.py"):
+        features([videos[1]])
+    now = features_module.storage.version(videos[1])
+    assert not features.has(videos[1], now)
+    # The latest word counts, whatever the order of the places.
+    stored, _, _ = write_shard(cached, [(videos[1], now, values(3, 9))], dtype)
+    write_index(cached, stored)
+    again = FeatureCache(cached)
+    assert again.has(videos[1], now)
+    assert np.array_equal(again.read(videos[1]), unpack(pack(values(3, 9), dtype), (3, PATCHES, WIDTH), dtype))
+    Path(videos[1]).unlink()
+    with pytest.raises(BadFeatures, match="has changed, or gone"):
+        again([videos[1]])
+
+
+def test_an_unreadable_video_that_has_become_readable_is_refused_too(cached, videos):
+    gone = Path(videos[0]).parent / "gone.mp4"
+    gone.write_bytes(b"here")
+    with pytest.raises(BadFeatures, match="has changed"):
+        FeatureCache(cached)([str(gone)])
+    assert not FeatureCache(cached).has(str(gone), None)
+
+
+def test_another_policy_is_refused_and_named(cached, videos):
+    features = FeatureCache(cached)
+    features.require(recipe(encoder="not known yet"), videos)
+    other = recipe(data=DataConfig(num_frames=8, sampling="fps"), precision="bf16")
+    with pytest.raises(BadConfig) as refused:
+        features.require(other, videos)
+    for difference in ("num_frames 4 and 8", "sampling uniform and fps", "precision fp32 and bf16"):
+        assert difference in str(refused.value)
+    assert "fps 1" not in str(refused.value)
+    with pytest.raises(BadConfig, match=r"lacks 1 videos of the manifests, /nowhere\.mp4 first"):
+        features.require(recipe(), [*videos, "/nowhere.mp4"])
+
+
+def test_a_folder_that_is_not_what_it_says_is_refused(cached, tmp_path):
+    said = Path(cached) / "features.json"
+    good = said.read_text()
+    for bad in (good.replace('"fps": 1.0', '"fps": 2.0'), good.replace('"format": 1', '"format": 2'), "[]", "{", ""):
+        said.write_text(bad)
+        with pytest.raises(BadConfig, match=r"data\.features: .*no features can be read there"):
+            FeatureCache(cached)
+    said.write_text(good)
+    next(Path(cached).glob("index-*")).write_bytes(b"PAR1")
+    with pytest.raises(BadConfig, match="no features can be read there"):
+        FeatureCache(cached)
+    with pytest.raises(BadConfig, match="FileNotFoundError"):
+        FeatureCache(str(tmp_path / "nowhere"))
+
+
+def test_an_encoder_that_learns_is_refused():
+    with pytest.raises(BadConfig, match=r"data\.features: .*frozen.*train\.learning_rate\.vision is 0\.001; make it 0"):
+        parse_run(["--data.features=/somewhere"], "")
+    frozen = parse_run(["--data.features=/somewhere", "--train.learning_rate.vision=0"], "")
+    assert frozen.data.features == "/somewhere"
+
+
+def test_the_digest_is_the_encoders(config, processor, tmp_path):
+    ours = digest(build_encoder(config.model, processor, seed=0))
+    whole = build_model(config.model, processor, seed=0)
+    assert digest(whole.vision_tower) == ours != digest(build_encoder(config.model, processor, seed=1))
+    whole.vision_tower.save_pretrained(tmp_path)
+    published = config.model.model_copy(update={"vision_weights": str(tmp_path)})
+    assert digest(build_encoder(published, processor, seed=1)) == ours
+    # Trials of a sweep differ in what lies behind it.
+    for behind in ({"pool_stride": 1}, {"cross_attention_every": 1}, {"v2v": False}):
+        other = build_model(config.model.model_copy(update=behind), processor, seed=0)
+        assert digest(other.vision_tower) == ours
+    # The same weights compute something else with other heads.
+    heads = config.model.model_copy(update={"vision": config.model.vision | {"num_attention_heads": 2}})
+    assert digest(build_encoder(heads, processor, seed=0)) != ours
+
+
+def test_another_encoder_is_refused(config, processor):
+    model = build_model(config.model, processor, seed=0)
+    require_encoder(model, recipe(encoder=digest(build_encoder(config.model, processor, seed=0))), "x")
+    for seed, change in ((1, {}), (0, {"vision": config.model.vision | {"layer_norm_eps": 1e-3}})):
+        other = build_model(config.model.model_copy(update=change), processor, seed=seed)
+        with pytest.raises(BadConfig, match=r"data\.features: x was made by another encoder .*jobs/encode\.py"):
+            require_encoder(other, recipe(encoder=digest(model.vision_tower)), "x")
+
+
+def test_every_video_of_the_rows_is_named_once(tmp_path):
+    lines = [f'{{"id": "{i}", "video": "{v}.mp4", "messages": {MESSAGES}}}' for i, v in enumerate("abab")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "more.jsonl").write_text("\n".join(lines).replace("b.mp4", "c.mp4"))
+    rows = Rows([Manifest(str(tmp_path / name)) for name in ("rows.jsonl", "more.jsonl")])
+    assert {Path(uri).name: video.row for uri, video in rows.videos().items()} == {"a.mp4": 0, "b.mp4": 1, "c.mp4": 5}
+
+
+MESSAGES = '[{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "x"}]'
+
+
+def test_blocks_are_counted_in_the_bytes_that_are_read():
+    data = DataConfig(num_frames=64)
+    assert block_rows(data, 384, recipe(patches=729, width=1152)) == 1
+    assert block_rows(data, 384, recipe(patches=16, width=64)) == 128
+    assert block_rows(DataConfig(num_frames=2), 384, recipe(patches=729, width=1152)) == 4
+
+
+@pytest.fixture
+def samples():
+    shown = [[random_frames(4, 1)], [random_frames(2, 2), random_frames(1, 3)], []]
+    video, text = {"type": "video"}, {"type": "text", "text": "What?"}
+    talks = [
+        conversation("Which shape is it?", "red circle"),
+        [{"role": "user", "content": [video, text, video]}, {"role": "assistant", "content": "left"}],
+        conversation("Why?", "so", video=False),
+    ]
+    return talks, shown
+
+
+def with_features(processor, model, talks, shown, **options):
+    """The batch that the cache would give, in bfloat16."""
+    size = (model.config.patches_per_frame, model.config.vision_config.hidden_size)
+
+    def encoded(video):
+        with torch.no_grad():
+            return to_bf16(model.encode(torch.from_numpy(video).permute(0, 3, 1, 2)).numpy())
+
+    return processor(talks, [[encoded(video) for video in own] for own in shown], features=size, **options)
+
+
+def test_features_give_what_pixels_give(model, processor, samples):
+    open_gates(model)
+    pixels, given = processor(*samples), with_features(processor, model, *samples)
+    assert "pixel_values" not in given
+    assert given["features"].dtype == torch.bfloat16
+    for key in given.keys() - {"features"}:
+        assert torch.equal(given[key], pixels[key])
+    unrounded = model.encode(pixels["pixel_values"])
+    exact = {**given, "features": unrounded}
+    assert torch.equal(model(**exact).loss, model(**pixels).loss)
+    # bfloat16 keeps 8 bits of each feature: an error of 2^-9 at most, which the model neither adds up nor magnifies.
+    torch.testing.assert_close(model(**given).loss, model(**pixels).loss, rtol=2e-3, atol=0)
+    assert not torch.equal(model(**given).loss, model(**pixels).loss)
+
+
+@torch.no_grad()
+def test_answers_from_features_are_those_from_pixels_and_the_encoder_does_not_run(model, processor, samples):
+    open_gates(model)
+    talks, shown = [talk[:1] for talk in samples[0]], samples[1]
+    pixels = processor(talks, shown, answer=True)
+    unrounded = model.encode(pixels["pixel_values"])
+    given = with_features(processor, model, talks, shown, answer=True)
+    model.encode = None
+    exact = {**given, "features": unrounded}
+    for options in ({}, {"use_cache": False}):
+        said = model.generate(**exact, max_new_tokens=6, do_sample=False, **options)
+        del model.encode
+        assert torch.equal(said, model.generate(**pixels, max_new_tokens=6, do_sample=False, **options))
+        model.encode = None
+        assert model.generate(**given, max_new_tokens=6, do_sample=False).shape == said.shape
+    del model.encode
+
+
+def test_a_batch_of_text_alone_reaches_every_parameter_but_the_encoders(model, processor):
+    open_gates(model, 0.5)
+    for parameter in model.vision_tower.parameters():
+        parameter.requires_grad_(False)
+    batch = with_features(processor, model, [conversation("What is red?", "a colour", video=False)], [[]])
+    assert batch["features"].shape[0] == 0
+    model.train()(**batch).loss.backward()
+    learns = [p for p in model.parameters() if p.requires_grad]
+    assert all(parameter.grad is not None for parameter in learns)
+    pixels = processor([conversation("What is red?", "a colour", video=False)], [[]])
+    assert torch.equal(model(**batch).loss, model(**pixels).loss)
+
+
+def test_features_of_another_shape_are_refused(model, processor):
+    talk = [conversation("What?", "it")]
+    size = (model.config.patches_per_frame, model.config.vision_config.hidden_size)
+    for wrong in (np.zeros((2, *size), np.float32), np.zeros((2, size[0] - 1, size[1]), np.uint16), random_frames(2)):
+        with pytest.raises(ValueError, match=r"features are .*uint16 \(frames, 36, 64\)"):
+            processor(talk, [[wrong]], features=size)
+    batch = functools.partial(processor, features=size)(talk, [[np.zeros((2, *size), np.uint16)]])
+    with pytest.raises(ValueError, match=r"features are .*; the encoder gives floats \(frames, 36, 64\)"):
+        model(**{**batch, "features": batch["features"][:, :5]})

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crosslmm.data.frame_sampling import Sampling, excerpt, nearest
+
+
+def llava_video_s(total, native_fps, fps, most):
+    """Frame numbers as LLaVA-Video's load_video takes them, and lmms-eval's adapter with it."""
+    every = round(native_fps / fps)
+    chosen = list(range(0, total, every))
+    if len(chosen) > most:
+        chosen = np.linspace(0, total - 1, most, dtype=int).tolist()
+    return chosen
+
+
+def internvl_s(total, most):
+    """Frame numbers as InternVL's get_index takes them, and lmms-eval's adapter with it: the middles of segments."""
+    segment = total / most
+    return [int(segment / 2 + segment * i) for i in range(most)]
+
+
+def taken(sampling, total, native_fps):
+    shown = np.arange(total) / native_fps
+    return nearest(shown, sampling.times(total / native_fps, shown[-1]) + 1e-6).tolist()
+
+
+@pytest.mark.parametrize(("total", "native_fps", "fps", "most"), [
+    (300, 30, 1, 64), (3000, 30, 1, 64), (1800, 30, 2, 64), (250, 25, 1, 10), (251, 25, 1, 10), (1, 30, 1, 8),
+    (7, 24, 1, 8),
+])  # fmt: skip
+def test_fps_then_uniform_is_llava_video_s(total, native_fps, fps, most):
+    sampling = Sampling(most, "fps_then_uniform", fps)
+    assert taken(sampling, total, native_fps) == llava_video_s(total, native_fps, fps, most)
+
+
+@pytest.mark.parametrize(("total", "most"), [(300, 8), (301, 8), (17, 16), (900, 64), (64, 64)])
+def test_uniform_is_internvl_s(total, most):
+    assert taken(Sampling(most), total, 30) == internvl_s(total, most)
+
+
+def test_fps_with_a_cap_ends_with_the_cap():
+    assert Sampling(4, "fps", 2.0).times(10).tolist() == [0, 0.5, 1, 1.5]
+    assert Sampling(64, "fps", 2.0).times(1.75).tolist() == [0, 0.5, 1, 1.5]
+    assert Sampling(64, "fps", 2.0).times(1.5).tolist() == [0, 0.5, 1]
+
+
+@given(
+    policy=st.sampled_from(["uniform", "fps", "fps_then_uniform"]),
+    count=st.integers(1, 100),
+    fps=st.floats(0.01, 60),
+    total=st.integers(1, 5000),
+    native_fps=st.floats(1, 120),
+)
+def test_any_policy_gives_ascending_moments_of_the_video_and_no_more_than_asked(policy, count, fps, total, native_fps):
+    duration = total / native_fps
+    times = Sampling(count, policy, fps).times(duration, duration - 1 / native_fps)
+    assert 1 <= len(times) <= count
+    assert np.all(np.diff(times) > 0) or total == 1
+    assert times[0] >= 0
+    assert times[-1] < duration + 1e-9
+    assert np.all(np.diff(nearest(np.arange(total) / native_fps, times)) > 0)
+
+
+def test_the_part_that_is_meant_stands_behind_the_place():
+    assert excerpt("a.mp4") == ("a.mp4", 0, None)
+    assert excerpt("s3://b/a#1.mp4#t=1.5,20") == ("s3://b/a#1.mp4", 1.5, 20)
+    assert excerpt("a.mp4#t=3") == ("a.mp4", 3, None)
+    assert excerpt("a.mp4#t=,7") == ("a.mp4", 0, 7)
+    with pytest.raises(ValueError, match=r"'a.mp4#t=3,3': the part ends before it begins"):
+        excerpt("a.mp4#t=3,3")
+
+
+@given(
+    policy=st.sampled_from(["uniform", "fps", "fps_then_uniform"]),
+    most=st.integers(1, 100),
+    fps=st.floats(0.1, 10),
+    seconds=st.floats(0.01, 1000),
+)
+def test_frames_are_counted_as_they_are_chosen(policy, most, fps, seconds):
+    sampling = Sampling(most, policy, fps)
+    assert sampling.count(np.array([seconds, np.nan, 0])).tolist() == [len(sampling.times(seconds)), most, 1]

@@ -1,0 +1,140 @@
+import json
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from crosslmm import storage
+from crosslmm.data import manifest as manifest_module
+from crosslmm.data import manifest_shards
+from crosslmm.data.frame_sampling import Sampling
+from crosslmm.data.manifest import BadManifest, Manifest, Rows, check_rows
+from crosslmm.data.manifest_shards import SCHEMA
+from tests.support.common import conversation
+
+COUNT = 1300
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three parts of several row groups each, the last ones cut short."""
+    folder = str(tmp_path_factory.mktemp("prepared") / "train")
+    tables = [
+        pa.Table.from_pylist(rows, SCHEMA) for rows in (records(0, 600), records(600, 1250), records(1250, COUNT))
+    ]
+    parts = [manifest_shards.write_part(folder, number, table) for number, table in enumerate(tables)]
+    assert not manifest_shards.is_prepared(folder)
+    manifest_shards.seal(
+        folder, parts, pa.concat_tables(tables).select(manifest_shards.LENGTHS), {"made_from": "rows.jsonl"}
+    )
+    return folder
+
+
+def records(start, end):
+    lines = []
+    for i in range(start, end):
+        place = f"clips/{i}.mp4" if i % 2 else f"/elsewhere/{i}.mp4"
+        lines.append((i + 1, json.dumps({"id": f"row {i}", "video": place, "messages": conversation("What?", str(i))})))
+    rows, reasons = check_rows(lines, ["", "/elsewhere"])
+    assert not reasons
+    return rows
+
+
+def test_rows_are_read_in_any_order_across_groups_and_parts(folder):
+    manifest = Manifest(folder, ["/elsewhere"])
+    assert len(manifest) == COUNT
+    wanted = np.random.default_rng(0).permutation(COUNT)[:200]
+    rows = manifest.take(wanted)
+    assert [row["id"] for row in rows] == [f"row {i}" for i in wanted]
+    assert [row["line"] for row in rows] == [i + 1 for i in wanted]
+    assert [row["messages"][1]["content"] for row in rows] == [str(i) for i in wanted]
+    assert {row["manifest"] for row in rows} == {folder}
+    places = [f"{folder}/clips/{i}.mp4" if i % 2 else f"/elsewhere/{i}.mp4" for i in wanted]
+    assert [row["videos"] for row in rows] == [[place] for place in places]
+
+
+def test_a_row_costs_its_group_and_no_more(folder, monkeypatch):
+    manifest, asked = Manifest(folder, ["/elsewhere"]), []
+    read = storage.read_bytes
+
+    def counting(uri, start=None, end=None):
+        asked.append((uri, end - start))
+        return read(uri, start, end)
+
+    manifest.take([0])
+    monkeypatch.setattr(storage, "read_bytes", counting)
+    manifest.take([3, 5, 511, 4])
+    ((uri, size),) = asked
+    whole = len(read(uri))
+    assert size < whole * 512 / 600 * 1.1
+
+
+def test_it_travels_without_its_rows(folder):
+    manifest = Manifest(folder, ["/elsewhere"])
+    manifest.take([0, 700])
+    sent = pickle.dumps(manifest)
+    assert len(sent) < 2000
+    assert pickle.loads(sent).take([1299])[0]["id"] == "row 1299"
+
+
+def test_the_digest_is_the_content_s(folder, tmp_path):
+    tables = [pa.Table.from_pylist(records(0, 5), SCHEMA), pa.Table.from_pylist(records(1, 6), SCHEMA)]
+    digests = []
+    for number, table in enumerate([tables[0], tables[0], tables[1]]):
+        here = str(tmp_path / str(number))
+        manifest_shards.seal(here, [manifest_shards.write_part(here, 0, table)], table, {})
+        digests.append(Manifest(here, ["/elsewhere"]).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_an_unfinished_one_is_no_manifest(tmp_path):
+    manifest_shards.write_part(str(tmp_path), 0, pa.Table.from_pylist(records(0, 5), SCHEMA))
+    with pytest.raises(BadManifest, match="is empty"):
+        Manifest(str(tmp_path))
+
+
+def test_rows_of_several_manifests_are_numbered_one_behind_the_other(folder, tmp_path):
+    rows = [{"id": name, "messages": conversation("?", name, video=False)} for name in "abc"]
+    (tmp_path / "three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = Rows([Manifest(str(tmp_path / "three.jsonl")), Manifest(folder, ["/elsewhere"])])
+    numbers = np.array([4, 0, 3, 1302, 2, 4])
+    assert [row["id"] for row in both.take(numbers)] == ["row 1", "a", "row 0", "row 1299", "c", "row 1"]
+
+
+def test_a_manifest_too_long_to_be_read_whole_is_sent_to_be_prepared(monkeypatch, tmp_path):
+    monkeypatch.setattr(manifest_module, "MOST_UNPREPARED", 3)
+    lines = [json.dumps({"id": f"{i}", "messages": conversation("?", "!", video=False)}) for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:3]))
+    assert len(Manifest(str(tmp_path / "rows.jsonl"))) == 3
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(BadManifest, match=r"rows.jsonl: .*more than 3 rows.*jobs/prepare.py convert"):
+        Manifest(str(tmp_path / "rows.jsonl"))
+
+
+def test_lengths_are_told_before_anything_is_opened(tmp_path):
+    asked = {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "1234"}]}
+    rows = [
+        {"id": "words", "messages": conversation("12", "1234567890", video=False)},
+        {"id": "video", "video": "a.mp4", "messages": conversation("12", "12")},
+        {"id": "image", "messages": [asked, {"role": "assistant", "content": "1234"}]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = Manifest(str(tmp_path / "rows.jsonl")).lengths(Sampling(64), 9)
+    assert found.tolist() == [3, 1 + 64 * 9, 2 + 9]
+    known = [{**record, "seconds": [10.0], "chars": 8} for record in records(0, 2)]
+    table = pa.Table.from_pylist([*known, {**known[0], "seconds": [None]}, {**known[0], "seconds": []}], SCHEMA)
+    folder = str(tmp_path / "prepared")
+    manifest_shards.seal(folder, [manifest_shards.write_part(folder, 0, table)], table, {})
+    assert Manifest(folder, ["/elsewhere"]).lengths(Sampling(64, "fps", 2.0), 9).tolist() == [2 + 20 * 9] * 2 + [
+        2 + 64 * 9,
+        2,
+    ]
+    assert Manifest(folder, ["/elsewhere"]).lengths(Sampling(8, "fps", 2.0), 9)[0] == 2 + 8 * 9
+
+
+def test_every_video_is_known_without_the_conversations(folder):
+    videos = Rows([Manifest(folder, ["/elsewhere"])]).videos()
+    assert len(videos) == COUNT
+    assert videos[f"{folder}/clips/1299.mp4"].row == 1299
+    assert videos["/elsewhere/700.mp4"].row == 700

@@ -1,0 +1,330 @@
+"""The model against the classic mistakes: leaks through padding, causal cross-attention, gates that are not neutral."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    EncoderDecoderCache,
+    GenerationConfig,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from crosslmm.config import BadConfig, ModelConfig
+from crosslmm.model import CrossLMMConfig, CrossLMMForConditionalGeneration
+from crosslmm.model.cross_attention import DualCrossAttentionLayer
+from crosslmm.model.loading import build_model
+from crosslmm.model.pooling import pool
+from tests.support.common import conversation, open_gates, random_frames
+
+TEXTS = ["Which shape is it?", "Which way does it move, and what colour is it?", "What is red?", "Why?"]
+
+
+@pytest.fixture
+def samples(processor):
+    """Four conversations of different lengths, with 4, 2, no and 1 frames."""
+    videos = [[random_frames(4, 1)], [random_frames(2, 2)], [], [random_frames(1, 3)]]
+    talks = [conversation(t, "red circle", video=bool(v)) for t, v in zip(TEXTS, videos, strict=True)]
+    return talks, videos
+
+
+def base_logits(model, batch):
+    """What the bare decoder says about [pooled visual tokens; text]."""
+    is_video = batch["input_ids"] == model.config.video_token_id
+    embedded = model.language_model.get_input_embeddings()(batch["input_ids"].masked_fill(is_video, 0))
+    pooled = model.projector(pool(model.encode(batch["pixel_values"]), model.config.pool_stride))
+    embedded = embedded.masked_scatter(is_video[:, :, None], pooled)
+    bare = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    keys = bare.state_dict().keys()
+    bare.load_state_dict({k: v for k, v in model.language_model.state_dict().items() if k in keys})
+    return bare(inputs_embeds=embedded, attention_mask=batch["attention_mask"]).logits
+
+
+def without_labels(batch):
+    return {k: v for k, v in batch.items() if k != "labels"}
+
+
+@torch.no_grad()
+def test_gates_at_zero_are_exactly_the_base_model_on_pooled_tokens(model, processor, samples):
+    batch = without_labels(processor(*samples))
+    assert torch.equal(model(**batch).logits, base_logits(model, batch))
+    open_gates(model)
+    assert not torch.allclose(model(**batch).logits, base_logits(model, batch), atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_text_only_sample_is_exactly_the_base_model_with_open_gates_beside_videos(
+    model, processor, samples, attention
+):
+    model.set_attn_implementation(attention)
+    open_gates(model)
+    batch = without_labels(processor(*samples))
+    bare = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    bare.set_attn_implementation(attention)
+    keys = bare.state_dict().keys()
+    bare.load_state_dict({k: v for k, v in model.language_model.state_dict().items() if k in keys})
+    ours = model(**batch).logits
+    assert ours.isfinite().all()
+    theirs = bare(input_ids=batch["input_ids"].masked_fill(batch["input_ids"] == processor.video_token_id, 0),
+                  attention_mask=batch["attention_mask"]).logits  # fmt: skip
+    assert torch.equal(ours[2], theirs[2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_padded_batch_equals_its_samples_alone(model, processor, samples, attention):
+    model.set_attn_implementation(attention)
+    open_gates(model)
+    batch = processor(*samples)
+    together = model(**without_labels(batch)).logits
+    for i, (talk, frames) in enumerate(zip(*samples, strict=True)):
+        alone = model(**without_labels(processor([talk], [frames]))).logits[0]
+        torch.testing.assert_close(together[i, : len(alone)], alone, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_left_padding_is_invisible_too(model, processor, samples):
+    open_gates(model)
+    talks, frames = samples
+    prompts = [talk[:1] for talk in talks]
+    together = model.generate(**processor(prompts, frames, answer=True), max_new_tokens=8, do_sample=False)
+    for i, (prompt, video) in enumerate(zip(prompts, frames, strict=True)):
+        alone = model.generate(**processor([prompt], [video], answer=True), max_new_tokens=8, do_sample=False)[0]
+        assert torch.equal(together[i, -8:], alone[-8:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("branch", ["v2v", "t2v"])
+def test_cross_attention_is_not_causal(model, processor, samples, branch):
+    """The first query of a sample sees the last patch of the last frame."""
+    open_gates(model)
+    batch = without_labels(processor(*[s[:1] for s in samples]))
+    seen = {}
+    layer = next(x for x in model.modules() if isinstance(x, DualCrossAttentionLayer))
+
+    def first_query(module, inputs, output):
+        rows = inputs[1].rows_GQ
+        seen[len(seen)] = (output - inputs[0])[0, rows[0, 0]]
+
+    getattr(layer, branch).register_forward_hook(first_query)
+    model(**batch)
+    changed = batch["pixel_values"].clone()
+    changed[-1, :, -8:, -8:] = 255 - changed[-1, :, -8:, -8:]
+    # What the text's and the first tokens' own states are does not change: only the last frame's keys do.
+    features = model.encode(batch["pixel_values"])
+    last = model.encode(changed)
+    assert not torch.equal(pool(features, 3)[-1], pool(last, 3)[-1])
+    features[-1] = last[-1]
+    model.encode = lambda pixels: features
+    model(**batch)
+    assert not torch.allclose(seen[0], seen[1], atol=1e-6)
+
+
+@torch.no_grad()
+def test_each_branch_writes_to_its_own_positions_only(model, processor, samples):
+    open_gates(model)
+    batch = without_labels(processor(*samples))
+    is_video = batch["input_ids"] == processor.video_token_id
+    is_text = ~is_video & batch["attention_mask"].bool()
+    after_video = is_video.cumsum(dim=1) > 0
+    layer = next(x for x in model.modules() if isinstance(x, DualCrossAttentionLayer))
+    changed = {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            changed[name] = (output != inputs[0]).any(dim=-1)
+
+        return hook
+
+    layer.v2v.register_forward_hook(note("v2v"))
+    layer.t2v.register_forward_hook(note("t2v"))
+    model(**batch)
+    assert torch.equal(changed["v2v"], is_video)
+    assert torch.equal(changed["t2v"], is_text & after_video)
+
+
+@torch.no_grad()
+def test_cached_generation_equals_uncached_and_computes_the_videos_keys_once(model, processor, samples):
+    open_gates(model)
+    talks, videos = samples
+    prompts = processor([talk[:1] for talk in talks], videos, answer=True)
+    calls = []
+    model.config.encoder_chunk = 64  # one call for all frames
+    for layer in model.modules():
+        if isinstance(layer, DualCrossAttentionLayer):
+            layer.t2v.k_proj.register_forward_hook(lambda *_: calls.append(1))
+    cached = model.generate(**prompts, max_new_tokens=10, do_sample=False)
+    assert len(calls) == len(model.config.dual_layers)
+    uncached = model.generate(**prompts, max_new_tokens=10, do_sample=False, use_cache=False)
+    assert torch.equal(cached, uncached)
+
+
+@torch.no_grad()
+def test_cached_logits_equal_uncached_logits(model, processor, samples):
+    """Greedy tokens can agree by luck; logits cannot."""
+    open_gates(model)
+    batch = without_labels(processor(*[s[:1] for s in samples]))
+    ids = batch["input_ids"]
+    whole = model(**batch).logits
+    split = ids.shape[1] - 4
+    cache = model._new_cache()
+    assert isinstance(cache, EncoderDecoderCache)
+    start = {"num_frames": batch["num_frames"], "past_key_values": cache, "use_cache": True}
+    first = model(input_ids=ids[:, :split], pixel_values=batch["pixel_values"], **start).logits
+    later = model(input_ids=ids[:, split:], **start).logits
+    torch.testing.assert_close(torch.cat([first, later], dim=1), whole, atol=2e-5, rtol=1e-4)
+
+
+def test_packed_attention_equals_masked_attention(model, processor, samples):
+    """The variable-length path that flash attention takes, run with a reference kernel that takes the same lengths."""
+
+    def varlen(module, query, key, value, mask, *, cu_seq_lens_q, cu_seq_lens_k, scaling, is_causal, **_):
+        assert not is_causal
+        assert mask is None
+        outputs = []
+        for i in range(len(cu_seq_lens_q) - 1):
+            q = query[:, :, cu_seq_lens_q[i] : cu_seq_lens_q[i + 1]]
+            k = key[:, :, cu_seq_lens_k[i] : cu_seq_lens_k[i + 1]]
+            v = value[:, :, cu_seq_lens_k[i] : cu_seq_lens_k[i + 1]]
+            assert q.shape[2]
+            assert k.shape[2]
+            seen = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=True)
+            outputs.append(seen.transpose(1, 2))
+        return torch.cat(outputs, dim=1), None
+
+    open_gates(model)
+    batch = processor(*samples)
+    masked_loss = model(**batch).loss
+    masked_loss.backward()
+    masked = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    ALL_ATTENTION_FUNCTIONS.register("flash_reference", varlen)
+    branches = [b for x in model.modules() if isinstance(x, DualCrossAttentionLayer) for b in (x.v2v, x.t2v)]
+    for branch in branches:
+        branch.config = type(branch.config)(**branch.config.to_dict())
+        branch.config._attn_implementation_internal = "flash_reference"
+    packed_loss = model(**batch).loss
+    packed_loss.backward()
+    torch.testing.assert_close(packed_loss, masked_loss)
+    # A kernel takes no empty sequence: a batch without any video asks one question that does not count.
+    model(**processor([conversation("Why?", "red", video=False)], [[]])).loss.backward()
+    model.zero_grad()
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, masked[name], atol=1e-5, rtol=1e-3)
+
+
+def test_every_parameter_learns_and_an_empty_batch_still_reaches_every_one(model, processor):
+    open_gates(model, 0.5)
+    model.train()
+    model(**processor([conversation("What is red?", "a colour", video=False)], [[]])).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    model.zero_grad()
+    model(**processor([conversation("What is red?", "a colour")], [[random_frames(4)]])).loss.backward()
+    assert [n for n, p in model.named_parameters() if not p.grad.any() and "k_proj.bias" not in n] == []
+
+
+def test_checkpointed_layers_give_the_same_gradients(model, processor, samples):
+    open_gates(model)
+    batch = processor(*samples)
+    model.train()
+    model(**batch).loss.backward()
+    plain = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[name])
+
+
+def test_the_loss_is_the_mean_over_the_assistants_tokens(model, processor, samples):
+    batch = processor(*samples)
+    logits = model(**without_labels(batch)).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    torch.testing.assert_close(model(**batch).loss, expected)
+
+
+def test_the_decoders_own_state_dict_keys_are_kept(model):
+    bare = AutoModelForCausalLM.from_config(model.config.text_config)
+    ours = model.language_model.state_dict().keys()
+    assert bare.state_dict().keys() <= ours
+    assert all(".v2v." in key or ".t2v." in key for key in ours - bare.state_dict().keys())
+
+
+@torch.no_grad()
+def test_saved_and_loaded_through_the_auto_classes_gives_the_same_logits(model, processor, samples, tmp_path):
+    open_gates(model)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json", ".jinja"}
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded) is CrossLMMForConditionalGeneration
+    batch = without_labels(AutoProcessor.from_pretrained(tmp_path)(*samples))
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_published_weights_of_llama_shaped_decoders_are_taken_over(config, processor, tmp_path, family):
+    language = config.model.language | {"model_type": family, "head_dim": 32}
+    if family != "qwen3":
+        language.pop("head_dim")
+    published = AutoModelForCausalLM.from_config(
+        CrossLMMConfig(text_config=language, cross_attention_every=2).text_config
+    )
+    published.save_pretrained(tmp_path)
+    ours = ModelConfig(**config.model.model_dump() | {"language": language, "language_weights": str(tmp_path)})
+    built = build_model(ours, processor, seed=1).eval()
+    ids = processor.tokenizer("What is red?", return_tensors="pt").input_ids
+    assert torch.equal(built(input_ids=ids).logits, published.eval()(input_ids=ids).logits)
+
+
+def test_one_clear_line_for_what_does_not_fit(config, model, processor, tmp_path):
+    with pytest.raises(BadConfig, match=r"model: .*pool_stride is 7; a 6 x 6 grid takes 1 to 6"):
+        build_model(config.model.model_copy(update={"pool_stride": 7}), processor, 0)
+    with pytest.raises(BadConfig, match=r"cross_attention_every is 5; a decoder of 4 layers takes 1 to 4"):
+        build_model(config.model.model_copy(update={"cross_attention_every": 5}), processor, 0)
+    for family, reason in {"gemma2": "only full attention", "olmo2": "fits layers with exactly"}.items():
+        other = {"language": config.model.language | {"model_type": family}}
+        with pytest.raises(BadConfig, match=f"model: .*{reason}"):
+            build_model(config.model.model_copy(update=other), processor, 0)
+    typo = config.model.model_copy(update={"vision": config.model.vision | {"hiden_size": 1}})
+    with pytest.raises(BadConfig, match=r"model\.vision\.hiden_size: no such field"):
+        build_model(typo, processor, 0)
+    nowhere = {"language_weights": str(tmp_path / "nowhere")}
+    with pytest.raises(BadConfig, match=r"model\.language_weights: .*nowhere cannot be loaded"):
+        build_model(config.model.model_copy(update=nowhere), processor, 0)
+    build_model(config.model, processor, 0).language_model.save_pretrained(tmp_path / "narrow")
+    wide = {"language": config.model.language | {"hidden_size": 256}, "language_weights": str(tmp_path / "narrow")}
+    with pytest.raises(BadConfig, match=r"narrow cannot be loaded: its \S+ is \(\d+.*the configuration asks for \(\d+"):
+        build_model(config.model.model_copy(update=wide), processor, 0)
+    with pytest.raises(ValueError, match=r"the encoder takes uint8 \(frames, 3, 48, 48\)"):
+        model.encode(torch.zeros(1, 3, 40, 48, dtype=torch.uint8))
+    batch = processor([conversation("What?", "it")], [[random_frames(2)]])
+    with pytest.raises(
+        ValueError, match="sample 0: the text has 8 video placeholders, but 1 frames of 4 tokens need 4"
+    ):
+        model(**batch | {"pixel_values": batch["pixel_values"][:1], "num_frames": torch.tensor([[1]])})
+    for options in ({"num_beams": 2}, {"generation_config": GenerationConfig(num_beams=2)}):
+        with pytest.raises(ValueError, match="num_beams"):
+            model.generate(**batch, **options)
+
+
+def test_a_checkpoint_with_more_than_the_configuration_has_a_place_for_is_refused(config, processor, tmp_path):
+    whole = build_model(config.model, processor, 0)
+    whole.save_pretrained(tmp_path / "whole")
+    whole.language_model.save_pretrained(tmp_path / "decoder")
+    start = {"init_from": str(tmp_path / "whole")}
+    shallow = {"language": config.model.language | {"num_hidden_layers": 3}}
+    for changes in (
+        start | {"v2v": False},
+        start | {"cross_attention_every": 3},
+        start | shallow,
+        shallow | {"cross_attention_every": 0, "language_weights": str(tmp_path / "whole")},
+    ):
+        with pytest.raises(BadConfig, match=r"it has \d+ weights|it lacks \d+ weights|cannot be loaded"):
+            build_model(config.model.model_copy(update=changes), processor, 0)
+    # A stage may begin with a branch that the one before it had nowhere.
+    build_model(config.model.model_copy(update={"v2v": False}), processor, 0).save_pretrained(tmp_path / "t2v")
+    build_model(config.model.model_copy(update={"init_from": str(tmp_path / "t2v")}), processor, 0)

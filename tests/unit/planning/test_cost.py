@@ -1,0 +1,307 @@
+"""What the planner counts, against the built model, torch's own counter and the paper's tables."""
+
+import contextlib
+import dataclasses
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from crosslmm.cli import parse_run
+from crosslmm.config import BadConfig, LearningRates
+from crosslmm.model.param_groups import component_of
+from crosslmm.planning import cost, meta_trace
+from crosslmm.planning import plan as planning
+from crosslmm.planning.meta_trace import trace
+from crosslmm.planning.plan import GPUS, Assumptions, Fit, plan
+from crosslmm.train.parallel import sharded_units
+from tests.support.common import random_frames
+
+JOB = Path(__file__).parents[3] / "jobs" / "plan.py"
+FRAMES = (32, 64, 128, 256)
+
+
+@pytest.fixture
+def measured():
+    """A small model whose four kinds of memory differ."""
+    rates = [f"--train.learning_rate.{part}=1e-3" for part in ("vision", "projector", "v2v", "t2v", "decoder")]
+    return parse_run([*rates, "--train.global_batch_size=2", "--train.micro_batch_size=1"], "")
+
+
+def memory(config, frames=8, text_tokens=40, sharded=True):
+    return cost.training_memory(config, cost.training_trace(config, frames, text_tokens), sharded)
+
+
+def changed(config, section, **values):
+    part = getattr(config, section)
+    return config.model_copy(update={section: part.model_copy(update=values)})
+
+
+# What is counted
+
+
+def test_parameters_are_those_of_the_built_model(config, model):
+    counts = cost.parameters(cost.empty_model(config.model))
+    for component, count in counts.items():
+        assert count == sum(p.numel() for name, p in model.named_parameters() if component_of(name) == component)
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_trainable_are_the_components_with_a_rate():
+    counts = {"vision": 1, "projector": 10, "v2v": 100, "t2v": 1000, "decoder": 10000}
+    assert cost.trainable(counts, LearningRates(projector=1e-3, v2v=1e-3)) == 110
+    assert cost.trainable(counts, LearningRates(vision=1, projector=0, v2v=0, t2v=1, decoder=1)) == 11001
+
+
+@torch.no_grad()
+def test_macs_are_half_of_the_flops_that_torch_counts_in_a_real_prefill(config, model, processor):
+    frames, text_tokens = 5, 7
+    macs = cost.macs(cost.empty_model(config.model), frames, text_tokens)
+    pooled = frames * model.config.tokens_per_frame
+    model.set_attn_implementation("eager")  # its products are plain matrix products, which the counter knows
+    with FlopCounterMode(display=False) as counter:
+        model(
+            input_ids=torch.tensor([[processor.video_token_id] * pooled + [5] * text_tokens]),
+            pixel_values=torch.from_numpy(random_frames(frames)).permute(0, 3, 1, 2),
+            num_frames=torch.tensor([[frames]]),
+            logits_to_keep=text_tokens,
+        )
+    flops = counter.get_flop_counts()
+    aten = torch.ops.aten
+    found = dict.fromkeys(("encoder", "projector", "decoder", "cross_attention", "attention_products"), 0)
+    for name, module in model.named_modules():
+        operators = flops.get(f"{type(model).__name__}.{name}", {})
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            part = {"vision": "encoder", "v2v": "cross_attention", "t2v": "cross_attention"}
+            part = part.get(component_of(name), component_of(name))
+            found[part] += sum(operators.get(f, 0) for f in (aten.mm, aten.addmm, aten.convolution)) // 2
+        if name.endswith((".self_attn", ".v2v", ".t2v")):
+            found["attention_products"] += operators[aten.bmm] // 2
+    assert found == dataclasses.asdict(macs)
+
+
+@pytest.mark.parametrize(
+    ("preset", "paper", "derived"),
+    [
+        ("paper-2b", (10.93, 21.77, 43.46, 86.82), (10.44, 20.79, 41.48, 82.87)),  # Table 6
+        ("paper-7b", (13.17, 25.92, 51.43, 102.42), (13.57, 26.71, 52.98, 105.52)),  # Figure 4
+    ],
+)
+def test_linear_macs_are_the_paper_s_within_5_percent(preset, paper, derived):
+    model = cost.empty_model(parse_run(["--config", preset], "").model)
+    found = [cost.macs(model, frames, 60).linear / 1e12 for frames in FRAMES]
+    assert found == pytest.approx(paper, rel=0.05)
+    assert found == pytest.approx(derived, abs=0.005)
+
+
+def test_attention_products_of_the_2b_make_the_rest():
+    model = cost.empty_model(parse_run(["--config", "paper-2b"], "").model)
+    macs = [cost.macs(model, frames, 60) for frames in FRAMES]
+    whole = [(m.linear + m.attention_products) / 1e12 for m in macs]
+    assert whole == pytest.approx((11.7, 23.6, 48.3, 101.3), abs=0.05)
+
+
+def test_the_paper_s_parameters_and_what_each_stage_trains():
+    config = parse_run(["--config", "paper-2b"], "")
+    parameters = plan(config, [1], Assumptions()).parameters
+    assert parameters.total == pytest.approx(2.04e9, rel=0.005)
+    assert parameters.trainable["stage-1"] == pytest.approx(42.7e6, rel=0.002)
+    assert parameters.trainable["stage-2"] == parameters.total
+
+
+# What is traced
+
+
+def test_a_trace_counts_what_is_held_to_the_byte():
+    with torch.device("meta"):
+        layers = nn.Sequential(nn.Linear(10, 100, bias=False), nn.ReLU(), nn.Linear(100, 7, bias=False))
+        x = torch.empty(50, 10)
+    traced = trace(lambda: layers(x).sum().backward(), list(layers.parameters()), [x], vocabulary=7, fused_norm=False)
+    hidden, logits, scalars = 50 * 100 * 4, 50 * 7 * 4, 8
+    # Highest where ReLU's gradient is taken: its result (which both neighbours keep), the gradient that comes, the one
+    # that goes; the loss and its gradient; by then the second layer has its own. The logits are gone.
+    highest = traced.peak(with_kept=True)
+    assert sum(highest) == x.nbytes + 3 * hidden + scalars + 100 * 7 * 4
+    assert (highest.kept, highest.logits) == (100 * 7 * 4, logits)
+    assert sum(traced.peak(with_kept=False)) == x.nbytes + 3 * hidden + scalars
+    assert traced.kept_bytes == (10 * 100 + 100 * 7) * 4
+    assert traced.flops == 2 * 50 * (2 * (10 * 100 + 100 * 7) + 100 * 7)  # nobody asks for the gradient of x
+
+
+def test_the_traced_prefill_computes_what_is_counted():
+    config = parse_run(["--config", "paper-2b"], "")
+    model = cost.empty_model(config.model)
+    macs = cost.macs(model, 32, 60)
+    batch = cost._batch(model, 1, 32, 60)
+    with torch.no_grad():
+        traced = cost._trace(model, config, batch, lambda: model(**batch, logits_to_keep=60) and None)
+    assert traced.flops / 2 == pytest.approx(macs.linear + macs.attention_products, rel=0.002)
+
+
+def test_no_tensor_of_queries_times_keys_is_held(measured):
+    frames = 48
+    with_flash = memory(measured, frames).activations
+    eager = memory(changed(measured, "model", attention="eager"), frames).activations
+    patches, pooled = frames * 64, frames * 16
+    assert eager - with_flash > 4 * 4 * patches * pooled  # four heads of one V2V, in float32
+    assert memory(measured, 2 * frames).activations < 2.1 * with_flash
+
+
+def test_checkpointing_holds_less_and_computes_more(measured):
+    plain, thrifty = (
+        cost.training_trace(changed(measured, "train", activation_checkpointing=on), 16, 40) for on in (False, True)
+    )
+    assert sum(thrifty.peak(with_kept=False)) < 0.7 * sum(plain.peak(with_kept=False))
+    assert 1.2 * plain.flops < thrifty.flops < 1.4 * plain.flops
+
+
+def test_what_is_frozen_has_neither_gradients_nor_moments(measured):
+    rates = LearningRates(projector=1e-3, v2v=0, t2v=0, decoder=0, vision=0)
+    config = changed(measured, "train", learning_rate=rates)
+    projector = cost.parameters(cost.empty_model(config.model))["projector"]
+    found = memory(config, sharded=False)
+    assert found.gradients <= 4 * projector
+    assert 8 * projector <= found.optimizer <= 12 * projector
+    assert found.activations < memory(measured, sharded=False).activations
+
+
+def test_the_units_of_the_sharding_are_those_of_the_trainer(measured):
+    model = cost.empty_model(measured.model)
+    names = {module: name for name, module in model.named_modules()}
+    found = {match[0] for name, _ in model.named_parameters() if (match := cost.UNIT.match(name))}
+    assert found == {names[unit] for unit in sharded_units(model)}
+
+
+def test_shards_are_halved_by_twice_the_workers(measured):
+    def shards(workers):
+        config = changed(changed(measured, "scaling", num_workers=workers), "train", global_batch_size=workers)
+        return memory(config)
+
+    two, four, total = shards(2), shards(4), sum(cost.parameters(cost.empty_model(measured.model)).values())
+    assert two.weights - four.weights == pytest.approx(total, rel=0.01)  # 4 bytes each, a half less a quarter
+    assert two.gradients - four.gradients == pytest.approx(total, rel=0.01)
+    assert two.activations == four.activations
+
+
+def test_more_micro_batches_take_no_more_memory(measured):
+    assert memory(changed(measured, "train", global_batch_size=8)) == memory(measured)
+
+
+def test_bf16_halves_activations_and_keeps_float32_moments(measured):
+    half = memory(changed(measured, "train", precision="bf16"))
+    whole = memory(measured)
+    assert half.activations < 0.75 * whole.activations
+    assert half.optimizer == whole.optimizer
+
+
+def test_answering_keeps_the_decoder_s_and_the_video_s_keys_and_values(measured):
+    found = cost.answering_memory(measured, frames=8, text_tokens=40)
+    positions, originals, kv_width, layers = 8 * 16 + 40, 8 * 64, 2 * 32, 4
+    assert found.kv_caches >= 2 * 4 * kv_width * (layers * positions + 2 * originals)
+    assert found.gradients == found.optimizer == 0
+
+
+# What is planned
+
+
+def test_every_gpu_can_be_asked_for():
+    assert set(Assumptions.model_json_schema()["properties"]["gpu"]["enum"]) == set(GPUS)
+
+
+def test_the_nearest_setting_that_fits_is_named_and_fits(measured, monkeypatch):
+    config = changed(measured, "train", micro_batch_size=8, global_batch_size=16)
+    needed = [memory(changed(config, "train", micro_batch_size=size), 4, 60).total for size in (8, 4, 2)]
+    monkeypatch.setitem(planning.GPUS, "l4", GPUS["l4"]._replace(memory_bytes=(needed[0] + needed[1]) / 2))
+    (row,) = plan(config, [4], Assumptions(gpu="l4", reserve=0)).rows
+    assert not row.fits
+    assert row.nearest_fit == Fit("--train.micro_batch_size 4", needed[1])
+
+
+def test_time_price_and_supply_follow_from_the_assumptions(measured):
+    assumed = Assumptions(gpu="h100", price=2.0, utilisation=0.5, samples=1000, video_seconds=31, bitrate=8e6)
+    (row,) = plan(measured, [4], assumed).rows
+    seconds = row.training_flops_per_sample / (0.5 * GPUS["h100"].flops["fp32"])
+    workers, epochs = measured.scaling.num_workers, measured.train.epochs
+    assert row.samples_per_s == pytest.approx(1 / seconds)
+    assert row.decode_cores == pytest.approx(0.5 / seconds)  # 31 s of video at 62 s a second
+    assert row.s3_bytes_per_s == pytest.approx(31e6 / seconds)
+    assert row.run_hours == pytest.approx(min(epochs * 1000, measured.train.max_steps * 2) * seconds / workers / 3600)
+    assert row.run_price == pytest.approx(row.run_hours * workers * 2.0)
+    assert row.storage_bytes > 1000 * 31e6
+
+
+@pytest.fixture
+def run_job(monkeypatch, capsys):
+    """The script in this process -> its status, what it printed, what it complained of."""
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", [str(JOB), *argv])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(JOB), run_name="__main__")
+        return left.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_job_prints_plain_counts_as_json_and_nothing_else():
+    argv = ["--config=tiny", "--frames=2,4", "--gpus=4", "--train.micro_batch_size=2", "--json"]
+    done = subprocess.run([sys.executable, JOB, *argv], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout)
+    assert [row["frames"] for row in out["rows"]] == [2, 4]
+    parts = {"encoder", "projector", "decoder", "cross_attention", "attention_products"}
+    for row in out["rows"]:
+        assert set(row["macs"]) == parts
+        assert all(isinstance(count, int) for count in [*row["macs"].values(), *row["memory_bytes"].values()])
+        assert sum(row["memory_bytes"].values()) == row["peak_memory_bytes"]
+    assert out["gpus"] == 4
+    assert out["parameters"]["trainable"]["stage-1"] < out["parameters"]["total"]
+
+
+def test_the_job_prints_a_table_and_what_it_assumed(run_job):
+    status, out, _ = run_job("--config", "tiny")
+    assert status == 0
+    for words in ("attention products", "KV caches", "--utilisation 0.2", "--decode_speed 62.0", "fits"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--frames", "32,x"], "--frames 32,x"),
+        (["--frames", "0"], "at least 1"),
+        (["--frames", "10000"], "max_position_embeddings"),
+        (["--gpu", "abacus"], "h100"),
+        (["--gpus", "7"], "multiple of 7"),
+        (["--price", "-1"], "greater than 0; got: -1"),
+        (["--utilization", "0.5"], "unrecognized"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(run_job, argv, words):
+    status, out, complaint = run_job(*argv)
+    assert (status, out) == (2, "")
+    assert len(complaint.splitlines()) == 1
+    assert words in complaint
+
+
+def test_no_frames_and_no_text_are_refused(config):
+    model = cost.empty_model(config.model)
+    for frames, text_tokens in ((0, 5), (5, 0)):
+        with pytest.raises(BadConfig, match="at least 1"):
+            cost.macs(model, frames, text_tokens)
+
+
+@pytest.mark.parametrize("names", ["paper-2b", "paper-2b stage-2"])
+def test_layers_that_are_run_once_cost_what_all_of_them_do(names, monkeypatch):
+    config = parse_run([f"--config={name}" for name in names.split()], "")
+    once = cost.training_trace(config, 12, 20), cost.answering_memory(config, 12, 20)
+    monkeypatch.setattr(meta_trace, "_run_once", lambda *_: contextlib.nullcontext())
+    each = cost.training_trace(config, 12, 20), cost.answering_memory(config, 12, 20)
+    assert once[0].peak(with_kept=True) == each[0].peak(with_kept=True)
+    assert (once[0].flops, once[1]) == (each[0].flops, each[1])

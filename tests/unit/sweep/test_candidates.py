@@ -1,0 +1,151 @@
+"""Which points become trials, what they are said to cost, and when a sweep's time or money is spent."""
+
+from types import SimpleNamespace
+
+import pytest
+from mlflow.tracking import MlflowClient
+from ray import tune
+
+from crosslmm.cli import parse_run
+from crosslmm.config import BadConfig
+from crosslmm.planning import cost
+from crosslmm.sweep import run as sweep_run
+from crosslmm.sweep import trials, tuner
+from crosslmm.sweep.candidates import Candidates, prefill
+from crosslmm.sweep.search import Search
+from crosslmm.sweep.settings import REFUSED, SweepSettings
+from crosslmm.sweep.trials import Rung, Trial
+from crosslmm.sweep.tuner import Budget, scheduler_of
+from crosslmm.tracking import MlflowRun
+
+SPACE = {"model.pool_stride": tune.grid_search([1, 2, 4, 8, 9])}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("candidates")
+    own = (f"--tracking.uri=sqlite:///{folder}/mlflow.db", f"--storage={folder}")
+    return parse_run(["--config=tiny", "--config=tiny-sweep", *own], "")
+
+
+@pytest.fixture(scope="module")
+def record(base):
+    return MlflowRun.create(base.tracking, "sweep", "a test")
+
+
+def candidates(base, record, **chosen):
+    return Candidates(base, SweepSettings(**chosen), SPACE, record)
+
+
+def test_a_trial_has_the_planners_costs_and_a_run_below_the_sweeps(base, record):
+    trial = candidates(base, record)(7, {"model.pool_stride": 4})
+    model = cost.empty_model(base.model.model_copy(update={"pool_stride": 4}))
+    macs = cost.macs(model, 4, 60)
+    assert trial.macs + trial.encoder_macs == macs.linear + macs.attention_products
+    # Each of the two layers: scores and values of 64 patches with one another, 64 wide, in each of the four frames.
+    assert trial.encoder_macs == macs.encoder + 4 * 2 * (2 * 64 * 64 * 64)
+    assert trial.tokens_per_frame == 4
+    assert trials.read(base.storage) == [trial]
+    run = MlflowClient(record.uri).get_run(trial.run_id)
+    assert run.data.tags["mlflow.parentRunId"] == record.run_id
+    assert run.data.params == {"trial.number": "7", "trial.model.pool_stride": "4"}
+    assert run.data.metrics["cost/memory_bytes"] == trial.memory_bytes
+
+
+def test_points_that_cannot_be_exceed_the_budget_or_do_not_fit_are_refused(base, record):
+    with pytest.raises(BadConfig, match=r"pool_stride is 9; a 8 x 8 grid takes 1 to 8"):
+        candidates(base, record)(0, {"model.pool_stride": 9})
+    few, _ = prefill(base.model_copy(update={"model": base.model.model_copy(update={"pool_stride": 4})}))
+    assert candidates(base, record, max_macs=few)(0, {"model.pool_stride": 4}).macs == few
+    with pytest.raises(BadConfig, match=r"MACs of prefill behind the encoder; --max_macs allows"):
+        candidates(base, record, max_macs=few)(0, {"model.pool_stride": 2})
+    paper = parse_run(
+        [
+            "--config=paper-2b",
+            "--config=stage-2",
+            "--data.num_frames=4",
+            "--scaling.num_workers=1",
+            "--tracking.uri=sqlite:////nowhere/mlflow.db",
+        ],
+        "",
+    )
+    with pytest.raises(BadConfig, match=r"training takes [\d.]+ GB, too much for the 24 GB of --gpu l4"):
+        Candidates(paper, SweepSettings(gpu="l4"), SPACE, record)(0, {"model.pool_stride": 9})
+
+
+def test_a_search_leaves_refused_points_out_and_says_why(base, record):
+    search = Search(SPACE, base, [], candidates(base, record), most=5)
+    asked = 0
+    while search.suggest(str(asked)) != search.FINISHED:
+        asked += 1
+    assert asked == len(search.trials) == 4
+    ((point, reason),) = search.refused
+    assert point == {"model.pool_stride": 9}
+    assert "grid takes 1 to 8" in reason
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_schedulers_that_clone_or_pause_are_refused_by_name(base, name):
+    with pytest.raises(BadConfig, match=rf"--scheduler {name}: .*take asha or none"):
+        SweepSettings(scheduler=name).check(base)
+
+
+def test_a_budget_ends_the_sweep_and_not_before():
+    watch = SimpleNamespace(out_of_budget=False, worker_seconds=lambda: 1800.0)
+    assert not Budget(SweepSettings(), watch).stop_all()
+    assert not Budget(SweepSettings(hours=1, dollars=2, price=3), watch).stop_all()
+    assert not watch.out_of_budget
+    assert Budget(SweepSettings(dollars=1.5, price=3), watch).stop_all()
+    assert watch.out_of_budget
+    assert Budget(SweepSettings(hours=1e-12), watch).stop_all()
+
+
+def rungs(base, **chosen):
+    search = SimpleNamespace(trials=[])
+    (bracket,) = scheduler_of(SweepSettings(**chosen), search, 100, base)._brackets
+    return [milestone for milestone, _ in bracket._rungs]
+
+
+def test_rungs_are_counted_in_steps_or_in_compute_and_none_is_at_the_end(base):
+    assert rungs(base, first_rung=0.25, keep_one_in=2) == [50, 25]
+    whole = 100 * base.train.global_batch_size * prefill(base)[0]
+    assert rungs(base, rung="compute", first_rung=0.5, keep_one_in=2) == [pytest.approx(whole / 2)]
+
+
+def test_a_resumed_asha_knows_what_ended_trials_reported_and_judges_no_trial_at_its_end(base):
+    curve = [Rung(30, 2.0, 0.3), Rung(60, 1.0, 0.5), Rung(100, 0.9, 0.6)]
+    ended = Trial(0, {}, {}, 4, 100, 10, 1, state="finished", curve=curve)
+    running = Trial(1, {}, {}, 4, 100, 10, 1, curve=curve[:1])
+    scheduler = scheduler_of(SweepSettings(), SimpleNamespace(trials=[ended, running]), 100, base)
+    (bracket,) = scheduler._brackets
+    assert [list(recorded.values()) for _, recorded in bracket._rungs] == [[-1.0], [-2.0]]
+    late = SimpleNamespace(trial_id="late")
+    scheduler.on_trial_add(None, late)
+    worse_at_the_end = tuner._news(running, Rung(100, 9.0, 0.0), base, total_steps=100)
+    assert scheduler.on_trial_result(None, late, worse_at_the_end) == "CONTINUE"
+    worse_before = tuner._news(running, Rung(60, 9.0, 0.0), base, total_steps=100)
+    assert scheduler.on_trial_result(None, late, worse_before) == "STOP"
+
+
+@pytest.mark.parametrize(
+    ("part", "now", "said"),
+    [
+        ("space", {"model.pool_stride": "of 2, 4"}, r"begun with train\.learning_rate of 1, and this is None"),
+        ("space", {"train.learning_rate": "of 1", "seed": "of 7"}, r"begun with seed None, and this is of 7"),
+        ("config", {"seed": 1}, r"begun with seed 0, and this is 1; take it back, or another --name"),
+    ],
+)
+def test_another_space_or_configuration_is_another_search(part, now, said):
+    begun = {"space": {"train.learning_rate": "of 1"}, "config": {"seed": 0}, "run_id": "1"}
+    same = {"space": begun["space"], "config": begun["config"]}
+    sweep_run._require_same("s", begun, same)
+    with pytest.raises(BadConfig, match=rf"name: sweep s was {said}"):
+        sweep_run._require_same("s", begun, same | {part: now})
+
+
+def test_a_name_that_was_taken_by_another_search_is_refused(base, tmp_path):
+    first, _ = sweep_run._record(base, str(tmp_path), "own", SPACE, SweepSettings())
+    again, begun = sweep_run._record(base, str(tmp_path), "own", SPACE, SweepSettings())
+    assert again.run_id == first.run_id == begun["run_id"]
+    with pytest.raises(BadConfig, match="was begun with seed 0, and this is 1"):
+        sweep_run._record(base.model_copy(update={"seed": 1}), str(tmp_path), "own", SPACE, SweepSettings())

@@ -1,0 +1,224 @@
+import html
+import re
+import threading
+
+import matplotlib
+import pytest
+from optuna.distributions import CategoricalDistribution
+
+from crosslmm.sweep import figures, paper
+from crosslmm.sweep.report import duration, headline, write
+from tests.support import sweeps
+from tests.support.sweeps import ABLATION, EVERY, JOINT, STRIDE
+
+ALL = ["report.html", "front.png", "importance.png", "parallel.png", "curves.png"]
+SEED = {"seed": CategoricalDistribution([0, 1, 2])}
+
+
+def page(folder, distributions, trials, **changed) -> tuple[str, list[str]]:
+    """The page without plotly.js and the names of all files."""
+    files = write(folder, sweeps.sweep(distributions, **changed), trials)
+    assert all(file.stat().st_size for file in files)
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files[1:])
+    text = files[0].read_text()
+    return text[text.index("<body>") :], [file.name for file in files]
+
+
+def absent(text: str) -> list[str]:
+    return re.findall(r'<p class="absent">(.*?)</p>', text)
+
+
+def test_fourteen_trials_of_a_joint_space_give_every_plot(tmp_path):
+    text, files = page(tmp_path / "new", JOINT, sweeps.joint())
+    assert files == ALL
+    assert not absent(text)
+    assert text.count("Plotly.newPlot") == 4
+    order = [text.index(f"<h2>{title}") for title in re.findall("<h2>(.*?)</h2>", text)]
+    assert order == sorted(order)
+    assert len(order) == 5
+    assert "Table 2" not in text
+
+
+def test_the_headline_is_of_the_front_and_its_knee():
+    points = [(1, 10**8, 0.6), (4, 3 * 10**8, 0.95), (16, 10**9, 0.97), (9, 9 * 10**8, 0.5)]
+    trials = [sweeps.trial(i, a, macs, tokens=t) for i, (t, macs, a) in enumerate(points)]
+    trials.append(sweeps.trial(4, 0.99, 10, "stopped early", steps=1))
+    assert headline(sweeps.sweep(), trials) == (
+        "16 tokens a frame reach accuracy 0.970; 4 tokens reach 0.950 at 0.3 of the compute behind the encoder. "
+        "So say 4 finished trials of 5 on this data, each setting trained once."
+    )
+
+
+@pytest.mark.parametrize(
+    ("trials", "says"),
+    [
+        ([], "No trial has finished (there are none yet)"),
+        ([sweeps.trial(state="failed", steps=0), sweeps.trial(1, state="failed", steps=0)], "finished (2\u00a0failed)"),
+        ([sweeps.trial(tokens=1)], "The one finished trial, with 1 token a frame, reaches accuracy 0.900."),
+        ([sweeps.trial(i, macs=10 + i, tokens=1 + i) for i in range(3)], "1 token a frame reaches accuracy 0.900, and"),
+        ([sweeps.trial(i, 0.9 + i / 100, 10 + i) for i in range(3)], "equally many tokens, so this sweep does not say"),
+    ],
+)  # fmt: skip
+def test_the_headline_claims_no_more_than_there_is(trials, says):
+    assert says in headline(sweeps.sweep(), trials)
+
+
+@pytest.mark.parametrize("trials", [[], [sweeps.trial(i, state="failed", steps=0, error="bad") for i in range(3)]])
+def test_without_finished_trials_sentences_stand_for_the_plots(tmp_path, trials):
+    text, files = page(tmp_path, JOINT, trials)
+    assert files == ["report.html"]
+    assert len(absent(text)) == 4
+
+
+def test_plots_of_an_earlier_report_do_not_stay(tmp_path):
+    page(tmp_path, JOINT, sweeps.joint())
+    page(tmp_path, JOINT, [])
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_one_trial(tmp_path):
+    text, files = page(tmp_path, JOINT, sweeps.joint(1))
+    assert files == ["report.html", "front.png", "parallel.png", "curves.png"]
+    assert absent(text) == ["An importance takes 4 finished trials; so far there are fewer: 1."]
+
+
+def test_one_dimension(tmp_path):
+    drawn = {STRIDE: JOINT[STRIDE]}
+    trials = [sweeps.trial(i, 0.9 + i / 100, point={STRIDE: stride}) for i, stride in enumerate([27, 9, 7, 9])]
+    text, files = page(tmp_path, drawn, trials)
+    assert files == [name for name in ALL if name != "importance.png"]
+    assert absent(text) == ["One dimension was searched, so whatever differs between the trials is its own."]
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_equal_accuracies_explain_nothing(tmp_path, better):
+    trials = [sweeps.trial(i, 0.9 + 0.01 * (i < better), 10**8, point=t.point) for i, t in enumerate(sweeps.joint(20))]
+    text, files = page(tmp_path, JOINT, trials)
+    assert files == [name for name in ALL if name != "importance.png"]
+    assert "nothing for the dimensions to explain" in absent(text)[0]
+
+
+def test_a_hundred_trials_some_still_running(tmp_path):
+    trials = sweeps.joint(100)
+    trials[-1].state, trials[-2].state = "running", "out of budget"
+    text, files = page(tmp_path, JOINT, trials)
+    assert files == ALL
+    assert text.count("<tr") == 101
+    assert "1\u00a0running" in text
+
+
+def test_choices_that_are_lists_or_nothing(tmp_path):
+    with pytest.warns(UserWarning, match="persistent storage"):
+        drawn = {"model.cross_attention_layers": CategoricalDistribution([None, (0, 4)]), **SEED}
+    layers = [None, [0, 4], None, [0, 4]]
+    trials = [
+        sweeps.trial(i, 0.9 + i / 100, point={"model.cross_attention_layers": x, "seed": 0})
+        for i, x in enumerate(layers)
+    ]
+    text, files = page(tmp_path, drawn, trials)
+    assert "parallel.png" in files
+    assert ">[0, 4]</td>" in text
+
+
+def test_the_importance_finds_what_makes_the_best():
+    trials = []
+    for i in range(27):
+        stride, seed = [27, 9, 7][i % 3], (i // 3) % 3
+        # The stride makes the best, the seed the worst.
+        accuracy = 0.9 if stride == 7 else 0.5 if seed else 0.1
+        trials.append(sweeps.trial(i, accuracy + i / 1000, point={STRIDE: stride, "seed": seed}))
+    drawn = figures.draw({STRIDE: JOINT[STRIDE], **SEED}, trials)["importance"]
+    shares = dict(zip(drawn.data[0].y, drawn.data[0].x, strict=True))
+    assert shares["model.pool_stride"] > 0.9
+
+
+def test_the_front_is_joined_and_named():
+    points = [(10**8, 0.6), (3 * 10**8, 0.95), (10**9, 0.97), (9 * 10**8, 0.5)]
+    trials = [sweeps.trial(i, accuracy, macs) for i, (macs, accuracy) in enumerate(points)]
+    trials.append(sweeps.trial(4, 0.99, 10, "stopped early", steps=1))
+    drawn = {trace.name: trace for trace in figures.front(trials).data}
+    assert list(drawn) == ["stopped early", "finished", "front", "knee: 4 tokens", "best: 4 tokens"]
+    assert list(drawn["front"].x) == [10**8, 3 * 10**8, 10**9]
+    assert (*drawn["knee: 4 tokens"].x, *drawn["best: 4 tokens"].x) == (3 * 10**8, 10**9)
+
+
+def test_curves_have_the_colour_of_their_trial():
+    trials = sweeps.joint()
+    drawn = figures.draw(JOINT, trials)["curves"]
+    assert drawn.layout.showlegend
+    assert {trace.name for trace in drawn.data if trace.showlegend} == {"finished", "stopped early", "failed"}
+    trials[0].curve = []
+    drawn = figures.draw(JOINT, trials)["curves"]
+    with_curve = trials[1:]
+    assert [trace.line.color for trace in drawn.data] == [figures.COLOURS[trial.state] for trial in with_curve]
+    assert [list(trace.y) for trace in drawn.data] == [[rung.loss for rung in trial.curve] for trial in with_curve]
+
+
+def test_lines_through_the_dimensions_carry_whole_names():
+    drawn = figures.draw(JOINT, sweeps.joint())["parallel"]
+    names = [label.replace("<br>", "") for label in drawn.layout.xaxis.ticktext]
+    assert names == ["accuracy", *sorted(JOINT)]
+    assert [label for label, _ in drawn.data[0].customdata] == names
+
+
+def test_the_papers_tables_for_the_ablation(tmp_path):
+    text, _ = page(tmp_path, ABLATION, sweeps.ablation())
+    rows = [
+        re.findall("<td>(.*?)</td>", row)
+        for row in re.findall("<tr>.*?</tr>", paper.tables(ABLATION, sweeps.ablation()))
+    ]
+    assert "Table 2a: which branches, K = 4" in text
+    assert rows[1] == ["none", "0.660 (0.650 to 0.670)", "0.400 (0.390 to 0.410)", "2", "47.2", "47.5"]
+    assert [row[0] for row in rows[1:5]] == ["none", "T2V", "V2V", "both"]
+    assert [row[1][:5] for row in rows[1:5]] == ["0.660", "0.910", "0.970", "0.980"]
+    assert [row[0] for row in rows[6:]] == ["none", "K = 1", "K = 2", "K = 4", "K = 8"]
+    assert [row[1][:5] for row in rows[6:]] == ["0.660", "\u2013", "0.960", "0.980", "\u2013"]
+    assert "the best of each setting's seeds counting" in html.unescape(text)
+
+
+def test_a_grid_over_depth_alone_has_table_2b_alone():
+    trials = [sweeps.trial(every, point={EVERY: every}) for every in (0, 1, 2)]
+    text = paper.tables({EVERY: CategoricalDistribution([0, 1, 2])}, trials)
+    assert "Table 2b" in text
+    assert "Table 2a" not in text
+
+
+def test_what_comes_from_outside_is_escaped(tmp_path):
+    bad = "<script>alert(1)</script><b>&"
+    drawn = {"a<i>": CategoricalDistribution([bad, "x"]), **SEED}
+    trials = [sweeps.trial(i, 0.9 + i / 100, point={"a<i>": [bad, "x"][i % 2], "seed": 0}, error=bad) for i in range(4)]
+    text, _ = page(tmp_path, drawn, trials, name=bad, space=bad, facts={bad: bad})
+    assert "<script>alert" not in text
+    assert "<i>" not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;&lt;b&gt;&amp;") >= 4 + 4 + 2
+
+
+def test_nothing_is_fetched(tmp_path):
+    file, *_ = write(tmp_path, sweeps.sweep(), sweeps.joint())
+    assert file.read_text().count("plotly.js v") == 1
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", file.read_text())
+
+
+def test_threads_draw_at_once_and_leave_no_pyplot_state(tmp_path):
+    before = dict(matplotlib.rcParams)
+    threads = [
+        threading.Thread(target=write, args=(tmp_path / str(i), sweeps.sweep(), sweeps.joint(seed=i))) for i in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all((tmp_path / str(i) / "curves.png").exists() for i in range(3))
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0, "0"), (7, "7"), (1_300_000, "1.3 M"), (999_999, "1 M"), (2.4e12, "2.4 T"), (7.5e15, "7.5 P")],
+)
+def test_counts_for_people(value, said):
+    assert figures.quantity(value) == said
+
+
+def test_durations_for_people():
+    assert [duration(s) for s in (0.42, 61.5, 119.9, 4000)] == ["0.42 s", "1 min 02 s", "2 min 00 s", "1 h 06 min"]

@@ -1,0 +1,138 @@
+"""Search spaces: the stock ones against every preset, conditions, grids, and what is refused before anything starts."""
+
+from pathlib import Path
+
+import optuna
+import pytest
+from ray import tune
+
+from crosslmm.cli import parse_run
+from crosslmm.config import BadConfig
+from crosslmm.sweep import space as spaces
+from crosslmm.sweep.space import OnlyIf
+from tests.support.common import ROOT
+
+SPACES = ROOT / "tune_spaces"
+NAMES = ["ablation", "depth", "joint", "learning_rate", "pooling"]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return parse_run(["--config=tiny", "--config=tiny-sweep"], "")
+
+
+def file(folder, text):
+    path = Path(folder) / "own.py"
+    path.write_text("from ray import tune\nfrom crosslmm.sweep.space import OnlyIf\n" + text)
+    return str(path)
+
+
+def points(space, config, count=20):
+    if spaces.is_grid(space):
+        return spaces.grid(space, config)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [spaces.suggest(space, config, study.ask()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("preset", [["tiny"], ["tiny", "tiny-sweep"], ["paper-2b", "stage-2"]])
+def test_every_point_of_every_stock_space_is_a_valid_configuration(name, preset):
+    config = parse_run([f"--config={part}" for part in preset], "")
+    space = spaces.load(name, SPACES, config)
+    some = points(space, config)
+    assert len(some) > 1
+    for point in some:
+        spaces.apply(config, spaces.settings(space, config, point))
+        assert point.keys() <= space.keys()
+
+
+def test_pooling_walks_every_number_of_tokens_once(tiny):
+    grid = spaces.grid(spaces.load("pooling", SPACES, tiny), tiny)
+    sides = [-(-8 // point["model.pool_stride"]) for point in grid]
+    assert sides == [1, 2, 3, 4, 8]
+    paper = parse_run(["--config=paper-2b"], "")
+    strides = [p["model.pool_stride"] for p in spaces.grid(spaces.load("pooling", SPACES, paper), paper)]
+    assert {27, 9, 7, 2, 1} <= set(strides)
+
+
+def test_there_is_no_rate_for_a_branch_that_is_not_there(tiny):
+    space = spaces.load("joint", SPACES, tiny)
+    some = points(space, tiny, 40)
+    without = [point for point in some if point["model.cross_attention_every"] == 0]
+    assert 0 < len(without) < len(some)
+    for point in some:
+        has_rates = {"train.learning_rate.v2v", "train.learning_rate.t2v"} <= point.keys()
+        assert has_rates == (point["model.cross_attention_every"] > 0)
+    rates = spaces.apply(tiny, spaces.settings(space, tiny, without[0])).train.learning_rate
+    assert (rates.v2v, rates.t2v) == (0, 0)
+    assert rates.decoder == without[0]["train.learning_rate.decoder"]
+
+
+def test_the_ablation_has_the_arms_of_tables_2a_and_2b(tiny):
+    space = spaces.load("ablation", SPACES, tiny)
+    arms = set()
+    for point in spaces.grid(space, tiny):
+        model = spaces.apply(tiny, spaces.settings(space, tiny, point)).model
+        arms.add((model.cross_attention_every, model.v2v, model.t2v))
+    own = tiny.model.cross_attention_every
+    assert arms == {(0, True, True), (1, True, True), (4, True, True), (own, True, True),
+                    (own, True, False), (own, False, True)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("{'model.pool_strid': tune.choice([1])}", "no such key; do you mean model.pool_stride?"),
+        ("{'model.pool_stride': tune.choice([0, 1])}", "model.pool_stride: Input should be greater"),
+        ("{'train.learning_rate.decoder': tune.uniform(-1, 1)}", "train.learning_rate.decoder: Input"),
+        ("{'model.pooling': OnlyIf(lambda v: True, tune.choice(['max']), 'median')}", "model.pooling: Input"),
+        ("{'model.v2v': OnlyIf(lambda v: v['model.depth'] > 0, tune.choice([True]), False)}", "model.depth: "),
+        ("{'model.pool_stride': [1, 2]}", "neither a Tune domain nor a grid_search"),
+        ("{'model.pool_stride': tune.sample_from(lambda spec: 1)}", "model.pool_stride"),
+        ("{'storage': tune.choice(['a'])}", "storage is the sweep's own affair"),
+        ("{'model.pool_stride': tune.grid_search([1]), 'seed': tune.choice([1])}", "grid_search beside other domains"),
+        ("{}", "nothing is searched"),
+    ],
+)  # fmt: skip
+def test_a_space_that_cannot_be_is_refused_in_one_line(tmp_path, tiny, body, said):
+    with pytest.raises(BadConfig) as refused:
+        spaces.load(file(tmp_path, f"def space(config):\n    return {body}\n"), SPACES, tiny)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_name_that_is_none_and_a_file_without_a_space(tmp_path, tiny):
+    with pytest.raises(BadConfig, match=f"neither a file nor one of {', '.join(NAMES)}"):
+        spaces.load("pool", SPACES, tiny)
+    with pytest.raises(BadConfig, match="no function space"):
+        spaces.load(file(tmp_path, "SPACE = 1\n"), SPACES, tiny)
+
+
+def test_ones_own_file_may_build_on_the_stock_ones(tmp_path, tiny):
+    own = "from tune_spaces import pooling\ndef space(config):\n    return pooling.space(config)\n"
+    assert spaces.load(file(tmp_path, own), SPACES, tiny).keys() == {"model.pool_stride"}
+
+
+def test_which_spaces_leave_the_features_alone(tiny):
+    choice = tune.choice([1, 2])
+    for path in ("model.pool_stride", "train.learning_rate.decoder", "train.epochs"):
+        assert not spaces.changes_features({path: choice}, tiny)
+    for path in ("data.num_frames", "data.fps", "train.learning_rate.vision", "train.precision",
+                 "model.vision.hidden_size", "model.vision_weights", "seed"):  # fmt: skip
+        assert spaces.changes_features({path: choice}, tiny) == [path]
+    published = parse_run(["--config=paper-2b"], "")
+    assert not spaces.changes_features({"seed": choice}, published)
+
+
+def test_a_condition_sees_what_was_drawn_before_it(tiny):
+    space = {
+        "model.cross_attention_every": tune.grid_search([0, 2]),
+        "model.v2v_scope": OnlyIf(
+            lambda v: v["model.cross_attention_every"] > 0, tune.grid_search(["video", "frame"]), "video"
+        ),
+    }
+    assert spaces.grid(space, tiny) == [
+        {"model.cross_attention_every": 0},
+        {"model.cross_attention_every": 2, "model.v2v_scope": "video"},
+        {"model.cross_attention_every": 2, "model.v2v_scope": "frame"},
+    ]

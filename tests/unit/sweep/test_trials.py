@@ -1,0 +1,154 @@
+"""What is made of trials: their files, the front, its knee, and the points that come next."""
+
+import math
+
+import optuna
+import pytest
+from ray import tune
+from ray.tune.search import Searcher
+
+from crosslmm.cli import parse_run
+from crosslmm.config import BadConfig
+from crosslmm.sweep import trials
+from crosslmm.sweep.search import Search
+from crosslmm.sweep.trials import Rung, Trial
+
+
+def trial(number, macs, accuracy=None, state="finished", loss=1.0, point=None):
+    point = point or {"model.pool_stride": number + 1}
+    curve = [] if accuracy is None else [Rung(10, 2.0, accuracy / 2), Rung(20, loss, accuracy)]
+    return Trial(number, point, point, 4, macs, 10, 100, state=state, curve=curve)
+
+
+def test_a_trial_is_read_as_it_was_written(tmp_path):
+    written = [trial(1, 5, 0.5), trial(0, 7, state="running")]
+    for one in written:
+        trials.write(str(tmp_path), one)
+    assert trials.read(str(tmp_path)) == written[::-1]
+    written[1].state = "failed"
+    trials.write(str(tmp_path), written[1])
+    assert trials.read(str(tmp_path))[0].state == "failed"
+
+
+def test_another_point_under_the_same_number_is_another_run():
+    one, other = trial(3, 5, point={"seed": 1}), trial(3, 5, point={"seed": 2})
+    assert one.name != other.name
+    assert one.name.startswith("003-")
+
+
+def test_the_front_holds_what_none_beats():
+    known = [
+        trial(0, 10, 0.5), trial(1, 20, 0.4), trial(2, 30, 0.8), trial(3, 30, 0.7), trial(4, 80, 0.8),
+        trial(5, 90, 0.9), trial(6, 5, 0.95, state="stopped early"), trial(7, 1, state="failed"),
+    ]  # fmt: skip
+    assert [t.number for t in trials.front(known)] == [0, 2, 5]
+    best, knee = trials.best(known), trials.knee(known)
+    assert best.number == 5
+    assert knee.number == 2
+    assert trials.knee(known[:2]).number == 0
+    assert trials.best([]) is None
+    assert trials.knee([known[-1]]) is None
+
+
+def test_of_equally_accurate_trials_the_lower_loss_and_then_the_cheaper_is_best():
+    known = [trial(0, 30, 0.8, loss=0.5), trial(1, 20, 0.8, loss=0.4), trial(2, 10, 0.8, loss=0.4)]
+    assert trials.best(known).number == 2
+    assert [t.number for t in trials.front(known)] == [2]
+
+
+@pytest.fixture
+def config():
+    return parse_run(["--config=tiny", "--config=tiny-sweep"], "")
+
+
+def make(number, point):
+    if point.get("model.pool_stride") == 3:
+        raise BadConfig("three is too many")
+    return Trial(number, point, point, 4, 100, 10, 1)
+
+
+def walk(search):
+    """Ask until there are no more, telling each time that the trial before has ended."""
+    seen = []
+    while (given := search.suggest(name := f"tune-{len(seen)}")) != Searcher.FINISHED:
+        seen.append(trials.from_json(given["trial"]))
+        search.by_id[name].state = "finished"
+        search.by_id[name].curve = [Rung(10, 1.0, 0.5)]
+        search.on_trial_complete(name, {"finished": True})  # the last that a trial reports
+    return seen
+
+
+def test_a_grid_is_walked_whole_but_for_what_is_refused(config):
+    space = {"model.pool_stride": tune.grid_search([1, 2, 3, 4])}
+    search = Search(space, config, [], make, most=4)
+    assert [t.point["model.pool_stride"] for t in walk(search)] == [1, 2, 4]
+    assert search.refused == [({"model.pool_stride": 3}, "three is too many")]
+
+
+def test_a_resume_takes_what_is_unfinished_first_and_nothing_twice(config):
+    space = {"model.pool_stride": tune.grid_search([1, 2, 4])}
+    known = [trial(0, 5, 0.5), trial(1, 5, 0.5, state="running")]
+    search = Search(space, config, known, make, most=3)
+    assert [(t.number, t.point["model.pool_stride"]) for t in walk(search)] == [(1, 2), (2, 4)]
+    assert len(search.trials) == 3
+
+
+def test_points_are_drawn_until_there_are_enough_and_never_twice(config):
+    space = {"model.pool_stride": tune.choice([1, 2, 4]), "model.pooling": tune.choice(["bilinear", "max"])}
+    drawn = walk(Search(space, config, [], make, most=4))
+    assert [t.number for t in drawn] == [0, 1, 2, 3]
+    assert len({tuple(t.point.items()) for t in drawn}) == 4
+    everything = walk(Search(space, config, [], make, most=20))
+    assert len(everything) == 6
+
+
+def test_a_resumed_search_draws_other_points_and_remembers_the_earlier(config):
+    space = {"train.learning_rate.decoder": tune.loguniform(1e-4, 1e-2)}
+    first = Search(space, config, [], make, most=3)
+    walk(first)
+    again = Search(space, config, first.trials, make, most=6)
+    told = [t for t in again._study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    assert [t.params for t in told] == [t.point for t in first.trials]
+    drawn = walk(again)
+    assert [t.number for t in drawn] == [3, 4, 5]
+    rates = [t.point["train.learning_rate.decoder"] for t in again.trials]
+    assert len(set(rates)) == 6
+
+
+def test_optuna_hears_of_accuracy_and_compute(config):
+    space = {"train.learning_rate.decoder": tune.loguniform(1e-4, 1e-2)}
+    search = Search(space, config, [], make, most=3)
+    for name, result in {
+        "a": {"loss": 1.0, "accuracy": 0.5},
+        "b": {"loss": math.nan, "accuracy": 0.1},
+        "c": None,
+    }.items():
+        search.suggest(name)
+        search.on_trial_complete(name, result, error=result is None)
+    states = [t.state.name for t in search._study.trials]
+    assert states == ["COMPLETE", "FAIL", "FAIL"]
+    assert search._study.trials[0].values == pytest.approx([0.5, math.log(100)])
+
+
+def test_a_grid_goes_on_however_many_of_its_points_are_refused(config):
+    def only_the_last(number, point):
+        if point["seed"] < 79:
+            raise BadConfig("no")
+        return make(number, point)
+
+    space = {"seed": tune.grid_search(list(range(80)))}
+    search = Search(space, config, [], only_the_last, most=80)
+    assert [t.point["seed"] for t in walk(search)] == [79]
+    assert len(search.refused) == 79
+
+
+def test_fewer_trials_than_there_are_already_add_none(config):
+    known = [trial(number, 5, 0.5) for number in range(3)]
+    space = {"train.learning_rate.decoder": tune.loguniform(1e-4, 1e-2)}
+    assert walk(Search(space, config, known, make, most=2)) == []
+
+
+def test_what_a_kill_left_of_a_file_is_passed_over(tmp_path):
+    trials.write(str(tmp_path), trial(0, 5, 0.5))
+    (tmp_path / trials.KEPT / "001.json.ab12.part").write_text('{"number": 1, "poi')
+    assert [t.number for t in trials.read(str(tmp_path))] == [0]

@@ -1,0 +1,319 @@
+"""A run whose MLflow server is away: at the start, in the middle, at the end, always. Real servers, really killed."""
+
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from crosslmm import run_folder, tracking
+from crosslmm.cli import parse_run
+from crosslmm.config import BadConfig
+from tests.support.common import ROOT
+
+pytestmark = pytest.mark.fault
+DATASET = {"uri": "s3://bucket/rows.jsonl", "digest": "0123456789abcdef" * 4, "rows": 7, "context": "training"}
+REPLAY = "python jobs/track.py replay --storage {0} --name {1} delivers it"
+
+
+class Server:
+    """`mlflow server` over sqlite, on one port for all of its lives."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            self.port = taken.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process = None
+
+    def start(self, wait=True):
+        """Nothing happens if it is there."""
+        if self.process is None:
+            command = [
+                sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port),
+                "--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/record.db",
+                "--artifacts-destination", f"{self.folder}/artifacts",
+            ]  # fmt: skip
+            with (self.folder / "server.log").open("ab") as log:
+                self.process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
+        while wait:
+            try:
+                return urllib.request.urlopen(f"{self.uri}/health", timeout=5).read()
+            except OSError:
+                assert self.process.poll() is None, (self.folder / "server.log").read_text()
+                time.sleep(0.1)
+
+    def signal(self, number):
+        os.killpg(self.process.pid, number)
+
+    def kill(self):
+        if self.process:
+            self.signal(signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(one_server):
+    one_server.start()
+    return one_server
+
+
+@pytest.fixture
+def client(one_server):
+    return MlflowClient(one_server.uri)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Seconds instead of a minute."""
+    for module in (tracking.server, tracking.live):
+        monkeypatch.setattr(module, "RETRY_S", 0.3)
+    monkeypatch.setattr(tracking.live, "END_S", 1.0)
+    monkeypatch.setattr(tracking.live, "BROKEN_OFF_S", 1.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+
+
+def steps(*numbers, began=1e9):
+    return [(step, began + step, {"loss": 1 / step, "lr": 0.1}) for step in numbers]
+
+
+@pytest.fixture
+def begin(one_server, tmp_path):
+    """Begins a run, or goes on with it -> it, its folder, and the lines that it says."""
+
+    def begin(name):
+        config = parse_run([f"--tracking.uri={one_server.uri}", f"--name={name}"], "a test")
+        folder, said = tmp_path / name, []
+        run_folder.begin(config, str(folder), {}, [DATASET])
+        return tracking.BackgroundSync(str(folder), config.tracking, said.append), folder, said
+
+    return begin
+
+
+def recorded(client, run_id):
+    """(step, unix time [s]) of each loss."""
+    return [(m.step, m.timestamp / 1000) for m in client.get_metric_history(run_id, "loss")]
+
+
+def times(*numbers, began=1e9):
+    return [(step, began + step) for step in numbers]
+
+
+def rows(job):
+    """Of the table that it printed."""
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in job.stdout.splitlines() if "│" in line]
+
+
+def test_away_at_the_start_and_hanging_in_the_middle(one_server, client, begin, impatient, monkeypatch):
+    one_server.kill()
+    began = time.monotonic()
+    run, folder, said = begin("late")
+    assert time.monotonic() - began < 3
+    assert said == [f"record: {one_server.uri} does not answer; the run goes on, and its record waits in {folder}"]
+    assert json.loads((folder / "run.json").read_text())["run_id"] is None
+    run.log(steps(1, 2))
+    run.settle(0.1)
+    run.log(steps(3))
+    one_server.start()
+    run.settle(60)
+    assert recorded(client, run.run_id) == times(1, 2, 3)
+    assert said[1:] == [f"record: {one_server.uri} answers; run {run.run_id} has what waited"]
+    assert json.loads((folder / "run.json").read_text())["run_id"] == run.run_id
+
+    one_server.signal(signal.SIGSTOP)
+    try:
+        for number in range(4, 104):
+            began = time.monotonic()
+            run.log(steps(number))
+            assert time.monotonic() - began < 0.1
+        monkeypatch.setattr(tracking.live, "START_S", 1.0)
+        began = time.monotonic()
+        hung, folder, said = begin("hung")
+        assert said == [f"record: {one_server.uri} does not answer; the run goes on, and its record waits in {folder}"]
+        hung.finish("KILLED")
+        assert 1 < time.monotonic() - began < 5
+        assert not hung.delivered
+    finally:
+        one_server.signal(signal.SIGCONT)
+    run.settle(60)
+    run.finish("FINISHED")
+    assert run.delivered, repr(run._error)  # failed twice beside other work, and left no word
+    assert recorded(client, run.run_id) == times(*range(1, 104))
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_away_in_the_middle(server, client, begin, impatient):
+    run, _, said = begin("gap")
+    run.log(steps(1, 2))
+    run.settle(60)
+    server.kill()
+    run.log(steps(3))
+    run.settle(1)
+    run.log(steps(4, 3, 4, began=2e9))  # workers that started again
+    run.settle(0.1)
+    server.start()
+    run.log(steps(5, began=2e9))
+    run.settle(60)
+    run.finish("FINISHED")
+    assert recorded(client, run.run_id) == [*times(1, 2, 3), *times(4, 5, began=2e9)]
+    assert said == [
+        f"record: {server.uri} does not answer; steps wait",
+        f"record: {server.uri} answers; run {run.run_id} has what waited",
+    ]
+
+
+def test_away_at_the_end_and_always_then_replayed(server, client, begin, impatient, tmp_path):
+    """The last one has a model, which the replay registers; and its driver never knew the MLflow run."""
+    ended, ended_in, said = begin("ended")
+    ended.log(steps(1, 2))
+    ended.settle(60)
+    run_id = ended.run_id
+    server.kill()
+    ended.log(steps(3))
+    ended.finish("FAILED")
+    assert (ended.delivered, ended.run_id, ended.model_uri) == (False, None, None)
+    assert said[-1] == f"record: {server.uri} does not answer; {REPLAY.format(tmp_path, 'ended')}"
+    (kept,) = (ended_in / "history").iterdir()
+    assert json.loads(kept.read_text()) == {"step": 3, "time": 1e9 + 3, "metrics": {"loss": 1 / 3, "lr": 0.1}}
+
+    always, folder, said = begin("always")
+    always.log(steps(1, 2))
+    (folder / "model").mkdir()
+    (folder / "model" / "weights").write_text("these")
+    (folder / "quarantine.jsonl").write_text("that")
+    always.finish("FINISHED", {"data_sha256": "abc"})
+    assert (always.delivered, always.run_id, always.model_uri) == (False, None, None)
+    assert said[-1].endswith(f"{REPLAY.format(tmp_path, 'always')} and registers the model")
+    end = json.loads((folder / "run.json").read_text())
+    assert (end["status"], end["run_id"]) == ("FINISHED", None)
+
+    command = [sys.executable, "jobs/track.py", "replay", "--storage", str(tmp_path)]
+    options = {"cwd": ROOT, "capture_output": True, "text": True}
+    away = subprocess.run(command, **options)
+    assert away.returncode == 1
+    assert away.stderr.splitlines() == [
+        f"error: {name}: tracking.uri: {server.uri} does not answer" for name in ("ended", "always")
+    ]
+
+    server.start()
+    printed = subprocess.run(command, **options)
+    assert printed.returncode == 0, printed.stderr
+    of_ended, of_always = rows(printed)
+    assert of_ended == ["ended", run_id, "2", "FAILED", ""]
+    assert of_always[2:] == ["4", "FINISHED", "models:/crosslmm@candidate"]
+    assert recorded(client, run_id) == times(1, 2, 3)
+    made = client.get_run(of_always[1])
+    assert recorded(client, made.info.run_id) == times(1, 2)
+    assert (made.info.run_name, made.info.status) == ("always", "FINISHED")
+    assert (made.info.start_time, made.info.end_time) == (int(end["start_time"] * 1000), int(end["end_time"] * 1000))
+    assert made.data.params["name"] == "always"
+    assert {item.path for item in client.list_artifacts(made.info.run_id)} == {"quarantine.jsonl"}
+    registered = client.get_model_version_by_alias("crosslmm", "candidate")
+    assert (registered.run_id, registered.tags["data_sha256"]) == (made.info.run_id, "abc")
+
+    (logged,) = client.search_logged_models([made.info.experiment_id])
+    assert logged.source_run_id == made.info.run_id
+
+    again = subprocess.run([*command, "--name", "always", "ended"], **options)
+    assert again.returncode == 0, again.stderr
+    assert [row[2] for row in rows(again)] == ["0", "0"]
+    assert len(client.search_model_versions("name = 'crosslmm'")) == 1
+    assert client.get_run(made.info.run_id).to_dictionary() == made.to_dictionary()
+    unknown = subprocess.run([*command, "--name", "nobody"], **options)
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
+
+
+def test_a_driver_that_was_killed_is_resumed_with_each_step_once(server, client, begin, tmp_path):
+    """Before that, its MLflow run was made and its folder does not know: as if killed in between."""
+    script = f"""if True:
+        import os, signal
+        from crosslmm import tracking
+        from crosslmm.cli import parse_run
+        config = parse_run(["--tracking.uri={server.uri}", "--name=killed"], "a test")
+        run_folder.begin(config, "{tmp_path}/killed", {{}}, [])
+        run = tracking.BackgroundSync("{tmp_path}/killed", config.tracking, print)
+        run.log([(step, 1e9 + step, {{"loss": 1 / step, "lr": 0.1}}) for step in (1, 2, 3, 4)])
+        run.settle(60)
+        print(run.run_id, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    known = tmp_path / "killed" / "run.json"
+    known.write_text(json.dumps(json.loads(known.read_text()) | {"run_id": None}))
+    run, _, _ = begin("killed")
+    assert run.run_id == killed.stdout.split()[-1]
+    run.log(steps(3, 4, 5, began=2e9))
+    run.finish("FINISHED")
+    assert recorded(client, run.run_id) == [*times(1, 2, 3, 4), *times(5, began=2e9)]
+
+
+def test_replayed_while_it_goes_on(server, client, begin):
+    run, folder, _ = begin("both")
+    (folder / "history").mkdir()
+    lines = [
+        json.dumps({"step": step, "time": when, "metrics": values}) for step, when, values in steps(*range(1, 400))
+    ]
+    (folder / "history" / "step-00000399.jsonl").write_text("\n".join(lines))
+    replays = [threading.Thread(target=tracking.replay, args=(str(folder),)) for _ in range(2)]
+    for replay in replays:
+        replay.start()
+    for number in range(1, 401):
+        run.log(steps(number))
+    run.settle(60)
+    for replay in replays:
+        replay.join()
+    assert client.get_run(run.run_id).info.status == "RUNNING"
+    run.finish("FINISHED")
+    assert recorded(client, run.run_id) == times(*range(1, 401))
+
+
+def test_a_sweeps_own_record_waits_for_the_server(server, client, begin, impatient, caplog):
+    config = parse_run([f"--tracking.uri={server.uri}"], "a test").tracking
+    record = tracking.Record.create(config, "sweep", "a test")
+    server.kill()
+    server.start(wait=False)
+    record.log_values({"cost/seconds": 1.0}, {"state": "finished"})
+    assert client.get_run(record.run_id).data.metrics == {"cost/seconds": 1.0}
+    (said,) = [entry.getMessage() for entry in caplog.records if entry.name == "crosslmm.tracking.client"]
+    assert said == f"record: {server.uri} does not answer; asking again for 10 minutes"
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_credentials_are_refused_at_once(status, begin, one_server, monkeypatch):
+    """A proxy before the server asks for a password."""
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(status)
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setattr(one_server, "uri", f"http://127.0.0.1:{proxy.server_port}")
+        with pytest.raises(BadConfig, match=f"tracking.uri: {one_server.uri} refuses: .*{status}"):
+            begin("refused")
+        with pytest.raises(BadConfig, match="refuses"):
+            tracking.require_answer(parse_run([f"--tracking.uri={one_server.uri}"], "a test").tracking)
+        proxy.shutdown()

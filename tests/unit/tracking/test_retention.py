@@ -1,0 +1,210 @@
+"""Retention, on runs whose records were made as any run's, over sqlite and local folders."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from crosslmm import run_folder, storage, tracking
+from crosslmm import run_folder as folders
+from crosslmm.cli import parse_run
+from crosslmm.tracking import retention
+from crosslmm.tracking.retention import DAY_S
+from tests.support.common import ROOT
+
+# MLflow's, of a model that it is told everything of.
+pytestmark = pytest.mark.filterwarnings("ignore:(?s).*(input example|type hint):UserWarning")
+
+
+class Laboratory:
+    """Runs of one storage folder and one experiment."""
+
+    def __init__(self, root: Path, uri: str) -> None:
+        self.runs, self.artifacts, self.uri, self.name = root / "runs", root / "artifacts", uri, root.name
+        self.client = MlflowClient(self.uri)
+
+    def config(self, name: str, *more: str):
+        return parse_run(
+            [f"--name={name}", f"--storage={self.runs}", f"--tracking.uri={self.uri}",
+             f"--tracking.artifacts={self.artifacts}", f"--tracking.experiment={self.name}",
+             f"--tracking.registered_model={self.name}", *more], "a test",
+        )  # fmt: skip
+
+    def run(self, name: str, days: float, *more: str, status: str | None = "FINISHED", model: bool = False) -> str:
+        """One that ended so long ago -> the MLflow run."""
+        config, folder = self.config(name, *more), str(self.runs / name)
+        run_folder.begin(config, folder, {"manifest": []}, [])
+        (Path(folder) / "step-00000001-x").mkdir()
+        (Path(folder) / "step-00000001-x" / "weights").write_text("0")
+        (Path(folder) / "quarantine.jsonl").write_text("{}\n")
+        begun = folders.read(folder)
+        ended = time.time() - days * DAY_S
+        begun |= {"start_time": ended - 60, "status": status, "end_time": ended}
+        if model:
+            storage.write_bytes(f"{folder}/model/weights.safetensors", b"0")
+            begun["lineage"] = {"data_sha256": "0"}
+        folders.write(folder, begun)
+        done = tracking.replay(folder)
+        folders.write(folder, begun | {"run_id": done.run_id})
+        return done.run_id
+
+    def verdicts(self, older_than: float = 30, keep: int = 0) -> dict[str, tuple[bool, str]]:
+        retention = tracking.Retention(str(self.runs), self.config("x").tracking)
+        return {one.tree.name: (one.goes, one.why) for one in retention.verdicts(older_than, keep)}
+
+    def prune(self) -> list[bool]:
+        retention = tracking.Retention(str(self.runs), self.config("x").tracking)
+        return [retention.remove(one.tree) for one in retention.verdicts(30, 0) if one.goes]
+
+    def left_of(self, name: str, run_id: str) -> list[str]:
+        """Whatever a run has anywhere."""
+        experiment = self.client.get_experiment_by_name(self.name).experiment_id
+        left = [str(path) for path in self.runs.rglob("*") if path.relative_to(self.runs).parts[0] == name]
+        left += [str(path) for path in self.artifacts.rglob("*") if path.is_file() and run_id in path.parts]
+        models = self.client.search_logged_models([experiment])
+        known = {model.model_id for model in models}
+        left += [
+            str(path) for path in self.artifacts.glob("models/*") if path.name not in known and any(path.rglob("*"))
+        ]
+        left += [model.model_id for model in models if model.source_run_id == run_id]
+        left += [one.version for one in self.client.search_model_versions(f"run_id='{run_id}'")]
+        return left + [run.info.run_id for run in self.client.search_runs([experiment]) if run.info.run_id == run_id]
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/record.db"
+
+
+@pytest.fixture
+def lab(tmp_path, uri):
+    return Laboratory(tmp_path, uri)
+
+
+def test_what_is_old_goes_and_the_rest_says_why_it_stays(lab):
+    lab.run("old", 40)
+    lab.run("base", 50)
+    lab.run("grown", 45, f"--model.init_from={lab.runs}/base/model")
+    lab.run("young", 20, f"--model.init_from={lab.runs}/grown/model")
+    lab.run("killed", 60, status=None)
+    lab.run("resumed", 70)
+    run_folder.begin(lab.config("resumed"), str(lab.runs / "resumed"), {}, [])
+    assert lab.verdicts() == {
+        "young": (False, "younger than 30 days"),
+        "grown": (False, "young was made from it"),
+        "base": (False, "grown was made from it"),
+        "old": (True, "old, and nothing stands on it"),
+        "killed": (False, "killed is RUNNING in MLflow"),
+        "resumed": (False, "resumed is not ended in its folder"),
+    }
+    assert {name for name, (goes, _) in lab.verdicts(older_than=0).items() if goes} == {"young", "grown", "base", "old"}
+    assert lab.verdicts(keep=4)["old"] == (False, "one of the 4 newest")
+
+
+@pytest.mark.parametrize("way", ["{runs}/base/model", "{runs}//base/model/", "{runs}/base", "runs/base/model"])
+def test_whatever_way_weights_are_named_they_stay(lab, way):
+    lab.run("base", 50)
+    lab.run("grown", 20, f"--model.init_from={way.format(runs=lab.runs)}")
+    assert lab.verdicts()["base"] == (False, "grown was made from it")
+
+
+def test_a_run_that_mlflow_has_not_been_told_of_keeps_its_weights(lab):
+    lab.run("base", 50)
+    config = lab.config("waits", f"--model.init_from={lab.runs}/base/model")
+    run_folder.begin(config, str(lab.runs / "waits"), {}, [])
+    assert lab.verdicts() == {"base": (False, "waits, of which MLflow has not been told, was made from it")}
+
+
+def test_a_model_with_an_alias_stays_and_one_that_was_superseded_goes(lab):
+    first = lab.run("first", 50, model=True)
+    second = lab.run("second", 40, model=True)
+    assert lab.verdicts() == {
+        "second": (False, f"its model is {lab.name}@candidate"),
+        "first": (True, "old, and nothing stands on it"),
+    }
+    assert len(lab.left_of("first", first)) > 5
+    assert lab.prune() == [True]
+    assert lab.left_of("first", first) == []
+    assert len(lab.left_of("second", second)) > 5
+
+
+@pytest.mark.parametrize("at", ["delete_model_version", "artifacts", "delete_logged_model", "file", "delete_run"])
+def test_what_was_begun_is_finished_by_the_next_call(lab, at, monkeypatch):
+    run_id = lab.run("old", 40, model=True)
+    lab.client.delete_registered_model_alias(lab.name, "candidate")
+    kept = lab.run("old-too", 10)
+    there = {"artifacts": (retention.Retention, "_remove_artifacts"), "file": (storage, "remove")}
+    owner, name = there.get(at, (MlflowClient, at))
+    real = getattr(owner, name)
+
+    def and_then_it_is_killed(*arguments, **options):
+        if at == "file":
+            real(arguments[0][:1])
+        else:
+            real(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, and_then_it_is_killed)
+        with pytest.raises(KeyboardInterrupt):
+            lab.prune()
+    assert lab.prune() == ([] if at == "delete_run" else [True])
+    assert lab.left_of("old", run_id) == []
+    assert len(lab.left_of("old-too", kept)) > 3
+
+
+def test_a_run_that_was_begun_since_under_the_name_keeps_its_folder(lab):
+    old = lab.run("again", 40)
+    storage.remove_folder(str(lab.runs / "again"))
+    new = lab.run("again", 1)
+    assert new != old
+    assert lab.prune() == [True]
+    left = lab.left_of("again", new)
+    assert new in left
+    assert str(lab.runs / "again" / "run.json") in left
+
+
+def test_a_run_that_begins_again_meanwhile_stays(lab):
+    lab.run("old", 40)
+    retention = tracking.Retention(str(lab.runs), lab.config("x").tracking)
+    (verdict,) = retention.verdicts(30, 0)
+    assert verdict.goes
+    run_folder.begin(lab.config("old"), str(lab.runs / "old"), {}, [])
+    assert not retention.remove(verdict.tree)
+    assert (lab.runs / "old" / "step-00000001-x" / "weights").exists()
+
+
+def test_runs_of_another_storage_are_not_looked_at(lab, tmp_path):
+    lab.run("old", 40)
+    elsewhere = tracking.Retention(str(tmp_path / "elsewhere"), lab.config("x").tracking)
+    assert elsewhere.verdicts(0, 0) == []
+
+
+def test_the_command_says_first_and_removes_when_it_is_told_to(lab):
+    run_id = lab.run("old", 40)
+    lab.run("new", 1)
+    command = [sys.executable, "jobs/track.py", "prune", "--storage", str(lab.runs), "--tracking.uri", lab.uri]
+    command += ["--keep", "1", "--tracking.experiment"]
+
+    def said(*more, status=0):
+        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    dry = said(lab.name)
+    assert "1 of 2 would go" in dry
+    assert run_id in dry
+    assert len(lab.left_of("old", run_id)) > 3
+    assert "old is removed" in said(lab.name, "--delete=true")
+    assert lab.left_of("old", run_id) == []
+    wrong = said("other", status=2)
+    assert wrong.splitlines() == [f"error: --tracking.experiment other: {lab.uri} has no such one"]
+
+
+def test_a_server_that_is_away_is_one_line(tmp_path):
+    config = parse_run(["--tracking.uri=http://127.0.0.1:9"], "a test")
+    with pytest.raises(ConnectionError, match=r"tracking.uri: http://127.0.0.1:9 does not answer"):
+        tracking.Retention(str(tmp_path), config.tracking)

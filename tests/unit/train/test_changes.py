@@ -1,0 +1,55 @@
+"""Which changes of its configuration a run that goes on is asked about."""
+
+import pytest
+
+from crosslmm.cli import parse_run
+from crosslmm.train.run import changes
+
+
+def changed(*overrides: str) -> dict:
+    before, now = (parse_run(argv, "").model_dump(mode="json") for argv in ([], list(overrides)))
+    return changes(before, now)
+
+
+def test_a_changed_learning_rate_is_named_with_both_values():
+    assert changed("--train.learning_rate.decoder=2e-5") == {"train.learning_rate.decoder": (1e-3, 2e-5)}
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("--seed=5", "seed"),
+        ("--model.pool_stride=4", "model.pool_stride"),
+        ("--data.num_frames=9", "data.num_frames"),
+        ("--train.global_batch_size=32", "train.global_batch_size"),
+        ("--train.max_steps=7", "train.max_steps"),
+        ("--train.precision=bf16", "train.precision"),
+    ],
+)
+def test_what_is_learnt_is_asked_about(override, key):
+    assert list(changed(override)) == [key]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "--scaling.num_workers=1",
+        "--scaling.decode_workers=3",
+        "--watchdog.step_s=5",
+        "--train.micro_batch_size=4",
+        "--train.checkpoint_every=7",
+        "--train.keep_checkpoints=5",
+        "--train.keep_best=validation/loss",
+        "--train.not_finite=skip",
+        "--storage=elsewhere",
+        "--data.manifest=moved.jsonl",
+    ],
+)
+def test_where_and_how_fast_it_runs_may_change(override):
+    assert changed(override) == {}
+
+
+def test_a_key_that_an_older_version_did_not_have_is_named():
+    now = parse_run([], "").model_dump(mode="json")
+    before = now | {"train": {key: value for key, value in now["train"].items() if key != "weight_decay"}}
+    assert changes(before, now) == {"train.weight_decay": (None, 0.01)}

@@ -32,10 +32,12 @@ def main() -> int:
     # Only now what takes seconds to import.
     from crosslmm.doctor.run import run_doctor
     from crosslmm.preflight.findings import merged
+    from crosslmm.progress import set_up_logging
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    set_up_logging()
     logging.getLogger("ray").setLevel(logging.CRITICAL)
-    findings = merged(run_doctor(config, console.print))
+    findings = merged(run_doctor(config))
     show(console, findings)
     failures = sum(not finding.ok for finding in findings)
     verdict = f"{failures} of {len(findings)} rows need something done" if failures else "all is well"

@@ -35,7 +35,7 @@ def two_steps(config: RunConfig, manifests: Sequence[Manifest], folder: str) -> 
         placement.check_placement(short)
         if busy := _busy(short):
             return Finding("training", "", False, busy, "wait for it, or stop it (`ray job list`), and ask again")
-        short = hardware.resolve_auto(short, hardware.detect(short, lambda line: None, config.watchdog.startup_s))
+        short = hardware.resolve_auto(short, hardware.detect(short, config.watchdog.startup_s))
         job = build_job(short, list(manifests), None, open_features(short, Rows(list(manifests))))
     except (BadConfig, storage.Unavailable) as error:
         return Finding("training", "", False, str(error), REMEDY)

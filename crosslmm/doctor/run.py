@@ -1,7 +1,7 @@
 """The whole preflight in its order; each part goes on only when the one before it is well."""
 
+import logging
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,16 +14,17 @@ from crosslmm.preflight.findings import Finding
 from crosslmm.preflight.resolve import resolve_config
 from crosslmm.storage import retry
 
+log = logging.getLogger(__name__)
+
 NODES = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 """Environment of the processes that look, which have it for themselves. A server is asked twice [s]."""
 
 
-def run_doctor(config: RunConfig, tell: Callable[[str], None]) -> list[Finding]:
+def run_doctor(config: RunConfig) -> list[Finding]:
     """Look at everything that the run will need.
 
     Args:
         config: of the run.
-        tell: takes a line before each part that takes a while.
 
     Returns:
         What was found, in order.
@@ -31,25 +32,25 @@ def run_doctor(config: RunConfig, tell: Callable[[str], None]) -> list[Finding]:
     asks_once = retry.PATIENCE_S
     retry.PATIENCE_S = 0
     try:
-        return _run(config, tell)
+        return _run(config)
     finally:
         retry.PATIENCE_S = asks_once
 
 
-def _run(config: RunConfig, tell: Callable[[str], None]) -> list[Finding]:
+def _run(config: RunConfig) -> list[Finding]:
     began = time.monotonic()
     with ExitStack() as stack:
         here, config, manifests, probe = _here(config, stack)
         if entry := _enter():
             return [*here, entry]
         cluster = checks.alive()
-        tell(f"asking {findings.everywhere(cluster)}  ({time.monotonic() - began:.0f} s)")
+        log.info(f"asking {findings.everywhere(cluster)}  ({time.monotonic() - began:.0f} s)")
         question = checks.question(config, manifests, probe, _tries(config, probe))
         reports, silent = checks.ask(cluster, question, NODES)
         results = [*here, *findings.answers(silent), *checks.of_nodes(reports), *_tokens(reports), *_record(config)]
         if not all(finding.ok for finding in results):
             return results
-        tell(f"summing, and training two steps  ({time.monotonic() - began:.0f} s)")
+        log.info(f"summing, and training two steps  ({time.monotonic() - began:.0f} s)")
         results += all_reduce.all_reduce(cluster, config.scaling.use_gpu)
         if all(finding.ok for finding in results):
             results.append(dry_run.two_steps(config, manifests, probe))

@@ -167,7 +167,7 @@ def run_encoding(config: RunConfig, settings: FeatureSettings) -> EncodingResult
     # A graph runs in this process, whose terminal is no place for Ray's remarks about its actors.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     config = resolve_config(config)
-    computes_on = hardware.detect(config, console.print)
+    computes_on = hardware.detect(config)
     config = hardware.resolve_auto(config, computes_on)
     console.print(f"machine   {hardware.describe(config, computes_on)}")
     processor = build_processor(config.model)

@@ -1,9 +1,9 @@
 """What the nodes that train have, and what a run makes of it: precision, kernels, settings of CUDA and NCCL."""
 
+import logging
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import ray
@@ -16,6 +16,8 @@ from crosslmm.config import BadConfig, RunConfig, validate_run
 from crosslmm.data.dataset import block_rows
 from crosslmm.data.feature_cache import BF16, FeatureRecipe
 from crosslmm.preflight import placement
+
+log = logging.getLogger(__name__)
 
 GPU_ENVIRONMENT = {
     # A broken link is a line in the worker's log instead of silence until the watchdog.
@@ -59,12 +61,11 @@ def look() -> Hardware:
     )
 
 
-def detect(config: RunConfig, tell: Callable[[str], None], within_s: float = math.inf) -> Hardware:
+def detect(config: RunConfig, within_s: float = math.inf) -> Hardware:
     """What the nodes that train have. On GPUs one of them is asked, and waited for: without it no run starts either.
 
     Args:
         config: the run.
-        tell: takes a line, should it take long.
         within_s: how long it is waited for [s].
 
     Raises:
@@ -82,7 +83,7 @@ def detect(config: RunConfig, tell: Callable[[str], None], within_s: float = mat
     while not ray.wait([answer], timeout=1.0)[0]:
         if not said and time.monotonic() - began > SAY_AFTER_S:
             said = True
-            tell("machine   waits for a GPU")
+            log.info("machine   waiting for a GPU")
         if time.monotonic() - began > within_s:
             ray.cancel(answer)
             raise BadConfig(f"scaling.use_gpu: no GPU was free within {within_s:g} s; see `ray status`")

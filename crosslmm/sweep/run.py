@@ -97,7 +97,7 @@ def run_sweep(config: RunConfig, chosen: SweepSettings, space_name: str, space: 
     checks.enter()
     checks.require_ready(config, manifests)
     # Once for all trials: they are compared, and share features.
-    computes_on = hardware.detect(config, console.print)
+    computes_on = hardware.detect(config)
     config = hardware.resolve_auto(config, computes_on)
     console.print(f"sweep     {config.name} (the same command with --name {config.name} goes on with it)")
     console.print(f"machine   {hardware.describe(config, computes_on)}")

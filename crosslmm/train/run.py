@@ -87,7 +87,7 @@ def run_training(config: RunConfig, trial: TrialContext | None = None) -> Traini
     placement.check_placement(config)
     if trial is None:
         checks.require_ready(config, manifests)
-    computes_on = hardware.detect(config, console.print)
+    computes_on = hardware.detect(config)
     config = hardware.resolve_auto(config, computes_on)
     features = open_features(config, Rows([*manifests, *([validation] if validation else [])]))
     job = build_job(config, manifests, validation, features)

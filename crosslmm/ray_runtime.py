@@ -80,16 +80,34 @@ def ping_gcs(address: str, timeout_s: float) -> None:
     stub.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=timeout_s)  # type: ignore[attr-defined]
 
 
-def local_node() -> Any:
-    """Return Ray's object for the node this driver started or joined; None in a worker process."""
+def on_head_node() -> bool:
+    """Return whether this driver runs on the head node."""
+    return bool(_local_node().is_head())
+
+
+def spill_folder() -> str | None:
+    """Return the folder that Ray spills objects to on this node; None in a process outside of any cluster."""
+    node = _local_node()
+    if node is None:
+        return None
+    folder = node._fallback_directory
+    # By default Ray spills to a session's folder, whose name changes: name its parent.
+    default = not folder or folder.startswith(node.get_session_dir_path())
+    return str(node.get_temp_dir_path() if default else folder)
+
+
+def _local_node() -> Any:
+    """Return Ray's object for the node this process started or joined; None if there is none."""
     import ray._private.worker
 
     return ray._private.worker._global_node
 
 
-def on_head_node() -> bool:
-    """Return whether this driver runs on the head node."""
-    return bool(local_node().is_head())
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
+    from ray._common.network_utils import find_free_port
+
+    return int(find_free_port())
 
 
 def worker_group_errors() -> tuple[type[Exception], type[Exception]]:

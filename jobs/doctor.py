@@ -1,9 +1,11 @@
-"""Look whether this cluster can do a run, before it costs anything: python jobs/doctor.py [arguments of jobs/train.py].
+"""Check that this cluster can carry out a run, before it costs anything.
 
-From every node: versions, clock, disk, token, storage, manifest, a video, its decoder, MLflow (where drivers may be),
-the GPUs; then a sum over all nodes, and two steps of the run itself. Leaves nothing behind.
+    python jobs/doctor.py [arguments of jobs/train.py]
+
+On every node: versions, clock, disk, token, storage, manifest, one video, the decoder, MLflow (where drivers may run),
+GPUs; then an all-reduce over all nodes, and two steps of the run itself. Leaves nothing behind.
 On a cluster: ray job submit -- python jobs/doctor.py ...
-Exit status: 0 all is well, 1 something is not (the table says what to do), 2 the request was refused.
+Exit status: 0 all checks passed, 1 a check failed (the table says what to do), 2 the arguments are invalid.
 """
 
 import logging
@@ -11,51 +13,57 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+import rich
 from rich.table import Table
 from rich.text import Text
 
 from crosslmm.cli import fail, parse_run
 from crosslmm.config import BadConfig, redacted
+from crosslmm.progress import set_up_logging
 
 if TYPE_CHECKING:
     from crosslmm.preflight.findings import Finding
 
+TABLE_WIDTH = 160
+"""Width of the table in a file or pipe; its remedies are long [characters]."""
+
 
 def main() -> int:
-    """Parse, look, print."""
+    """Parse the arguments, run the checks, print the table."""
     began = time.monotonic()
     try:
         config = parse_run(sys.argv[1:], description=str(__doc__))
     except BadConfig as error:
         fail(error)
-    # Only now what takes seconds to import.
+    # These take seconds to import: refuse invalid arguments before.
     from crosslmm.doctor.run import run_doctor
-    from crosslmm.preflight.findings import merged
-    from crosslmm.progress import set_up_logging
+    from crosslmm.preflight.findings import merge_nodes
 
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     set_up_logging()
     logging.getLogger("ray").setLevel(logging.CRITICAL)
-    findings = merged(run_doctor(config))
-    show(console, findings)
+    findings = merge_nodes(run_doctor(config))
+    console = rich.get_console()
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
+    console.print(_table(findings))
     failures = sum(not finding.ok for finding in findings)
-    verdict = f"{failures} of {len(findings)} rows need something done" if failures else "all is well"
+    verdict = f"{failures} of {len(findings)} checks failed" if failures else "all checks passed"
     if findings[-1].name != "training":
-        verdict += "; the run itself was not tried"
+        verdict += "; the two training steps were not run"
     console.print(f"{verdict}  ({time.monotonic() - began:.0f} s)")
     return int(failures > 0)
 
 
-def show(console: Console, findings: "list[Finding]") -> None:
-    """One row for each thing that was looked at, failures with what to do."""
+def _table(findings: "list[Finding]") -> Table:
+    """One row per finding."""
     table = Table(show_lines=any(not finding.ok for finding in findings))
-    for column in ("", "what", "where", "found", "what to do"):
+    for column in ("", "check", "node", "result", "what to do"):
         table.add_column(column, overflow="fold")
-    for found in findings:
-        row = ("ok" if found.ok else "NO", found.name, found.node, redacted(found.said), found.remedy)
-        table.add_row(*map(Text, row), style=None if found.ok else "bold red")
-    console.print(table)
+    for finding in findings:
+        status = "ok" if finding.ok else "FAIL"
+        row = (status, finding.name, finding.node, redacted(finding.message), finding.remedy)
+        table.add_row(*map(Text, row), style=None if finding.ok else "bold red")
+    return table
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Preflight: can every node of this cluster do what a run will ask of it. jobs/doctor.py prints it all."""
+"""The long preflight check of a cluster: every node's report, an all-reduce, and two steps of the run itself."""

@@ -1,6 +1,7 @@
-"""What nodes do together: sums over all of them, for two seconds."""
+"""An all-reduce over all nodes that can train, for two seconds: can they reach one another, and how fast?"""
 
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -10,77 +11,80 @@ import torch.distributed as dist
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from crosslmm.preflight.findings import Finding, everywhere, size
+from crosslmm import ray_runtime
+from crosslmm.preflight.findings import Finding, format_bytes, nodes_label
 
-SECONDS = 2.0
-STARTED_WITHIN_S, MET_WITHIN_S = 45.0, 20.0
-"""So long may processes take to start, torch among them, and then to find one another [s]."""
-NUMBERS = {"gloo": 2**20, "nccl": 2**24}
-"""float32 numbers that are summed at once."""
-ROADS = (
-    "nodes must reach one another at every port, by the names that they have for themselves: security group, "
-    "/etc/hosts, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
+DURATION_S = 2.0
+"""Duration of the measurement [s]."""
+START_TIMEOUT_S = 45.0
+"""Deadline for the ranks' processes to start, the import of torch included [s]."""
+RENDEZVOUS_TIMEOUT_S = 20.0
+"""Deadline for the ranks to find one another [s]."""
+TENSOR_SIZE = {"gloo": 2**20, "nccl": 2**24}
+"""Number of float32 values that are reduced at once, by backend."""
+NETWORK_REMEDY = (
+    "nodes must reach one another on every port, by their own host names: security group, /etc/hosts, "
+    "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
 )
 
 
 @ray.remote(max_restarts=0)
-class Member:
-    """One of a node."""
+class Rank:
+    """One rank of the all-reduce; each node runs one."""
 
-    def address(self) -> str:
-        """Where the others find it."""
-        from ray._common.network_utils import find_free_port
+    def rendezvous_address(self) -> str:
+        """Return the address at which the other ranks find this one."""
+        return f"tcp://{ray.util.get_node_ip_address()}:{ray_runtime.free_port()}"
 
-        return f"tcp://{ray.util.get_node_ip_address()}:{find_free_port()}"
-
-    def sum_up(self, address: str, rank: int, members: int, backend: str) -> float:
-        """Sum for `SECONDS` -> bytes of each member that were summed in a second.
+    def measure(self, address: str, rank: int, world_size: int, backend: str) -> float:
+        """Reduce for `DURATION_S` and return the throughput of each rank [bytes/s].
 
         Raises:
             RuntimeError: a sum is wrong.
         """
-        patience = timedelta(seconds=MET_WITHIN_S)
-        dist.init_process_group(backend, init_method=address, rank=rank, world_size=members, timeout=patience)
+        timeout = timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size, timeout=timeout)
         try:
             device = torch.device("cuda" if backend == "nccl" else "cpu")
-            numbers, took = torch.full((NUMBERS[backend],), rank + 1.0, device=device), torch.zeros(1, device=device)
-            if float(_summed(numbers)[-1]) != members * (members + 1) / 2:
+            values = torch.full((TENSOR_SIZE[backend],), rank + 1.0, device=device)
+            if float(_reduce(values)[-1]) != world_size * (world_size + 1) / 2:
                 raise RuntimeError("the sum over all nodes is wrong")
-            at = time.perf_counter()
-            _summed(numbers)
-            took += time.perf_counter() - at
-            dist.all_reduce(took, dist.ReduceOp.MAX)  # all sum equally often
-            times = max(1, int(SECONDS / float(took)))
-            at = time.perf_counter()
-            for _ in range(times):
-                _summed(numbers)
-            return times * numbers.nbytes / (time.perf_counter() - at)
+            began = time.perf_counter()
+            _reduce(values)
+            duration = torch.full((1,), time.perf_counter() - began, device=device)
+            dist.all_reduce(duration, dist.ReduceOp.MAX)  # all ranks must reduce equally often
+            count = max(1, int(DURATION_S / float(duration)))
+            began = time.perf_counter()
+            for _ in range(count):
+                _reduce(values)
+            return count * values.nbytes / (time.perf_counter() - began)
         finally:
             dist.destroy_process_group()
 
 
-def _summed(numbers: torch.Tensor) -> torch.Tensor:
-    total = numbers.clone()
+def _reduce(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum over all ranks."""
+    total = values.clone()
     dist.all_reduce(total)
     if total.is_cuda:
         torch.cuda.synchronize()
     return total
 
 
-def all_reduce(cluster: dict[str, dict[str, Any]], use_gpu: bool) -> list[Finding]:
-    """Whether the nodes that can train can sum over all of them.
+def check_all_reduce(nodes: Mapping[str, Mapping[str, Any]], use_gpu: bool) -> list[Finding]:
+    """Check that the nodes that can train can all-reduce. No finding if there is only one.
 
     Args:
-        cluster: nodes, by name.
-        use_gpu: NCCL between GPUs, one of each node; else gloo.
+        nodes: nodes as `ray.nodes()` describes them, by name.
+        use_gpu: reduce with NCCL on one GPU of each node; otherwise with gloo.
     """
-    needs = "GPU" if use_gpu else "CPU"
-    training = {name: node for name, node in cluster.items() if node["Resources"].get(needs)}
+    resource = "GPU" if use_gpu else "CPU"
+    training = {name: node for name, node in nodes.items() if node["Resources"].get(resource)}
     if len(training) < 2:
         return []
     backend = "nccl" if use_gpu else "gloo"
-    members = {
-        name: Member.options(  # type: ignore[attr-defined]
+    ranks = {
+        name: Rank.options(  # type: ignore[attr-defined]
             num_cpus=0,
             num_gpus=int(use_gpu),
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
@@ -88,33 +92,34 @@ def all_reduce(cluster: dict[str, dict[str, Any]], use_gpu: bool) -> list[Findin
         for name, node in training.items()
     }
     try:
-        begun = {member.address.remote(): name for name, member in members.items()}
-        late = ray.wait(list(begun), num_returns=len(begun), timeout=STARTED_WITHIN_S)[1]
+        addresses = {rank.rendezvous_address.remote(): name for name, rank in ranks.items()}
+        late = ray.wait(list(addresses), num_returns=len(addresses), timeout=START_TIMEOUT_S)[1]
         if late:
-            why = f"no process{' with a GPU' * use_gpu} started in {STARTED_WITHIN_S:g} s"
-            remedy = f"`ray status` says what is taken{'; other jobs may hold the GPUs' * use_gpu}"
-            return [Finding("all-reduce", begun[task], False, why, remedy) for task in late]
-        address = ray.get(next(iter(begun)))
-        sums = {
-            member.sum_up.remote(address, rank, len(members), backend): name
-            for rank, (name, member) in enumerate(members.items())
+            message = f"no process{' with a GPU' * use_gpu} started within {START_TIMEOUT_S:g} s"
+            remedy = f"`ray status` shows what is reserved{'; other jobs may hold the GPUs' * use_gpu}"
+            return [Finding("all-reduce", addresses[task], False, message, remedy) for task in late]
+        address = ray.get(next(iter(addresses)))
+        tasks = {
+            rank.measure.remote(address, number, len(ranks), backend): name
+            for number, (name, rank) in enumerate(ranks.items())
         }
-        return _judged(sums, everywhere(training), backend)
+        return _findings(tasks, nodes_label(training), backend)
     finally:
-        for member in members.values():
-            ray.kill(member)
+        for rank in ranks.values():
+            ray.kill(rank)
 
 
-def _judged(sums: dict[Any, str], all_of_them: str, backend: str) -> list[Finding]:
-    ray.wait(list(sums), num_returns=len(sums), timeout=MET_WITHIN_S * 2 + SECONDS)
+def _findings(tasks: dict[Any, str], all_nodes: str, backend: str) -> list[Finding]:
+    """Wait for the measurements and return the failures, or the slowest rank's throughput."""
+    ray.wait(list(tasks), num_returns=len(tasks), timeout=RENDEZVOUS_TIMEOUT_S * 2 + DURATION_S)
     failures, rates = [], []
-    for task, name in sums.items():
+    for task, node in tasks.items():
         try:
             rates.append(ray.get(task, timeout=0))
         except GetTimeoutError:
-            failures.append(Finding("all-reduce", name, False, f"{backend} never came back", ROADS))
+            failures.append(Finding("all-reduce", node, False, f"{backend} did not finish", NETWORK_REMEDY))
         except RayError as error:
-            said = f"{backend}: {str(error).strip().splitlines()[-1][:300]}"
-            failures.append(Finding("all-reduce", name, False, said, ROADS))
-    said = f"{backend}, {size(min(rates, default=0))}/s of each node"
-    return failures or [Finding("all-reduce", all_of_them, True, said)]
+            message = f"{backend}: {str(error).strip().splitlines()[-1][:300]}"
+            failures.append(Finding("all-reduce", node, False, message, NETWORK_REMEDY))
+    message = f"{backend}, {format_bytes(min(rates, default=0))}/s per node"
+    return failures or [Finding("all-reduce", all_nodes, True, message)]

@@ -1,4 +1,4 @@
-"""Two steps of the run itself, into a folder that is thrown away; nothing of it is recorded."""
+"""Two steps of the run itself, into a temporary folder; nothing is recorded in MLflow."""
 
 import threading
 import time
@@ -17,47 +17,46 @@ from crosslmm.train.job import Job
 from crosslmm.train.run import build_job
 
 STEPS = 2
-REMEDY = "jobs/train.py would end so too: mend what it names; jobs/plan.py says what fits a GPU's memory"
+"""Optimizer steps of the dry run."""
+REMEDY = "jobs/train.py would fail in the same way: fix what it names; jobs/plan.py says what fits a GPU's memory"
 
 
-def two_steps(config: RunConfig, manifests: Sequence[Manifest], folder: str) -> Finding:
-    """Train, save a checkpoint and export the model as the run would, with as many samples in a step as workers hold at
-    once.
+def train_two_steps(config: RunConfig, manifests: Sequence[Manifest], folder: str) -> Finding:
+    """Train, save a checkpoint and export the model as the run would. A step has as many samples as the workers hold at
+    once, without gradient accumulation.
 
     Args:
-        config: of the run.
-        manifests: of training.
-        folder: in storage; what is left in it is no longer needed.
+        config: the run's configuration.
+        manifests: training manifests.
+        folder: folder in storage for checkpoint and model; the caller removes it.
     """
     short = _shortened(config, folder)
     began = time.monotonic()
     try:
         placement.check_placement(short)
-        if busy := _busy(short):
-            return Finding("training", "", False, busy, "wait for it, or stop it (`ray job list`), and ask again")
+        if busy := _resources_in_use(short):
+            remedy = "wait for that job, or stop it (`ray job list`), and run the doctor again"
+            return Finding("training", "", False, busy, remedy)
         short = hardware.resolve_auto(short, hardware.detect(short, config.watchdog.startup_s))
         job = build_job(short, list(manifests), None, open_features(short, Rows(list(manifests))))
     except (BadConfig, storage.Unavailable) as error:
         return Finding("training", "", False, str(error), REMEDY)
-    why = _failure(job, config.watchdog.startup_s)
-    if why:
-        return Finding("training", "", False, why, REMEDY)
-    news = ray.get(job.events.drain.remote())
-    steps = [metrics for kind, item in news if kind == "step" for metrics in [item[2]]]
-    last = steps[-1]
-    said = (
-        f"{len(steps)} steps on {_workers(config)}, {last['step_s']:.1f} s the last, loss {last['loss']:.2f}; "
-        f"{time.monotonic() - began:.0f} s in all"
+    if failure := _fit(job, config.watchdog.startup_s):
+        return Finding("training", "", False, failure, REMEDY)
+    steps = [item[2] for kind, item in ray.get(job.events.drain.remote()) if kind == "step"]
+    message = (
+        f"{len(steps)} steps on {_workers(config)}, {steps[-1]['step_s']:.1f} s the last, "
+        f"loss {steps[-1]['loss']:.2f}; {time.monotonic() - began:.0f} s in all"
     )
-    return Finding("training", "", True, said)
+    return Finding("training", "", True, message)
 
 
 def _shortened(config: RunConfig, folder: str) -> RunConfig:
-    """The same, but for how long it goes on."""
-    train, workers = config.train, config.scaling
+    """Return the run's configuration with two steps, no validation and no retries."""
+    train, scaling = config.train, config.scaling
     batch = train.global_batch_size
-    if not train.micro_batch_tokens and workers.least_workers == workers.most_workers:
-        batch = workers.most_workers * train.micro_batch_size  # what is accumulated takes no more memory
+    if not train.micro_batch_tokens and scaling.least_workers == scaling.most_workers:
+        batch = scaling.most_workers * train.micro_batch_size  # gradient accumulation takes no more memory
     short = {"max_steps": STEPS, "epochs": STEPS * batch, "global_batch_size": batch, "checkpoint_every": STEPS}
     return config.model_copy(
         update={
@@ -65,38 +64,38 @@ def _shortened(config: RunConfig, folder: str) -> RunConfig:
             "storage": folder,
             "train": train.model_copy(update=short),
             "data": config.data.model_copy(update={"validation_manifest": None}),
-            "scaling": workers.model_copy(update={"max_failures": 0}),
+            "scaling": scaling.model_copy(update={"max_failures": 0}),
         }
     )
 
 
-def _busy(config: RunConfig) -> str:
-    """What others hold of the room that the run needs; "" where there is enough, or an autoscaler may make some."""
+def _resources_in_use(config: RunConfig) -> str:
+    """Return which needed resources other jobs hold; "" if enough are free, or an autoscaler may add them."""
     scaling = config.scaling
     cpus = scaling.least_workers * scaling.cpus_per_worker + scaling.decode_workers * scaling.cpus_per_decode_worker
-    need = {"CPU": cpus, "GPU": scaling.least_workers * scaling.use_gpu}
-    for kind, count in need.items():
-        there, free = (got.get(kind, 0) for got in (ray.cluster_resources(), ray.available_resources()))
-        if free + 1e-6 < count <= there:
-            return f"needs {count:g} {kind}s, and of {there:g} others hold {there - free:g}"
+    needed = {"CPU": cpus, "GPU": scaling.least_workers * scaling.use_gpu}
+    for kind, count in needed.items():
+        total, free = (resources.get(kind, 0) for resources in (ray.cluster_resources(), ray.available_resources()))
+        if free + 1e-6 < count <= total:
+            return f"needs {count:g} {kind}s, and other jobs hold {total - free:g} of {total:g}"
     return ""
 
 
-def _failure(job: Job, within_s: float) -> str:
-    """What went wrong; "" for nothing."""
-    ended: list[str] = []
+def _fit(job: Job, timeout_s: float) -> str:
+    """Train; return the error, or "" for none."""
+    results: list[str] = []
 
     def run() -> None:
         try:
             launcher.fit(job, lambda line: None)
-            ended.append("")
+            results.append("")
         except Exception as error:
-            ended.append(" ".join(str(error).split())[:500])
+            results.append(" ".join(str(error).split())[:500])
 
-    thread = threading.Thread(target=run, name="two steps", daemon=True)
+    thread = threading.Thread(target=run, name="dry run", daemon=True)
     thread.start()
-    thread.join(within_s)
-    return ended[0] if ended else f"not done after {within_s:g} s (watchdog.startup_s)"
+    thread.join(timeout_s)
+    return results[0] if results else f"not done after {timeout_s:g} s (watchdog.startup_s)"
 
 
 def _workers(config: RunConfig) -> str:

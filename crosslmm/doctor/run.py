@@ -1,4 +1,4 @@
-"""The whole preflight in its order; each part goes on only when the one before it is well."""
+"""Run all preflight checks in order; each stage starts only when the stages before it have passed."""
 
 import logging
 import time
@@ -9,111 +9,122 @@ from crosslmm import ray_runtime, storage, tracking
 from crosslmm.config import BadConfig, RunConfig, tracking_uri
 from crosslmm.data.manifest import BadManifest, Manifest
 from crosslmm.doctor import all_reduce, dry_run
-from crosslmm.preflight import checks, findings, node_probe
+from crosslmm.preflight import cluster_probe, connect, findings, node_probe
 from crosslmm.preflight.findings import Finding
 from crosslmm.preflight.resolve import resolve_config
 from crosslmm.storage import retry
 
 log = logging.getLogger(__name__)
 
-NODES = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-"""Environment of the processes that look, which have it for themselves. A server is asked twice [s]."""
+PROBE_ENVIRONMENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+"""Environment variables of the probe's processes. MLflow's timeout is per request, and two are made [s]."""
 
 
 def run_doctor(config: RunConfig) -> list[Finding]:
-    """Look at everything that the run will need.
+    """Check everything that the run will need.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
 
     Returns:
-        What was found, in order.
+        Findings, in the order of the checks. The last one is named "training" only if all others are ok.
     """
-    asks_once = retry.PATIENCE_S
-    retry.PATIENCE_S = 0
+    patience_s = retry.PATIENCE_S
+    retry.PATIENCE_S = 0  # report a store that is out of reach instead of waiting for it
     try:
-        return _run(config)
+        return _run_stages(config)
     finally:
-        retry.PATIENCE_S = asks_once
+        retry.PATIENCE_S = patience_s
 
 
-def _run(config: RunConfig) -> list[Finding]:
+def _run_stages(config: RunConfig) -> list[Finding]:
     began = time.monotonic()
     with ExitStack() as stack:
-        here, config, manifests, probe = _here(config, stack)
-        if entry := _enter():
-            return [*here, entry]
-        cluster = checks.alive()
-        log.info(f"asking {findings.everywhere(cluster)}  ({time.monotonic() - began:.0f} s)")
-        question = checks.question(config, manifests, probe, _tries(config, probe))
-        reports, silent = checks.ask(cluster, question, NODES)
-        results = [*here, *findings.answers(silent), *checks.of_nodes(reports), *_tokens(reports), *_record(config)]
+        results, config, manifests, folder = _check_driver(config, stack)
+        if refusal := _connect():
+            return [*results, refusal]
+        nodes = cluster_probe.alive_nodes()
+        log.info("checking %s  (%.0f s)", findings.nodes_label(nodes), time.monotonic() - began)
+        request = cluster_probe.probe_request(config, manifests, folder, _node_checks(config, folder))
+        reports, errors = cluster_probe.probe_nodes(nodes, request, PROBE_ENVIRONMENT)
+        results += findings.unreachable(errors)
+        results += findings.from_reports(reports, node_probe.versions())
+        results += [*_check_tokens(reports), *_check_tracking_file(config)]
         if not all(finding.ok for finding in results):
             return results
-        log.info(f"summing, and training two steps  ({time.monotonic() - began:.0f} s)")
-        results += all_reduce.all_reduce(cluster, config.scaling.use_gpu)
+        log.info("running an all-reduce and two training steps  (%.0f s)", time.monotonic() - began)
+        results += all_reduce.check_all_reduce(nodes, config.scaling.use_gpu)
         if all(finding.ok for finding in results):
-            results.append(dry_run.two_steps(config, manifests, probe))
+            results.append(dry_run.train_two_steps(config, manifests, folder))
         return results
 
 
-def _enter() -> Finding | None:
-    """Connect to the cluster; why it could not."""
+def _connect() -> Finding | None:
+    """Connect to the cluster; return the failure, if any."""
     try:
-        checks.connect()
-    except checks.NoEntry as error:
+        connect.connect()
+    except connect.AccessRefused as error:
         return error.finding
     except ConnectionError as error:
-        return Finding(
-            "cluster", "driver", False, str(error), "start it (`ray status` answers then), or mend RAY_ADDRESS"
-        )
+        remedy = "start it (then `ray status` answers), or correct RAY_ADDRESS"
+        return Finding("cluster", "driver", False, str(error), remedy)
     return None
 
 
-def _here(config: RunConfig, stack: ExitStack) -> tuple[list[Finding], RunConfig, list[Manifest], str]:
-    """What the driver itself can do: storage first, for sample data is written there, then the manifests."""
-    results: list[Finding] = []
+def _check_driver(config: RunConfig, stack: ExitStack) -> tuple[list[Finding], RunConfig, list[Manifest], str]:
+    """Check what the driver itself reads and writes: storage first, since sample data is written there, then the
+    manifests.
+
+    Args:
+        config: the run's configuration.
+        stack: removes the folder in storage when it is closed.
+
+    Returns:
+        Failures, the resolved configuration, the manifests that opened, and the folder in storage ("" if it cannot be
+        written).
+    """
+    failures: list[Finding] = []
     try:
         config = config.model_copy(update={"storage": storage.absolute(config.storage)})
-        probe = stack.enter_context(checks.probing(config))
+        folder = stack.enter_context(cluster_probe.probe_folder(config))
     except (OSError, storage.BadLocation) as error:
-        return [_finding("storage", error)], config, [], ""
+        return [_driver_failure("storage", error)], config, [], ""
     manifests: list[Manifest] = []
     try:
         config = resolve_config(config)
         manifests = [Manifest(uri, config.data.roots) for uri in config.data.manifests]
     except BadManifest as error:
-        results.append(Finding("manifest", "driver", False, str(error), findings.remedy_of("manifest", "")))
+        failures.append(Finding("manifest", "driver", False, str(error), findings.remedy_of("manifest", "")))
     except BadConfig as error:
-        results.append(Finding("configuration", "driver", False, str(error), "see jobs/train.py --help"))
+        failures.append(Finding("configuration", "driver", False, str(error), "see jobs/train.py --help"))
     except (OSError, storage.BadLocation) as error:
-        results.append(_finding("storage", error))
-    return results, config, manifests, probe
+        failures.append(_driver_failure("storage", error))
+    return failures, config, manifests, folder
 
 
-def _tries(config: RunConfig, probe: str) -> list[str]:
-    """What nodes try for themselves."""
-    resolved = config.data.manifest != "sample"
-    tries = {
-        "storage": bool(probe),
-        "manifest": resolved,
+def _node_checks(config: RunConfig, folder: str) -> list[str]:
+    """Return the names in `node_probe.CHECKS` that this configuration needs."""
+    has_manifest = config.data.manifest != "sample"  # the driver could not write the sample data
+    needed = {
+        "storage": bool(folder),
+        "manifest": has_manifest,
         "decoder": True,
-        "video": resolved,
-        "MLflow": not _is_file(config),
+        "video": has_manifest,
+        "MLflow": not _tracks_in_file(config),
         "GPU": config.scaling.use_gpu,
     }
-    return [name for name, wanted in tries.items() if wanted]
+    return [name for name, is_needed in needed.items() if is_needed]
 
 
-def _is_file(config: RunConfig) -> bool:
-    """Whether the record is one, which the driver alone writes."""
+def _tracks_in_file(config: RunConfig) -> bool:
+    """Return whether the tracking database is a file, which only the driver writes."""
     return tracking_uri(config.tracking).startswith("sqlite:")
 
 
-def _record(config: RunConfig) -> list[Finding]:
-    """The driver's look at a record that is a file. Where there is none yet, the run makes it."""
+def _check_tracking_file(config: RunConfig) -> list[Finding]:
+    """Check that the driver can open the tracking database, if it is a file. The run creates one that is missing."""
     path = Path(tracking_uri(config.tracking).removeprefix("sqlite:///"))
-    if not _is_file(config) or not path.exists():
+    if not _tracks_in_file(config) or not path.exists():
         return []
     try:
         tracking.require_answer(config.tracking)
@@ -122,14 +133,16 @@ def _record(config: RunConfig) -> list[Finding]:
     return [Finding("MLflow", "driver", True, f"{path} opens")]
 
 
-def _tokens(reports: findings.Reports) -> list[Finding]:
-    """Of the driver and the nodes. Of a cluster that this process has started for itself only that it is private."""
-    own = ray_runtime.on_head_node()
-    asked = {name: report for name, report in reports.items() if report["token"][0] or not own}
-    mine = findings.token({"driver": {"token": node_probe.token()}})
-    return [*findings.token(asked), *[finding for finding in mine if not finding.ok and asked]]
+def _check_tokens(reports: findings.Reports) -> list[Finding]:
+    """Check the tokens of the nodes and of the driver. A cluster that this process has started for itself may be
+    without a token, but not with one that others can read."""
+    own_cluster = ray_runtime.on_head_node()
+    checked = {name: report for name, report in reports.items() if report["token"][0] or not own_cluster}
+    driver = findings.token({"driver": {"token": node_probe.token()}})
+    return [*findings.token(checked), *[finding for finding in driver if not finding.ok and checked]]
 
 
-def _finding(name: str, error: Exception) -> Finding:
-    kind = "PermissionError" if getattr(error, "errno", 0) in (1, 13, 30) else type(error).__name__
-    return Finding(name, "driver", False, str(error), findings.remedy_of(name, kind))
+def _driver_failure(name: str, error: Exception) -> Finding:
+    denied = getattr(error, "errno", 0) in node_probe.PERMISSION_ERRNOS
+    remedy = findings.remedy_of(name, "PermissionError" if denied else type(error).__name__)
+    return Finding(name, "driver", False, str(error), remedy)

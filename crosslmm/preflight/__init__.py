@@ -1,1 +1,1 @@
-"""Checks a run makes of configuration and cluster before it starts."""
+"""Checks that every run makes of its configuration and cluster before it starts workers."""

@@ -1,4 +1,4 @@
-"""What the nodes that train have, and what a run makes of it: precision, kernels, settings of CUDA and NCCL."""
+"""Detects GPU, bf16 and flash-attn; picks precision and kernels."""
 
 import logging
 import math
@@ -13,128 +13,139 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from crosslmm import ray_runtime
 from crosslmm.config import BadConfig, RunConfig, validate_run
-from crosslmm.data.dataset import block_rows
-from crosslmm.data.feature_cache import BF16, FeatureRecipe
+from crosslmm.data.dataset import rows_per_block
+from crosslmm.data.feature_format import BF16_BYTES, FeatureRecipe
 from crosslmm.preflight import placement
 
 log = logging.getLogger(__name__)
 
 GPU_ENVIRONMENT = {
-    # A broken link is a line in the worker's log instead of silence until the watchdog.
+    # A broken link becomes a line in the worker's log instead of silence until the watchdog.
     "NCCL_DEBUG": "WARN",
-    # Batches differ in length: segments that grow are not cut into pieces that fit nothing.
+    # Batches differ in length: expandable segments avoid fragmentation.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
-"""Of workers on GPUs, where the driver's own environment does not say otherwise."""
-READERS_HOLD, RANKS_HOLD = 3, 4
-"""Blocks on their way: of a decoder two that are made and one that is taken, of a rank two that are fetched, those of
-the step in use and of the next one."""
-STORE = "object_store_memory"
-"""Ray's name for what a node's object store has [bytes]."""
-SAY_AFTER_S = 10.0
+"""Environment of workers on GPUs; variables that the driver's environment sets take precedence."""
+BLOCKS_PER_DECODER = 3
+"""Blocks in the object store for each decoder: two finished ones and one being consumed."""
+BLOCKS_PER_RANK = 4
+"""Blocks in the object store for each rank: two prefetched ones, those of the current step and of the next one."""
+OBJECT_STORE = "object_store_memory"
+"""Ray's name for the resource "memory of a node's object store" [bytes]."""
+LOG_AFTER_S = 10.0
+"""Time without a free GPU after which a line is logged [s]."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A node that trains."""
+    """Hardware of a node that trains."""
 
     gpu: str | None = None
-    """Its name, None on CPUs."""
+    """Name of the GPU, None on CPUs."""
     bf16: bool = False
-    """The GPU computes in it."""
-    flash: bool = False
-    """flash-attn is there as Transformers wants it, and the GPU can run it."""
+    """The GPU computes in bf16."""
+    flash_attn: bool = False
+    """A flash-attn that Transformers accepts is installed, and the GPU supports it."""
     nccl: str = ""
-    """Version."""
+    """Version of NCCL."""
 
 
-def look() -> Hardware:
-    """What is here. Runs on a node that trains."""
+def detect_local() -> Hardware:
+    """Return the hardware of this machine. Runs on a node that trains."""
     if not torch.cuda.is_available():
         return Hardware()
     ampere = torch.cuda.get_device_capability() >= (8, 0)
     return Hardware(
         gpu=torch.cuda.get_device_name(),
         bf16=ampere,
-        flash=ampere and is_flash_attn_2_available(),
+        flash_attn=ampere and is_flash_attn_2_available(),
         nccl=".".join(map(str, torch.cuda.nccl.version())),
     )
 
 
 def detect(config: RunConfig, within_s: float = math.inf) -> Hardware:
-    """What the nodes that train have. On GPUs one of them is asked, and waited for: without it no run starts either.
+    """Return the hardware of the nodes that train. Runs `detect_local` on one of them, and waits until it has a free
+    GPU: without one no run could start either.
 
     Args:
-        config: the run.
-        within_s: how long it is waited for [s].
+        config: the run's configuration.
+        within_s: longest wait for a free GPU [s].
 
     Raises:
-        BadConfig: the cluster can never have one, has none in this time, or the one that it has cannot say.
+        BadConfig: the cluster can never have such a node, none is free in time, or the detection fails there.
     """
     if not config.scaling.use_gpu:
         return Hardware()
     ray_runtime.start_ray()
     placement.check_placement(config)
     scaling = config.scaling
-    asked = ray.remote(look).options(
+    remote = ray.remote(detect_local).options(
         num_cpus=0, num_gpus=1, resources=dict(scaling.worker_resources), label_selector=dict(scaling.train_on)
     )
-    answer, began, said = asked.remote(), time.monotonic(), False
-    while not ray.wait([answer], timeout=1.0)[0]:
-        if not said and time.monotonic() - began > SAY_AFTER_S:
-            said = True
-            log.info("machine   waiting for a GPU")
-        if time.monotonic() - began > within_s:
-            ray.cancel(answer)
+    task, began, logged = remote.remote(), time.monotonic(), False
+    while not ray.wait([task], timeout=1.0)[0]:
+        waited_s = time.monotonic() - began
+        if not logged and waited_s > LOG_AFTER_S:
+            logged = True
+            log.info("machine   waiting for a free GPU")
+        if waited_s > within_s:
+            ray.cancel(task)
             raise BadConfig(f"scaling.use_gpu: no GPU was free within {within_s:g} s; see `ray status`")
     try:
-        machine: Hardware = ray.get(answer)
+        hardware: Hardware = ray.get(task)
     except RayError as error:
         line = str(error).strip().splitlines()[-1]
-        raise BadConfig(f"scaling.use_gpu: the node that trains cannot say what it has: {line}") from error
-    return machine
+        raise BadConfig(f"scaling.use_gpu: cannot detect the hardware of the node that trains: {line}") from error
+    return hardware
 
 
-def resolve_auto(config: RunConfig, machine: Hardware) -> RunConfig:
-    """The configuration with nothing left open.
+def resolve_auto(config: RunConfig, hardware: Hardware) -> RunConfig:
+    """Return the configuration with `auto` replaced in train.precision and model.attention.
 
     Raises:
-        BadConfig: flash attention is asked for, and the GPU has no bf16.
+        BadConfig: flash attention is requested, and the GPU has no bf16.
     """
     values = config.model_dump()
     if config.train.precision == "auto":
-        values["train"]["precision"] = "bf16" if machine.bf16 else "fp32"
+        values["train"]["precision"] = "bf16" if hardware.bf16 else "fp32"
     if config.model.attention == "auto":
-        flash = machine.flash and values["train"]["precision"] == "bf16"
+        flash = hardware.flash_attn and values["train"]["precision"] == "bf16"
         values["model"]["attention"] = "flash_attention_2" if flash else "sdpa"
     return validate_run(values)
 
 
-def describe(config: RunConfig, machine: Hardware) -> str:
-    """What is computed on, and how, in one line."""
-    how = f"{config.train.precision}, {config.model.attention}"
-    if machine.gpu is None:
-        return f"CPUs, {how}, gloo"
-    return f"{machine.gpu}, {how}, NCCL {machine.nccl}"
+def describe(config: RunConfig, hardware: Hardware) -> str:
+    """Return device, precision, attention kernels and communication backend in one line."""
+    kernels = f"{config.train.precision}, {config.model.attention}"
+    if hardware.gpu is None:
+        return f"CPUs, {kernels}, gloo"
+    return f"{hardware.gpu}, {kernels}, NCCL {hardware.nccl}"
 
 
-def environment(config: RunConfig) -> dict[str, str]:
-    """Of the workers."""
+def worker_environment(config: RunConfig) -> dict[str, str]:
+    """Return the environment variables of training workers."""
     return {k: os.environ.get(k, v) for k, v in GPU_ENVIRONMENT.items()} if config.scaling.use_gpu else {}
 
 
 def object_store_warning(config: RunConfig, image_size: int, features: FeatureRecipe | None) -> str | None:
-    """A line, where the object stores of the nodes that there are, and of those that may come, do not hold the blocks
-    that are on their way. A type of node that does not say what its store has is taken to have enough."""
+    """Return a warning if the object stores of all nodes, autoscaled to their limit, are too small for the blocks in
+    flight; else None. Node types that do not state `object_store_memory` count as large enough.
+
+    Args:
+        config: the run's configuration.
+        image_size: edge of a frame [pixels].
+        features: recipe of the cached features that are read instead of videos.
+    """
     scaling, data = config.scaling, config.data
-    frame = image_size**2 * 3 if features is None else features.patches * features.width * BF16
-    block = block_rows(data, image_size, features) * data.num_frames * frame
-    decoders = placement.pools_of(config, scaling.most_workers)[1].count
-    need = block * (READERS_HOLD * decoders + RANKS_HOLD * scaling.most_workers)
-    have = sum(node.count * node.resources.get(STORE, math.inf) for node in placement.cluster(config))
-    if need <= have:
+    frame_bytes = image_size**2 * 3 if features is None else features.patches * features.width * BF16_BYTES
+    block_bytes = rows_per_block(data, image_size, features) * data.num_frames * frame_bytes
+    decoders = placement.demands(config, scaling.most_workers)[1].count
+    needed = block_bytes * (BLOCKS_PER_DECODER * decoders + BLOCKS_PER_RANK * scaling.most_workers)
+    pools = placement.node_pools(config)
+    available = sum(pool.count * pool.resources.get(OBJECT_STORE, math.inf) for pool in pools)
+    if needed <= available:
         return None
     return (
-        f"blocks on their way take {need / 1e9:.1f} GB, and object stores have {have / 1e9:.1f} GB, so that "
-        "Ray spills to disk; give nodes more (ray start --object-store-memory), or lower data.num_frames"
+        f"blocks in flight take {needed / 1e9:.1f} GB and the object stores hold {available / 1e9:.1f} GB: Ray will "
+        "spill to disk; give nodes more (ray start --object-store-memory), or lower data.num_frames"
     )

@@ -1,5 +1,5 @@
-"""What runs on each node. It travels there as code, and imports what it needs when it needs it: a node without the
-package, or without a decoder, has to be able to say so."""
+"""The probe that runs on each node. It travels there as code and imports lazily: a node without the package, or
+without a decoder, must still be able to report it."""
 
 import hashlib
 import importlib.metadata
@@ -17,92 +17,102 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from crosslmm.ray_runtime import local_node, token_auth_enabled
+from crosslmm.ray_runtime import spill_folder, token_auth_enabled
 
-SEEN = """\
+GPU_TEST = """\
 import torch
 count = torch.cuda.device_count()
 for i in range(count):
     torch.ones(1, device=f"cuda:{i}").sum().item()
 print(count, torch.cuda.get_device_name(0) if count else "")
 """
+"""Program that computes on each GPU and prints their number and name."""
+PERMISSION_ERRNOS = (1, 13, 30)
+"""EPERM, EACCES and EROFS."""
+NOT_INSTALLED = "not installed"
 
-Try = Callable[[], str]
-"""What a node tries -> what is said of it; raises what is wrong."""
+Check = Callable[[], str]
+"""Checks one thing on this node and returns a message about it; raises what is wrong."""
+CheckResult = tuple[str, str, str]
+"""Name of a check, class of the error ("" for none), message."""
 
 
 class NotShared(Exception):
-    """The folder that is written here is not the driver's."""
+    """The storage folder on this node is not the driver's."""
 
 
-def look(asked: dict[str, Any]) -> dict[str, Any]:
-    """This node as `checks` wants it.
+def probe_node(request: dict[str, Any]) -> dict[str, Any]:
+    """Return this node's report.
 
     Args:
-        asked: `node`, `probe` (folder in storage with the driver's own file), `config` of the run, plain, `tries`, the
-            names of what is tried; and what these need: `manifests`, `videos` (any of which will do), `image_size`,
-            `gpus` that Ray gives out here, `drives`: whether drivers may be here, `patient` with a store that is out of
-            reach.
+        request: plain values, with the keys
+            `node`: name of this node;
+            `folder`: folder in storage that holds the file `driver`;
+            `config`: the run's configuration;
+            `checks`: names in `CHECKS`;
+            `manifests`, `videos` (one readable video is enough), `image_size` [pixels]: what those checks read;
+            `gpus`: number of GPUs that Ray assigns on this node;
+            `runs_drivers`: drivers may be placed on this node;
+            `retry_storage`: retry a store that is out of reach (default: fail at once).
     """
     return {
         "time": time.time(),
         "versions": versions(),
-        "disks": disks(asked["config"]["storage"]),
+        "disks": disks(request["config"]["storage"]),
         "token": token(),
-        "reached": [found for found in reach(asked) if found],
+        "checks": [result for result in run_checks(request) if result],
     }
 
 
 def versions() -> dict[str, str]:
-    """Of what has to be the same everywhere. The package's goes by its files: a working copy has no other version."""
+    """Return the versions that must be equal on all nodes. The package's includes a digest of its files, since working
+    copies share a version number."""
     import ray
 
     return {
         "Ray": ray.__version__,
         "Python": platform.python_version(),
-        "torch": _installed("torch"),
-        "crosslmm": _files(),
+        "torch": _installed_version("torch"),
+        "crosslmm": _package_version(),
     }
 
 
-def _installed(name: str) -> str:
+def _installed_version(distribution: str) -> str:
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return "is missing"
+        return NOT_INSTALLED
 
 
-def _files() -> str:
+def _package_version() -> str:
     spec = importlib.util.find_spec("crosslmm")
     if spec is None or spec.origin is None:
-        return "is missing"
-    folder, found = Path(spec.origin).parent, hashlib.sha256()
+        return NOT_INSTALLED
+    folder, digest = Path(spec.origin).parent, hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
-        found.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    return f"{_installed('crosslmm')} ({found.hexdigest()[:8]})"
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return f"{_installed_version('crosslmm')} ({digest.hexdigest()[:8]})"
 
 
 def disks(storage: str = "s3://") -> dict[str, tuple[str, int, int]]:
-    """By what for: path, free and all bytes."""
-    # tempfile would turn away from one that is full.
-    places = {"temporary files": os.environ.get("TMPDIR") or tempfile.gettempdir()}
-    if node := local_node():
-        spilled = node._fallback_directory
-        default = not spilled or spilled.startswith(node.get_session_dir_path())
-        places["Ray's files"] = node.get_temp_dir_path() if default else spilled
+    """Return path, free and total space [bytes] of the folders that a run writes to, by use."""
+    # TMPDIR first: `tempfile.gettempdir` silently avoids a folder on a full disk.
+    folders = {"temporary files": os.environ.get("TMPDIR") or tempfile.gettempdir()}
+    if spilled := spill_folder():
+        folders["Ray's files"] = spilled
     if "://" not in storage:
-        places["local storage"] = storage
-    return {use: (path, *_room(Path(path).absolute())) for use, path in places.items()}
+        folders["local storage"] = storage
+    return {use: (path, *_disk_space(Path(path).absolute())) for use, path in folders.items()}
 
 
-def _room(path: Path) -> tuple[int, int]:
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    found = shutil.disk_usage(there)
-    return found.free, found.total
+def _disk_space(path: Path) -> tuple[int, int]:
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    usage = shutil.disk_usage(existing)
+    return usage.free, usage.total
 
 
 def token() -> tuple[bool, str, int]:
-    """Whether Ray asks for one here; the file that it is taken from, if any; that file's mode."""
+    """Return whether Ray requires a token here, the path of the token file ("" if there is none), and its mode."""
     if not token_auth_enabled():
         return False, "", 0
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -111,147 +121,148 @@ def token() -> tuple[bool, str, int]:
     return True, str(path), stat.S_IMODE(path.stat().st_mode)
 
 
-def reach(asked: dict[str, Any]) -> list[tuple[str, str, str] | None]:
-    """Name, class of the error or "", and what is said, of each that was tried. All are tried at once, for a store
-    that is out of reach takes its time."""
-    tries = []
-    for name in asked["tries"]:
-        # One after the other: imports of threads get in one another's way.
+def run_checks(request: dict[str, Any]) -> list[CheckResult | None]:
+    """Run the checks that the request names, all at once: each waits for the network. None for a check that does not
+    apply to this node."""
+    checks = []
+    for name in request["checks"]:
+        # Imports one after another: concurrent imports in threads can deadlock.
         try:
-            tries.append((name, TRIES[name](asked)))
+            checks.append((name, CHECKS[name](request)))
         except Exception as error:
-            tries.append((name, _failing(error)))
-    with ThreadPoolExecutor(max(1, len(tries))) as threads:
-        return list(threads.map(_tried, *zip(*tries, strict=True))) if tries else []
+            checks.append((name, _raise(error)))
+    with ThreadPoolExecutor(max(1, len(checks))) as threads:
+        return list(threads.map(_run_check, *zip(*checks, strict=True))) if checks else []
 
 
-def _failing(error: Exception) -> Try:
-    def fail() -> str:
+def _raise(error: Exception) -> Check:
+    def check() -> str:
         raise error
 
-    return fail
+    return check
 
 
-def _tried(name: str, attempt: Try | None) -> tuple[str, str, str] | None:
-    if attempt is None:
+def _run_check(name: str, check: Check | None) -> CheckResult | None:
+    if check is None:
         return None
     try:
-        return name, "", attempt()
+        return name, "", check()
     except Exception as error:
-        kind = "PermissionError" if getattr(error, "errno", 0) in (1, 13, 30) else type(error).__name__
-        said = " ".join(str(error).split())[:300]
-        if "refuses" in said and name == "MLflow":
+        message = " ".join(str(error).split())[:300]
+        kind = "PermissionError" if getattr(error, "errno", 0) in PERMISSION_ERRNOS else type(error).__name__
+        if "refuses" in message and name == "MLflow":
             kind = "refuses"
-        return (
-            name,
-            kind,
-            said if kind in ("PermissionError", "Unavailable", "NotShared", "BadConfig") else f"{kind}: {said}",
-        )
+        # Messages of our own errors and of the store name the thing; others need their class to be understood.
+        complete = kind in ("PermissionError", "Unavailable", "NotShared", "BadConfig")
+        return name, kind, message if complete else f"{kind}: {message}"
 
 
-def _storage(asked: dict[str, Any]) -> Try:
+def _storage(request: dict[str, Any]) -> Check:
     from crosslmm import storage
 
-    _be_as_patient(asked)
-    probe = asked["probe"]
+    _set_retry(request)
+    folder = request["folder"]
 
-    def write() -> str:
-        storage.write_bytes(storage.join(probe, asked["node"]), b"written")
-        if not storage.exists(storage.join(probe, "driver")):
-            raise NotShared(f"{probe}: what the driver wrote is not there")
-        return f"written to {storage.parent(probe)}"
+    def check() -> str:
+        storage.write_bytes(storage.join(folder, request["node"]), b"written")
+        if not storage.exists(storage.join(folder, "driver")):
+            raise NotShared(f"{folder}: the driver's file is missing there")
+        return f"written to {storage.parent(folder)}"
 
-    return write
+    return check
 
 
-def _be_as_patient(asked: dict[str, Any]) -> None:
+def _set_retry(request: dict[str, Any]) -> None:
     from crosslmm.storage import retry
 
-    if not asked.get("patient"):
+    if not request.get("retry_storage"):
         retry.PATIENCE_S = 0
 
 
-def _manifest(asked: dict[str, Any]) -> Try:
+def _manifest(request: dict[str, Any]) -> Check:
     from crosslmm import storage
 
-    def read() -> str:
-        for uri in asked["manifests"]:
+    def check() -> str:
+        for uri in request["manifests"]:
             if not storage.is_folder(uri):
                 storage.read_bytes(uri, 0, 1024)
-        return ", ".join(asked["manifests"])
+        return ", ".join(request["manifests"])
 
-    return read
+    return check
 
 
-def _decoder(asked: dict[str, Any]) -> Try:
+def _decoder(request: dict[str, Any]) -> Check:
     from crosslmm.data.video.decode_pool import require_backend
 
-    def load() -> str:
-        require_backend(asked["config"]["data"]["decoder"])
-        return f"{asked['config']['data']['decoder']} loads"
+    def check() -> str:
+        require_backend(request["config"]["data"]["decoder"])
+        return f"{request['config']['data']['decoder']} loads"
 
-    return load
+    return check
 
 
-def _video(asked: dict[str, Any]) -> Try | None:
-    if not asked["videos"] or importlib.util.find_spec("crosslmm") is None:
+def _video(request: dict[str, Any]) -> Check | None:
+    if not request["videos"] or importlib.util.find_spec("crosslmm") is None:
         return None
     try:
         from crosslmm.config import DataConfig
         from crosslmm.data.video.decode_pool import Unreadable, decode_video
     except ImportError:
-        return None  # the decoder's row says it
-    data = DataConfig.model_validate(asked["config"]["data"])
+        return None  # the decoder's own check reports it
+    data = DataConfig.model_validate(request["config"]["data"])
 
-    def decode() -> str:
-        why = ""
-        for uri in asked["videos"]:
-            found = decode_video(uri, data, asked["image_size"])
-            if not isinstance(found, Unreadable):
-                return f"{len(found)} frames of {uri}"
-            why = why or f"{uri}: {found.reason}"
-        raise ValueError(why)
+    def check() -> str:
+        first_failure = ""
+        for uri in request["videos"]:
+            frames = decode_video(uri, data, request["image_size"])
+            if not isinstance(frames, Unreadable):
+                return f"{len(frames)} frames of {uri}"
+            first_failure = first_failure or f"{uri}: {frames.reason}"
+        raise ValueError(first_failure)
 
-    return decode
+    return check
 
 
-def _mlflow(asked: dict[str, Any]) -> Try | None:
-    if not asked["drives"]:  # drivers alone write the record
+def _mlflow(request: dict[str, Any]) -> Check | None:
+    if not request["runs_drivers"]:  # only drivers write to MLflow
         return None
 
     from crosslmm.config import TrackingConfig, tracking_uri, without_password
     from crosslmm.tracking.client import require_answer
 
-    config = TrackingConfig.model_validate(asked["config"]["tracking"])
+    config = TrackingConfig.model_validate(request["config"]["tracking"])
 
-    def ask() -> str:
+    def check() -> str:
         if tracking_uri(config).startswith("sqlite:"):
-            raise RuntimeError("MLFLOW_TRACKING_URI is not set here; the driver's holds a password, and stays there")
+            raise RuntimeError(
+                "MLFLOW_TRACKING_URI is not set here; the driver's holds a password, and is not sent to other nodes"
+            )
         require_answer(config)
         return f"{without_password(tracking_uri(config))} answers"
 
-    return ask
+    return check
 
 
-def _gpu(asked: dict[str, Any]) -> Try | None:
-    if not asked["gpus"]:
+def _gpu(request: dict[str, Any]) -> Check | None:
+    if not request["gpus"]:
         return None
 
-    def see() -> str:
-        # Ray hides them from a task that asked for none.
-        every = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
-        seen = subprocess.run([sys.executable, "-c", SEEN], env=every, capture_output=True, text=True, timeout=60)
-        if seen.returncode:
-            raise RuntimeError(seen.stderr.strip().splitlines()[-1])
-        count, _, kind = seen.stdout.strip().partition(" ")
-        if int(count) < asked["gpus"]:
-            raise RuntimeError(f"Ray gives out {asked['gpus']:g} GPUs here, and torch sees {count}")
-        return f"{count} x {kind}"
+    def check() -> str:
+        # Ray hides the GPUs from a task that reserves none.
+        environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+        command = [sys.executable, "-c", GPU_TEST]
+        test = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        if test.returncode:
+            raise RuntimeError(test.stderr.strip().splitlines()[-1])
+        count, _, model = test.stdout.strip().partition(" ")
+        if int(count) < request["gpus"]:
+            raise RuntimeError(f"Ray assigns {request['gpus']:g} GPUs here, and torch sees {count}")
+        return f"{count} x {model}"
 
-    return see
+    return check
 
 
-TRIES: dict[str, Callable[[dict[str, Any]], Try | None]] = {
+CHECKS: dict[str, Callable[[dict[str, Any]], Check | None]] = {
     "storage": _storage,
     "manifest": _manifest,
     "decoder": _decoder,
@@ -259,3 +270,4 @@ TRIES: dict[str, Callable[[dict[str, Any]], Try | None]] = {
     "MLflow": _mlflow,
     "GPU": _gpu,
 }
+"""Prepares each check, by name: imports what it needs and returns it; None where it does not apply to this node."""

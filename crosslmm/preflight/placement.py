@@ -1,4 +1,4 @@
-"""Which nodes a run's processes belong on, and whether the cluster has, or can add, what they need."""
+"""Which nodes a run's processes belong on, and whether the cluster has, or can add, the resources for them."""
 
 import json
 from collections.abc import Sequence
@@ -12,150 +12,176 @@ from crosslmm.config import BadConfig, RunConfig
 
 
 @dataclass(frozen=True)
-class Nodes:
-    """So many equal nodes, there or to be added."""
+class NodePool:
+    """Equal nodes, in the cluster or to be added by its autoscaler."""
 
     count: int
     resources: dict[str, float]
-    """Of one of them."""
+    """Resources of one node, by Ray's names."""
     labels: dict[str, str]
 
-    def have(self, labels: dict[str, str]) -> bool:
-        """Whether these are among their labels."""
+    def has_labels(self, labels: dict[str, str]) -> bool:
+        """Return whether the nodes carry all of these labels."""
         return labels.items() <= self.labels.items()
 
-    def hold(self, each: dict[str, float]) -> int:
-        """How many processes that reserve so much have room on them."""
-        return self.count * min(floor(self.resources.get(k, 0) / v + 1e-6) for k, v in each.items())
+    def capacity(self, resources: dict[str, float]) -> int:
+        """Return how many processes that reserve these resources fit on all nodes together."""
+        return self.count * min(floor(self.resources.get(k, 0) / v + 1e-6) for k, v in resources.items())
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Processes of one kind."""
+class Demand:
+    """Resources that a run reserves for one kind of process."""
 
-    what: str
+    processes: str
+    """What the processes are, in error messages."""
     count: int
-    each: dict[str, float]
-    """What each of them reserves."""
-    on: dict[str, str]
-    """Labels that their nodes must have."""
+    resources: dict[str, float]
+    """Resources that each process reserves, by Ray's names."""
+    labels: dict[str, str]
+    """Labels that their nodes must carry."""
     keys: tuple[str, str, str]
-    """The settings of count, size and labels."""
+    """Configuration keys under `scaling` of count, resources and labels."""
 
 
 def check_placement(config: RunConfig) -> None:
-    """Refuse what the cluster, autoscaled to its limit, could never place: Ray would wait for ever without a word. And
-    a driver on the wrong node.
+    """Refuse a run that the cluster, autoscaled to its limit, could never place (Ray itself would wait forever and log
+    nothing), and a driver on the wrong node.
 
     Raises:
-        BadConfig: naming the keys, what they ask for and what there is.
+        BadConfig: naming the keys, what they need and what the cluster has.
     """
-    labels: Any = ray.get_runtime_context().get_node_labels()  # its type is said wrongly
+    labels: Any = ray.get_runtime_context().get_node_labels()  # Ray declares the wrong type
     check_driver(config, labels)
-    check_room(config, cluster(config))
+    check_resources(config, node_pools(config))
 
 
-def cluster(config: RunConfig) -> list[Nodes]:
-    """The nodes that there are, or that the autoscaler may add: of a type as many as it may, or as there are."""
-    types = [Nodes(one.most, one.resources, one.labels) for one in config.scaling.node_types]
-    alive = [Nodes(1, node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
-    # A node of a type counts among what its type may grow to.
-    return types + [node for node in alive if not any(node.have(one.labels) and one.labels for one in types)]
+def node_pools(config: RunConfig) -> list[NodePool]:
+    """Return the nodes that are in the cluster or that the autoscaler may add: of each node type its limit, or the
+    number of living nodes without a type."""
+    types = [NodePool(node_type.most, node_type.resources, node_type.labels) for node_type in config.scaling.node_types]
+    alive = [NodePool(1, node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+    # A living node of a type is part of that type's limit.
+    return types + [node for node in alive if not any(node.has_labels(pool.labels) and pool.labels for pool in types)]
 
 
 def check_driver(config: RunConfig, labels: dict[str, str]) -> None:
-    """Whether a driver on a node with these labels is where it should be.
+    """Check that the driver's node carries the labels of scaling.drive_on.
+
+    Args:
+        config: the run's configuration.
+        labels: labels of the driver's node.
 
     Raises:
-        BadConfig: it is not.
+        BadConfig: it does not.
     """
-    wanted = config.scaling.drive_on
-    if not wanted.items() <= labels.items():
-        found = {key: labels.get(key, "none") for key in wanted}
+    required = config.scaling.drive_on
+    if not required.items() <= labels.items():
+        actual = {key: labels.get(key, "none") for key in required}
         raise BadConfig(
-            f"scaling.drive_on: the driver is to be on a node with {_said(wanted)}, and this one has {_said(found)}; "
-            f"submit it with --entrypoint-label-selector '{json.dumps(wanted)}'"
+            f"scaling.drive_on: the driver must run on a node with {_format(required)}, and this one has "
+            f"{_format(actual)}; submit it with --entrypoint-label-selector '{json.dumps(required)}'"
         )
 
 
-def check_room(config: RunConfig, nodes: Sequence[Nodes]) -> None:
-    """Whether nodes have room for a run with its fewest workers.
+def check_resources(config: RunConfig, pools: Sequence[NodePool]) -> None:
+    """Check that the nodes have room for a run with its minimum number of workers.
 
     Raises:
-        BadConfig: naming the keys, what they ask for and what there is.
+        BadConfig: naming the keys, what they need and what the nodes have.
     """
     scaling = config.scaling
-    pools = pools_of(config, scaling.least_workers)
-    for pool in pools:
-        number, size, labels = pool.keys
-        there = [node for node in nodes if node.have(pool.on)]
-        if not there:
-            others = sorted({_said({key: node.labels.get(key, "none") for key in pool.on}) for node in nodes})
-            raise BadConfig(f"scaling.{labels}: no node has {_said(pool.on)}; there are {' and '.join(others)}")
-        room = sum(node.hold(pool.each) for node in there)
-        if room < pool.count:
-            which = f"the nodes with {_said(pool.on)}" if pool.on else "the cluster's nodes"
-            on_cpus = ", or train on CPUs with scaling.use_gpu false" if "GPU" in pool.each else ""
-            raise BadConfig(
-                f"scaling.{number}: {pool.count} {pool.what} need {_said(pool.each)} each, and {which} "
-                f"({_sizes(there, pool)}) have room for {room}; lower it or scaling.{size}{on_cpus}"
-            )
-    there = [node for node in nodes if any(node.have(pool.on) for pool in pools)]
-    need, total = sum(pool.count * pool.each["CPU"] for pool in pools), _cpus(there)
-    if need > total + 1e-6:
-        sums = " + ".join(f"{pool.count} {pool.what} x {pool.keys[1]} {pool.each['CPU']:g}" for pool in pools)
-        raise BadConfig(f"scaling: {sums} = {need:g} CPUs, and there are {total:g}; lower one of them")
-    train = pools[0]
+    run_demands = demands(config, scaling.least_workers)
+    for demand in run_demands:
+        _check_demand(demand, pools)
+    usable = [pool for pool in pools if any(pool.has_labels(demand.labels) for demand in run_demands)]
+    needed, available = sum(demand.count * demand.resources["CPU"] for demand in run_demands), _cpus(usable)
+    if needed > available + 1e-6:
+        terms = " + ".join(
+            f"{demand.count} {demand.processes} x {demand.keys[1]} {demand.resources['CPU']:g}"
+            for demand in run_demands
+        )
+        raise BadConfig(f"scaling: {terms} = {needed:g} CPUs, and there are {available:g}; lower one of them")
+    train = run_demands[0]
     elastic = scaling.least_workers < scaling.most_workers
-    if elastic and any(node.hold(train.each) for node in nodes if not node.have(train.on)):
+    if elastic and any(pool.capacity(train.resources) for pool in pools if not pool.has_labels(train.labels)):
         raise BadConfig(
             f"scaling.worker_resources: with num_workers [{scaling.least_workers}, {scaling.most_workers}] Ray Train "
             "counts the room on all nodes, whatever their labels; name a resource that only those of train_on have"
         )
 
 
-def room_for(config: RunConfig, nodes: Sequence[Nodes], own_cpus: float) -> int:
-    """How many such runs have room beside one another, each with all its workers and a driver that reserves so many
-    CPUs of any node's; one at least."""
-    pools = pools_of(config, config.scaling.most_workers)
-    counts = [sum(node.hold(pool.each) for node in nodes if node.have(pool.on)) // pool.count for pool in pools]
-    there = [node for node in nodes if any(node.have(pool.on) for pool in pools)]
-    together = sum(pool.count * pool.each["CPU"] for pool in pools) + (0 if config.scaling.drive_on else own_cpus)
-    return max(1, min(*counts, int(_cpus(there) / together + 1e-6)))
+def _check_demand(demand: Demand, pools: Sequence[NodePool]) -> None:
+    """Check that the nodes with the demand's labels have room for its processes."""
+    count_key, resources_key, labels_key = demand.keys
+    labelled = [pool for pool in pools if pool.has_labels(demand.labels)]
+    if not labelled:
+        existing = sorted({_format({key: pool.labels.get(key, "none") for key in demand.labels}) for pool in pools})
+        raise BadConfig(
+            f"scaling.{labels_key}: no node has {_format(demand.labels)}; there are {' and '.join(existing)}"
+        )
+    capacity = sum(pool.capacity(demand.resources) for pool in labelled)
+    if capacity < demand.count:
+        nodes = f"the nodes with {_format(demand.labels)}" if demand.labels else "the cluster's nodes"
+        on_cpus = ", or train on CPUs with scaling.use_gpu false" if "GPU" in demand.resources else ""
+        raise BadConfig(
+            f"scaling.{count_key}: {demand.count} {demand.processes} need {_format(demand.resources)} each, and "
+            f"{nodes} ({_format_pools(labelled, demand)}) have room for {capacity}; lower it or "
+            f"scaling.{resources_key}{on_cpus}"
+        )
 
 
-def pools_of(config: RunConfig, workers: int) -> list[Pool]:
-    """What a run with so many training workers holds: these, and its decoders."""
+def max_concurrent_runs(config: RunConfig, pools: Sequence[NodePool], driver_cpus: float) -> int:
+    """Return how many such runs fit on the nodes at the same time, at least one.
+
+    Args:
+        config: configuration of each run; it gets its maximum number of workers.
+        pools: nodes of the cluster.
+        driver_cpus: CPUs that each run's driver reserves on any node, unless scaling.drive_on places it elsewhere.
+    """
+    run_demands = demands(config, config.scaling.most_workers)
+    counts = [
+        sum(pool.capacity(demand.resources) for pool in pools if pool.has_labels(demand.labels)) // demand.count
+        for demand in run_demands
+    ]
+    usable = [pool for pool in pools if any(pool.has_labels(demand.labels) for demand in run_demands)]
+    cpus = sum(demand.count * demand.resources["CPU"] for demand in run_demands)
+    cpus += 0 if config.scaling.drive_on else driver_cpus
+    return max(1, min(*counts, int(_cpus(usable) / cpus + 1e-6)))
+
+
+def demands(config: RunConfig, workers: int) -> list[Demand]:
+    """Return the demands of a run with this number of training workers: first the workers', then the decoders'."""
     scaling = config.scaling
     keys = ("num_workers", "cpus_per_worker", "train_on")
-    train = Pool("workers", workers, worker_resources(config), scaling.train_on, keys)
-    # Validation decodes beside training's own decoders.
+    train = Demand("workers", workers, worker_resources(config), scaling.train_on, keys)
+    # Validation has decoders of its own, which run at the same time as those of training.
     decoders = scaling.decode_workers * (2 if config.data.validation_manifest else 1)
-    what = "decoders, half of them for validation," if config.data.validation_manifest else "decoders"
-    each = {"CPU": scaling.cpus_per_decode_worker}
+    name = "decoders, half of them for validation," if config.data.validation_manifest else "decoders"
+    resources = {"CPU": scaling.cpus_per_decode_worker}
     keys = ("decode_workers", "cpus_per_decode_worker", "decode_on")
-    return [train, Pool(what, decoders, each, scaling.decode_on, keys)]
+    return [train, Demand(name, decoders, resources, scaling.decode_on, keys)]
 
 
 def worker_resources(config: RunConfig) -> dict[str, float]:
-    """What a training worker reserves."""
+    """Return the resources that one training worker reserves, by Ray's names."""
     scaling = config.scaling
     return {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {}) | scaling.worker_resources
 
 
-def _cpus(nodes: Sequence[Nodes]) -> float:
-    return sum(node.count * node.resources.get("CPU", 0) for node in nodes)
+def _cpus(pools: Sequence[NodePool]) -> float:
+    return sum(pool.count * pool.resources.get("CPU", 0) for pool in pools)
 
 
-def _sizes(nodes: Sequence[Nodes], pool: Pool) -> str:
-    """2 x 8 CPU, 1 GPU; 1 x 4 CPU, 0 GPU."""
+def _format_pools(pools: Sequence[NodePool], demand: Demand) -> str:
+    """Return nodes by size, such as "2 x 8 CPU, 1 GPU; 1 x 4 CPU, 0 GPU"."""
     counts: dict[str, int] = {}
-    for node in nodes:
-        size = _said({kind: node.resources.get(kind, 0.0) for kind in pool.each})
-        counts[size] = counts.get(size, 0) + node.count
+    for pool in pools:
+        size = _format({kind: pool.resources.get(kind, 0.0) for kind in demand.resources})
+        counts[size] = counts.get(size, 0) + pool.count
     return "; ".join(f"{count} x {size}" for size, count in counts.items())
 
 
-def _said(values: dict[str, Any]) -> str:
-    """{"CPU": 2.0, "GPU": 1.0} -> 2 CPU, 1 GPU; {"role": "train"} -> role=train."""
+def _format(values: dict[str, Any]) -> str:
+    """Return resources as "2 CPU, 1 GPU", labels as "role=train"."""
     return ", ".join(f"{k}={v}" if isinstance(v, str) else f"{v:g} {k}" for k, v in values.items())

@@ -1,4 +1,4 @@
-"""Fills in what a configuration leaves open: the name, absolute storage, the sample data."""
+"""Fill in what a configuration leaves open: the run's name, absolute storage, the sample data."""
 
 from datetime import datetime
 from pathlib import Path
@@ -11,11 +11,11 @@ from crosslmm.model.loading import build_config
 
 
 def resolve_config(config: RunConfig) -> RunConfig:
-    """Fill in what the configuration leaves to the moment: name, absolute storage, sample data.
+    """Return the configuration with a name, absolute storage and, for `data.manifest: sample`, generated data.
 
     Raises:
-        BadConfig: relative storage in a job whose working directory is a copy that will be thrown away; a decoder that
-            does not load.
+        BadConfig: the model's configuration is invalid, the decoder does not load, or storage or the tracking database
+            would be deleted together with the job.
     """
     build_config(config.model)
     require_backend(config.data.decoder)
@@ -31,10 +31,11 @@ def resolve_config(config: RunConfig) -> RunConfig:
 
 
 def require_durable(key: str, uri: str) -> None:
-    """Whether what is written there outlives the job.
+    """Raise BadConfig if `uri` is in the job's uploaded working directory, which is deleted with the job.
 
-    Raises:
-        BadConfig: relative, in a job whose working directory is a copy that will be thrown away.
+    Args:
+        key: configuration key of `uri`, for the message.
+        uri: path, URI, or `sqlite:///` URI.
     """
     here = str(Path.cwd())
     uploaded = "/working_dir_files/" in here  # where Ray unpacks `ray job submit --working-dir`

@@ -15,12 +15,12 @@ from rich.console import Console
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, flatten, tracking_uri
-from crosslmm.data.feature_cache import FeatureSettings
+from crosslmm.data.feature_format import FeatureConfig
 from crosslmm.data.manifest import Manifest, Rows
-from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.encode.run import run_encoding
 from crosslmm.inference.answerer import first_turn
-from crosslmm.preflight import checks, hardware, placement
+from crosslmm.preflight import checks, connect, hardware, placement
 from crosslmm.preflight.resolve import resolve_config
 from crosslmm.run_folder import SWEEP
 from crosslmm.sweep import report, trials
@@ -94,7 +94,7 @@ def run_sweep(config: RunConfig, chosen: SweepSettings, space_name: str, space: 
     most = min(chosen.trials or whole, whole) if whole else chosen.trials or DRAWN
     if chosen.promote and chosen.promote.isdecimal() and int(chosen.promote) >= most:
         raise BadConfig(f"--promote {chosen.promote}: trials are numbered from 0 to {most - 1}")
-    checks.enter()
+    connect.connect()
     checks.require_ready(config, manifests)
     # Once for all trials: they are compared, and share features.
     computes_on = hardware.detect(config)
@@ -193,7 +193,7 @@ def _require_reach(record: MlflowRun) -> None:
 
 def _steps(config: RunConfig, manifests: list[Manifest]) -> int:
     """Optimizer steps of a trial."""
-    order = SampleOrder(
+    order = DeterministicSampler(
         tuple(map(len, manifests)),
         config.train.global_batch_size,
         config.seed,
@@ -252,7 +252,7 @@ def _features(
             )
             return None
         console.print(f"features  trials look at {looks:,} samples or more of {videos:,} videos: encoded once")
-    encoded = run_encoding(config, FeatureSettings(dtype="int8" if chosen.features == "int8" else "bf16"))
+    encoded = run_encoding(config, FeatureConfig(dtype="int8" if chosen.features == "int8" else "bf16"))
     if encoded.videos:
         record.log_values({"cost/encoding_s": encoded.encoding_s}, {})
     return encoded.folder

@@ -39,7 +39,7 @@ class SweepFailed(Exception):
 
 def at_once(config: RunConfig) -> int:
     """Trials that the cluster, scaled up to its limit, can place beside one another."""
-    return placement.room_for(config, placement.cluster(config), OWN_CPUS)
+    return placement.max_concurrent_runs(config, placement.node_pools(config), OWN_CPUS)
 
 
 def run_trials(base: RunConfig, chosen: SweepSettings, search: Search, watch: SweepProgress, concurrent: int) -> None:

@@ -18,14 +18,22 @@ from crosslmm import storage
 from crosslmm.config import BadConfig
 from crosslmm.data.feature_cache import BadFeatures
 from crosslmm.data.manifest import BadManifest
-from crosslmm.data.quarantine import TooManyBad
+from crosslmm.data.quarantine import TooManyUnreadable
 from crosslmm.preflight import hardware, placement
 from crosslmm.ray_runtime import QUIET_ENVIRONMENT, worker_group_errors
 from crosslmm.train import checkpoint, worker
 from crosslmm.train.job import TRAIN, VALIDATION, Given, Job, later
 from crosslmm.train.worker import Stopped
 
-HOPELESS = (BadConfig, BadFeatures, BadManifest, TooManyBad, FloatingPointError, storage.BadLocation, storage.Refused)
+HOPELESS = (
+    BadConfig,
+    BadFeatures,
+    BadManifest,
+    TooManyUnreadable,
+    FloatingPointError,
+    storage.BadLocation,
+    storage.Refused,
+)
 """What would end every other try in the same way."""
 ECHOES = ("gloo", "NCCL", "onnection", "socket", "ProcessGroup")
 """In the words of a rank whose peer has gone."""
@@ -163,7 +171,7 @@ def _trainer(job: Job) -> TorchTrainer:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=_NO_RETRIES,
-            worker_runtime_env={"env_vars": QUIET_ENVIRONMENT | hardware.environment(config)},  # type: ignore[call-arg]
+            worker_runtime_env={"env_vars": QUIET_ENVIRONMENT | hardware.worker_environment(config)},  # type: ignore[call-arg]
         ),
         datasets=dict.fromkeys([TRAIN, VALIDATION] if job.validation_rows else [TRAIN], later),
         dataset_config=Given(job),

@@ -14,13 +14,13 @@ from rich.console import Console
 from crosslmm import run_folder, storage, tracking
 from crosslmm.config import BadConfig, RunConfig, flatten, to_yaml, validate_run
 from crosslmm.data.feature_cache import FeatureCache
-from crosslmm.data.frame_sampling import Sampling
+from crosslmm.data.frame_sampling import FrameSampling
 from crosslmm.data.manifest import Manifest, Rows
-from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.encode.recipe import open_features
 from crosslmm.inference.answerer import CONFIG
 from crosslmm.model.loading import build_config, build_processor
-from crosslmm.preflight import checks, hardware, placement
+from crosslmm.preflight import checks, connect, hardware, placement
 from crosslmm.preflight.resolve import resolve_config
 from crosslmm.train import launcher
 from crosslmm.train.events import open_channel
@@ -83,7 +83,7 @@ def run_training(config: RunConfig, trial: TrialContext | None = None) -> Traini
     manifests = [Manifest(uri, config.data.roots) for uri in config.data.manifests]
     held_out = config.data.validation_manifest
     validation = Manifest(held_out, config.data.roots) if held_out else None
-    checks.enter()
+    connect.connect()
     placement.check_placement(config)
     if trial is None:
         checks.require_ready(config, manifests)
@@ -157,7 +157,7 @@ def build_job(
 ) -> Job:
     """Decide what workers must agree upon, and hand the rows to Ray."""
     train, data = config.train, config.data
-    order = SampleOrder(
+    order = DeterministicSampler(
         tuple(len(manifest) for manifest in manifests),
         train.global_batch_size,
         config.seed,
@@ -165,9 +165,10 @@ def build_job(
     )
     steps = train.epochs * order.steps_per_epoch
     model = build_config(config.model)
-    sampling = Sampling(data.num_frames, data.sampling, data.fps)
+    sampling = FrameSampling(data.num_frames, data.sampling, data.fps)
     lengths = [
-        manifest.lengths(sampling, model.tokens_per_frame) for manifest in manifests * bool(train.micro_batch_tokens)
+        manifest.estimate_tokens(sampling, model.tokens_per_frame)
+        for manifest in manifests * bool(train.micro_batch_tokens)
     ]
     return Job(
         config=config,

@@ -168,16 +168,16 @@ def test_a_job_s_parts_belong_on_nodes_that_there_can_be_and_have_room_there(
 ) -> None:
     from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 
-    from crosslmm.preflight.placement import Nodes, check_driver, check_room
+    from crosslmm.preflight.placement import NodePool, check_driver, check_resources
 
     monkeypatch.chdir(ROOT)
     config = configuration(name)
     types = yaml.safe_load((CLUSTER / "aws.yaml").read_text())["available_node_types"]
     check_driver(config, types["head"]["labels"])
     # Nothing has been added yet.
-    head = Nodes(1, types["head"]["resources"], types["head"]["labels"])
-    may_come = [Nodes(one.most, one.resources, one.labels) for one in config.scaling.node_types]
-    check_room(config, [head, *may_come])
+    head = NodePool(1, types["head"]["resources"], types["head"]["labels"])
+    may_come = [NodePool(one.most, one.resources, one.labels) for one in config.scaling.node_types]
+    check_resources(config, [head, *may_come])
     # What the configuration says of nodes to come, both clouds have.
     for nodes in may_come:
         (there,) = [one for one in types.values() if one["labels"] == nodes.labels]

@@ -131,7 +131,7 @@ def test_bf16_with_checkpointing_trains(on_the_gpu, tmp_path):
 
 
 def test_what_is_found():
-    found = hardware.look()
+    found = hardware.detect_local()
     assert found.gpu == torch.cuda.get_device_name()
     assert found.bf16 == torch.cuda.is_bf16_supported(including_emulation=False)
     assert found.nccl.count(".") == 2
@@ -160,7 +160,7 @@ def test_a_run_says_what_it_computes_on_stops_goes_on_and_learns(tmp_path):
         said = "".join(itertools.takewhile(lambda line: not line.startswith("step "), stopped.stdout))
         stopped.terminate()
         stopped.stdout.read()
-    attention = "flash_attention_2" if hardware.look().flash else "sdpa"
+    attention = "flash_attention_2" if hardware.detect_local().flash_attn else "sdpa"
     assert f"{torch.cuda.get_device_name()}, bf16, {attention}, NCCL " in said
     assert stopped.returncode
     printed = job(tmp_path, "train", *run)

@@ -1,0 +1,94 @@
+"""Detected hardware decides precision and kernels; object stores and worker environments."""
+
+import dataclasses
+
+import pytest
+
+from crosslmm.cli import parse_run, preset_names
+from crosslmm.config import BadConfig
+from crosslmm.preflight import placement
+from crosslmm.preflight.hardware import (
+    GPU_ENVIRONMENT,
+    OBJECT_STORE,
+    Hardware,
+    describe,
+    object_store_warning,
+    resolve_auto,
+    worker_environment,
+)
+from crosslmm.preflight.placement import NodePool
+from crosslmm.train.run import changes
+
+H100 = Hardware("NVIDIA H100", bf16=True, flash_attn=True, nccl="2.27.3")
+V100 = Hardware("Tesla V100", bf16=False, flash_attn=False, nccl="2.27.3")
+AUTO = ("--train.precision=auto", "--model.attention=auto")
+
+
+def run(*overrides):
+    return parse_run(list(overrides), "")
+
+
+@pytest.mark.parametrize(
+    ("store_sizes", "warned"),
+    # The blocks take 1.7 GB; two nodes of each size in units of 0.1 GB, None for an unknown size.
+    [((8,), True), ((4, 3), True), ((9,), False), ((4, 5), False), ((4, None), False)],
+)
+def test_small_object_stores_are_warned_about(store_sizes, warned, monkeypatch):
+    pools = [
+        NodePool(2, {"CPU": 1} | ({} if size is None else {OBJECT_STORE: size * 10**8}), {}) for size in store_sizes
+    ]
+    monkeypatch.setattr(placement, "node_pools", lambda config: pools)
+    warning = object_store_warning(run("--data.num_frames=256"), 448, None)
+    assert bool(warning) is warned
+    if warning:
+        assert f"the object stores hold {2 * sum(store_sizes) / 10:.1f} GB: Ray will spill to disk" in warning
+
+
+@pytest.mark.parametrize(
+    ("use_gpu", "hardware", "precision", "attention"),
+    [
+        ("false", Hardware(), "fp32", "sdpa"),
+        ("true", H100, "bf16", "flash_attention_2"),
+        ("true", dataclasses.replace(H100, flash_attn=False), "bf16", "sdpa"),
+        ("true", V100, "fp32", "sdpa"),
+    ],
+)
+def test_auto_is_resolved_by_the_hardware(use_gpu, hardware, precision, attention):
+    config = resolve_auto(run(*AUTO, f"--scaling.use_gpu={use_gpu}"), hardware)
+    assert (config.train.precision, config.model.attention) == (precision, attention)
+    assert resolve_auto(config, V100) == config
+    line = describe(config, hardware)
+    assert f"{precision}, {attention}" in line
+    assert "\n" not in line
+
+
+def test_explicit_settings_are_kept():
+    config = run("--scaling.use_gpu=true", "--train.precision=fp32", "--model.attention=eager")
+    assert resolve_auto(config, H100) == config
+    with pytest.raises(BadConfig, match=r"flash_attention_2, which needs .*precision bf16"):
+        resolve_auto(
+            run("--scaling.use_gpu=true", "--train.precision=auto", "--model.attention=flash_attention_2"), V100
+        )
+
+
+def test_a_resume_on_other_hardware_shows_the_changed_precision():
+    config = run(*AUTO, "--scaling.use_gpu=true")
+    before, now = (resolve_auto(config, gpu).model_dump(mode="json") for gpu in (H100, V100))
+    assert changes(before, now) == {"train.precision": ("bf16", "fp32")}
+
+
+def test_gpu_presets_use_auto_and_the_laptop_preset_does_not():
+    for name in ("paper-2b", "paper-7b"):
+        assert name in preset_names()
+        config = run(f"--config={name}", "--config=stage-1")
+        assert (config.train.precision, config.model.attention, config.in_bf16) == ("auto", "auto", True)
+    assert not run().in_bf16
+
+
+def test_the_users_gpu_environment_takes_precedence(monkeypatch):
+    for name in GPU_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    assert worker_environment(run()) == {}
+    assert worker_environment(run("--scaling.use_gpu=true")) == GPU_ENVIRONMENT
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    assert worker_environment(run("--scaling.use_gpu=true"))["NCCL_DEBUG"] == "INFO"

@@ -33,7 +33,7 @@ from benchmarks import report
 from crosslmm.cli import parse_run
 from crosslmm.config import DataConfig, RunConfig
 from crosslmm.data.manifest import Manifest
-from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples import digits, shapes
 from crosslmm.data.video.decode_pool import decode_video
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
@@ -156,7 +156,7 @@ def stills(rng: np.random.Generator, known: digits.Digits, count: int) -> tuple[
     labels[0], labels[1] = NAMES[0] - 1, NAMES[1] - 1
     for i in range(count):
         (frame,) = digits.empty(rng, 1)
-        for corner in digits.places(rng, int(rng.integers(1, 10))):
+        for corner in digits.plate_corners(rng, int(rng.integers(1, 10))):
             digit, colour = rng.integers(len(known.names)), rng.integers(len(digits.PLATES))
             drawn = digits.plate(known.images[digit], digits.PLATES[colour])
             y, x = (slice(start, start + len(drawn)) for start in corner)
@@ -179,12 +179,12 @@ def train_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
     freeze(model, config.train.learning_rate)
     optimizer = build_optimizer(model, config.train)
     rows, videos = clips(folder, "train", config.data.num_frames)
-    order = SampleOrder((len(rows),), config.train.global_batch_size, config.seed)
+    order = DeterministicSampler((len(rows),), config.train.global_batch_size, config.seed)
     losses = []
     for step in range(ARM_STEPS):
         set_learning_rate(optimizer, step, ARM_STEPS, config.train)
         places = np.arange(step * order.global_batch_size, (step + 1) * order.global_batch_size)
-        chosen, weights = order.at(places)
+        chosen, weights = order.rows_at(places)
         messages = [rows[i]["messages"] for i in chosen]
         loss = model(**_inputs(processor, messages, [videos[i] for i in chosen], weights=weights)).loss
         loss.backward()

@@ -41,9 +41,9 @@ from benchmarks import report
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data import frame_sampling
-from crosslmm.data.dataset import Layout, block_rows, build_dataset, to_samples
+from crosslmm.data.dataset import BlockLayout, build_dataset, rows_per_block, unpack_block
 from crosslmm.data.manifest import Manifest, Rows
-from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.video.decode_pool import Decoder, Unreadable, decode_video
 from tests.support.object_store import running_object_store
 from tests.support.wire import Wire
@@ -218,19 +218,19 @@ def run_pipeline(videos: list[Path], data: DataConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "rows.jsonl").write_text("\n".join(lines))
         rows = Rows([Manifest(f"{folder}/rows.jsonl", ["/"])])
-    order = SampleOrder((len(videos),), 1, seed=0)
-    layout = Layout(order, 1, 0, order.steps_per_epoch, block_rows(data, SIDE))
+    order = DeterministicSampler((len(videos),), 1, seed=0)
+    layout = BlockLayout(order, 1, 0, order.steps_per_epoch, rows_per_block(data, SIDE))
     began = time.perf_counter()
     dataset = build_dataset(layout, ray.put(rows), data, SIDE, workers=PROCESSES, cpus_per_worker=0.5)
     samples, frames, first = [], 0, 0.0
     for block in dataset.iter_batches(batch_size=1, prefetch_batches=2):
-        for sample in to_samples(block):
+        for sample in unpack_block(block):
             first = first or time.perf_counter()
             samples.append(sample)
             frames += sum(len(video) for video in sample.videos)
     del samples[len(videos) :]  # what fills up the last block
     took = time.perf_counter() - first
-    own = {s.line for s in samples if not s.bad and not s.error}
+    own = {s.line for s in samples if not s.quarantined and not s.error}
     return {
         "frames_per_s": (frames - FRAMES) / took,
         "good_per_s": (sum(not s.error for s in samples) - 1) / took,

@@ -30,10 +30,10 @@ from benchmarks import report
 from benchmarks.data import start_ray
 from crosslmm.config import DataConfig
 from crosslmm.data import manifest_shards
-from crosslmm.data.dataset import Layout, block_rows, build_dataset, to_samples
-from crosslmm.data.frame_sampling import Sampling
+from crosslmm.data.dataset import BlockLayout, build_dataset, rows_per_block, unpack_block
+from crosslmm.data.frame_sampling import FrameSampling
 from crosslmm.data.manifest import Manifest, Rows
-from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.sampler import DeterministicSampler
 
 SIZES = {"1m": 1_000_000, "10m": 10_000_000}
 PART_ROWS, BATCH, BLOCKS, SIDE = 250_000, 256, 40, 64
@@ -64,7 +64,7 @@ def write_manifest(folder: str, rows: int) -> None:
             }
         )
         parts.append(manifest_shards.write_part(folder, number, table))
-        lengths.append(table.select(manifest_shards.LENGTHS))
+        lengths.append(table.select(manifest_shards.LENGTH_COLUMNS))
     manifest_shards.seal(folder, parts, pa.concat_tables(lengths), {"made_by": "benchmarks.manifest"})
 
 
@@ -74,21 +74,21 @@ def measure(folder: str) -> dict[str, Any]:
     began = time.perf_counter()
     data = DataConfig(num_frames=4)
     manifest = Manifest(folder)
-    lengths = manifest.lengths(Sampling(data.num_frames), tokens_per_frame=9)
-    order = SampleOrder((len(manifest),), BATCH, seed=0)
-    layout = Layout(order, 2, 0, order.steps_per_epoch, block_rows(data, SIDE), lengths)
+    lengths = manifest.estimate_tokens(FrameSampling(data.num_frames), tokens_per_frame=9)
+    order = DeterministicSampler((len(manifest),), BATCH, seed=0)
+    layout = BlockLayout(order, 2, 0, order.steps_per_epoch, rows_per_block(data, SIDE), lengths)
     planned = time.perf_counter() - began
     dataset = build_dataset(layout, ray.put(Rows([manifest])), data, SIDE, workers=2, cpus_per_worker=0.5)
     ids: list[str] = []
     first = 0.0
     for number, block in enumerate(dataset.iter_batches(batch_size=1, prefetch_batches=2)):
-        ids += [sample.id for sample in to_samples(block)]
+        ids += [sample.id for sample in unpack_block(block)]
         first = first or time.perf_counter() - began
         if number == BLOCKS:
             peaks = _peaks_mib()  # before the workers end
             break
-    rate = BLOCKS * layout.block_rows / (time.perf_counter() - began - first)
-    rows = order.at(np.concatenate([layout.places(block) for block in range(BLOCKS + 1)]))[0]
+    rate = BLOCKS * layout.rows_per_block / (time.perf_counter() - began - first)
+    rows = order.rows_at(np.concatenate([layout.positions(block) for block in range(BLOCKS + 1)]))[0]
     assert ids == [f"row {row}" for row in rows], "these are not the rows that the order names"
     return {
         "planned_s": planned,

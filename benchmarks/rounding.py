@@ -18,9 +18,9 @@ from torch import nn
 
 from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
-from crosslmm.data.feature_cache import DType, from_bf16, pack, to_bf16, unpack
+from crosslmm.data.feature_format import DType, from_bf16, pack, to_bf16, unpack
 from crosslmm.data.manifest import Manifest
-from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples import shapes
 from crosslmm.data.video.decode_pool import decode_video
 from crosslmm.model.loading import build_encoder, build_model, build_processor
@@ -89,10 +89,10 @@ def train(data: str, folder: str, form: str, seed: int) -> float:
     model = build_model(config.model, processor, config.seed)
     freeze(model, config.train.learning_rate)
     optimizer = build_optimizer(model, config.train)
-    order = SampleOrder((len(rows["train"]),), batch, config.seed)
+    order = DeterministicSampler((len(rows["train"]),), batch, config.seed)
     for step in range(steps):
         set_learning_rate(optimizer, step, steps, config.train)
-        chosen, weights = order.at(np.arange(step * batch, (step + 1) * batch))
+        chosen, weights = order.rows_at(np.arange(step * batch, (step + 1) * batch))
         messages = [rows["train"][i]["messages"] for i in chosen]
         model(**_inputs(processor, messages, [features["train"][i] for i in chosen], weights=weights)).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)

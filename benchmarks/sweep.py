@@ -43,7 +43,8 @@ from rich.table import Table
 from benchmarks import report, rounding
 from crosslmm.cli import parse_run, stop_on_sigterm
 from crosslmm.config import RunConfig
-from crosslmm.data.feature_cache import FeatureCache, create, from_bf16, write_index, write_shard
+from crosslmm.data.feature_cache import FeatureCache, create, write_index, write_shard
+from crosslmm.data.feature_format import from_bf16
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.samples import shapes
 from crosslmm.encode import recipe

@@ -20,10 +20,10 @@ from crosslmm.config import BadConfig
 
 def main() -> int:
     """Parse, encode, print."""
-    from crosslmm.data.feature_cache import FeatureSettings
+    from crosslmm.data.feature_format import FeatureConfig
 
     def add_own(parser: ArgumentParser) -> None:
-        parser.add_class_arguments(FeatureSettings, "features", fail_untyped=False)
+        parser.add_class_arguments(FeatureConfig, "features", fail_untyped=False)
 
     try:
         config, own = parse_job(sys.argv[1:], str(__doc__), add_own)
@@ -35,7 +35,7 @@ def main() -> int:
 
     stop_on_sigterm()
     try:
-        outcome = run_encoding(config, FeatureSettings(**own["features"]))
+        outcome = run_encoding(config, FeatureConfig(**own["features"]))
     except (BadConfig, BadManifest, BadLocation) as error:
         fail(error)
     except (SystemExit, KeyboardInterrupt):

@@ -151,7 +151,7 @@ def main() -> int:
     # Only now what takes seconds to import.
     from crosslmm.data.ingest.ray_tasks import NotPrepared
     from crosslmm.data.manifest import BadManifest
-    from crosslmm.data.quarantine import TooManyBad
+    from crosslmm.data.quarantine import TooManyUnreadable
     from crosslmm.storage import BadLocation
 
     stop_on_sigterm()
@@ -162,7 +162,7 @@ def main() -> int:
     except (SystemExit, KeyboardInterrupt):
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (NotPrepared, TooManyBad, OSError) as error:
+    except (NotPrepared, TooManyUnreadable, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 

@@ -10,14 +10,14 @@ Batch = Any
 """What the processor makes: a mapping of names to tensors, with `.to(device)`."""
 
 # What stands in the place of a sample that could not be read: it keeps every rank at the same step and teaches nothing.
-NOTHING = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
+PLACEHOLDER_MESSAGES = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
 
 
 @dataclass(frozen=True)
 class Sample:
     """One row of the manifest at one place of the run, read."""
 
-    place: int
+    position: int
     manifest: str
     """Path or URI of its manifest."""
     line: int
@@ -32,7 +32,7 @@ class Sample:
     """0 where the row only fills up an epoch."""
     error: str | None
     """Why its video could not be read."""
-    bad: list[dict[str, Any]] = field(default_factory=list)
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
     """Ledger entries of the rows that were to stand here, this one included, and could not be read."""
 
 
@@ -77,13 +77,13 @@ def micro_batches(
 
 def collate(samples: list[Sample], processor: Callable[..., Batch]) -> Batch:
     """One training batch; what could not be read has no weight in it."""
-    messages, videos, weights = readable(samples)
+    messages, videos, weights = mask_unreadable(samples)
     return processor(messages, videos, weights=weights)
 
 
 def collate_for_validation(samples: list[Sample], processor: Callable[..., Batch]) -> ValidationBatch:
     """One validation batch. A video that cannot be read is left out of the score."""
-    messages, videos, weights = readable(samples)
+    messages, videos, weights = mask_unreadable(samples)
     last = [max(i for i, m in enumerate(c) if m["role"] == "assistant") for c in messages]
     return ValidationBatch(
         inputs=processor(messages, videos, weights=weights),
@@ -94,10 +94,10 @@ def collate_for_validation(samples: list[Sample], processor: Callable[..., Batch
     )
 
 
-def readable(samples: list[Sample]) -> tuple[list[Any], list[list[np.ndarray]], list[float]]:
+def mask_unreadable(samples: list[Sample]) -> tuple[list[Any], list[list[np.ndarray]], list[float]]:
     """Conversations, videos and weights as they are taught: what could not be read says nothing."""
     return (
-        [NOTHING if s.error else s.messages for s in samples],
+        [PLACEHOLDER_MESSAGES if s.error else s.messages for s in samples],
         [[] if s.error else s.videos for s in samples],
         [0.0 if s.error else s.weight for s in samples],
     )

@@ -1,7 +1,7 @@
 """The Ray Data graph: places of a run -> rows -> frames, in blocks that an equal split keeps in order.
 
 `streaming_split(equal=True)` hands block i to rank i % W as long as all blocks have the same number of rows and none is
-cut. So the source emits block numbers, each of which becomes one row: `block_rows` consecutive samples *of one rank*.
+cut. So the source emits block numbers, each of which becomes one row: `rows_per_block` consecutive samples *of one rank*.
 Ray Data never needs to know what is in them.
 """
 
@@ -22,10 +22,11 @@ from ray.data.block import BlockMetadata
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.collate import Sample
-from crosslmm.data.feature_cache import BF16, BadFeatures, FeatureCache, FeatureRecipe
+from crosslmm.data.feature_cache import BadFeatures, FeatureCache
+from crosslmm.data.feature_format import BF16_BYTES, FeatureRecipe
 from crosslmm.data.manifest import BadManifest, Rows
-from crosslmm.data.quarantine import Entry
-from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.quarantine import QuarantineEntry
+from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.video.decode_pool import Decoder, Unreadable
 
 Item = TypeVar("Item")
@@ -35,18 +36,18 @@ Made = TypeVar("Made")
 BLOCK_BYTES = 16 * 2**20
 BLOCK_ROWS = 128
 
-SUBSTITUTES = 8
+MAX_SUBSTITUTES = 8
 """Other rows that are tried at the place of an unreadable one; beyond them the place has no weight."""
 
-STOPS = (storage.Refused, storage.Unavailable, BadFeatures, BadManifest)
+FATAL_ERRORS = (storage.Refused, storage.Unavailable, BadFeatures, BadManifest)
 """What ends a run, whatever row it happens at."""
 
-NO_ROW: dict[str, Any] = {"manifest": "", "line": 0, "id": "", "kind": None, "messages": []}
+EMPTY_ROW: dict[str, Any] = {"manifest": "", "line": 0, "id": "", "kind": None, "messages": []}
 """Stands at the places of a block that no store would give."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """Which places of a run each rank is given, and in what blocks.
 
     Attributes:
@@ -54,36 +55,36 @@ class Layout:
         ranks: W, training workers.
         first_step: the step that the first block begins with.
         steps: how many steps follow from there.
-        block_rows: samples in a block.
+        rows_per_block: samples in a block.
         lengths: about how long each row is, float32 (rows,): a step's samples are dealt out so that ranks have equally
             much to do. None deals them out as they stand.
     """
 
-    order: SampleOrder
+    order: DeterministicSampler
     ranks: int
     first_step: int
     steps: int
-    block_rows: int
+    rows_per_block: int
     lengths: np.ndarray | None = None
 
     @property
-    def rank_rows(self) -> int:
+    def samples_per_rank(self) -> int:
         """Samples of one rank in one optimizer step."""
         return self.order.global_batch_size // self.ranks
 
     @property
     def blocks(self) -> int:
         """As many for each rank, one at least; what lies beyond the last step is never asked for."""
-        return self.ranks * max(1, -(-self.steps * self.rank_rows // self.block_rows))
+        return self.ranks * max(1, -(-self.steps * self.samples_per_rank // self.rows_per_block))
 
-    def places(self, block: int) -> np.ndarray:
-        """Places of the samples in a block, int64 (block_rows,). Block i belongs to rank i % ranks."""
+    def positions(self, block: int) -> np.ndarray:
+        """Places of the samples in a block, int64 (rows_per_block,). Block i belongs to rank i % ranks."""
         rank, number = block % self.ranks, block // self.ranks
-        return self.places_of(rank, number * self.block_rows + np.arange(self.block_rows))
+        return self.rank_positions(rank, number * self.rows_per_block + np.arange(self.rows_per_block))
 
-    def places_of(self, rank: int, numbers: np.ndarray) -> np.ndarray:
+    def rank_positions(self, rank: int, numbers: np.ndarray) -> np.ndarray:
         """Places of a rank's samples, which are numbered from the first step on; int64 (n,) both."""
-        step, position = np.divmod(numbers, self.rank_rows)
+        step, position = np.divmod(numbers, self.samples_per_rank)
         places = np.empty_like(numbers)
         for one in np.unique(step):
             here = step == one
@@ -91,25 +92,27 @@ class Layout:
         return places
 
     def _dealt(self, step: int) -> np.ndarray:
-        """Places of a step, int64 (ranks, rank_rows). By length the longest go to ranks 0, 1, ..., the next ones to
+        """Places of a step, int64 (ranks, samples_per_rank). By length the longest go to ranks 0, 1, ..., the next ones to
         ..., 1, 0, and so on."""
         places = step * self.order.global_batch_size + np.arange(self.order.global_batch_size)
         if self.lengths is None:
-            return places.reshape(self.ranks, self.rank_rows)
-        rows, weights = self.order.at(places)
-        rounds = places[np.argsort(-self.lengths[rows] * weights, kind="stable")].reshape(self.rank_rows, self.ranks)
+            return places.reshape(self.ranks, self.samples_per_rank)
+        rows, weights = self.order.rows_at(places)
+        rounds = places[np.argsort(-self.lengths[rows] * weights, kind="stable")].reshape(
+            self.samples_per_rank, self.ranks
+        )
         rounds[1::2] = rounds[1::2, ::-1]
         return np.sort(rounds.T, axis=1)
 
 
-def block_rows(data: DataConfig, image_size: int, features: FeatureRecipe | None = None) -> int:
+def rows_per_block(data: DataConfig, image_size: int, features: FeatureRecipe | None = None) -> int:
     """Samples in a block: as many as fit 16 MiB of frames, or of the features that are read instead, 1 to 128."""
-    frame = image_size**2 * 3 if features is None else features.patches * features.width * BF16
+    frame = image_size**2 * 3 if features is None else features.patches * features.width * BF16_BYTES
     return int(np.clip(BLOCK_BYTES // (data.num_frames * frame), 1, BLOCK_ROWS))
 
 
 def build_dataset(
-    layout: Layout,
+    layout: BlockLayout,
     rows: ray.ObjectRef,
     data: DataConfig,
     image_size: int,
@@ -188,7 +191,7 @@ class ReadSamples:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: BlockLayout,
         rows: ray.ObjectRef,
         data: DataConfig,
         image_size: int,
@@ -198,7 +201,7 @@ class ReadSamples:
         self.rows: Rows = ray.get(rows)
         data = data.model_copy(update={"roots": self.rows.roots})
         self.decoder: Decoder | FeatureCache = Decoder(data, image_size) if features is None else ray.get(features)
-        self.unreadable: dict[int, Entry] = {}
+        self.unreadable: dict[int, QuarantineEntry] = {}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """One row: all samples' frames (or features), one behind the other, and what else `Sample` holds, as JSON.
@@ -206,27 +209,27 @@ class ReadSamples:
         In training a row that cannot be read is replaced by another one; in validation it keeps its place, without
         frames and with the reason in `error`. Both are named in `bad`.
         """
-        places = self.layout.places(int(batch["block"][0]))
-        index, weight = self.layout.order.at(places)
+        places = self.layout.positions(int(batch["block"][0]))
+        index, weight = self.layout.order.rows_at(places)
         stopped = None
         try:
             rows, videos, bad = self._read_or_replace(places, index, weight)
-        except STOPS as error:
-            # Raised here it would reach the trainer's log under Ray's own tracebacks; `to_samples` raises it again.
-            stopped = [isinstance(error, kind) for kind in STOPS].index(True), str(error)
-            rows, videos, bad = [NO_ROW] * len(index), [[] for _ in index], [[] for _ in index]
+        except FATAL_ERRORS as error:
+            # Raised here it would reach the trainer's log under Ray's own tracebacks; `unpack_block` raises it again.
+            stopped = [isinstance(error, kind) for kind in FATAL_ERRORS].index(True), str(error)
+            rows, videos, bad = [EMPTY_ROW] * len(index), [[] for _ in index], [[] for _ in index]
         samples, frames = [], []
         for i, (row, found) in enumerate(zip(rows, videos, strict=True)):
-            readable = [] if isinstance(found, Entry) else found
+            readable = [] if isinstance(found, QuarantineEntry) else found
             frames += readable
             samples.append(
                 {key: row[key] for key in ("manifest", "line", "id", "kind", "messages")}
                 | {
-                    "place": int(places[i]),
+                    "position": int(places[i]),
                     "weight": float(weight[i]),
                     "videos": [len(video) for video in readable],
-                    "error": found.reason if isinstance(found, Entry) else None,
-                    "bad": bad[i],
+                    "error": found.reason if isinstance(found, QuarantineEntry) else None,
+                    "quarantined": bad[i],
                 }
             )
         packed = np.empty(1, dtype=object)
@@ -235,28 +238,28 @@ class ReadSamples:
 
     def _read_or_replace(
         self, places: np.ndarray, index: np.ndarray, weight: np.ndarray
-    ) -> tuple[list[dict[str, Any]], list[list[np.ndarray] | Entry], list[list[dict[str, Any]]]]:
+    ) -> tuple[list[dict[str, Any]], list[list[np.ndarray] | QuarantineEntry], list[list[dict[str, Any]]]]:
         """The rows that stand at each place in the end, their videos, and the entries of all rows that could not be
         read there."""
-        rows: list[dict[str, Any]] = [NO_ROW] * len(index)
-        videos: list[list[np.ndarray] | Entry] = [[] for _ in index]
+        rows: list[dict[str, Any]] = [EMPTY_ROW] * len(index)
+        videos: list[list[np.ndarray] | QuarantineEntry] = [[] for _ in index]
         bad: list[list[dict[str, Any]]] = [[] for _ in index]
         waiting = list(range(len(index)))
-        for attempt in range(1, SUBSTITUTES + 2):
+        for attempt in range(1, MAX_SUBSTITUTES + 2):
             numbers = index[waiting]
             taken = self.rows.take(numbers)
             for i, row, found in zip(waiting, taken, self._read(numbers.tolist(), taken), strict=True):
                 rows[i], videos[i] = row, found
-                if isinstance(found, Entry):
+                if isinstance(found, QuarantineEntry):
                     bad[i].append(found.to_dict())
-            waiting = [i for i in waiting if isinstance(videos[i], Entry) and weight[i]]
-            if self.layout.order.seed is None or not waiting or attempt > SUBSTITUTES:
+            waiting = [i for i in waiting if isinstance(videos[i], QuarantineEntry) and weight[i]]
+            if self.layout.order.seed is None or not waiting or attempt > MAX_SUBSTITUTES:
                 break
             for i in waiting:
                 index[i] = self.layout.order.substitute(int(places[i]), attempt)
         return rows, videos, bad
 
-    def _read(self, numbers: list[int], rows: list[dict[str, Any]]) -> list[list[np.ndarray] | Entry]:
+    def _read(self, numbers: list[int], rows: list[dict[str, Any]]) -> list[list[np.ndarray] | QuarantineEntry]:
         """The videos of some rows, or what is wrong with one of them. What is known to be bad is not tried again."""
         new = {number: row for number, row in zip(numbers, rows, strict=True) if number not in self.unreadable}
         decoded = iter(self.decoder([uri for row in new.values() for uri in row["videos"]]))
@@ -266,13 +269,13 @@ class ReadSamples:
             for uri in row["videos"]:
                 video = next(decoded)
                 if isinstance(video, Unreadable):
-                    self.unreadable[number] = Entry.of(row, uri, video)
+                    self.unreadable[number] = QuarantineEntry.from_row(row, uri, video)
                 else:
                     found[number].append(video)
         return [self.unreadable.get(number, found.get(number, [])) for number in numbers]
 
 
-def to_samples(block: dict[str, np.ndarray]) -> Iterator[Sample]:
+def unpack_block(block: dict[str, np.ndarray]) -> Iterator[Sample]:
     """A block as Ray Data delivers it -> its samples.
 
     Raises:
@@ -282,7 +285,7 @@ def to_samples(block: dict[str, np.ndarray]) -> Iterator[Sample]:
     """
     if stopped := json.loads(block["stopped"][0]):
         kind, message = stopped
-        raise STOPS[kind](message)
+        raise FATAL_ERRORS[kind](message)
     frames, start = block["frames"][0], 0
     for said in json.loads(block["samples"][0]):
         videos = []
@@ -293,7 +296,7 @@ def to_samples(block: dict[str, np.ndarray]) -> Iterator[Sample]:
         yield Sample(videos=videos, **said)
 
 
-def ahead(items: Iterable[Item], make: Callable[[Item], Made], depth: int = 2) -> Iterator[Made]:
+def prefetch(items: Iterable[Item], make: Callable[[Item], Made], depth: int = 2) -> Iterator[Made]:
     """`map(make, items)`, with the next `depth` results made in a thread while this one is used, from now on."""
     source = iter(items)
     end = object()

@@ -12,48 +12,36 @@ none, and the next one goes on where it stopped.
 import hashlib
 import io
 import json
-import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from crosslmm import storage
-from crosslmm.config import BadConfig, DataConfig, Section
-from crosslmm.data.frame_sampling import excerpt
-from crosslmm.data.video.decode_pool import BACKENDS, Stage, Unreadable
+from crosslmm.config import BadConfig
+from crosslmm.data.feature_format import (
+    FORMAT,
+    DType,
+    FeatureRecipe,
+    from_bf16,
+    pack,
+    unpack,
+)
+from crosslmm.data.frame_sampling import split_time_range
+from crosslmm.data.video.decode_pool import Stage, Unreadable
 
-FORMAT = 1
-"""Of the files; another one is another key."""
-SAID, LEDGER = "features.json", "quarantine.jsonl"
+RECIPE_FILE, QUARANTINE_FILE = "features.json", "quarantine.jsonl"
 READERS = 8
 """Videos whose features are fetched at once."""
-BF16 = 2
-"""Bytes of a value."""
-REMEDY = "python jobs/encode.py, with this run's settings, makes anew what is missing or has changed"
-
-DType = Literal["bf16", "int8"]
-
-
-class FeatureSettings(Section):
-    """Where features go, and in which form."""
-
-    folder: str | None = None
-    """Path or s3:// URI; features of each encoder and frame policy get a folder of their own in it. Null: `features` in
-    `storage`."""
-    dtype: DType = "bf16"
-    """Two bytes a value, or int8: one, scaled by each token's largest value."""
-    price: Annotated[float, Field(ge=0)] = 0.023
-    """Of storage, for the estimate: an example of what a cloud asks [USD a GB and month]."""
-
+REENCODE_HINT = "python jobs/encode.py, with this run's settings, makes anew what is missing or has changed"
 
 INDEX = pa.schema(
     {
@@ -75,112 +63,8 @@ class BadFeatures(Exception):
     """Features that must not be used: damaged, or not of the video as it is now. One line, with what helps."""
 
 
-class FeatureRecipe(Section):
-    """What features depend on beside the video itself: the key of their folder."""
-
-    num_frames: int
-    sampling: str
-    fps: float
-    decoder: str
-    """The library, never `auto`."""
-    image_size: int
-    """[px]"""
-    precision: str
-    """In which the encoder computes."""
-    patches: int
-    """Of a frame."""
-    width: int
-    """Of a token."""
-    encoder: str
-    """Digest of its weights and of what else it computes with."""
-    dtype: DType
-    """In which the features are stored."""
-    format: int = FORMAT
-
-    @classmethod
-    def of(
-        cls, data: DataConfig, image_size: int, precision: str, patches: int, width: int, encoder: str, dtype: DType
-    ) -> "FeatureRecipe":
-        """The recipe of a run's configuration."""
-        return cls(
-            num_frames=data.num_frames,
-            sampling=data.sampling,
-            fps=data.fps,
-            decoder=BACKENDS[data.decoder].__name__.removeprefix("with_"),
-            image_size=image_size,
-            precision=precision,
-            patches=patches,
-            width=width,
-            encoder=encoder,
-            dtype=dtype,
-        )
-
-    @property
-    def key(self) -> str:
-        """Name of the folder: changes with every field."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
-
-    @property
-    def frame_bytes(self) -> int:
-        """Of one frame's features in storage."""
-        return stored_bytes(self.patches, self.width, self.dtype)
-
-    def differences(self, other: "FeatureRecipe") -> list[str]:
-        """`KEY THIS and OTHER` for each field that differs."""
-        ours, theirs = self.model_dump(), other.model_dump()
-        return [f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key]]
-
-
-def stored_bytes(patches: int, width: int, dtype: DType) -> int:
-    """One frame's features in storage [bytes]: two a value, or one a value and two a token."""
-    return patches * BF16 * width if dtype == "bf16" else patches * (width + 2)
-
-
-def to_bf16(x: np.ndarray) -> np.ndarray:
-    """float32 -> the nearest bfloat16, ties to even, as its bits: uint16, same shape."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def from_bf16(bits: np.ndarray) -> np.ndarray:
-    """bfloat16's bits, uint16 -> float32, same shape."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def pack(x_FPD: np.ndarray, dtype: DType) -> bytes:
-    """Features, float32 (frames, patches, width) -> as they are stored. int8 is scaled by each token's largest value;
-    the scales, float16, stand behind the tokens.
-
-    Raises:
-        ValueError: values that are not finite, or too large.
-    """
-    if dtype == "bf16":
-        packed, finite = to_bf16(x_FPD).tobytes(), np.isfinite(x_FPD).all()
-    else:
-        with np.errstate(over="ignore", invalid="ignore"):
-            scale_FP1 = (np.abs(x_FPD).max(axis=-1, keepdims=True) / 127).astype(np.float16)
-            steps = x_FPD / np.where(scale_FP1 > 0, scale_FP1, 1).astype(np.float32)
-            packed = np.clip(np.rint(steps), -127, 127).astype(np.int8).tobytes() + scale_FP1.tobytes()
-        finite = np.isfinite(scale_FP1).all()
-    if not finite:
-        raise ValueError(f"the encoder gave values that {dtype} does not hold: not finite, or too large")
-    return packed
-
-
-def unpack(data: bytes, shape: tuple[int, ...], dtype: DType) -> np.ndarray:
-    """As stored -> the bits of bfloat16, uint16 `shape` (frames, patches, width).
-
-    int8 is multiplied out here, so that whoever reads knows one form only.
-    """
-    if dtype == "bf16":
-        return np.frombuffer(data, np.uint16).reshape(shape)
-    tokens_FPD = np.frombuffer(data, np.int8, math.prod(shape)).reshape(shape)
-    scale_FP1 = np.frombuffer(data, np.float16, offset=tokens_FPD.nbytes).reshape(*shape[:-1], 1)
-    return to_bf16(tokens_FPD * scale_FP1.astype(np.float32))
-
-
 @dataclass(frozen=True)
-class Stored:
+class IndexEntry:
     """One line of the index; see `INDEX`."""
 
     uri: str
@@ -199,7 +83,7 @@ class Stored:
 def create(folder: str, recipe: FeatureRecipe) -> str:
     """The folder of a recipe's features below `folder`, made if it is not there."""
     place = storage.join(folder, recipe.key)
-    said = storage.join(place, SAID)
+    said = storage.join(place, RECIPE_FILE)
     if not storage.exists(said):
         storage.write_bytes(said, json.dumps(recipe.model_dump(), indent=1).encode())
     return place
@@ -207,7 +91,7 @@ def create(folder: str, recipe: FeatureRecipe) -> str:
 
 def write_shard(
     folder: str, videos: Sequence[tuple[str, str | None, np.ndarray]], dtype: DType
-) -> tuple[list[Stored], float, float]:
+) -> tuple[list[IndexEntry], float, float]:
     """Write one shard.
 
     Args:
@@ -227,7 +111,7 @@ def write_shard(
         lost += float(np.square(rounded - x_FPD).sum())
         whole += float(np.square(x_FPD).sum())
         digest = hashlib.sha256(piece).hexdigest()
-        stored.append(Stored(uri, version, len(x_FPD), shard, offset, len(piece), digest))
+        stored.append(IndexEntry(uri, version, len(x_FPD), shard, offset, len(piece), digest))
         pieces.append(piece)
         offset += len(piece)
     if pieces:
@@ -235,7 +119,7 @@ def write_shard(
     return stored, lost, whole
 
 
-def write_index(folder: str, stored: Iterable[Stored]) -> None:
+def write_index(folder: str, stored: Iterable[IndexEntry]) -> None:
     """Write down some videos; from now on readers find them."""
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([asdict(one) for one in stored], INDEX), buffer, compression="zstd")
@@ -259,12 +143,12 @@ class FeatureCache:
         """
         self.folder = storage.absolute(folder).rstrip("/")
         try:
-            said = json.loads(storage.read_bytes(storage.join(self.folder, SAID)))
+            said = json.loads(storage.read_bytes(storage.join(self.folder, RECIPE_FILE)))
             if said.get("format") != FORMAT:
                 raise ValueError(f"its format is {said.get('format')}, and this version reads {FORMAT}")
             self.recipe = FeatureRecipe.model_validate(said)
             if self.recipe.key != self.folder.rpartition("/")[2]:
-                raise ValueError(f"{SAID} is not the one that the folder is named after")
+                raise ValueError(f"{RECIPE_FILE} is not the one that the folder is named after")
             names = storage.names_in(self.folder)
             indices = [name for name in names if name.startswith("index-")]
             with ThreadPoolExecutor(READERS) as threads:
@@ -286,7 +170,7 @@ class FeatureCache:
     def _read_index(self, name: str) -> pa.Table:
         return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.folder, name)))).cast(INDEX)
 
-    def find(self, uri: str) -> Stored | None:
+    def find(self, uri: str) -> IndexEntry | None:
         """What the index says of a video."""
         places = self._table["uri"]
         low, high = 0, len(places)
@@ -295,7 +179,7 @@ class FeatureCache:
             low, high = (middle + 1, high) if places[middle].as_py() <= uri else (low, middle)
         if not low or places[low - 1].as_py() != uri:
             return None
-        return Stored(**self._table.slice(low - 1, 1).to_pylist()[0])
+        return IndexEntry(**self._table.slice(low - 1, 1).to_pylist()[0])
 
     def require(self, recipe: FeatureRecipe, uris: Iterable[str]) -> None:
         """Refuse features of another recipe, and such that lack some videos.
@@ -317,7 +201,7 @@ class FeatureCache:
         if missing:
             raise BadConfig(
                 f"data.features: {self.folder} lacks {len(missing)} videos of the manifests, {missing[0]} first; "
-                f"{REMEDY}"
+                f"{REENCODE_HINT}"
             )
 
     def __call__(self, uris: Sequence[str]) -> list[np.ndarray | Unreadable]:
@@ -339,22 +223,22 @@ class FeatureCache:
         """
         stored = self.find(uri)
         if stored is None:
-            raise BadFeatures(f"{uri}: {self.folder} has no features of it; {REMEDY}")
-        if storage.version(excerpt(uri)[0]) != stored.version:
-            raise BadFeatures(f"{uri}: has changed, or gone, since it was encoded into {self.folder}; {REMEDY}")
+            raise BadFeatures(f"{uri}: {self.folder} has no features of it; {REENCODE_HINT}")
+        if storage.version(split_time_range(uri)[0]) != stored.version:
+            raise BadFeatures(f"{uri}: has changed, or gone, since it was encoded into {self.folder}; {REENCODE_HINT}")
         if stored.reason is not None:
             return Unreadable(stored.reason, stored.stage or "decode", stored.version, stored.attempts)
         shard = storage.join(self.folder, str(stored.shard))
         try:
             data = storage.read_bytes(shard, stored.offset, stored.offset + stored.size)
         except FileNotFoundError:
-            raise BadFeatures(f"{uri}: its features are gone with {shard}; {REMEDY}") from None
+            raise BadFeatures(f"{uri}: its features are gone with {shard}; {REENCODE_HINT}") from None
         whole = stored.frames * self.recipe.frame_bytes
         if len(data) != whole or hashlib.sha256(data).hexdigest() != stored.sha256:
-            raise BadFeatures(f"{uri}: its features are damaged: delete {shard}; then {REMEDY}")
+            raise BadFeatures(f"{uri}: its features are damaged: delete {shard}; then {REENCODE_HINT}")
         return unpack(data, (stored.frames, self.recipe.patches, self.recipe.width), self.recipe.dtype)
 
-    def _found(self, uri: str) -> Stored | None:
+    def _found(self, uri: str) -> IndexEntry | None:
         """As `find`, but for a video whose shard was deleted. Asked of the object that was made, not of a copy."""
         stored = self.find(uri)
         return stored if stored and (stored.shard is None or stored.shard in self._shards) else None

@@ -20,7 +20,7 @@ import pyarrow.parquet
 from crosslmm import storage
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts")
-PLACE = re.compile("<video>|<image>")
+PLACEHOLDER = re.compile("<video>|<image>")
 """Where LLaVA's texts say that a video or image stands; LLaVA-Video's own say image of a video."""
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -34,7 +34,7 @@ def is_folder(uri: str) -> bool:
     return not uri.lower().endswith((".jsonl", ".json", ".parquet")) and storage.is_folder(uri)
 
 
-def read(uri: str) -> tuple[bytes, Iterator[tuple[int, str | bytes | dict[str, Any]]]]:
+def read_rows(uri: str) -> tuple[bytes, Iterator[tuple[int, str | bytes | dict[str, Any]]]]:
     """A manifest's bytes, for its digest, and its rows with their numbers from 1, as JSON or as values.
 
     Raises:
@@ -43,16 +43,16 @@ def read(uri: str) -> tuple[bytes, Iterator[tuple[int, str | bytes | dict[str, A
     name = uri.lower()
     if is_folder(uri):
         data = _folder(uri)
-        return data, lines(data.removeprefix(codecs.BOM_UTF8))
+        return data, numbered_lines(data.removeprefix(codecs.BOM_UTF8))
     data = storage.read_bytes(uri)
     if name.endswith(".parquet"):
         return data, parquet_rows(pyarrow.parquet.ParquetFile(io.BytesIO(data)))
     if name.endswith(".json"):
         return data, _list(data)
-    return data, lines(data.removeprefix(codecs.BOM_UTF8))
+    return data, numbered_lines(data.removeprefix(codecs.BOM_UTF8))
 
 
-def to_row(raw: str | bytes | dict[str, Any], number: int) -> dict[str, Any]:
+def parse_row(raw: str | bytes | dict[str, Any], number: int) -> dict[str, Any]:
     """One row in our form. LLaVA's rows bring fields of their own, which are left out, and may lack an id.
 
     Raises:
@@ -86,7 +86,7 @@ def to_row(raw: str | bytes | dict[str, Any], number: int) -> dict[str, Any]:
     return row
 
 
-def lines(data: bytes, first: int = 1) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(data: bytes, first: int = 1) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, with their numbers from `first`."""
     for number, line in enumerate(data.splitlines(), start=first):
         if line.strip():
@@ -143,7 +143,7 @@ def _messages(turns: Any, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
             raise BadRow('a turn of conversations is {"from": "human", "gpt" or "system", "value": text}')
         role, text = SPEAKERS[turn["from"]], turn["value"]
         parts: list[dict[str, Any]] = []
-        while role == "user" and shown and (place := PLACE.search(text)):
+        while role == "user" and shown and (place := PLACEHOLDER.search(text)):
             parts += [{"type": "text", "text": text[: place.start()].strip()}, shown.pop(0)]
             text = text[place.end() :]
         if parts:

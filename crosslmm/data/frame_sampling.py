@@ -15,7 +15,7 @@ EXCERPT = re.compile(r"#t=(\d+(?:\.\d+)?)?(?:,(\d+(?:\.\d+)?))?$")
 """What stands behind a video's place where a part of it is meant: the temporal fragment of W3C's Media Fragments."""
 
 
-def excerpt(uri: str) -> tuple[str, float, float | None]:
+def split_time_range(uri: str) -> tuple[str, float, float | None]:
     """`clip.mp4#t=START,END` -> (place of the file, start, end) [s]; without START from the beginning, without END or
     without a fragment to the end (None).
 
@@ -32,7 +32,7 @@ def excerpt(uri: str) -> tuple[str, float, float | None]:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class FrameSampling:
     """Which moments of a video are looked at.
 
     A video gives fewer frames than moments where several moments show the same frame: none is repeated.
@@ -85,7 +85,7 @@ def at_rate(duration: float, fps: float, most: int) -> np.ndarray:
     return np.arange(int(np.clip(np.ceil(duration * fps - 1e-6), 1, most))) / fps
 
 
-def nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def frames_at(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """For each wanted time the index of the frame that is on screen then, each frame at most once.
 
     A video with fewer frames than wanted gives fewer, never one twice.

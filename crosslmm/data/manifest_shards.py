@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
         "seconds": pa.list_(pa.float32()),  # duration of each video [s], 0 of an image, null where it is not known
     }
 )
-LENGTHS = ["chars", "seconds"]
+LENGTH_COLUMNS = ["chars", "seconds"]
 """Columns that say about how many tokens a row is; one file has those of all rows."""
 SEAL = "_prepared.json"
 GROUP_ROWS = 512
@@ -63,10 +63,10 @@ def seal(folder: str, parts: Sequence[dict[str, Any]], lengths: pa.Table, about:
     Args:
         folder: of the parts.
         parts: as `write_part` returned them, in order.
-        lengths: the `LENGTHS` of all rows.
+        lengths: the `LENGTH_COLUMNS` of all rows.
         about: how it was made, and what was left out.
     """
-    data = to_bytes(lengths.select(LENGTHS))
+    data = to_bytes(lengths.select(LENGTH_COLUMNS))
     name = f"lengths-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
     storage.write_bytes(storage.join(folder, name), data)
     said = {
@@ -128,7 +128,7 @@ class PreparedTable:
         return pa.concat_tables(taken).take(pa.array(order))
 
     def lengths(self) -> pa.Table:
-        """The `LENGTHS` of all rows."""
+        """The `LENGTH_COLUMNS` of all rows."""
         return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.folder, self._lengths))))
 
     def videos(self) -> pa.Table:

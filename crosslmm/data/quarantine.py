@@ -9,7 +9,7 @@ from crosslmm.data.video.decode_pool import Unreadable
 
 
 @dataclass(frozen=True)
-class Entry:
+class QuarantineEntry:
     """One row whose video could not be read: a line of the ledger. All text is printable ASCII."""
 
     manifest: str
@@ -27,21 +27,23 @@ class Entry:
     """How often it was tried."""
 
     @classmethod
-    def of(cls, row: dict[str, Any], uri: str, video: Unreadable) -> "Entry":
+    def from_row(cls, row: dict[str, Any], uri: str, video: Unreadable) -> "QuarantineEntry":
         """The entry of a manifest's row, one of whose videos cannot be read."""
-        manifest, name, place = (plain(text) for text in (row["manifest"], row["id"], uri))
-        return cls(manifest, row["line"], name, place, video.version, video.stage, plain(video.reason), video.attempts)
+        manifest, name, place = (to_printable(text) for text in (row["manifest"], row["id"], uri))
+        return cls(
+            manifest, row["line"], name, place, video.version, video.stage, to_printable(video.reason), video.attempts
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written to the ledger."""
         return asdict(self)
 
 
-class TooManyBad(Exception):
+class TooManyUnreadable(Exception):
     """More of a source cannot be read than the configuration allows; the message counts the reasons."""
 
 
-class Tally:
+class ErrorBudget:
     """Counts the samples of each source that were due and those that could not be read, and stops the run when these
     are too many of one source.
 
@@ -55,7 +57,7 @@ class Tally:
         self.due: Counter[str] = Counter()
         self.reasons: dict[str, Counter[str]] = defaultdict(Counter)
 
-    def count(self, due: Iterable[str], entries: list[dict[str, Any]]) -> None:
+    def record(self, due: Iterable[str], entries: list[dict[str, Any]]) -> None:
         """Take note of some samples.
 
         Args:
@@ -63,9 +65,9 @@ class Tally:
             entries: what could not be read in their places.
 
         Raises:
-            TooManyBad: beyond both limits.
+            TooManyUnreadable: beyond both limits.
         """
-        self.due.update(plain(manifest) for manifest in due)
+        self.due.update(to_printable(manifest) for manifest in due)
         for entry in entries:
             self.reasons[entry["manifest"]][f"{entry['stage']}: {entry['reason']}"] += 1
         for source, reasons in self.reasons.items():
@@ -73,12 +75,12 @@ class Tally:
             if bad > self.allowed and bad > self.max_share * self.due[source]:
                 most = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
                 more = f"; and {len(reasons) - 5} other reasons" if len(reasons) > 5 else ""
-                raise TooManyBad(
+                raise TooManyUnreadable(
                     f"{source}: {bad} videos could not be read for {self.due[source]} samples, which is more than "
                     f"data.max_bad_share {self.max_share:g} and data.bad_allowed {self.allowed}: {most}{more}"
                 )
 
 
-def plain(text: str) -> str:
+def to_printable(text: str) -> str:
     """Text as the ledger has it. Names are foreign text like the files: no line breaks, no escape sequences."""
     return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]

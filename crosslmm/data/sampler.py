@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class SampleOrder:
+class DeterministicSampler:
     """Which row stands at each place of a run.
 
     Places are counted through the whole run: optimizer step t takes places [t*G, (t+1)*G), G the global batch size.
@@ -42,7 +42,7 @@ class SampleOrder:
         """Optimizer steps of an epoch."""
         return -(-self.samples_per_epoch // self.global_batch_size)
 
-    def at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def rows_at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows at the given places.
 
         Args:
@@ -83,7 +83,7 @@ class SampleOrder:
             place: of the run.
             attempt: from 1.
         """
-        source = int(self.source_of(self.at(np.array([place]))[0])[0])
+        source = int(self.source_of(self.rows_at(np.array([place]))[0])[0])
         drawn = np.random.default_rng([self.seed or 0, place, attempt]).integers(self.sizes[source])
         return sum(self.sizes[:source]) + int(drawn)
 

@@ -1,7 +1,8 @@
 """How the features of a run are made, and whether stored ones were made that way."""
 
 from crosslmm.config import BadConfig, RunConfig
-from crosslmm.data.feature_cache import REMEDY, DType, FeatureCache, FeatureRecipe
+from crosslmm.data.feature_cache import REENCODE_HINT, FeatureCache
+from crosslmm.data.feature_format import DType, FeatureRecipe
 from crosslmm.data.manifest import Rows
 from crosslmm.model import CrossLMMForConditionalGeneration
 from crosslmm.model.loading import build_config
@@ -29,7 +30,7 @@ def recipe_of(config: RunConfig, encoder: str, dtype: DType) -> FeatureRecipe:
     """How the features of a run's videos are made, by an encoder of this digest."""
     model = build_config(config.model)
     vision = model.vision_config
-    return FeatureRecipe.of(
+    return FeatureRecipe.from_config(
         config.data,
         vision.image_size,
         config.train.precision,
@@ -47,4 +48,4 @@ def require_encoder(model: CrossLMMForConditionalGeneration, recipe: FeatureReci
         BadConfig: by another one.
     """
     if digest(model.vision_tower) != recipe.encoder:
-        raise BadConfig(f"data.features: {folder} was made by another encoder than this run's; {REMEDY}")
+        raise BadConfig(f"data.features: {folder} was made by another encoder than this run's; {REENCODE_HINT}")

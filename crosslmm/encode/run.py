@@ -23,23 +23,21 @@ from transformers import SiglipVisionModel
 
 from crosslmm import ray_runtime, storage
 from crosslmm.config import DataConfig, RunConfig, validate_run
-from crosslmm.data.dataset import Layout, block_rows, build_dataset, to_samples
+from crosslmm.data.dataset import BlockLayout, build_dataset, rows_per_block, unpack_block
 from crosslmm.data.feature_cache import (
-    LEDGER,
-    SAID,
+    QUARANTINE_FILE,
+    RECIPE_FILE,
     FeatureCache,
-    FeatureRecipe,
-    FeatureSettings,
-    Stored,
+    IndexEntry,
     create,
-    stored_bytes,
     write_index,
     write_shard,
 )
-from crosslmm.data.frame_sampling import Sampling, excerpt
+from crosslmm.data.feature_format import FeatureConfig, FeatureRecipe, bytes_per_frame
+from crosslmm.data.frame_sampling import FrameSampling, split_time_range
 from crosslmm.data.manifest import Manifest, Rows, Video
-from crosslmm.data.quarantine import Tally, plain
-from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.quarantine import ErrorBudget, to_printable
+from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.encode.recipe import recipe_of
 from crosslmm.model.loading import build_encoder, build_processor
 from crosslmm.model.vision_encoder import digest, encode
@@ -127,17 +125,19 @@ class Encode:
         """One row of JSON: `stored`, `bad` (entries of the ledger), `write_shard`'s sums of squares, and its start and
         end (`began` and `ended`, unix time [s])."""
         began = time.time()
-        samples = [sample for sample in to_samples(block) if sample.weight]
+        samples = [sample for sample in unpack_block(block) if sample.weight]
         readable = [sample for sample in samples if sample.error is None]
         features = self._features([sample.videos[0] for sample in readable])
-        named = [(self.rows.uris[sample.place], self.rows.versions[sample.place]) for sample in readable]
+        named = [(self.rows.uris[sample.position], self.rows.versions[sample.position]) for sample in readable]
         videos = [(uri, version, x_FPD) for (uri, version), x_FPD in zip(named, features, strict=True)]
         stored, lost, whole = write_shard(self.folder, videos, self.recipe.dtype)
         for sample in samples:
-            for entry in sample.bad:
+            for entry in sample.quarantined:
                 why = {key: entry[key] for key in ("reason", "stage", "attempts")}
-                stored.append(Stored(self.rows.uris[sample.place], self.rows.versions[sample.place], 0, **why))
-        bad = [entry for sample in samples for entry in sample.bad]
+                stored.append(
+                    IndexEntry(self.rows.uris[sample.position], self.rows.versions[sample.position], 0, **why)
+                )
+        bad = [entry for sample in samples for entry in sample.quarantined]
         done = {"stored": [asdict(one) for one in stored], "bad": bad, "lost": lost, "whole": whole}
         return {"done": [json.dumps(done | {"began": began, "ended": time.time()})]}
 
@@ -151,7 +151,7 @@ class Encode:
         return np.split(x_FPD, np.cumsum([len(video) for video in videos])[:-1])
 
 
-def run_encoding(config: RunConfig, settings: FeatureSettings) -> EncodingResult:
+def run_encoding(config: RunConfig, settings: FeatureConfig) -> EncodingResult:
     """Encode every video of the manifests that is not in the folder yet.
 
     Raises:
@@ -178,7 +178,7 @@ def run_encoding(config: RunConfig, settings: FeatureSettings) -> EncodingResult
     recipe = recipe_of(config, digest(tower), settings.dtype)
     folder = storage.join(storage.absolute(root), recipe.key)
     versions = _versions(videos)
-    if storage.exists(storage.join(folder, SAID)):
+    if storage.exists(storage.join(folder, RECIPE_FILE)):
         known = FeatureCache(folder)
         missing = {uri: video for uri, video in videos.items() if not known.has(uri, versions[uri])}
     else:
@@ -213,26 +213,26 @@ def run_encoding(config: RunConfig, settings: FeatureSettings) -> EncodingResult
 
 def _versions(videos: dict[str, Video]) -> dict[str, str | None]:
     """Of each video's object, asked before it is read: one that changes meanwhile is noticed when it is next used."""
-    places = list({excerpt(uri)[0] for uri in videos})
+    places = list({split_time_range(uri)[0] for uri in videos})
     with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
         found = dict(zip(places, threads.map(storage.version, places), strict=True))
-    return {uri: found[excerpt(uri)[0]] for uri in videos}
+    return {uri: found[split_time_range(uri)[0]] for uri in videos}
 
 
 def _announce(
     console: Console,
     config: RunConfig,
-    settings: FeatureSettings,
+    settings: FeatureConfig,
     recipe: FeatureRecipe,
     folder: str,
     missing: dict[str, Video],
     videos: int,
 ) -> None:
     """What it will take, before it begins."""
-    sampling = Sampling(config.data.num_frames, config.data.sampling, config.data.fps)
+    sampling = FrameSampling(config.data.num_frames, config.data.sampling, config.data.fps)
     frames = int(sampling.count(np.array([video.seconds for video in missing.values()])).sum()) if missing else 0
     macs = cost.macs(cost.empty_model(config.model), 1, 1).encoder * frames
-    sizes = {dtype: frames * stored_bytes(recipe.patches, recipe.width, dtype) for dtype in ("bf16", "int8")}
+    sizes = {dtype: frames * bytes_per_frame(recipe.patches, recipe.width, dtype) for dtype in ("bf16", "int8")}
     console.print(f"features  {folder} ({settings.dtype})")
     console.print(f"videos    {videos:,}, {videos - len(missing):,} of them there already")
     console.print(f"to do     {len(missing):,} videos, {frames:,} frames at most, {macs / 1e12:,.3f} T encoder MACs")
@@ -247,10 +247,10 @@ def _dataset(
 ) -> Dataset:
     """Videos in blocks, decoded, encoded, stored; one row of JSON for each block."""
     scaling, rows = config.scaling, ray.put(videos)
-    size = block_rows(config.data, recipe.image_size)
-    order = SampleOrder((len(videos.uris),), size, None)
+    size = rows_per_block(config.data, recipe.image_size)
+    order = DeterministicSampler((len(videos.uris),), size, None)
     decoded = build_dataset(
-        Layout(order, 1, 0, order.steps_per_epoch, size),
+        BlockLayout(order, 1, 0, order.steps_per_epoch, size),
         rows,
         config.data,
         recipe.image_size,
@@ -294,13 +294,13 @@ class _Record:
         self.bad: list[dict[str, Any]] = []
         self._first, self._last = math.inf, -math.inf
         self._due = len(missing)
-        self._waiting: list[Stored] = []
+        self._waiting: list[IndexEntry] = []
         self._written = 0.0
         self._began = self._last_line = time.monotonic()
         # What is tried again is named again, or has become readable.
-        ledger, tried = storage.join(folder, LEDGER), {plain(uri) for uri in missing}
+        ledger, tried = storage.join(folder, QUARANTINE_FILE), {to_printable(uri) for uri in missing}
         before = storage.read_bytes(ledger).splitlines() if storage.exists(ledger) else []
-        self._tally = Tally(data.max_bad_share, data.bad_allowed)
+        self._tally = ErrorBudget(data.max_bad_share, data.bad_allowed)
         self._others = [entry for entry in map(json.loads, before) if entry["uri"] not in tried]
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -318,7 +318,7 @@ class _Record:
         self._progress.stop()
         self._write()
         if self.bad:
-            self.console.print(f"{len(self.bad)} videos could not be read: {LEDGER} in {self.folder}")
+            self.console.print(f"{len(self.bad)} videos could not be read: {QUARANTINE_FILE} in {self.folder}")
 
     @property
     def encoding_s(self) -> float:
@@ -328,7 +328,7 @@ class _Record:
     def take(self, done: dict[str, Any]) -> None:
         """Take note of a block."""
         self._first, self._last = min(self._first, done["began"]), max(self._last, done["ended"])
-        stored = [Stored(**one) for one in done["stored"]]
+        stored = [IndexEntry(**one) for one in done["stored"]]
         self._waiting += stored
         self.videos += sum(one.frames > 0 for one in stored)
         self.frames += sum(one.frames for one in stored)
@@ -344,7 +344,7 @@ class _Record:
             self._write()
         # Of all manifests together: a block does not say which one a good video is of.
         named = [entry | {"manifest": "the videos"} for entry in done["bad"]]
-        self._tally.count(["the videos"] * len(stored), named)
+        self._tally.record(["the videos"] * len(stored), named)
         finished = self.videos + len(self.bad)
         news = f"{self.frames / (now - self._began):.0f} frames/s  {self.bytes / 1e9:.3f} GB"
         self._progress.update(self._task, completed=finished, news=news)
@@ -356,9 +356,9 @@ class _Record:
         """Ledger first: what the index says is not tried before the next job."""
         self._written = time.monotonic()
         entries = sorted([*self._others, *self.bad], key=lambda entry: (entry["manifest"], entry["line"], entry["uri"]))
-        if entries or storage.exists(storage.join(self.folder, LEDGER)):
+        if entries or storage.exists(storage.join(self.folder, QUARANTINE_FILE)):
             lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-            storage.write_bytes(storage.join(self.folder, LEDGER), lines.encode())
+            storage.write_bytes(storage.join(self.folder, QUARANTINE_FILE), lines.encode())
         if self._waiting:
             write_index(self.folder, self._waiting)
             self._waiting = []

@@ -9,9 +9,9 @@ from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.train import DataConfig
 
 from crosslmm.config import RunConfig
-from crosslmm.data.dataset import Layout, block_rows, build_dataset
-from crosslmm.data.feature_cache import FeatureRecipe
-from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.dataset import BlockLayout, build_dataset, rows_per_block
+from crosslmm.data.feature_format import FeatureRecipe
+from crosslmm.data.sampler import DeterministicSampler
 
 TRAIN, VALIDATION = "train", "validation"
 """The datasets of a run, by Ray Train's names for them."""
@@ -25,7 +25,7 @@ class Job:
     folder: str
     """The run's own folder in storage."""
     total_steps: int
-    order: SampleOrder
+    order: DeterministicSampler
     rows: ray.ObjectRef
     lengths: np.ndarray | None
     """About how many tokens each row is, where micro-batches are counted in tokens."""
@@ -40,22 +40,22 @@ class Job:
     events: Any
     """Actor handle of the `EventChannel`."""
 
-    def training(self, first_step: int, workers: int) -> Layout:
+    def training(self, first_step: int, workers: int) -> BlockLayout:
         """What is left of the run after `first_step` steps, for so many workers."""
         steps = self.total_steps - first_step
-        rows = block_rows(self.config.data, self.image_size, self.recipe)
-        return Layout(self.order, workers, first_step, steps, rows, self.lengths)
+        rows = rows_per_block(self.config.data, self.image_size, self.recipe)
+        return BlockLayout(self.order, workers, first_step, steps, rows, self.lengths)
 
     @property
     def collectives_s(self) -> int:
         """How long ranks wait for one another: longer than the watchdog, which knows more about what hangs [s]."""
         return int(2 * max(self.config.watchdog.model_dump().values()))
 
-    def validation(self, workers: int) -> Layout:
+    def validation(self, workers: int) -> BlockLayout:
         """Validation's "steps" are rounds in which every worker takes one micro-batch."""
         rows = self.config.train.micro_batch_size
-        order = SampleOrder((self.validation_size,), rows * workers, None)
-        return Layout(order, workers, 0, order.steps_per_epoch, rows)
+        order = DeterministicSampler((self.validation_size,), rows * workers, None)
+        return BlockLayout(order, workers, 0, order.steps_per_epoch, rows)
 
 
 def later() -> Any:

@@ -23,9 +23,9 @@ import torch.distributed as dist
 
 from crosslmm import storage
 from crosslmm.config import to_yaml
-from crosslmm.data.collate import Sample, collate, collate_for_validation, micro_batches, readable
-from crosslmm.data.dataset import Layout, ahead, to_samples
-from crosslmm.data.quarantine import Tally
+from crosslmm.data.collate import Sample, collate, collate_for_validation, mask_unreadable, micro_batches
+from crosslmm.data.dataset import BlockLayout, prefetch, unpack_block
+from crosslmm.data.quarantine import ErrorBudget
 from crosslmm.encode.recipe import require_encoder
 from crosslmm.inference.answerer import CONFIG
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
@@ -154,7 +154,7 @@ class _WorkerCallbacks(loop.Callbacks):
         if self.job.validation_rows is None:
             return {}
         samples = _samples(self.job, VALIDATION, self.job.validation(dist.get_world_size()))
-        batches = ahead(samples, lambda s: collate_for_validation(s, self.process))
+        batches = prefetch(samples, lambda s: collate_for_validation(s, self.process))
         self._validation = loop.validate(self.job.config, self.model, self.processor, batches)
         return self._validation
 
@@ -185,7 +185,7 @@ def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: i
     train, device = job.config.train, ray.train.torch.get_device()
 
     def length_of(sample: Sample) -> int:
-        (messages,), (videos,), _ = readable([sample])
+        (messages,), (videos,), _ = mask_unreadable([sample])
         return processor.length(messages, [len(video) for video in videos])
 
     def collate_step(samples: list[Sample]) -> loop.StepBatch:
@@ -196,24 +196,24 @@ def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: i
 
     layout = job.training(first_step, dist.get_world_size())
     # One step's frames are held while those of the step before are trained on.
-    return ahead(_samples(job, TRAIN, layout), collate_step, depth=1)
+    return prefetch(_samples(job, TRAIN, layout), collate_step, depth=1)
 
 
-def _samples(job: Job, name: str, layout: Layout) -> Iterator[list[Sample]]:
+def _samples(job: Job, name: str, layout: BlockLayout) -> Iterator[list[Sample]]:
     """This rank's samples, a step at a time, checked to be the ones that are due."""
     rank, data = dist.get_rank(), job.config.data
-    tally = Tally(data.max_bad_share, data.bad_allowed)
+    tally = ErrorBudget(data.max_bad_share, data.bad_allowed)
     blocks = ray.train.get_dataset_shard(name).iter_batches(batch_size=1, prefetch_batches=2)
-    stream = itertools.chain.from_iterable(map(to_samples, blocks))
-    for first in range(0, layout.steps * layout.rank_rows, layout.rank_rows):
-        due = layout.places_of(rank, first + np.arange(layout.rank_rows)).tolist()
-        samples = list(itertools.islice(stream, layout.rank_rows))
-        if [sample.place for sample in samples] != due:
+    stream = itertools.chain.from_iterable(map(unpack_block, blocks))
+    for first in range(0, layout.steps * layout.samples_per_rank, layout.samples_per_rank):
+        due = layout.rank_positions(rank, first + np.arange(layout.samples_per_rank)).tolist()
+        samples = list(itertools.islice(stream, layout.samples_per_rank))
+        if [sample.position for sample in samples] != due:
             raise RuntimeError(
-                f"the data delivered places {[s.place for s in samples]} of the run where {due} were due"
+                f"the data delivered places {[s.position for s in samples]} of the run where {due} were due"
             )
-        bad = [entry for sample in samples for entry in sample.bad]
+        bad = [entry for sample in samples for entry in sample.quarantined]
         for entry in bad:
             job.events.post.remote("unreadable", {"split": name, **entry})
-        tally.count([sample.manifest for sample in samples], bad)
+        tally.record([sample.manifest for sample in samples], bad)
         yield samples

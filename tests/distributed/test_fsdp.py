@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
 from crosslmm.data.collate import ValidationBatch
-from crosslmm.data.feature_cache import to_bf16
+from crosslmm.data.feature_format import to_bf16
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.optim import build_optimizer

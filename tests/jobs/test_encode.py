@@ -18,7 +18,7 @@ from cluster.local.cluster import LocalCluster
 from crosslmm.cli import parse_run
 from crosslmm.data.feature_cache import FeatureCache
 from crosslmm.data.manifest import Manifest
-from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.data.video.decode_pool import decode_video
 from crosslmm.model.loading import build_model, build_processor
@@ -122,12 +122,12 @@ def train_from_videos(folder):
     """The losses of the same run in this one process, which decodes."""
     config = parse_run([*settings(folder), "--scaling.num_workers=1"], "")
     rows = Manifest(config.data.manifest).rows
-    order = SampleOrder((len(rows),), config.train.global_batch_size, config.seed)
+    order = DeterministicSampler((len(rows),), config.train.global_batch_size, config.seed)
     processor = build_processor(config.model)
 
     def batches():
         for step in range(STEPS):
-            chosen, weights = order.at(step * order.global_batch_size + np.arange(order.global_batch_size))
+            chosen, weights = order.rows_at(step * order.global_batch_size + np.arange(order.global_batch_size))
             assert all(rows[i]["id"] != "gone" for i in chosen), "another row stands in for it"
             videos = [[decode_video(rows[i]["videos"][0], config.data, processor.image_size)] for i in chosen]
             yield loop.StepBatch([processor([rows[i]["messages"] for i in chosen], videos, weights=weights)], [])

@@ -17,10 +17,10 @@ from s3fs import S3FileSystem
 from cluster.local.cluster import LocalCluster
 from crosslmm import storage
 from crosslmm.config import DataConfig
-from crosslmm.data.dataset import Layout, ReadSamples, to_samples
-from crosslmm.data.frame_sampling import Sampling
+from crosslmm.data.dataset import BlockLayout, ReadSamples, unpack_block
+from crosslmm.data.frame_sampling import FrameSampling
 from crosslmm.data.manifest import Manifest, Rows
-from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples.clips import encode_clip
 from tests.support.common import ROOT, conversation
 from tests.support.object_store import object_store_in_use
@@ -151,7 +151,7 @@ def test_the_prepared_rows_are_the_manifest_s(prepared):
         assert one["line"] == number + 1
         assert {**one, "line": 0, "manifest": ""} == {**rows[one["id"]], "line": 0, "manifest": ""}
     # 4 + 2i frames, 4 a second; half a second of every fifth.
-    lengths = manifest.lengths(Sampling(64, "fps", 4.0), 100)
+    lengths = manifest.estimate_tokens(FrameSampling(64, "fps", 4.0), 100)
     assert Counter(np.round(lengths[:6] / 100).astype(int).tolist()) == Counter([2, 6, 8, 10, 12, 2])
     (rejected, again) = map(json.loads, storage.read_bytes(f"{TARGET}/rejected.jsonl").splitlines())
     assert (rejected["line"], again["line"]) == (2001, 3002)
@@ -165,10 +165,10 @@ def test_the_pipeline_reads_from_the_prepared_folder(prepared, monkeypatch):
     for uri in (TARGET, f"{SOURCE}/good.jsonl"):
         monkeypatch.setattr(ray, "get", lambda rows: rows)
         rows = Rows([Manifest(uri, [SOURCE])])
-        reader = ReadSamples(Layout(SampleOrder((10,), 4, None), 1, 0, 2, 4), rows, data, 32)
+        reader = ReadSamples(BlockLayout(DeterministicSampler((10,), 4, None), 1, 0, 2, 4), rows, data, 32)
         samples.append(reader({"block": [0]}))
         reader.decoder.__exit__(None, None, None)
-    found, expected = map(list, map(to_samples, samples))
+    found, expected = map(list, map(unpack_block, samples))
     assert [sample.id for sample in found] == [f"row {i}" for i in range(4)]
     for one, other in zip(found, expected, strict=True):
         assert (one.id, one.messages, one.error) == (other.id, other.messages, None)
@@ -202,7 +202,7 @@ def test_what_can_be_read_now_joins_the_folder_and_leaves_the_ledger(prepared, c
     assert len(manifest) == ROWS - 2
     assert manifest.digest != digest
     assert manifest.take([ROWS - 3])[0]["id"] == "row 17"
-    assert manifest.lengths(Sampling(64, "fps", 4.0), 100)[-1] // 100 == 8
+    assert manifest.estimate_tokens(FrameSampling(64, "fps", 4.0), 100)[-1] // 100 == 8
 
 
 def test_validate_says_the_same_and_writes_nothing(cluster, manifest):

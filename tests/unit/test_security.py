@@ -13,9 +13,9 @@ from crosslmm import storage
 from crosslmm.cli import fail, parse_run
 from crosslmm.config import BadConfig, DataConfig, TrackingConfig
 from crosslmm.data import dataset, manifest_shards
-from crosslmm.data.dataset import Layout, ReadSamples, to_samples
+from crosslmm.data.dataset import BlockLayout, ReadSamples, unpack_block
 from crosslmm.data.manifest import BadManifest, Manifest, Rows
-from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.data.video.decode_pool import Unreadable, decode_video
 from crosslmm.model.loading import build_model
@@ -136,10 +136,12 @@ def test_a_prepared_row_is_checked_when_it_is_taken(foreign):
 
 def test_a_run_ends_at_a_row_that_leads_out(foreign, monkeypatch):
     monkeypatch.setattr(dataset.ray, "get", lambda rows: rows)
-    reader = ReadSamples(Layout(SampleOrder((3,), 3, None), 1, 0, 1, 3), Rows([Manifest(foreign)]), DataConfig(), SIDE)
+    reader = ReadSamples(
+        BlockLayout(DeterministicSampler((3,), 3, None), 1, 0, 1, 3), Rows([Manifest(foreign)]), DataConfig(), SIDE
+    )
     try:
         with pytest.raises(BadManifest, match="line 3: '/etc/passwd' lies outside"):
-            list(to_samples(reader({"block": np.array([0])})))
+            list(unpack_block(reader({"block": np.array([0])})))
     finally:
         reader.decoder.__exit__(None, None, None)
 
@@ -158,10 +160,10 @@ def test_a_link_that_leads_out_is_not_followed(tmp_path, monkeypatch):
     def seen(manifest, roots=()):
         """As a run's reader does it."""
         monkeypatch.setattr(dataset.ray, "get", lambda rows: rows)
-        layout = Layout(SampleOrder((len(names),), len(names), None), 1, 0, 1, len(names))
+        layout = BlockLayout(DeterministicSampler((len(names),), len(names), None), 1, 0, 1, len(names))
         reader = ReadSamples(layout, Rows([Manifest(manifest, roots)]), DataConfig(num_frames=2), SIDE)
         try:
-            return [sample.error for sample in to_samples(reader({"block": np.array([0])}))]
+            return [sample.error for sample in unpack_block(reader({"block": np.array([0])}))]
         finally:
             reader.decoder.__exit__(None, None, None)
 

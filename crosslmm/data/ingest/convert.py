@@ -44,9 +44,9 @@ from crosslmm.data.ingest.shard_tasks import (
     said_twice,
 )
 from crosslmm.data.ingest.split import Piece
-from crosslmm.data.manifest import BadManifest, folder_of
-from crosslmm.data.manifest_shards import LENGTHS
-from crosslmm.data.quarantine import Tally, plain
+from crosslmm.data.manifest import BadManifest, base_folder
+from crosslmm.data.manifest_shards import LENGTH_COLUMNS
+from crosslmm.data.quarantine import ErrorBudget, to_printable
 
 PIECE_BYTES, PROBED_PIECE_BYTES = 32 * 2**20, 4 * 2**20
 """What one task takes of a manifest, and what it takes where each row is a video to open [bytes]."""
@@ -73,7 +73,7 @@ def convert(
 
     Raises:
         BadManifest, BadConfig: it cannot be done.
-        NotPrepared, TooManyBad, storage.Unavailable: it broke off.
+        NotPrepared, TooManyUnreadable, storage.Unavailable: it broke off.
     """
     began = time.monotonic()
     uri, target = storage.absolute(manifest.rstrip("/")), storage.absolute(folder.rstrip("/"))
@@ -92,7 +92,7 @@ def convert(
     done = _summaries(target, work.plan)
     if done:
         console.print(f"going on: {len(done)} of {len(todo)} pieces are done")
-    tally = Tally(data.max_bad_share, data.bad_allowed)
+    tally = ErrorBudget(data.max_bad_share, data.bad_allowed)
     with IngestProgress(console, len(todo)) as progress:
         for summary in done.values():
             _tally(tally, uri, summary, progress)
@@ -124,7 +124,7 @@ def validate(manifest: str, probe: bool, piece_bytes: int | None, data: DataConf
         found, hashes, lines = Summary(), {}, {}
         with IngestProgress(console, len(pieces)) as progress:
             calls = {number: (work, piece) for number, piece in enumerate(pieces)}
-            tally = Tally(data.max_bad_share, data.bad_allowed)
+            tally = ErrorBudget(data.max_bad_share, data.bad_allowed)
             for number, (summary, ids, places) in on_ray(check_piece, calls, progress.waited):
                 hashes[number], lines[number] = ids, places
                 found.add(summary)
@@ -186,7 +186,7 @@ def _plan(
 
 def _with_folder(uri: str, data: DataConfig) -> DataConfig:
     """The manifest's own folder is the first of its roots."""
-    return data.model_copy(update={"roots": [folder_of(uri), *map(storage.absolute, data.roots)]})
+    return data.model_copy(update={"roots": [base_folder(uri), *map(storage.absolute, data.roots)]})
 
 
 def cut_and_count(uri: str, piece_bytes: int) -> list[Piece]:
@@ -218,12 +218,12 @@ def _summaries(target: str, plan: str) -> dict[int, Summary]:
     return {number: summary for number, summary in found.items() if summary.plan == plan}
 
 
-def _tally(tally: Tally, uri: str, summary: Summary, progress: IngestProgress) -> None:
-    source = plain(uri)
+def _tally(tally: ErrorBudget, uri: str, summary: Summary, progress: IngestProgress) -> None:
+    source = to_printable(uri)
     tally.due[source] += summary.rows + summary.quarantined
     tally.reasons[source].update(summary.unreadable)
     progress.seen(summary.rows, summary.rejected, summary.quarantined)
-    tally.count([], [])
+    tally.record([], [])
 
 
 def _indices(target: str, done: dict[int, Summary]) -> Iterator[pa.Table]:
@@ -306,7 +306,7 @@ def _seal(
             f"{work.manifest}: no row is left: {total.rejected} are malformed, and the videos of {total.quarantined} "
             "cannot be read"
         )
-    lengths = [table.filter(table["kept"]).select(LENGTHS) for table in _indices(target, dict(enumerate(done)))]
+    lengths = [table.filter(table["kept"]).select(LENGTH_COLUMNS) for table in _indices(target, dict(enumerate(done)))]
     about = {
         "made_from": work.manifest,
         "plan": work.plan,
@@ -335,4 +335,4 @@ def malformed(manifest: str, found: Summary) -> str:
     """How many rows are, and the first of them, in one line."""
     named = "; ".join(f"line {line}: {reason}" for line, reason in found.named)
     more = f"; and {found.rejected - NAMED} more" if found.rejected > NAMED else ""
-    return f"{plain(manifest)}: {found.rejected} rows are malformed: {named}{more}"
+    return f"{to_printable(manifest)}: {found.rejected} rows are malformed: {named}{more}"

@@ -14,15 +14,15 @@ from rich.console import Console
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data import manifest_shards
-from crosslmm.data.frame_sampling import excerpt
+from crosslmm.data.frame_sampling import split_time_range
 from crosslmm.data.ingest import split
 from crosslmm.data.ingest.convert import LEDGER, cut_and_count
 from crosslmm.data.ingest.ray_tasks import IngestProgress, on_ray
 from crosslmm.data.ingest.shard_tasks import PROBES, Work, inside, named, table_of, timed, waiting_of
 from crosslmm.data.ingest.split import Piece
 from crosslmm.data.manifest import BadManifest
-from crosslmm.data.manifest_shards import LENGTHS
-from crosslmm.data.quarantine import Entry, plain
+from crosslmm.data.manifest_shards import LENGTH_COLUMNS
+from crosslmm.data.quarantine import QuarantineEntry, to_printable
 from crosslmm.data.video.decode_pool import Decoder, Prober, Unreadable
 from crosslmm.data.video.probe import Probe
 
@@ -124,19 +124,19 @@ def retry_waiting(work: Work, number: int, name: str) -> Retried:
     rows = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(work.target, name)))).to_pylist()
     entries = [json.loads(row.pop("entry")) for row in rows]
     records = [{**row, "videos": [storage.join(work.target, video) for video in row["videos"]]} for row in rows]
-    places = list(dict.fromkeys(excerpt(uri)[0] for record in records for uri in record["videos"]))
+    places = list(dict.fromkeys(split_time_range(uri)[0] for record in records for uri in record["videos"]))
     with Prober(work.data) as prober:
         known = dict(zip(places, prober(places), strict=True))
     readable, waiting = timed(records, known, work.manifest)
     tried = {entry["line"]: entry["attempts"] for entry in entries}
     waiting = [(row, replace(entry, attempts=entry.attempts + tried[entry.line])) for row, entry in waiting]
-    result = Retried([(plain(work.manifest), record["line"], plain(record["id"])) for record in readable])
+    result = Retried([(to_printable(work.manifest), record["line"], to_printable(record["id"])) for record in readable])
     result.left = len(waiting)
     result.entries = b"".join(json.dumps(entry.to_dict()).encode() + b"\n" for _, entry in waiting)
     if readable:
         table = table_of(readable, work.target)
         result.parts = [manifest_shards.write_part(work.target, number, table)]
-        result.lengths = table.select(LENGTHS)
+        result.lengths = table.select(LENGTH_COLUMNS)
         found = [
             {"video": inside(place, work.target), **asdict(one)}
             for place, one in known.items()
@@ -175,8 +175,10 @@ def retry_entries(data: DataConfig, piece: Piece) -> Retried:
                     found = decoder([codecs.decode(place, "unicode_escape")])[0]
             if isinstance(found, Unreadable):
                 tried = replace(found, attempts=attempts + found.attempts)
-                left.append(json.dumps({**entry, **Entry.of(row, place, tried).to_dict()}).encode() + b"\n")
+                left.append(
+                    json.dumps({**entry, **QuarantineEntry.from_row(row, place, tried).to_dict()}).encode() + b"\n"
+                )
             else:
-                result.readable.append((plain(str(row["manifest"])), row["line"], plain(str(row["id"]))))
+                result.readable.append((to_printable(str(row["manifest"])), row["line"], to_printable(str(row["id"]))))
     result.entries, result.left = b"".join(left), len(left)
     return result

@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data import manifest_shards
-from crosslmm.data.frame_sampling import excerpt
+from crosslmm.data.frame_sampling import split_time_range
 from crosslmm.data.ingest import split
 from crosslmm.data.ingest.split import Piece
-from crosslmm.data.manifest import BadManifest, check_rows
-from crosslmm.data.manifest_shards import LENGTHS, SCHEMA
-from crosslmm.data.quarantine import Entry, plain
+from crosslmm.data.manifest import BadManifest
+from crosslmm.data.manifest_shards import LENGTH_COLUMNS, SCHEMA
+from crosslmm.data.quarantine import QuarantineEntry, to_printable
+from crosslmm.data.row_schema import parse_rows
 from crosslmm.data.video.decode_pool import Prober, Unreadable
 from crosslmm.data.video.probe import Probe
 from crosslmm.data.video.pyav import UnreadableVideo, part_of
@@ -40,7 +41,8 @@ SORTS, OTHERS = 200, "others"
 """Sorts of a thing that are counted apart."""
 
 INDEX = pa.schema(
-    {"id": pa.uint64(), "line": pa.int64(), "kept": pa.bool_()} | {name: SCHEMA.field(name).type for name in LENGTHS}
+    {"id": pa.uint64(), "line": pa.int64(), "kept": pa.bool_()}
+    | {name: SCHEMA.field(name).type for name in LENGTH_COLUMNS}
 )
 """A row of a piece, for the driver: hash of its id, and whether it is in a part."""
 PROBES = pa.schema(
@@ -84,7 +86,7 @@ class Batch:
     """Of `SCHEMA`."""
     rejected: list[tuple[int, str]]
     """(line, reason) of the malformed ones."""
-    waiting: list[tuple[dict[str, Any], Entry]]
+    waiting: list[tuple[dict[str, Any], QuarantineEntry]]
     """Those whose video cannot be read."""
     probes: dict[str, Probe]
     """What videos that are new in this batch say, by their places."""
@@ -160,10 +162,10 @@ def judged(work: Work, piece: Piece) -> Iterator[Batch]:
     with contextlib.ExitStack() as stack:
         prober = stack.enter_context(Prober(work.data)) if work.probe else None
         for some in _batches(work, piece):
-            records, rejected = check_rows(some, work.data.roots, first_line)
-            batch = Batch(records, [(line, plain(reason)) for line, reason in rejected], [], {})
+            records, rejected = parse_rows(some, work.data.roots, first_line)
+            batch = Batch(records, [(line, to_printable(reason)) for line, reason in rejected], [], {})
             if prober:
-                places = dict.fromkeys(excerpt(uri)[0] for record in records for uri in record["videos"])
+                places = dict.fromkeys(split_time_range(uri)[0] for record in records for uri in record["videos"])
                 new = [place for place in places if place not in known]
                 found = dict(zip(new, prober(new), strict=True))
                 known |= found
@@ -184,7 +186,7 @@ def _batches(work: Work, piece: Piece) -> Iterator[list[tuple[int, Any]]]:
 
 def timed(
     records: list[dict[str, Any]], known: dict[str, Probe | Unreadable], manifest: str
-) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], Entry]]]:
+) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], QuarantineEntry]]]:
     """Records with the durations of their videos, and those one of whose videos cannot be read."""
     readable, waiting = [], []
     for record in records:
@@ -192,7 +194,7 @@ def timed(
         bad = next(((uri, why) for uri, why in seconds.items() if isinstance(why, Unreadable)), None)
         if bad:
             row = {"manifest": manifest, "line": record["line"], "id": record["id"]}
-            waiting.append((record, Entry.of(row, *bad)))
+            waiting.append((record, QuarantineEntry.from_row(row, *bad)))
         else:
             readable.append({**record, "seconds": [seconds[uri] for uri in record["videos"]]})
     return readable, waiting
@@ -200,7 +202,7 @@ def timed(
 
 def _seconds(uri: str, known: dict[str, Probe | Unreadable]) -> float | Unreadable:
     """How long what is shown of a video lasts, 0 of an image [s]; or why it cannot be."""
-    place, begin, end = excerpt(uri)
+    place, begin, end = split_time_range(uri)
     found = known[place]
     if isinstance(found, Unreadable):
         return found
@@ -327,7 +329,7 @@ def _index(batch: Batch) -> pa.Table:
     rows.sort(key=lambda row: row[0]["line"])
     return pa.Table.from_pylist(
         [
-            {**{name: row[name] for name in ("line", *LENGTHS)}, "id": _hash(row["id"]), "kept": kept}
+            {**{name: row[name] for name in ("line", *LENGTH_COLUMNS)}, "id": _hash(row["id"]), "kept": kept}
             for row, kept in rows
         ],
         INDEX,
@@ -345,7 +347,7 @@ def table_of(records: Sequence[dict[str, Any]], target: str) -> pa.Table:
     return pa.Table.from_pylist(placed, SCHEMA)
 
 
-def waiting_of(rows: Sequence[tuple[dict[str, Any], Entry]], target: str) -> pa.Table:
+def waiting_of(rows: Sequence[tuple[dict[str, Any], QuarantineEntry]], target: str) -> pa.Table:
     """Rows that are left out, as `WAITING`."""
     entries = pa.array([json.dumps(entry.to_dict()) for _, entry in rows], pa.string())
     return table_of([record for record, _ in rows], target).append_column("entry", entries).cast(WAITING)

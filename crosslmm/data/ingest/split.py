@@ -94,7 +94,7 @@ def rewrite(uri: str, folder: str, piece_bytes: int) -> list[Piece]:
     Raises:
         OSError, ValueError: it cannot be read, or is not what its name says.
     """
-    data, rows = formats.read(uri)
+    data, rows = formats.read_rows(uri)
     key = f"{hashlib.sha256(data).hexdigest()[:16]}-{piece_bytes}"
     pieces: list[Piece] = []
     lines, size, first = [], 0, 1
@@ -114,13 +114,13 @@ def rows_of(piece: Piece) -> Iterator[tuple[int, Any]]:
         OSError, ValueError: it cannot be read, or is not what its name says.
     """
     if piece.form == "whole":
-        yield from formats.read(piece.uri)[1]
+        yield from formats.read_rows(piece.uri)[1]
     elif piece.form == "parquet":
         with _parquet(piece.uri) as file:
             yield from formats.parquet_rows(file, range(piece.begin, piece.end), piece.first)
     else:
         data = storage.read_bytes(piece.uri, piece.begin, piece.end)
-        yield from formats.lines(data if piece.begin else data.removeprefix(codecs.BOM_UTF8), piece.first)
+        yield from formats.numbered_lines(data if piece.begin else data.removeprefix(codecs.BOM_UTF8), piece.first)
 
 
 def _line_after(uri: str, place: int, size: int) -> int:

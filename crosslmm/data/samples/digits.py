@@ -63,7 +63,7 @@ def _clips(rng: np.random.Generator, count: int, digits: Digits) -> Iterator[Cli
         frames = empty(rng, FRAMES)
         chosen = rng.choice(len(digits.names), len(PLATES), replace=False)
         begins = rng.integers(FRAMES - SHOWN + 1, size=len(PLATES))
-        for colour, digit, first, (y, x) in zip(PLATES, chosen, begins, places(rng, len(PLATES)), strict=True):
+        for colour, digit, first, (y, x) in zip(PLATES, chosen, begins, plate_corners(rng, len(PLATES)), strict=True):
             drawn = plate(digits.images[digit], colour)
             frames[first : first + SHOWN, y : y + len(drawn), x : x + len(drawn)] = drawn
         kind = "late digit" if begins[0] == FRAMES - SHOWN else "digit"
@@ -75,7 +75,7 @@ def empty(rng: np.random.Generator, frames: int) -> np.ndarray:
     return np.full((frames, SIDE, SIDE, 3), rng.uniform(115, 135), dtype=np.uint8)
 
 
-def places(rng: np.random.Generator, count: int) -> np.ndarray:
+def plate_corners(rng: np.random.Generator, count: int) -> np.ndarray:
     """Upper left corners of up to nine plates that do not touch, int64 (count, 2) as y, x [px]."""
     cells = np.stack(np.divmod(rng.choice(9, count, replace=False), 3), axis=1)
     return cells * CELL + rng.integers(2, size=(count, 2)) * RASTER

@@ -11,7 +11,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from crosslmm.config import DataConfig
-from crosslmm.data.frame_sampling import Sampling, nearest
+from crosslmm.data.frame_sampling import FrameSampling, frames_at
 from crosslmm.data.video.pyav import UnreadableVideo, choose_stream, gap_of, open_container, part_of
 
 
@@ -36,10 +36,10 @@ def with_decord(
         raise UnreadableVideo(f"it lasts {duration:.0f} s, and data.max_video_s is {data.max_video_s:g}")
     first, last = part_of(begin, end, duration)
     latest = float(begins[np.searchsorted(begins, last) - 1])  # of the part's frames
-    wanted = first + Sampling(data.num_frames, data.sampling, data.fps).times(last - first, max(latest - first, 0))
+    wanted = first + FrameSampling(data.num_frames, data.sampling, data.fps).times(last - first, max(latest - first, 0))
     # decord's own resize fails on some widths (48: "the size must exactly match"), so the same one as above is used.
     resize = VideoReformatter()
-    frames = reader.get_batch(order[nearest(begins, wanted + 1e-6)]).asnumpy()
+    frames = reader.get_batch(order[frames_at(begins, wanted + 1e-6)]).asnumpy()
     return np.stack(
         [
             resize.reformat(av.VideoFrame.from_ndarray(f, format="rgb24"), image_size, image_size).to_ndarray()
@@ -80,7 +80,7 @@ def with_torchcodec(
     if closes - opens > data.max_video_s:
         raise UnreadableVideo(f"it lasts {closes - opens:.0f} s, and data.max_video_s is {data.max_video_s:g}")
     first, last = part_of(begin, end, closes - opens)
-    times = Sampling(data.num_frames, data.sampling, data.fps).times(last - first, max(last - first - gap, 0))
+    times = FrameSampling(data.num_frames, data.sampling, data.fps).times(last - first, max(last - first - gap, 0))
     wanted = np.minimum(opens + first + times + 1e-6, np.nextafter(closes, opens))
     found = decoder.get_frames_played_at(wanted.tolist())
     shown = found.pts_seconds.numpy()

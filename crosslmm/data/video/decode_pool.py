@@ -21,7 +21,7 @@ import psutil
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, DataConfig
-from crosslmm.data.frame_sampling import excerpt
+from crosslmm.data.frame_sampling import split_time_range
 from crosslmm.data.video.backends import with_decord, with_torchcodec
 from crosslmm.data.video.probe import Probe, probe
 from crosslmm.data.video.pyav import UnreadableVideo, with_pyav
@@ -217,7 +217,7 @@ def decode_video(uri: str, data: DataConfig, image_size: int) -> np.ndarray | Un
 
     def decode(file: BinaryIO, form: str) -> np.ndarray:
         backend = "pyav" if form in IMAGES else data.decoder  # the others read no images
-        return BACKENDS[backend](file, form, data, image_size, *excerpt(uri)[1:])
+        return BACKENDS[backend](file, form, data, image_size, *split_time_range(uri)[1:])
 
     return _judged(uri, data, decode)
 
@@ -240,7 +240,7 @@ def _judged(uri: str, data: DataConfig, read: Callable[[BinaryIO, str], Any]) ->
     """What `read` makes of an open video of a container, or what is wrong with it."""
     version = None
     try:
-        with storage.open_read(_followed(excerpt(uri)[0], data.roots)) as file:
+        with storage.open_read(_followed(split_time_range(uri)[0], data.roots)) as file:
             version = storage.version_of(file)
             return read(file, _container_of(file, data.max_video_bytes))
     except UnreadableVideo as error:
@@ -326,7 +326,7 @@ def _bucket_of(uri: str) -> str:
 
 def _touch(uri: str) -> None:
     """Ask the store for the object's first bytes."""
-    with storage.open_read(excerpt(uri)[0]) as file:
+    with storage.open_read(split_time_range(uri)[0]) as file:
         file.read(1)
 
 

@@ -15,7 +15,7 @@ from av.video.stream import VideoStream
 
 from crosslmm import storage
 from crosslmm.config import DataConfig
-from crosslmm.data.frame_sampling import Sampling
+from crosslmm.data.frame_sampling import FrameSampling
 
 # Demuxers whose index names the keyframes. A transport stream has none, and is decoded from its start.
 INDEXED = ("mov", "matroska", "avi")
@@ -162,7 +162,7 @@ def _frames_within(
     begin, finish = part
     start = (stream.start_time or 0) + round(begin / base)
     duration = finish - begin
-    times = Sampling(data.num_frames, data.sampling, data.fps).times(duration, max(duration - gap_of(stream), 0))
+    times = FrameSampling(data.num_frames, data.sampling, data.fps).times(duration, max(duration - gap_of(stream), 0))
     wanted = start + times / base + ROUNDING
     visits = _visits(container, stream, wanted)
     storage.will_read(file, _ranges(container, stream, visits))

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslmm.data.collate import NOTHING, Sample, micro_batches, readable
+from crosslmm.data.collate import PLACEHOLDER_MESSAGES, Sample, mask_unreadable, micro_batches
 
 
 def samples(lengths):
@@ -31,4 +31,4 @@ def test_samples_of_like_length_go_together():
 def test_what_could_not_be_read_is_as_long_as_what_stands_for_it():
     asked = [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "a"}]
     lost = Sample(0, "m", 1, "a", asked, [], None, 1.0, "no such file")
-    assert readable([lost]) == ([NOTHING], [[]], [0.0])
+    assert mask_unreadable([lost]) == ([PLACEHOLDER_MESSAGES], [[]], [0.0])

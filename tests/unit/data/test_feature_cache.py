@@ -12,20 +12,9 @@ import torch
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data import feature_cache as features_module
-from crosslmm.data.dataset import block_rows
-from crosslmm.data.feature_cache import (
-    BadFeatures,
-    FeatureCache,
-    FeatureRecipe,
-    Stored,
-    create,
-    from_bf16,
-    pack,
-    to_bf16,
-    unpack,
-    write_index,
-    write_shard,
-)
+from crosslmm.data.dataset import rows_per_block
+from crosslmm.data.feature_cache import BadFeatures, FeatureCache, IndexEntry, create, write_index, write_shard
+from crosslmm.data.feature_format import FeatureRecipe, from_bf16, pack, to_bf16, unpack
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.video.decode_pool import Unreadable
 from crosslmm.encode.recipe import require_encoder
@@ -39,7 +28,7 @@ PATCHES, WIDTH = 6, 8
 
 def recipe(dtype="bf16", data=DATA, **other):
     given = {"image_size": 48, "precision": "fp32", "patches": PATCHES, "width": WIDTH, "encoder": "e" * 64}
-    return FeatureRecipe.of(data, dtype=dtype, **given | other)
+    return FeatureRecipe.from_config(data, dtype=dtype, **given | other)
 
 
 def values(frames, seed=0):
@@ -67,7 +56,7 @@ def cached(tmp_path, videos, dtype):
     versions = [features_module.storage.version(uri.split("#")[0]) for uri in videos]
     given = [(uri, version, values(n + 1, n)) for n, (uri, version) in enumerate(zip(videos, versions, strict=True))]
     stored, _, _ = write_shard(folder, given, dtype)
-    nothing = Stored(str(tmp_path / "gone.mp4"), None, 0, reason="no such file", stage="read")
+    nothing = IndexEntry(str(tmp_path / "gone.mp4"), None, 0, reason="no such file", stage="read")
     write_index(folder, [*stored, nothing])
     return folder
 
@@ -253,9 +242,9 @@ MESSAGES = '[{"role": "user", "content": [{"type": "video"}]}, {"role": "assista
 
 def test_blocks_are_counted_in_the_bytes_that_are_read():
     data = DataConfig(num_frames=64)
-    assert block_rows(data, 384, recipe(patches=729, width=1152)) == 1
-    assert block_rows(data, 384, recipe(patches=16, width=64)) == 128
-    assert block_rows(DataConfig(num_frames=2), 384, recipe(patches=729, width=1152)) == 4
+    assert rows_per_block(data, 384, recipe(patches=729, width=1152)) == 1
+    assert rows_per_block(data, 384, recipe(patches=16, width=64)) == 128
+    assert rows_per_block(DataConfig(num_frames=2), 384, recipe(patches=729, width=1152)) == 4
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslmm.data.frame_sampling import Sampling, excerpt, nearest
+from crosslmm.data.frame_sampling import FrameSampling, frames_at, split_time_range
 
 
 def llava_video_s(total, native_fps, fps, most):
@@ -23,7 +23,7 @@ def internvl_s(total, most):
 
 def taken(sampling, total, native_fps):
     shown = np.arange(total) / native_fps
-    return nearest(shown, sampling.times(total / native_fps, shown[-1]) + 1e-6).tolist()
+    return frames_at(shown, sampling.times(total / native_fps, shown[-1]) + 1e-6).tolist()
 
 
 @pytest.mark.parametrize(("total", "native_fps", "fps", "most"), [
@@ -31,19 +31,19 @@ def taken(sampling, total, native_fps):
     (7, 24, 1, 8),
 ])  # fmt: skip
 def test_fps_then_uniform_is_llava_video_s(total, native_fps, fps, most):
-    sampling = Sampling(most, "fps_then_uniform", fps)
+    sampling = FrameSampling(most, "fps_then_uniform", fps)
     assert taken(sampling, total, native_fps) == llava_video_s(total, native_fps, fps, most)
 
 
 @pytest.mark.parametrize(("total", "most"), [(300, 8), (301, 8), (17, 16), (900, 64), (64, 64)])
 def test_uniform_is_internvl_s(total, most):
-    assert taken(Sampling(most), total, 30) == internvl_s(total, most)
+    assert taken(FrameSampling(most), total, 30) == internvl_s(total, most)
 
 
 def test_fps_with_a_cap_ends_with_the_cap():
-    assert Sampling(4, "fps", 2.0).times(10).tolist() == [0, 0.5, 1, 1.5]
-    assert Sampling(64, "fps", 2.0).times(1.75).tolist() == [0, 0.5, 1, 1.5]
-    assert Sampling(64, "fps", 2.0).times(1.5).tolist() == [0, 0.5, 1]
+    assert FrameSampling(4, "fps", 2.0).times(10).tolist() == [0, 0.5, 1, 1.5]
+    assert FrameSampling(64, "fps", 2.0).times(1.75).tolist() == [0, 0.5, 1, 1.5]
+    assert FrameSampling(64, "fps", 2.0).times(1.5).tolist() == [0, 0.5, 1]
 
 
 @given(
@@ -55,21 +55,21 @@ def test_fps_with_a_cap_ends_with_the_cap():
 )
 def test_any_policy_gives_ascending_moments_of_the_video_and_no_more_than_asked(policy, count, fps, total, native_fps):
     duration = total / native_fps
-    times = Sampling(count, policy, fps).times(duration, duration - 1 / native_fps)
+    times = FrameSampling(count, policy, fps).times(duration, duration - 1 / native_fps)
     assert 1 <= len(times) <= count
     assert np.all(np.diff(times) > 0) or total == 1
     assert times[0] >= 0
     assert times[-1] < duration + 1e-9
-    assert np.all(np.diff(nearest(np.arange(total) / native_fps, times)) > 0)
+    assert np.all(np.diff(frames_at(np.arange(total) / native_fps, times)) > 0)
 
 
 def test_the_part_that_is_meant_stands_behind_the_place():
-    assert excerpt("a.mp4") == ("a.mp4", 0, None)
-    assert excerpt("s3://b/a#1.mp4#t=1.5,20") == ("s3://b/a#1.mp4", 1.5, 20)
-    assert excerpt("a.mp4#t=3") == ("a.mp4", 3, None)
-    assert excerpt("a.mp4#t=,7") == ("a.mp4", 0, 7)
+    assert split_time_range("a.mp4") == ("a.mp4", 0, None)
+    assert split_time_range("s3://b/a#1.mp4#t=1.5,20") == ("s3://b/a#1.mp4", 1.5, 20)
+    assert split_time_range("a.mp4#t=3") == ("a.mp4", 3, None)
+    assert split_time_range("a.mp4#t=,7") == ("a.mp4", 0, 7)
     with pytest.raises(ValueError, match=r"'a.mp4#t=3,3': the part ends before it begins"):
-        excerpt("a.mp4#t=3,3")
+        split_time_range("a.mp4#t=3,3")
 
 
 @given(
@@ -79,5 +79,5 @@ def test_the_part_that_is_meant_stands_behind_the_place():
     seconds=st.floats(0.01, 1000),
 )
 def test_frames_are_counted_as_they_are_chosen(policy, most, fps, seconds):
-    sampling = Sampling(most, policy, fps)
+    sampling = FrameSampling(most, policy, fps)
     assert sampling.count(np.array([seconds, np.nan, 0])).tolist() == [len(sampling.times(seconds)), most, 1]

@@ -8,9 +8,10 @@ import pytest
 from crosslmm import storage
 from crosslmm.data import manifest as manifest_module
 from crosslmm.data import manifest_shards
-from crosslmm.data.frame_sampling import Sampling
-from crosslmm.data.manifest import BadManifest, Manifest, Rows, check_rows
+from crosslmm.data.frame_sampling import FrameSampling
+from crosslmm.data.manifest import BadManifest, Manifest, Rows
 from crosslmm.data.manifest_shards import SCHEMA
+from crosslmm.data.row_schema import parse_rows
 from tests.support.common import conversation
 
 COUNT = 1300
@@ -26,7 +27,7 @@ def folder(tmp_path_factory):
     parts = [manifest_shards.write_part(folder, number, table) for number, table in enumerate(tables)]
     assert not manifest_shards.is_prepared(folder)
     manifest_shards.seal(
-        folder, parts, pa.concat_tables(tables).select(manifest_shards.LENGTHS), {"made_from": "rows.jsonl"}
+        folder, parts, pa.concat_tables(tables).select(manifest_shards.LENGTH_COLUMNS), {"made_from": "rows.jsonl"}
     )
     return folder
 
@@ -36,7 +37,7 @@ def records(start, end):
     for i in range(start, end):
         place = f"clips/{i}.mp4" if i % 2 else f"/elsewhere/{i}.mp4"
         lines.append((i + 1, json.dumps({"id": f"row {i}", "video": place, "messages": conversation("What?", str(i))})))
-    rows, reasons = check_rows(lines, ["", "/elsewhere"])
+    rows, reasons = parse_rows(lines, ["", "/elsewhere"])
     assert not reasons
     return rows
 
@@ -103,7 +104,7 @@ def test_rows_of_several_manifests_are_numbered_one_behind_the_other(folder, tmp
 
 
 def test_a_manifest_too_long_to_be_read_whole_is_sent_to_be_prepared(monkeypatch, tmp_path):
-    monkeypatch.setattr(manifest_module, "MOST_UNPREPARED", 3)
+    monkeypatch.setattr(manifest_module, "MAX_UNPREPARED_ROWS", 3)
     lines = [json.dumps({"id": f"{i}", "messages": conversation("?", "!", video=False)}) for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines[:3]))
     assert len(Manifest(str(tmp_path / "rows.jsonl"))) == 3
@@ -120,17 +121,17 @@ def test_lengths_are_told_before_anything_is_opened(tmp_path):
         {"id": "image", "messages": [asked, {"role": "assistant", "content": "1234"}]},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = Manifest(str(tmp_path / "rows.jsonl")).lengths(Sampling(64), 9)
+    found = Manifest(str(tmp_path / "rows.jsonl")).estimate_tokens(FrameSampling(64), 9)
     assert found.tolist() == [3, 1 + 64 * 9, 2 + 9]
     known = [{**record, "seconds": [10.0], "chars": 8} for record in records(0, 2)]
     table = pa.Table.from_pylist([*known, {**known[0], "seconds": [None]}, {**known[0], "seconds": []}], SCHEMA)
     folder = str(tmp_path / "prepared")
     manifest_shards.seal(folder, [manifest_shards.write_part(folder, 0, table)], table, {})
-    assert Manifest(folder, ["/elsewhere"]).lengths(Sampling(64, "fps", 2.0), 9).tolist() == [2 + 20 * 9] * 2 + [
+    assert Manifest(folder, ["/elsewhere"]).estimate_tokens(FrameSampling(64, "fps", 2.0), 9).tolist() == [2 + 20 * 9] * 2 + [
         2 + 64 * 9,
         2,
     ]
-    assert Manifest(folder, ["/elsewhere"]).lengths(Sampling(8, "fps", 2.0), 9)[0] == 2 + 8 * 9
+    assert Manifest(folder, ["/elsewhere"]).estimate_tokens(FrameSampling(8, "fps", 2.0), 9)[0] == 2 + 8 * 9
 
 
 def test_every_video_is_known_without_the_conversations(folder):

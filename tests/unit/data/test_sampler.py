@@ -8,20 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crosslmm.config import DataConfig
-from crosslmm.data.dataset import Layout, ahead, block_rows
-from crosslmm.data.sampler import SampleOrder
+from crosslmm.data.dataset import BlockLayout, prefetch, rows_per_block
+from crosslmm.data.sampler import DeterministicSampler
 
 
 def epoch(order, number):
     length = order.steps_per_epoch * order.global_batch_size
-    return order.at(np.arange(number * length, (number + 1) * length))
+    return order.rows_at(np.arange(number * length, (number + 1) * length))
 
 
 def per_rank(layout):
     """The places of each rank's blocks, one behind the other, cut where the last step ends."""
     return [
-        np.concatenate([layout.places(block) for block in range(rank, layout.blocks, layout.ranks)])[
-            : layout.steps * layout.rank_rows
+        np.concatenate([layout.positions(block) for block in range(rank, layout.blocks, layout.ranks)])[
+            : layout.steps * layout.samples_per_rank
         ]
         for rank in range(layout.ranks)
     ]
@@ -30,7 +30,7 @@ def per_rank(layout):
 @pytest.mark.parametrize(("rows", "batch"), [(10, 4), (8, 4), (3, 8), (1, 1)])
 def test_every_epoch_weighs_each_row_once_and_its_padding_nothing(rows, batch):
     for number in range(3):
-        index, weight = epoch(SampleOrder((rows,), batch, seed=1), number)
+        index, weight = epoch(DeterministicSampler((rows,), batch, seed=1), number)
         assert len(index) % batch == 0
         assert sorted(index[weight == 1]) == list(range(rows))
         assert weight.sum() == rows
@@ -38,26 +38,26 @@ def test_every_epoch_weighs_each_row_once_and_its_padding_nothing(rows, batch):
 
 
 def test_seed_and_epoch_fix_the_order_and_nothing_else_does():
-    rows = [epoch(SampleOrder((50,), 8, seed), number)[0].tolist() for seed in (0, 1) for number in (0, 1)]
+    rows = [epoch(DeterministicSampler((50,), 8, seed), number)[0].tolist() for seed in (0, 1) for number in (0, 1)]
     assert all(a != b for i, a in enumerate(rows) for b in rows[:i])
-    whole = SampleOrder((50,), 8, 0)
+    whole = DeterministicSampler((50,), 8, 0)
     scattered = np.array([[60, 3], [17, 99]])
-    index, weight = whole.at(scattered)
-    one_by_one = [whole.at(np.array([place])) for place in scattered.ravel()]
+    index, weight = whole.rows_at(scattered)
+    one_by_one = [whole.rows_at(np.array([place])) for place in scattered.ravel()]
     assert index.ravel().tolist() == [int(row[0]) for row, _ in one_by_one]
     assert weight.ravel().tolist() == [float(w[0]) for _, w in one_by_one]
 
 
 def test_validation_keeps_the_manifest_s_order():
-    assert SampleOrder((5,), 2, seed=None).at(np.arange(6))[0].tolist() == [0, 1, 2, 3, 4, 0]
+    assert DeterministicSampler((5,), 2, seed=None).rows_at(np.arange(6))[0].tolist() == [0, 1, 2, 3, 4, 0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize(("batch", "rows_in_block"), [(12, 3), (12, 5), (24, 128), (12, 1), (36, 7)])
 @pytest.mark.parametrize(("first", "steps"), [(0, 5), (7, 4)])
 def test_the_ranks_share_each_step_s_places_out_whatever_the_blocks(ranks, batch, rows_in_block, first, steps):
-    layout = Layout(SampleOrder((50,), batch, 0), ranks, first, steps, rows_in_block)
-    shares = [places.reshape(steps, layout.rank_rows) for places in per_rank(layout)]
+    layout = BlockLayout(DeterministicSampler((50,), batch, 0), ranks, first, steps, rows_in_block)
+    shares = [places.reshape(steps, layout.samples_per_rank) for places in per_rank(layout)]
     for number, step in enumerate(range(first, first + steps)):
         together = np.concatenate([share[number] for share in shares])
         assert sorted(together) == list(range(step * batch, (step + 1) * batch))
@@ -65,15 +65,15 @@ def test_the_ranks_share_each_step_s_places_out_whatever_the_blocks(ranks, batch
 
 def test_every_rank_has_equally_many_blocks_even_when_nothing_is_left():
     for steps in (0, 1, 5):
-        layout = Layout(SampleOrder((50,), 12, 0), ranks=3, first_step=2, steps=steps, block_rows=5)
+        layout = BlockLayout(DeterministicSampler((50,), 12, 0), ranks=3, first_step=2, steps=steps, rows_per_block=5)
         assert layout.blocks >= layout.ranks
         assert layout.blocks % layout.ranks == 0
 
 
 def test_another_number_of_ranks_goes_on_with_exactly_what_is_left():
-    order, consumed = SampleOrder((50,), 12, 0), []
+    order, consumed = DeterministicSampler((50,), 12, 0), []
     for ranks, first, steps in [(2, 0, 4), (3, 4, 2), (4, 6, 1), (1, 7, 3)]:
-        consumed += per_rank(Layout(order, ranks, first, steps, block_rows=5))
+        consumed += per_rank(BlockLayout(order, ranks, first, steps, rows_per_block=5))
     assert sorted(np.concatenate(consumed)) == list(range(10 * 12))
 
 
@@ -88,17 +88,17 @@ def test_any_kill_and_any_change_of_workers_leaves_exactly_what_is_left(
     seed, rows, per_rank_batch, legs, rows_in_block
 ):
     """However often a run is killed and by how many workers it is resumed, each epoch trains on each row once."""
-    order = SampleOrder((rows,), 12 * per_rank_batch, seed)
+    order = DeterministicSampler((rows,), 12 * per_rank_batch, seed)
     taken, step = [], 0
     for ranks, steps in legs:
-        shares = per_rank(Layout(order, ranks, step, steps, rows_in_block))
+        shares = per_rank(BlockLayout(order, ranks, step, steps, rows_in_block))
         assert len({len(share) for share in shares}) == 1, "every rank takes every step"
         taken += shares
         step += steps
-    rest = per_rank(Layout(order, 2, step, -step % order.steps_per_epoch, rows_in_block))
+    rest = per_rank(BlockLayout(order, 2, step, -step % order.steps_per_epoch, rows_in_block))
     places = np.sort(np.concatenate([*taken, *rest]))
     assert places.tolist() == list(range(len(places)))
-    index, weight = order.at(places)
+    index, weight = order.rows_at(places)
     epochs = len(places) // (order.steps_per_epoch * order.global_batch_size)
     assert np.bincount(index[weight == 1], minlength=rows).tolist() == [epochs] * rows
     assert weight.sum() == epochs * rows
@@ -106,30 +106,30 @@ def test_any_kill_and_any_change_of_workers_leaves_exactly_what_is_left(
 
 @given(seed=st.integers(0, 2**32), rows=st.integers(1, 100), place=st.integers(0, 2**40), attempt=st.integers(1, 8))
 def test_a_substitute_is_fixed_by_seed_place_and_attempt(seed, rows, place, attempt):
-    row = SampleOrder((rows,), 4, seed).substitute(place, attempt)
+    row = DeterministicSampler((rows,), 4, seed).substitute(place, attempt)
     assert 0 <= row < rows
-    assert row == SampleOrder((rows,), 8, seed).substitute(place, attempt)
+    assert row == DeterministicSampler((rows,), 8, seed).substitute(place, attempt)
 
 
 def test_substitutes_are_spread_over_all_rows():
-    drawn = [SampleOrder((10,), 4, 0).substitute(place, 1) for place in range(1000)]
+    drawn = [DeterministicSampler((10,), 4, 0).substitute(place, 1) for place in range(1000)]
     assert np.bincount(drawn, minlength=10).min() > 60
-    assert drawn != [SampleOrder((10,), 4, 0).substitute(place, 2) for place in range(1000)]
+    assert drawn != [DeterministicSampler((10,), 4, 0).substitute(place, 2) for place in range(1000)]
 
 
 def test_a_block_holds_16_mib_of_frames():
-    assert block_rows(DataConfig(num_frames=4), 64) == 128
-    assert block_rows(DataConfig(num_frames=8), 384) == 4
-    assert block_rows(DataConfig(num_frames=512), 384) == 1
+    assert rows_per_block(DataConfig(num_frames=4), 64) == 128
+    assert rows_per_block(DataConfig(num_frames=8), 384) == 4
+    assert rows_per_block(DataConfig(num_frames=512), 384) == 1
 
 
 def test_ahead_keeps_the_order():
-    assert list(ahead(range(20), lambda i: i * i)) == [i * i for i in range(20)]
-    assert list(ahead([], str)) == []
+    assert list(prefetch(range(20), lambda i: i * i)) == [i * i for i in range(20)]
+    assert list(prefetch([], str)) == []
 
 
 def test_ahead_passes_an_error_on_at_its_place():
-    results = ahead([2, 1, 0, 1], lambda i: 2 / i)
+    results = prefetch([2, 1, 0, 1], lambda i: 2 / i)
     assert [next(results), next(results)] == [1, 2]
     with pytest.raises(ZeroDivisionError):
         next(results)
@@ -138,7 +138,7 @@ def test_ahead_passes_an_error_on_at_its_place():
 @pytest.mark.parametrize("depth", [1, 3])
 def test_ahead_makes_as_many_as_its_depth_and_no_more(depth):
     made = []
-    results = ahead(range(100), lambda i: made.append((i, threading.current_thread().name)) or i, depth)
+    results = prefetch(range(100), lambda i: made.append((i, threading.current_thread().name)) or i, depth)
     for used in (1, 2):
         next(results)
         deadline = time.monotonic() + 5
@@ -158,7 +158,7 @@ SOURCES = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 5)), min_size=1,
 @given(seed=st.integers(0, 2**32), sources=SOURCES, batch=st.integers(1, 16), epochs=st.integers(1, 4))
 def test_sources_take_turns_by_their_shares_and_each_goes_round_without_a_gap(seed, sources, batch, epochs):
     sizes, shares = (tuple(numbers) for numbers in zip(*sources, strict=True))
-    order = SampleOrder(sizes, batch, seed, shares)
+    order = DeterministicSampler(sizes, batch, seed, shares)
     taken = []
     for number in range(epochs):
         index, weight = epoch(order, number)
@@ -178,16 +178,16 @@ def test_sources_take_turns_by_their_shares_and_each_goes_round_without_a_gap(se
 
 
 def test_one_to_one_alternates():
-    order = SampleOrder((100, 10), 4, 0, (1, 1))
-    index, _ = order.at(np.arange(200))
+    order = DeterministicSampler((100, 10), 4, 0, (1, 1))
+    index, _ = order.rows_at(np.arange(200))
     assert order.source_of(index).tolist() == [0, 1] * 100
     assert order.steps_per_epoch == 50
 
 
 def test_a_substitute_comes_from_the_same_source():
-    order = SampleOrder((20, 5, 9), 4, 0, (2, 1, 3))
+    order = DeterministicSampler((20, 5, 9), 4, 0, (2, 1, 3))
     for place in range(100):
-        (row,), _ = order.at(np.array([place]))
+        (row,), _ = order.rows_at(np.array([place]))
         for attempt in (1, 2):
             other = order.substitute(place, attempt)
             assert order.source_of(np.array([row, other])).tolist() == [order.source_of(np.array([row]))[0]] * 2
@@ -199,20 +199,20 @@ LENGTHS = np.random.default_rng(0).integers(1, 600, 480).astype(np.float32)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("rows_in_block", [3, 128])
 def test_dealt_by_length_the_ranks_share_each_step_s_places_and_have_as_much_to_do(ranks, rows_in_block):
-    order = SampleOrder((480,), 48, 0)
-    layout = Layout(order, ranks, 1, 3, rows_in_block, LENGTHS)
-    shares = [places.reshape(3, layout.rank_rows) for places in per_rank(layout)]
+    order = DeterministicSampler((480,), 48, 0)
+    layout = BlockLayout(order, ranks, 1, 3, rows_in_block, LENGTHS)
+    shares = [places.reshape(3, layout.samples_per_rank) for places in per_rank(layout)]
     for number, step in enumerate(range(1, 4)):
         together = np.concatenate([share[number] for share in shares])
         assert sorted(together) == list(range(step * 48, (step + 1) * 48))
-        rows, weights = order.at(np.stack([share[number] for share in shares]))
+        rows, weights = order.rows_at(np.stack([share[number] for share in shares]))
         loads = (LENGTHS[rows] * weights).sum(axis=1)
         assert loads.max() <= loads.min() * 1.1
         assert len({int(n) for n in weights.sum(axis=1)}) <= 2
 
 
 def test_a_small_source_beside_a_large_one_does_not_shuffle_the_large_one_again(monkeypatch):
-    order, shuffled = SampleOrder((50_000, 3), 8, 7, (1, 1)), []
+    order, shuffled = DeterministicSampler((50_000, 3), 8, 7, (1, 1)), []
     make = np.random.default_rng
 
     def counting(seed):
@@ -221,5 +221,5 @@ def test_a_small_source_beside_a_large_one_does_not_shuffle_the_large_one_again(
 
     monkeypatch.setattr(np.random, "default_rng", counting)
     for block in range(20):
-        order.at(np.arange(block * 128, (block + 1) * 128))
+        order.rows_at(np.arange(block * 128, (block + 1) * 128))
     assert shuffled.count((7, 0, 0)) == 1

@@ -15,7 +15,7 @@ from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data.ingest import convert as conversion
 from crosslmm.data.ingest.ray_tasks import NotPrepared
 from crosslmm.data.manifest import BadManifest, Manifest
-from crosslmm.data.quarantine import TooManyBad
+from crosslmm.data.quarantine import TooManyUnreadable
 from crosslmm.data.samples.clips import encode_clip
 from tests.support.common import ROOT, conversation
 
@@ -149,7 +149,9 @@ def test_too_many_videos_that_cannot_be_read_stop_it_with_their_reasons(convert,
     rows = [{"id": f"{i}", "video": "no.mp4" if i % 2 else "clip.mp4", "messages": conversation("?", "!")}
             for i in range(20)]  # fmt: skip
     write(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(TooManyBad, match=r"rows\.jsonl: \d videos could not .*data\.bad_allowed 5: \d x read: no such"):
+    with pytest.raises(
+        TooManyUnreadable, match=r"rows\.jsonl: \d videos could not .*data\.bad_allowed 5: \d x read: no such"
+    ):
         convert(probe=True, bad_allowed=5)
     said, _ = convert(probe=True, bad_allowed=10)
     assert (said["rows"], said["quarantined"], said["codecs"]) == (10, 10, {"h264": said["videos"]})

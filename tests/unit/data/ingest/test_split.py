@@ -37,7 +37,7 @@ def test_any_cut_gives_every_line_once_with_its_number(path, lines, mark, ended,
         patch.setattr(split, "WINDOW", window)
         rough = split.cut(str(path), piece_bytes)
         cut = split.number(split.settle(piece, path.stat().st_size) for piece in rough)
-    assert of(cut) == list(formats.read(str(path))[1])
+    assert of(cut) == list(formats.read_rows(str(path))[1])
     assert all(a.end == b.begin for a, b in pairwise(cut))
     assert all(a.first + a.rows == b.first for a, b in pairwise(cut))
 
@@ -55,7 +55,7 @@ def test_parquet_is_cut_at_its_row_groups(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=90)
     cut = split.cut(str(tmp_path / "rows.parquet"), 20_000)
     assert len(cut) > 2
-    assert of(cut) == list(formats.read(str(tmp_path / "rows.parquet"))[1])
+    assert of(cut) == list(formats.read_rows(str(tmp_path / "rows.parquet"))[1])
     assert len({piece.sha256 for piece in cut}) == len(cut)
 
 
@@ -75,9 +75,9 @@ def test_what_is_read_whole_is_written_as_lines_with_the_same_numbers(tmp_path, 
     assert split.is_whole(uri)
     cut = split.rewrite(uri, str(tmp_path / "cut"), 1000)
     assert len(cut) > 2
-    read = [(number, formats.to_row(row, number) if row != b"7" else 7) for number, row in of(cut)]
+    read = [(number, formats.parse_row(row, number) if row != b"7" else 7) for number, row in of(cut)]
     whole = split.rows_of(Piece(uri, "whole"))
-    assert read == [(number, formats.to_row(row, number) if row != 7 else 7) for number, row in whole]
+    assert read == [(number, formats.parse_row(row, number) if row != 7 else 7) for number, row in whole]
     if kind == "folder":
         assert [row["id"] for _, row in read] == [row["id"] for row in Manifest(uri).rows]
 

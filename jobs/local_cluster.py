@@ -1,20 +1,20 @@
 """A Ray cluster on this machine, with token authentication and its dashboard on loopback, until Ctrl-C.
 
-One node with all of its CPUs:
+One node with all of the machine's CPUs:
 
     python jobs/local_cluster.py
 
-Several nodes, with the labels that nodes in clouds have (cluster/facts.yaml), and as many CPUs as you like: Ray hands
-them out, whatever the machine has. GROUP=NODESxCPUS; the head, from which jobs are driven, has no CPU to give:
+Several nodes, labelled as in clouds (cluster/facts.yaml), with any number of CPUs: Ray assigns them regardless of the
+machine's cores. Each group of nodes is ROLE=NODESxCPUS; the head, where drivers run, has no CPUs to assign:
 
     python jobs/local_cluster.py --nodes
     python jobs/local_cluster.py --nodes decode=1x1 train=2x2
 
-Nodes that an autoscaler adds when they are asked for, up to so many, and takes away when they have been idle:
+The same nodes, added on demand by an autoscaler, and removed when they have been idle:
 
     python jobs/local_cluster.py --nodes decode=1x1 train=2x2 --autoscale
 
-It prints what to type in another terminal. A run is told where its parts belong by the file that it names there.
+It prints the commands for another terminal, with the --config file that places a run on these nodes.
 """
 
 import argparse
@@ -23,22 +23,22 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # `cluster` is beside this folder, and not installed
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the folder `cluster` is not installed
 
 from cluster.local.cluster import LocalCluster
-from cluster.local.nodes import Group, ray
+from cluster.local.nodes import NodeGroup, ray_command
 
-DEFAULT = ("decode=1x1", "train=2x1")
-IDLE_S = 60.0
+DEFAULT_GROUPS = ("decode=1x1", "train=2x1")
+"""Groups of `--nodes` without a value."""
+DEFAULT_IDLE_S = 60.0
+"""Idle time after which `--autoscale` removes a node [s]."""
 
 
-def _group(text: str) -> Group:
-    """`train=2x1` -> two nodes of one CPU."""
-    role, _, size = text.partition("=")
-    nodes, _, cpus = size.partition("x")
-    if role not in ("decode", "train") or not nodes.isdecimal() or not cpus.isdecimal() or not int(cpus):
-        raise argparse.ArgumentTypeError(f"{text}: give decode=NODESxCPUS or train=NODESxCPUS, such as train=2x1")
-    return Group(role, int(nodes), int(cpus))
+def _group(text: str) -> NodeGroup:
+    try:
+        return NodeGroup.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main() -> None:
@@ -48,31 +48,31 @@ def main() -> None:
         "--nodes",
         nargs="*",
         type=_group,
-        metavar="GROUP=NODESxCPUS",
-        help=f"nodes beside the head, of the groups decode and train (without a group: {' '.join(DEFAULT)})",
+        metavar="ROLE=NODESxCPUS",
+        help=f"nodes in addition to the head, with the roles decode and train (default: {' '.join(DEFAULT_GROUPS)})",
     )
     parser.add_argument(
         "--autoscale",
         nargs="?",
         type=float,
-        const=IDLE_S,
+        const=DEFAULT_IDLE_S,
         metavar="SECONDS",
-        help=f"add nodes when they are asked for, and take away those that were idle for so long (default {IDLE_S:g})",
+        help=f"add nodes on demand, and remove those idle for this long (default {DEFAULT_IDLE_S:g})",
     )
     arguments = parser.parse_args()
-    groups = [_group(text) for text in DEFAULT] if arguments.nodes == [] else arguments.nodes or []
+    groups = [_group(text) for text in DEFAULT_GROUPS] if arguments.nodes == [] else arguments.nodes or []
     if arguments.autoscale is not None and not groups:
-        parser.error("--autoscale: give --nodes, that is what there may be")
-    # A closed terminal and `kill` as Ctrl-C: nodes have sessions of their own, and would outlive this process.
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, signal.default_int_handler)
+        parser.error("--autoscale: give --nodes, the most nodes that it may add")
+    # A closed terminal and `kill` act like Ctrl-C: nodes run in their own sessions, and would outlive this process.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     print("starting a Ray cluster ...", flush=True)
     with suppress(KeyboardInterrupt), LocalCluster(groups=groups, idle_s=arguments.autoscale) as cluster:
-        where = f" --config tiny --config {cluster.placement}" if groups else ""
+        placement = f" --config tiny --config {cluster.placement}" if groups else ""
         print(f"""Dashboard {cluster.address}. In another terminal, in the same folder:
 
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={cluster.token} RAY_API_SERVER_ADDRESS={cluster.address}
-  {ray()[0]} job submit -- python jobs/train.py{where}
+  {ray_command()[0]} job submit -- python jobs/train.py{placement}
 
 Ctrl-C stops the cluster.""", flush=True)  # fmt: skip
         signal.pause()

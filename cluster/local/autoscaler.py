@@ -1,4 +1,4 @@
-"""Ray's autoscaler on this machine: its fake provider of nodes, which here starts them as a local cluster does."""
+"""Ray's autoscaler on this machine: Ray's fake node provider, which here starts nodes as a local cluster does."""
 
 import os
 from collections.abc import Sequence
@@ -13,19 +13,20 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
 )
 from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
 
-from cluster.local.nodes import Group, LocalNode, worker_options
+from cluster.local.nodes import LocalNode, NodeGroup, worker_options
 
-NOTHING_TO_DO = (
+EMPTY_STEPS = (
     "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
     "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
 )  # fmt: skip
-"""Steps of Ray's launcher of clusters."""
+"""Steps of Ray's cluster launcher, which the autoscaler's configuration must have, and which are empty here."""
 
 
 class LocalProvider(FakeMultiNodeProvider):
-    """Lives in the autoscaler's process, a child of the head.
+    """Starts and stops nodes for the autoscaler; runs in the autoscaler's process, a child of the head.
 
-    The nodes of Ray's own take the machine's outer address, and its kind of provider wants a file that is in no wheel.
+    Ray's own fake nodes listen on the machine's external address, and its type of provider needs a file that Ray's
+    wheel lacks.
     """
 
     def _create_node_with_resources_and_labels(
@@ -43,31 +44,39 @@ class LocalProvider(FakeMultiNodeProvider):
             options = worker_options(self.provider_config["gcs_address"], resources, labels)
             node = LocalNode(options, environment, Path(self.provider_config["logs"]) / f"{kind}-{name[-5:]}.log")
             node.wait()
-            known: dict[str, Any] = self._nodes
-            known[name] = {"tags": {TAG_RAY_NODE_KIND: NODE_KIND_WORKER, **tags}, "node": node}
+            nodes: dict[str, Any] = self._nodes
+            nodes[name] = {"tags": {TAG_RAY_NODE_KIND: NODE_KIND_WORKER, **tags}, "node": node}
 
     def _terminate_node(self, node: dict[str, Any]) -> None:
         node["node"].stop()
 
 
 def head_environment(environment: dict[str, str]) -> dict[str, str]:
-    """Of the head, so that the second version of the autoscaler, which knows labels, runs beside it."""
-    here = str(Path(__file__).resolve().parents[2])
+    """Return the head's environment: it runs version 2 of the autoscaler, which knows labels, with this provider."""
+    root = str(Path(__file__).resolve().parents[2])
     return environment | {
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "PYTHONPATH": os.pathsep.join([here, *filter(None, [environment.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])]),
     }
 
 
-def config(gcs_address: str, head_cpus: int, groups: Sequence[Group], idle_s: float, logs: Path) -> dict[str, Any]:
-    """What `ray start --autoscaling-config` reads."""
+def config(gcs_address: str, head_cpus: int, groups: Sequence[NodeGroup], idle_s: float, logs: Path) -> dict[str, Any]:
+    """Return the contents of the file for `ray start --autoscaling-config`.
+
+    Args:
+        gcs_address: HOST:PORT of the head's control store.
+        head_cpus: CPUs of the head.
+        groups: node types that the autoscaler may add.
+        idle_s: idle time after which it removes a node [s].
+        logs: folder for the nodes' logs.
+    """
     types = {
         group.role: {
-            "min_workers": group.least,
+            "min_workers": group.min_nodes,
             "max_workers": group.nodes,
             "resources": group.resources,
             "labels": group.labels,
@@ -91,8 +100,8 @@ def config(gcs_address: str, head_cpus: int, groups: Sequence[Group], idle_s: fl
         },
         "head_node_type": FAKE_HEAD_NODE_TYPE,
         "available_node_types": {FAKE_HEAD_NODE_TYPE: head, **types},
-        # What Ray fills in for clouds alone.
-        **{key: [] for key in NOTHING_TO_DO},
+        # Ray supplies defaults for these only for cloud providers.
+        **{key: [] for key in EMPTY_STEPS},
         "file_mounts": {},
         "file_mounts_sync_continuously": False,
     }

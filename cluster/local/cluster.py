@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine: a head, and nodes or an autoscaler beside it, with tokens, on loopback."""
+"""A Ray cluster on this machine: a head, with further nodes or an autoscaler, token authentication, on loopback."""
 
 import json
 import os
@@ -19,71 +19,57 @@ import yaml
 from cluster.local.nodes import (
     OBJECT_STORE_BYTES,
     ROLE_LABEL,
-    SESSION,
-    START_DEADLINE_S,
-    Group,
+    SESSION_SUFFIX,
+    START_TIMEOUT_S,
     LocalNode,
+    NodeGroup,
     free_ports,
     kill_session,
-    ray,
+    ray_command,
     worker_options,
 )
 
 
 class LocalCluster:
-    """Starts the head as a child in a session of its own, and so each other node; leaving the context kills them.
+    """Starts the head, and each further node, as a child in its own session; leaving the context kills them.
 
-    Ports are free ones and the token lies in a private folder of this cluster alone, so that it can live beside other
-    clusters of the same user; `ray stop` would end those too.
+    Ports are free ones and the token lies in a private folder, so several clusters of one user can run at the same
+    time; `ray stop` would end all of them.
 
     Args:
-        num_cpus: CPUs that Ray may hand out on the head; default all, and with groups none.
-        environment: added to what every process of the cluster inherits (`AWS_*`, say).
-        groups: nodes beside the head.
-        idle_s: an autoscaler adds the nodes of the groups, and takes away those that have been idle for so long [s];
-            None starts them all at once, for good.
+        num_cpus: CPUs that Ray may assign on the head; default all of the machine's, and with groups none.
+        environment: additional environment variables of every process of the cluster (`AWS_*`, for example).
+        groups: nodes in addition to the head.
+        idle_s: let an autoscaler add the groups' nodes on demand, and remove those that were idle for this long [s];
+            None starts all of them at once.
 
     Attributes:
-        nodes: those beside the head that were started here, by role.
+        nodes: nodes that were started here in addition to the head, by role.
 
     Raises:
-        RuntimeError: it does not come up; with the end of its log.
+        RuntimeError: the cluster does not come up; with the end of its log.
     """
 
     def __init__(
         self,
         num_cpus: int | None = None,
         environment: dict[str, str] | None = None,
-        groups: Sequence[Group] = (),
+        groups: Sequence[NodeGroup] = (),
         idle_s: float | None = None,
     ) -> None:
-        # Short, for sockets live below it; private, for Ray makes its own folders readable to all.
+        # A short path, since the paths of sockets are below it; private, since Ray makes its own folders readable.
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
         self.token = self.folder / "token"
         with os.fdopen(os.open(self.token, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
         gcs, dashboard, client = free_ports(3)
         self.address = f"http://127.0.0.1:{dashboard}"
-        self.gcs_address = f"127.0.0.1:{gcs}"  # RAY_ADDRESS of a driver that is no submitted job
-        self.environment = {
-            **os.environ,
-            **(environment or {}),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.token),
-            # A stopped job takes a checkpoint and closes its record; Ray leaves it three seconds by itself.
-            "RAY_JOB_STOP_WAIT_TIME_S": "60",
-            # Jobs say `python`: let it be this one.
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        }
-        self.environment.pop("RAY_AUTH_TOKEN", None)
-        # Train's helpers look for "the" cluster of this machine; tell them which. A job sets it for itself.
-        self.environment.pop("RAY_ADDRESS", None)
+        self.gcs_address = f"127.0.0.1:{gcs}"  # RAY_ADDRESS of a driver that is not a submitted job
+        self.environment = self._environment(environment or {})
         self.groups, self.nodes = list(groups), dict[str, list[LocalNode]]()
         self._autoscaled = idle_s is not None
         if groups:
             num_cpus = num_cpus or 0
-            # More processes than the few CPUs of a node, on which Ray remarks.
-            self.environment.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         options: dict[str, object] = {
             "--head": None,
             "--port": gcs,
@@ -102,14 +88,32 @@ class LocalCluster:
         if idle_s is not None:
             from cluster.local import autoscaler
 
-            scales = autoscaler.config(self.gcs_address, num_cpus or 0, groups, idle_s, self.folder)
-            (self.folder / "autoscaler.json").write_text(json.dumps(scales))
+            config = autoscaler.config(self.gcs_address, num_cpus or 0, groups, idle_s, self.folder)
+            (self.folder / "autoscaler.json").write_text(json.dumps(config))
             options["--autoscaling-config"] = self.folder / "autoscaler.json"
             head_environment = autoscaler.head_environment(self.environment)
         self._head = LocalNode(options, head_environment, self.folder / "start.log")
 
+    def _environment(self, additional: dict[str, str]) -> dict[str, str]:
+        environment = {
+            **os.environ,
+            **additional,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
+            # A stopped job saves a checkpoint and closes its MLflow run; Ray's default leaves it three seconds.
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",
+            # Entrypoints say `python`: make it this one.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        # Jobs start more worker processes than a small machine has CPUs, which Ray would warn about.
+        environment.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+        environment.pop("RAY_AUTH_TOKEN", None)
+        # Ray sets the address for submitted jobs; an inherited one would lead Train's helpers to another cluster.
+        environment.pop("RAY_ADDRESS", None)
+        return environment
+
     def _placement(self) -> dict[str, Any]:
-        """A run's configuration: where its parts belong, as cluster/run.yaml says it of clouds."""
+        """Return the part of a run's configuration that places it on these nodes, like cluster/run.yaml for clouds."""
         scaling: dict[str, Any] = {"drive_on": {ROLE_LABEL: "head"}, "use_gpu": False}
         for group in self.groups:
             scaling |= {f"{group.role}_on": group.labels}
@@ -129,8 +133,8 @@ class LocalCluster:
     def __enter__(self) -> Self:
         try:
             self._head.wait()
-            deadline = time.monotonic() + START_DEADLINE_S
-            while self.ask("/api/jobs/") is None:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while self.get("/api/jobs/") is None:
                 if time.monotonic() > deadline:
                     raise RuntimeError("the cluster's dashboard does not answer")
                 time.sleep(0.3)
@@ -145,7 +149,7 @@ class LocalCluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
 
-    def add(self, group: Group) -> LocalNode:
+    def add(self, group: NodeGroup) -> LocalNode:
         """Start one more node of a group."""
         options = worker_options(self.gcs_address, group.resources, group.labels)
         number = len(list(self.folder.glob(f"{group.role}-*.log")))
@@ -154,14 +158,14 @@ class LocalCluster:
         node.wait()
         return node
 
-    def alive(self) -> list[dict[str, Any]]:
-        """The nodes that are there, as Ray's state API tells of them: `node_id`, `labels`, ..."""
-        answer = self.ask("/api/v0/nodes?limit=1000&detail=1") or {}
-        nodes = answer.get("data", {}).get("result", {}).get("result", [])
+    def alive_nodes(self) -> list[dict[str, Any]]:
+        """Return the living nodes as Ray's state API describes them: `node_id`, `labels`, ..."""
+        response = self.get("/api/v0/nodes?limit=1000&detail=1") or {}
+        nodes = response.get("data", {}).get("result", {}).get("result", [])
         return [node for node in nodes if node["state"] == "ALIVE"]
 
-    def ask(self, path: str) -> Any:
-        """What the dashboard answers; None if it does not."""
+    def get(self, path: str) -> Any:
+        """Return the JSON that the dashboard serves at a path; None if it does not answer."""
         request = urllib.request.Request(
             f"{self.address}{path}", headers={"Authorization": f"Bearer {self.token.read_text()}"}
         )
@@ -171,13 +175,13 @@ class LocalCluster:
             return None
 
     def submit(self, *entrypoint: str) -> list[str]:
-        """The command line that submits a job to this cluster; run it with `environment`."""
-        return [*ray(), "job", "submit", "--address", self.address, "--", *entrypoint]
+        """Return the command that submits a job to this cluster; run it with `environment`."""
+        return [*ray_command(), "job", "submit", "--address", self.address, "--", *entrypoint]
 
     def stop(self) -> None:
-        """Kill every process of the cluster, those of the autoscaler's nodes too."""
+        """Kill every process of the cluster, including nodes that the autoscaler started."""
         self._head.stop()
-        for file in self.folder.glob(f"*{SESSION}"):
+        for file in self.folder.glob(f"*{SESSION_SUFFIX}"):
             kill_session(int(file.read_text()))
         for node in [node for nodes in self.nodes.values() for node in nodes]:
             node.process.wait()

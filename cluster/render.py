@@ -1,6 +1,6 @@
-"""facts.yaml + templates/ -> the files of this folder that clouds and clusters read.
+"""Render templates/ with facts.yaml into the files of this folder that Docker, Ray, Kubernetes and MLflow read.
 
-python cluster/render.py writes them.
+    python cluster/render.py
 """
 
 import tomllib
@@ -16,7 +16,7 @@ TEMPLATES = CLUSTER / "templates"
 
 
 def facts() -> dict[str, Any]:
-    """What templates may name: facts.yaml, and the versions that are pinned for the whole project."""
+    """Return the variables of the templates: facts.yaml, and versions that constraints.txt and pyproject.toml pin."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -25,7 +25,7 @@ def facts() -> dict[str, Any]:
 
 
 def render() -> dict[Path, str]:
-    """Each file and what it must say. A template whose name begins with _ is a part of others."""
+    """Return each file's path and contents. Templates whose names begin with _ are only included in others."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,

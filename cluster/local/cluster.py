@@ -4,12 +4,13 @@ import json
 import os
 import secrets
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -177,6 +178,20 @@ class LocalCluster:
     def submit(self, *entrypoint: str) -> list[str]:
         """Return the command that submits a job to this cluster; run it with `environment`."""
         return [*ray_command(), "job", "submit", "--address", self.address, "--", *entrypoint]
+
+    def run(self, command: list[str], folder: Path) -> Iterator[str]:
+        """Run a command in this cluster's environment, and yield the lines that it prints.
+
+        Raises:
+            subprocess.CalledProcessError: it failed.
+        """
+        with subprocess.Popen(
+            command, env=self.environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            assert process.stdout
+            yield from process.stdout
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
 
     def stop(self) -> None:
         """Kill every process of the cluster, including nodes that the autoscaler started."""

@@ -1,4 +1,4 @@
-"""Linters on what Docker and nodes of AWS are told to run."""
+"""Linters pass on the Dockerfiles and on the shell commands of AWS nodes."""
 
 import subprocess
 import sys
@@ -13,24 +13,24 @@ FILES = ["Dockerfile", "Dockerfile.cpu"]
 TOOLS = Path(sys.executable).parent
 
 
-def told(command: list[str], text: str) -> str:
-    """What a linter says of it; nothing, if it is content."""
+def lint(command: list[str], text: str) -> str:
+    """Return the linter's complaints; "" for none."""
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     assert bool(done.returncode) == bool(done.stdout), done.stderr
     return done.stdout
 
 
 def hadolint(text: str) -> str:
-    return told([TOOLS / "hadolint", "-"], text)
+    return lint([TOOLS / "hadolint", "-"], text)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_linter_is_content_with_the_images(name: str) -> None:
+def test_hadolint_passes_on_the_images(name: str) -> None:
     assert hadolint((CLUSTER / name).read_text()) == ""
 
 
 @pytest.mark.parametrize(
-    ("is_there", "instead", "rule"),
+    ("text", "replacement", "rule"),
     [
         (" --constraint constraints.txt '.[server]'", " mlflow", "DL3013"),
         ("--no-install-recommends ", "", "DL3015"),
@@ -40,16 +40,16 @@ def test_a_linter_is_content_with_the_images(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("name", FILES)
-def test_a_linter_finds_what_is_wrong(name: str, is_there: str, instead: str, rule: str) -> None:
-    text = (CLUSTER / name).read_text()
-    assert is_there in text
-    assert rule in hadolint(text.replace(is_there, instead))
+def test_hadolint_reports_known_faults(name: str, text: str, replacement: str, rule: str) -> None:
+    dockerfile = (CLUSTER / name).read_text()
+    assert text in dockerfile
+    assert rule in hadolint(dockerfile.replace(text, replacement))
 
 
-def test_a_linter_is_content_with_what_nodes_of_aws_run() -> None:
+def test_shellcheck_passes_on_the_commands_of_aws_nodes() -> None:
     aws = yaml.safe_load((CLUSTER / "aws.yaml").read_text())
     shell = [line for key, lines in aws.items() if key.endswith("_commands") for line in lines]
     assert sum("ray start" in line for line in shell) == 2
     check = [TOOLS / "shellcheck", "--shell=bash", "-"]
-    assert told(check, "\n".join(shell) + "\n") == ""
-    assert "SC2086" in told(check, "\n".join(shell).replace('"', "") + "\n")
+    assert lint(check, "\n".join(shell) + "\n") == ""
+    assert "SC2086" in lint(check, "\n".join(shell).replace('"', "") + "\n")

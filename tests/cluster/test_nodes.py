@@ -1,4 +1,4 @@
-"""A cluster of several nodes, labelled as those in clouds: what runs where, nodes that come, and nodes that go."""
+"""A cluster of several nodes, labelled as in clouds: placement, added nodes and lost nodes."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from tests.support.common import ROOT
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 STEPS, EVERY = 30, 5
-# One worker fits a node that trains, and then a decoder would still fit there.
+# A training node has room for one worker, and a decoder would still fit next to it.
 DECODE, TRAIN, WORKER_CPUS = NodeGroup("decode", 1, cpus=1), NodeGroup("train", 2, cpus=2), 1.5
 WORKER, DECODER = "RayTrainWorker", "MapWorker(MapBatches(ReadSamples))"
-DRIVES = {"EventChannel", "TrainController", "DatasetManager", "SplitCoordinator", "SynchronizationActor"}
+DRIVER_ACTORS = {"EventChannel", "TrainController", "DatasetManager", "SplitCoordinator", "SynchronizationActor"}
 DEADLINE_S = 500.0
 SPACE = """\
 from ray import tune
@@ -33,16 +33,16 @@ def space(config):
 
 
 class Laboratory:
-    """Runs on a cluster, each in a folder of its own name; `slow` holds them up so that something may happen."""
+    """Starts runs on a cluster and reads what they leave; the file `slow` delays their steps [s]."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.orders = folder, folder / "orders"
-        self.orders.mkdir()
+        self.folder, self.hooks = folder, folder / "hooks"
+        self.hooks.mkdir()
         self.environment = {
-            "FAULT_HOOKS": str(self.orders),
+            "FAULT_HOOKS": str(self.hooks),
             "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "fault_hooks"), str(ROOT)]),
             "OMP_NUM_THREADS": "1",
-            "RAY_worker_niceness": "0",  # or they starve beside anything else that runs here
+            "RAY_worker_niceness": "0",  # otherwise workers starve when anything else runs on the machine
         }
         self.tracking = f"sqlite:///{folder}/mlflow.db"
         write_sample_set(str(folder / "data"), train=64, held_out=8)
@@ -63,16 +63,16 @@ class Laboratory:
         return self.submit(cluster, "jobs/train.py", *self.settings(cluster, name), *more)
 
     def checkpoints(self, name: str) -> list[checkpoint.Checkpoint]:
-        """Newest first."""
+        """Return the run's sealed checkpoints, newest first."""
         return checkpoint.sealed(str(self.folder / "runs" / name))
 
-    def recorded(self, run_id: str) -> list[int]:
-        """The steps in the record, as often as they are there."""
+    def recorded_steps(self, run_id: str) -> list[int]:
+        """Return the steps of all points of the metric `loss`, sorted."""
         return sorted(point.step for point in MlflowClient(self.tracking).get_metric_history(run_id, "loss"))
 
 
 class Submitted:
-    """A job, submitted from elsewhere, and what it prints."""
+    """A submitted job and what it prints."""
 
     def __init__(self, cluster: LocalCluster, command: list[str], folder: Path) -> None:
         self.cluster, self.log = cluster, folder / f"job-{time.monotonic_ns()}.log"
@@ -82,15 +82,15 @@ class Submitted:
                 command, env=cluster.environment, cwd="/", stdout=file, stderr=subprocess.STDOUT
             )
 
-    def until(self, condition, what: str) -> None:
+    def wait_until(self, condition, what: str) -> None:
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
-            assert self.process.poll() is None, f"it ended before {what}:\n{self.log.read_text()}"
+            assert self.process.poll() is None, f"the job ended before {what}:\n{self.log.read_text()}"
             assert time.monotonic() < deadline, f"no {what}:\n{self.log.read_text()}"
             time.sleep(0.2)
 
-    def outcome(self) -> dict:
-        """Its last line, once it has ended well."""
+    def result(self) -> dict:
+        """Wait for the job's success -> the JSON object of its last line."""
         assert self.process.wait(DEADLINE_S) == 0, self.log.read_text()
         return json.loads([line for line in self.log.read_text().splitlines() if line.startswith("{")][-1])
 
@@ -98,27 +98,27 @@ class Submitted:
         (mine,) = [job for job in submitted(self.cluster) if job["submission_id"] not in self._before]
         return mine
 
-    def known(self) -> bool:
-        """Whether its driver has begun."""
+    def has_driver(self) -> bool:
+        """Return whether the job's driver has started."""
         mine = [job for job in submitted(self.cluster) if job["submission_id"] not in self._before]
         return bool(mine and mine[0]["driver_info"])
 
     def roles(self) -> dict[str, set[str]]:
-        """What the nodes are for that the state API has the job's actors and tasks on, by class or name."""
+        """Return the roles of the nodes that ran the job's actors and tasks, by class or name, from the state API."""
         role = {node["node_id"]: node["labels"].get(ROLE_LABEL) for node in nodes(self.cluster)}
         driver = self.details()["driver_info"]["id"]
-        found = defaultdict(set)
+        roles = defaultdict(set)
         for kind, name in (("actors", "class_name"), ("tasks", "name")):
             for one in state(self.cluster, kind):
                 if one["job_id"] == driver and one["node_id"]:
-                    found[one[name]].add(role[one["node_id"]])
-        return found
+                    roles[one[name]].add(role[one["node_id"]])
+        return roles
 
 
 def state(cluster: LocalCluster, what: str) -> list[dict]:
-    answer = cluster.get(f"/api/v0/{what}?limit=10000&detail=1")
-    assert answer["result"], answer
-    return answer["data"]["result"]["result"]
+    response = cluster.get(f"/api/v0/{what}?limit=10000&detail=1")
+    assert response["result"], response
+    return response["data"]["result"]["result"]
 
 
 def submitted(cluster: LocalCluster) -> list[dict]:
@@ -133,11 +133,11 @@ def count(cluster: LocalCluster, role: str) -> int:
     return sum(node["labels"][ROLE_LABEL] == role for node in cluster.alive_nodes())
 
 
-def placed(cluster: LocalCluster, job: Submitted, class_name: str) -> set[str]:
-    """The nodes that a job's actors are or were on."""
+def nodes_of(cluster: LocalCluster, job: Submitted, class_name: str) -> set[str]:
+    """Return the ids of the nodes that run, or ran, a job's actors of a class."""
     driver = job.details()["driver_info"]["id"]
-    found = [one for one in state(cluster, "actors") if one["class_name"] == class_name and one["job_id"] == driver]
-    return {one["node_id"] for one in found if one["node_id"]}
+    actors = [one for one in state(cluster, "actors") if one["class_name"] == class_name and one["job_id"] == driver]
+    return {one["node_id"] for one in actors if one["node_id"]}
 
 
 @pytest.fixture(scope="module")
@@ -152,47 +152,47 @@ def cluster(laboratory):
 
 
 @pytest.fixture
-def slowly(laboratory):
-    """Half a second a step."""
-    (laboratory.orders / "slow").write_text("0.5")
+def slow_steps(laboratory):
+    """Delay each training step by half a second."""
+    (laboratory.hooks / "slow").write_text("0.5")
     yield
-    (laboratory.orders / "slow").unlink()
+    (laboratory.hooks / "slow").unlink()
 
 
-def test_each_part_of_a_submitted_run_is_on_the_nodes_that_are_there_for_it(laboratory, cluster):
+def test_each_process_of_a_run_is_on_its_nodes(laboratory, cluster):
     job = laboratory.train(cluster, "placed", "--scaling.decode_workers=3")
-    outcome = job.outcome()
+    result = job.result()
     (head,) = [node["node_id"] for node in nodes(cluster) if node["is_head_node"]]
     assert job.details()["driver_node_id"] == head
     roles = job.roles()
     assert roles[WORKER] == {"train"}
-    assert len(placed(cluster, job, WORKER)) == TRAIN.nodes
+    assert len(nodes_of(cluster, job, WORKER)) == TRAIN.nodes
     assert roles[DECODER] == {"decode"}
-    assert {name: roles[name] for name in DRIVES} == {name: {"head"} for name in DRIVES}
+    assert {name: roles[name] for name in DRIVER_ACTORS} == {name: {"head"} for name in DRIVER_ACTORS}
     assert [places for name, places in roles.items() if name.startswith("Read")] == [{"head"}]
-    assert laboratory.recorded(outcome["run_id"]) == list(range(1, STEPS + 1))
+    assert laboratory.recorded_steps(result["run_id"]) == list(range(1, STEPS + 1))
     assert "machine   CPUs, fp32, sdpa, gloo" in job.log.read_text()
 
 
 @pytest.mark.parametrize("lost", [DECODE, TRAIN], ids=lambda group: group.role)
-def test_a_run_survives_the_loss_of_a_node(laboratory, cluster, slowly, lost):
+def test_a_run_survives_the_loss_of_a_node(laboratory, cluster, slow_steps, lost):
     name, at_work = f"lost-{lost.role}", DECODER if lost is DECODE else WORKER
     job = laboratory.train(cluster, name)
-    if lost is DECODE:  # videos are small, and soon all of them are decoded
-        job.until(lambda: job.known() and placed(cluster, job, at_work), "decoder")
+    if lost is DECODE:  # early: the videos are few, and soon all of them are decoded
+        job.wait_until(lambda: job.has_driver() and nodes_of(cluster, job, at_work), "decoder")
     else:
-        job.until(lambda: laboratory.checkpoints(name), "checkpoint")
-    before, there = placed(cluster, job, at_work), count(cluster, lost.role)
+        job.wait_until(lambda: laboratory.checkpoints(name), "checkpoint")
+    before, nodes_before = nodes_of(cluster, job, at_work), count(cluster, lost.role)
     cluster.nodes[lost.role].pop(0).stop()
     cluster.add(lost)
-    outcome = job.outcome()
-    # It goes on where another node has come.
-    assert placed(cluster, job, at_work) - before
-    assert count(cluster, lost.role) == there
-    assert laboratory.recorded(outcome["run_id"]) == list(range(1, STEPS + 1))
+    result = job.result()
+    # The run continues on the added node.
+    assert nodes_of(cluster, job, at_work) - before
+    assert count(cluster, lost.role) == nodes_before
+    assert laboratory.recorded_steps(result["run_id"]) == list(range(1, STEPS + 1))
 
 
-def test_a_sweep_of_four_trials_uses_both_nodes_that_train(laboratory, cluster):
+def test_a_sweep_uses_all_training_nodes(laboratory, cluster):
     (laboratory.folder / "space.py").write_text(SPACE)
     job = laboratory.submit(
         cluster, "jobs/tune.py", *laboratory.settings(cluster, "sweep"), f"--space={laboratory.folder}/space.py",
@@ -200,28 +200,28 @@ def test_a_sweep_of_four_trials_uses_both_nodes_that_train(laboratory, cluster):
         "--train.validate_every=2", "--train.checkpoint_every=4",
         f"--data.validation_manifest={laboratory.folder}/data/held_out.jsonl",
     )  # fmt: skip
-    outcome = job.outcome()
-    assert (outcome["trials"], outcome["finished"]) == (4, 4), job.log.read_text()
+    result = job.result()
+    assert (result["trials"], result["finished"]) == (4, 4), job.log.read_text()
     assert "trials    4, 2 at a time" in job.log.read_text()
     roles = job.roles()
     assert roles[WORKER] == {"train"}
-    assert len(placed(cluster, job, WORKER)) == 2
+    assert len(nodes_of(cluster, job, WORKER)) == 2
     assert roles[DECODER] == {"decode"}
     assert roles["TrainController"] == {"head"}
 
 
-def test_an_autoscaler_adds_a_node_that_trains_and_takes_it_away_again(laboratory, slowly):
+def test_an_autoscaler_adds_and_removes_a_training_node(laboratory, slow_steps):
     groups = [DECODE, NodeGroup("train", 2, cpus=2, min_nodes=1)]
-    (laboratory.orders / "slow").write_text("1")
+    (laboratory.hooks / "slow").write_text("1")
     with LocalCluster(environment=laboratory.environment, groups=groups, idle_s=5.0) as cluster:
-        wait_for(lambda: count(cluster, "train") == 1, "first node that trains")
+        wait_for(lambda: count(cluster, "train") == 1, "first training node")
         job = laboratory.train(cluster, "scaled", "--scaling.num_workers=[1, 2]", "--scaling.resize_every_s=5")
-        job.until(lambda: count(cluster, "train") == 2, "second node that trains")
-        job.until(lambda: {one.world_size for one in laboratory.checkpoints("scaled")} >= {2}, "two ranks")
-        assert len(placed(cluster, job, WORKER)) == 2
-        (laboratory.orders / "slow").write_text("0")
-        outcome = job.outcome()
-        assert laboratory.recorded(outcome["run_id"]) == list(range(1, STEPS + 1))
+        job.wait_until(lambda: count(cluster, "train") == 2, "second training node")
+        job.wait_until(lambda: {one.world_size for one in laboratory.checkpoints("scaled")} >= {2}, "two ranks")
+        assert len(nodes_of(cluster, job, WORKER)) == 2
+        (laboratory.hooks / "slow").write_text("0")
+        result = job.result()
+        assert laboratory.recorded_steps(result["run_id"]) == list(range(1, STEPS + 1))
         assert job.roles()[DECODER] == {"decode"}
         wait_for(lambda: (count(cluster, "train"), count(cluster, "decode")) == (1, 0), "end of idle nodes")
 

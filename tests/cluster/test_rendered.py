@@ -1,4 +1,4 @@
-"""The files that clouds and clusters read: what their templates and facts give, and in step with one another."""
+"""The rendered files of cluster/ match their templates and facts, and one another."""
 
 import re
 import tomllib
@@ -28,7 +28,7 @@ def documents(name: str) -> list[Any]:
 
 
 def clusters() -> Iterator[Any]:
-    """The specifications of all Ray clusters in Kubernetes."""
+    """Yield the specifications of all Ray clusters in Kubernetes."""
     yield documents("kuberay/raycluster.yaml")[0]["spec"]
     for job in JOBS:
         yield documents(f"kuberay/{job}.yaml")[0]["spec"]["rayClusterSpec"]
@@ -39,7 +39,7 @@ def of_kind(name: str, kind: str) -> Any:
 
 
 @pytest.mark.parametrize("path", RENDERED, ids=lambda path: str(path.relative_to(CLUSTER)))
-def test_a_committed_file_is_what_its_template_gives(path: Path) -> None:
+def test_committed_files_match_their_templates(path: Path) -> None:
     assert path.read_text() == RENDERED[path], "python cluster/render.py"
 
 
@@ -49,7 +49,7 @@ def test_every_fact_is_used() -> None:
     assert render.facts().keys() <= set().union(*named)
 
 
-def test_versions_are_those_of_the_project() -> None:
+def test_versions_match_the_project() -> None:
     images = set(re.findall(r"image: *(\S*crosslmm\S*)", "".join(RENDERED.values())))
     assert {image.rpartition(":")[2] for image in images} == {f"{PROJECT['version']}-{kind}" for kind in ("cpu", "gpu")}
     assert {cluster["rayVersion"] for cluster in clusters()} == {PINS["ray"]}
@@ -59,7 +59,7 @@ def test_versions_are_those_of_the_project() -> None:
     assert f"flash-attn=={PINS['flash-attn']}" in (CLUSTER / "Dockerfile").read_text()
 
 
-def test_each_group_of_nodes_is_the_same_on_aws_and_in_kubernetes() -> None:
+def test_node_groups_are_equal_on_aws_and_kubernetes() -> None:
     aws = yaml.safe_load((CLUSTER / "aws.yaml").read_text())
     types = aws["available_node_types"]
     for cluster in clusters():
@@ -72,12 +72,12 @@ def test_each_group_of_nodes_is_the_same_on_aws_and_in_kubernetes() -> None:
             assert types[name]["max_workers"] == group["maxReplicas"]
             pod = group["template"]["spec"]
             assert pod["nodeSelector"]["node.kubernetes.io/instance-type"] == types[name]["node_config"]["InstanceType"]
-            asked = pod["containers"][0]["resources"]["requests"]
-            assert int(asked.get("nvidia.com/gpu", 0)) == types[name]["resources"].get("GPU", 0)
+            requests = pod["containers"][0]["resources"]["requests"]
+            assert int(requests.get("nvidia.com/gpu", 0)) == types[name]["resources"].get("GPU", 0)
     assert aws["max_workers"] == sum(types[name]["max_workers"] for name in workers)
 
 
-def test_drivers_are_not_on_spot_machines_and_all_others_are() -> None:
+def test_only_drivers_are_on_demand_and_all_others_on_spot() -> None:
     types = yaml.safe_load((CLUSTER / "aws.yaml").read_text())["available_node_types"]
     assert {name for name, one in types.items() if "InstanceMarketOptions" not in one["node_config"]} == {"head"}
     for cluster in clusters():
@@ -86,16 +86,16 @@ def test_drivers_are_not_on_spot_machines_and_all_others_are() -> None:
         assert capacity == ["ON_DEMAND", "SPOT", "SPOT"]
 
 
-def test_a_job_that_is_tried_again_resumes_its_run() -> None:
+def test_a_retried_job_resumes_its_run() -> None:
     for name in JOBS:
         spec = documents(f"kuberay/{name}.yaml")[0]["spec"]
         assert spec["backoffLimit"] > 0
         assert " --name " in spec["entrypoint"]
-        # With resources of its own a driver may land on any node that has them.
+        # A driver that reserves resources may be placed on any node that has them.
         assert not [key for key in spec if key.startswith("entrypoint") and key != "entrypoint"]
 
 
-def test_a_stopped_job_has_time_for_its_checkpoint_everywhere() -> None:
+def test_a_stopped_job_has_time_for_its_checkpoint() -> None:
     (wait,) = set(re.findall(r"RAY_JOB_STOP_WAIT_TIME_S\D+(\d+)", "".join(RENDERED.values())))
     from crosslmm.train.launcher import STOP_WITHIN_S
 
@@ -103,37 +103,37 @@ def test_a_stopped_job_has_time_for_its_checkpoint_everywhere() -> None:
 
 
 def configuration(name: str) -> RunConfig:
-    """That a job gives, from the repository's root."""
+    """Return the configuration of a RayJob's entrypoint, run in the repository's root."""
     entrypoint = documents(f"kuberay/{name}.yaml")[0]["spec"]["entrypoint"].split()
     script, arguments = entrypoint[1], entrypoint[2:]
     assert (ROOT / script).is_file()
-    own = {"--space", "--trials"}
+    sweep_options = {"--space", "--trials"}
     pairs = zip(arguments[::2], arguments[1::2], strict=True)
-    return parse_run([part for pair in pairs if pair[0] not in own for part in pair], "")
+    return parse_run([part for pair in pairs if pair[0] not in sweep_options for part in pair], "")
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_job_s_configuration_is_a_run_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jobs_configuration_is_valid_and_fits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     config = configuration(name)
     facts = render.facts()
     assert config.storage == f"s3://{facts['bucket']}/runs"
     train, decode = facts["groups"]["train"], facts["groups"]["decode"]
-    # What it asks for has room in what the groups may grow to, with a core of each node left to Kubernetes.
+    # The groups, scaled to their limits, have room for it, with one core of each node left to Kubernetes.
     assert config.scaling.most_workers <= train["gpus"] * train["most"]
     assert config.scaling.cpus_per_worker * train["gpus"] <= train["cpus"] - 1
     decoders = 2 * config.scaling.decode_workers * config.scaling.cpus_per_decode_worker
     assert decoders <= (decode["cpus"] - 1) * decode["most"]
 
 
-def test_the_tracking_server_has_one_command_line() -> None:
+def test_the_mlflow_server_has_one_command_line() -> None:
     compose = yaml.safe_load((CLUSTER / "mlflow" / "compose.yaml").read_text())["services"]["mlflow"]
     (container,) = of_kind("mlflow/kubernetes.yaml", "Deployment")["spec"]["template"]["spec"]["containers"]
     assert container["command"] == compose["command"]
-    there = {one["name"]: one.get("value") for one in container["env"]}
-    assert there.keys() == compose["environment"].keys()
-    for name, value in there.items():
-        # A secret comes by reference: from a Secret there, from the environment and without a default here.
+    variables = {one["name"]: one.get("value") for one in container["env"]}
+    assert variables.keys() == compose["environment"].keys()
+    for name, value in variables.items():
+        # A secret is a reference: to a Secret in Kubernetes, to the environment without a default in compose.
         assert compose["environment"][name] in (value, *([] if value else [compose_secret(compose, name)]))
     gc = yaml.safe_load((CLUSTER / "mlflow" / "compose.yaml").read_text())["services"]["gc"]
     cron = of_kind("mlflow/kubernetes.yaml", "CronJob")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
@@ -149,7 +149,7 @@ def compose_secret(compose: Any, name: str) -> str:
     return value
 
 
-def test_the_tracking_server_answers_to_the_names_by_which_clusters_call_it() -> None:
+def test_the_mlflow_server_accepts_the_names_that_clusters_use() -> None:
     compose = yaml.safe_load((CLUSTER / "mlflow" / "compose.yaml").read_text())["services"]["mlflow"]
     allowed = compose["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
     called = set(re.findall(r"http://([\w.]+:\d+)", RENDERED[CLUSTER / "aws.yaml"]))
@@ -163,9 +163,7 @@ def test_the_tracking_server_answers_to_the_names_by_which_clusters_call_it() ->
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_job_s_parts_belong_on_nodes_that_there_can_be_and_have_room_there(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_node_types_match_the_clusters_and_have_room_for_a_job(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 
     from crosslmm.preflight.placement import NodePool, check_driver, check_resources
@@ -174,22 +172,22 @@ def test_a_job_s_parts_belong_on_nodes_that_there_can_be_and_have_room_there(
     config = configuration(name)
     types = yaml.safe_load((CLUSTER / "aws.yaml").read_text())["available_node_types"]
     check_driver(config, types["head"]["labels"])
-    # Nothing has been added yet.
+    # The autoscaler has not added any node yet.
     head = NodePool(1, types["head"]["resources"], types["head"]["labels"])
-    may_come = [NodePool(one.most, one.resources, one.labels) for one in config.scaling.node_types]
-    check_resources(config, [head, *may_come])
-    # What the configuration says of nodes to come, both clouds have.
-    for nodes in may_come:
-        (there,) = [one for one in types.values() if one["labels"] == nodes.labels]
-        assert there["max_workers"] == nodes.count
+    node_types = [NodePool(one.most, one.resources, one.labels) for one in config.scaling.node_types]
+    check_resources(config, [head, *node_types])
+    # AWS and Kubernetes both have the node types of the configuration.
+    for nodes in node_types:
+        (node_type,) = [one for one in types.values() if one["labels"] == nodes.labels]
+        assert node_type["max_workers"] == nodes.count
         room = dict(nodes.resources)
         objects = room.pop("object_store_memory")
-        assert all(there["resources"][kind] >= count for kind, count in room.items())
+        assert all(node_type["resources"][kind] >= count for kind, count in room.items())
         for cluster in clusters():
             (group,) = [one for one in cluster["workerGroupSpecs"] if one["labels"] == nodes.labels]
             assert group["maxReplicas"] == nodes.count
-            asked = group["template"]["spec"]["containers"][0]["resources"]["requests"]
-            assert {"CPU": int(asked["cpu"]), "GPU": int(asked.get("nvidia.com/gpu", 0))} == {"GPU": 0} | room
-            # What Ray takes of a pod's memory if nobody says otherwise, and of a whole machine's it is more.
-            gib = int(asked["memory"].removesuffix("Gi"))
+            requests = group["template"]["spec"]["containers"][0]["resources"]["requests"]
+            assert {"CPU": int(requests["cpu"]), "GPU": int(requests.get("nvidia.com/gpu", 0))} == {"GPU": 0} | room
+            # Ray's default share of a pod's memory; of a whole machine's memory it is more.
+            gib = int(requests["memory"].removesuffix("Gi"))
             assert objects == int(DEFAULT_OBJECT_STORE_MEMORY_PROPORTION * gib * 2**30)

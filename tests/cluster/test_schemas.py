@@ -1,4 +1,4 @@
-"""Clouds and clusters would take the files: Ray's own check, KubeRay's schemas, Kubernetes's, and a word misspelt."""
+"""The rendered files satisfy the schemas of Ray, KubeRay and Kubernetes, and misspelt ones do not."""
 
 import contextlib
 import copy
@@ -19,9 +19,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
 SCHEMAS = Path(__file__).parent / "kuberay"
-BESIDE = Path(os.environ.get("KUBERAY_SCHEMAS", ROOT.parent / "shared" / "kuberay"))
+SHARED_SCHEMAS = Path(os.environ.get("KUBERAY_SCHEMAS", ROOT.parent / "shared" / "kuberay"))
 KUBERNETES = "1.34"
-"""An older one that is still looked after: what it takes, later ones take."""
+"""The oldest supported version: later ones accept what it accepts."""
 
 MANIFESTS = [f"kuberay/{name}.yaml" for name in ("common", "raycluster", "rayjob-train", "rayjob-tune")]
 MANIFESTS.append("mlflow/kubernetes.yaml")
@@ -32,7 +32,7 @@ def documents(name: str) -> list[Any]:
 
 
 def closed(schema: Any) -> Any:
-    """The schema with unknown keys refused, where the API server would drop them without a word."""
+    """Return the schema with unknown keys refused; the API server would drop them silently."""
     if isinstance(schema, list):
         return [closed(one) for one in schema]
     if not isinstance(schema, dict):
@@ -48,7 +48,7 @@ def crd(kind: str) -> Any:
 
 
 def pods(document: Any) -> Iterator[Any]:
-    """Every pod template in a document of KubeRay's, as a pod."""
+    """Yield every pod template of a KubeRay document, as a pod."""
     spec = document["spec"]
     if "submitterPodTemplate" in spec:
         yield spec["submitterPodTemplate"]
@@ -58,12 +58,12 @@ def pods(document: Any) -> Iterator[Any]:
 
 
 def check_kubernetes(document: Any) -> None:
-    """Raises: jsonschema.ValidationError, with the path of what is wrong."""
+    """Raise jsonschema.ValidationError if the document violates its schema."""
     if document["apiVersion"] != "ray.io/v1":
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
         return
     schema = closed(crd(document["kind"]))
-    # A CRD's schema says of metadata no more than that it is an object.
+    # A CRD's schema only declares metadata as an object.
     schema["properties"]["metadata"] = {"type": "object"}
     jsonschema.Draft202012Validator(schema).validate(document)
     kubernetes_validate.validate(
@@ -74,13 +74,13 @@ def check_kubernetes(document: Any) -> None:
 
 
 def check_aws(config: Any) -> None:
-    """As `ray up` does before it talks to a cloud."""
+    """Validate as `ray up` does before it calls the cloud."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepared = prepare_config(config)
     validate_config(prepared)
 
 
-def test_ray_up_takes_the_cluster() -> None:
+def test_ray_up_accepts_the_cluster() -> None:
     check_aws(yaml.safe_load((CLUSTER / "aws.yaml").read_text()))
 
 
@@ -100,7 +100,7 @@ def test_ray_up_takes_the_cluster() -> None:
     ],
     ids=lambda value: ".".join(value) if isinstance(value, tuple) else None,
 )
-def test_ray_up_refuses_what_is_misspelt(path: tuple[str, ...], value: Any) -> None:
+def test_ray_up_refuses_misspelt_keys(path: tuple[str, ...], value: Any) -> None:
     config = yaml.safe_load((CLUSTER / "aws.yaml").read_text())
     put(config, path, value)
     with pytest.raises((jsonschema.ValidationError, ValueError)):
@@ -108,7 +108,7 @@ def test_ray_up_refuses_what_is_misspelt(path: tuple[str, ...], value: Any) -> N
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_kubernetes_takes_the_manifests(name: str) -> None:
+def test_kubernetes_accepts_the_manifests(name: str) -> None:
     for document in documents(name):
         check_kubernetes(document)
 
@@ -141,7 +141,7 @@ HEAD = ("spec", "headGroupSpec", "template", "spec")
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else None,
 )
-def test_kubernetes_refuses_what_is_misspelt(name: str, kind: str, path: tuple[str, ...], value: Any) -> None:
+def test_kubernetes_refuses_misspelt_keys(name: str, kind: str, path: tuple[str, ...], value: Any) -> None:
     document = next(one for one in documents(f"kuberay/{name}.yaml") if one["kind"] == kind)
     check_kubernetes(document)
     broken = copy.deepcopy(document)
@@ -157,8 +157,8 @@ def put(document: Any, path: tuple[str | int, ...], value: Any) -> None:
     document[key] = value
 
 
-@pytest.mark.skipif(not BESIDE.is_dir(), reason="the copy below tests/ is what is checked against")
+@pytest.mark.skipif(not SHARED_SCHEMAS.is_dir(), reason="only this checkout's copy of the schemas is available")
 @pytest.mark.parametrize("kind", ["raycluster", "rayjob"])
-def test_the_schemas_are_those_beside_the_checkout(kind: str) -> None:
+def test_the_schemas_equal_the_shared_copies(kind: str) -> None:
     name = f"{kind}.v1.schema.json.gz"
-    assert (SCHEMAS / name).read_bytes() == (BESIDE / name).read_bytes()
+    assert (SCHEMAS / name).read_bytes() == (SHARED_SCHEMAS / name).read_bytes()

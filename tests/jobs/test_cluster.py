@@ -1,4 +1,4 @@
-"""Clusters that this project starts: who may use them."""
+"""Clusters that this project starts: their tokens, ports and lifetime."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ import pytest
 from cluster.local.cluster import LocalCluster
 from tests.support.common import ROOT
 
-STARTS = """\
+PRINT_TOKEN_MODE = """\
 from pathlib import Path
 from crosslmm.ray_runtime import start_ray
 start_ray()
@@ -24,7 +24,7 @@ import os
 print(os.environ["RAY_AUTH_MODE"], oct((Path.home() / ".ray/auth_token").stat().st_mode & 0o777))
 """
 
-STOPPED = """\
+STOP_BEFORE_CHECKPOINT = """\
 import os, signal, time
 import ray
 from crosslmm.cli import stop_on_sigterm
@@ -39,7 +39,7 @@ except KeyboardInterrupt:
 """
 
 
-def test_a_local_cluster_s_token_is_private_and_its_dashboard_is_on_loopback():
+def test_a_local_cluster_has_a_private_token_and_loopback_dashboard():
     with LocalCluster(num_cpus=1) as cluster:
         assert cluster.token.stat().st_mode & 0o077 == 0
         assert cluster.folder.stat().st_mode & 0o077 == 0
@@ -51,36 +51,36 @@ def test_a_local_cluster_s_token_is_private_and_its_dashboard_is_on_loopback():
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
-def test_nothing_of_a_local_cluster_outlives_the_command_that_started_it(ending):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_local_cluster_ends_with_its_command(number):
     command = [sys.executable, str(ROOT / "jobs" / "local_cluster.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        said = "".join(itertools.takewhile(lambda line: "Ctrl-C" not in line, process.stdout))
-        folder = Path(said.split("RAY_AUTH_TOKEN_PATH=")[1].split()[0]).parent
-        own = psutil.Process(process.pid).children(recursive=True)
-        assert own
-        process.send_signal(ending)
+        output = "".join(itertools.takewhile(lambda line: "Ctrl-C" not in line, process.stdout))
+        folder = Path(output.split("RAY_AUTH_TOKEN_PATH=")[1].split()[0]).parent
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        process.send_signal(number)
         assert process.wait(timeout=60) == 0
-    assert not [child for child in own if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert not folder.exists()
 
 
-def test_a_cluster_that_a_job_starts_for_itself_wants_a_token_that_is_private():
-    job = _alone(STARTS)
+def test_a_job_starts_its_own_cluster_with_a_private_token():
+    job = run_without_cluster(PRINT_TOKEN_MODE)
     assert job.stdout == "token 0o600\n", job.stderr
 
 
 @pytest.mark.fault
-def test_a_job_that_is_told_to_stop_keeps_the_cluster_that_it_started_until_its_checkpoint_is_taken():
-    job = _alone(STOPPED)
+def test_a_stopped_job_keeps_its_cluster_for_its_checkpoint():
+    job = run_without_cluster(STOP_BEFORE_CHECKPOINT)
     assert job.stdout == "still here\n", job.stderr
 
 
-def _alone(code: str) -> subprocess.CompletedProcess:
-    """Run it where there is no cluster."""
+def run_without_cluster(code: str) -> subprocess.CompletedProcess:
+    """Run a program where no Ray cluster is in reach."""
     hidden = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    with tempfile.TemporaryDirectory(prefix="ray-") as home:  # short, for sockets live below it
+    with tempfile.TemporaryDirectory(prefix="ray-") as home:  # short, since the paths of sockets are below it
         environment |= {"HOME": home, "RAY_TMPDIR": home, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", code]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)

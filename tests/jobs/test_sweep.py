@@ -14,7 +14,6 @@ import pytest
 from mlflow.tracking import MlflowClient
 from selenium.webdriver.support.ui import WebDriverWait
 
-from cluster.local.cluster import LocalCluster
 from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.sweep import trials
 from tests.support.browser_page import resize
@@ -31,12 +30,6 @@ RATES = [1e-3, 1e30, 1e-9]
 def space(config):
     return {"train.learning_rate.decoder": tune.grid_search(RATES)}
 """
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with LocalCluster(num_cpus=2) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ from rich.table import Table
 from benchmarks import report, rounding
 from crosslmm.cli import parse_run, stop_on_sigterm
 from crosslmm.config import RunConfig
-from crosslmm.data.feature_cache import FeatureCache, create, write_index, write_shard
+from crosslmm.data.feature_cache import FeatureCache, create_feature_folder, write_index, write_shard
 from crosslmm.data.feature_format import from_bf16
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.samples import shapes
@@ -240,7 +240,7 @@ def bytes_per_frame(folder: Path) -> dict[str, float]:
     rows = [row for split in rounding.SPLITS for row in Manifest(f"{folder}/data/{split}.jsonl").rows]
     uris = [row["videos"][0] for row in rows]
     videos = [(uri, None, from_bf16(cast("np.ndarray", store.read(uri)))) for uri in uris]
-    int8 = create(str(folder / "int8"), store.recipe.model_copy(update={"dtype": "int8"}))
+    int8 = create_feature_folder(str(folder / "int8"), store.recipe.model_copy(update={"dtype": "int8"}))
     write_index(int8, write_shard(int8, videos, "int8")[0])
     frames = sum(len(x_FPD) for _, _, x_FPD in videos)
     folders = {"bf16": place, "int8": Path(int8)}

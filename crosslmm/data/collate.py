@@ -1,4 +1,4 @@
-"""Samples -> padded batches. Knows the processor only as something that can be called."""
+"""Collates samples to padded batches. The processor is passed in as a callable."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 
 Batch = Any
-"""What the processor makes: a mapping of names to tensors, with `.to(device)`."""
+"""Return value of the processor: a mapping of names to tensors, with `.to(device)`."""
 
-# What stands in the place of a sample that could not be read: it keeps every rank at the same step and teaches nothing.
 PLACEHOLDER_MESSAGES = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
+"""Conversation that replaces an unreadable sample, with weight 0: all ranks stay at the same step."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of the manifest at one place of the run, read."""
+    """The row at one position of the run, with its decoded videos or features."""
 
     position: int
+    """Position of the run, see `DeterministicSampler`."""
     manifest: str
     """Path or URI of its manifest."""
     line: int
@@ -25,42 +26,43 @@ class Sample:
     id: str
     messages: list[dict[str, Any]]
     videos: list[np.ndarray]
-    """uint8 (frames, side, side, 3) each, in the order of the conversation's video and image parts; or
-    features, the bits of bfloat16, uint16 (frames, patches, width)."""
+    """The conversation's video and image parts, in order: uint8 (frames, side, side, 3) each; or their features as
+    the bits of bfloat16, uint16 (frames, patches, width)."""
     kind: str | None
+    """Category of the question."""
     weight: float
-    """0 where the row only fills up an epoch."""
+    """Weight of its loss; 0 for rows that pad an epoch."""
     error: str | None
-    """Why its video could not be read."""
+    """Why its video is unreadable; None if it is readable."""
     quarantined: list[dict[str, Any]] = field(default_factory=list)
-    """Ledger entries of the rows that were to stand here, this one included, and could not be read."""
+    """Quarantine entries of the unreadable rows at this position: those that were replaced, or this one."""
 
 
 @dataclass
 class ValidationBatch:
-    """What is asked of the model in validation."""
+    """One batch of validation: inputs for the loss, and prompts with the expected answers."""
 
     inputs: Batch
-    """The whole conversations, with labels."""
+    """The conversations, with labels."""
     prompts: Batch
     """The conversations up to the last answer."""
     expected: list[str | None]
-    """The last answers; None where the row has no weight."""
+    """The last answers; None for rows of weight 0."""
     kinds: list[str | None]
-    """What sort of question each one is."""
+    """Category of each question."""
 
 
 def micro_batches(
     samples: list[Sample], size: int, tokens: int | None = None, length_of: Callable[[Sample], int] | None = None
 ) -> list[list[Sample]]:
-    """Share the samples of one rank in one step out to its micro-batches.
+    """Divide the samples of one rank and step into micro-batches.
 
     Args:
         samples: in any order.
-        size: samples of a micro-batch, where `tokens` is None.
-        tokens: the most tokens of a micro-batch, padding included: samples x the longest one's. The samples are taken
-            by length, so that those of one micro-batch need little padding. A sample that is longer stands alone.
-        length_of: a sample's tokens, visual ones included.
+        size: samples of a micro-batch; ignored if `tokens` is given.
+        tokens: most tokens of a micro-batch, padding included: number of samples x length of the longest. Samples are
+            sorted by length, so micro-batches need little padding. A longer sample gets a micro-batch of its own.
+        length_of: returns a sample's tokens, visual ones included.
     """
     if tokens is None or length_of is None:
         return [samples[i : i + size] for i in range(0, len(samples), size)]
@@ -76,18 +78,18 @@ def micro_batches(
 
 
 def collate(samples: list[Sample], processor: Callable[..., Batch]) -> Batch:
-    """One training batch; what could not be read has no weight in it."""
+    """Collate one training batch; unreadable samples get weight 0."""
     messages, videos, weights = mask_unreadable(samples)
     return processor(messages, videos, weights=weights)
 
 
 def collate_for_validation(samples: list[Sample], processor: Callable[..., Batch]) -> ValidationBatch:
-    """One validation batch. A video that cannot be read is left out of the score."""
+    """Collate one validation batch; unreadable samples do not count in the score."""
     messages, videos, weights = mask_unreadable(samples)
     last = [max(i for i, m in enumerate(c) if m["role"] == "assistant") for c in messages]
     return ValidationBatch(
         inputs=processor(messages, videos, weights=weights),
-        # The manifest lets no video come after the last answer, so all of them belong to the prompt.
+        # All videos belong to the prompt: manifests allow none after the last answer.
         prompts=processor([c[:i] for c, i in zip(messages, last, strict=True)], videos, answer=True),
         expected=[c[i]["content"] if w else None for c, i, w in zip(messages, last, weights, strict=True)],
         kinds=[sample.kind for sample in samples],
@@ -95,7 +97,7 @@ def collate_for_validation(samples: list[Sample], processor: Callable[..., Batch
 
 
 def mask_unreadable(samples: list[Sample]) -> tuple[list[Any], list[list[np.ndarray]], list[float]]:
-    """Conversations, videos and weights as they are taught: what could not be read says nothing."""
+    """Return conversations, videos and weights, with `PLACEHOLDER_MESSAGES` of weight 0 for unreadable samples."""
     return (
         [PLACEHOLDER_MESSAGES if s.error else s.messages for s in samples],
         [[] if s.error else s.videos for s in samples],

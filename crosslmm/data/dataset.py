@@ -1,8 +1,8 @@
-"""The Ray Data graph: places of a run -> rows -> frames, in blocks that an equal split keeps in order.
+"""The Ray Data graph: positions of a run -> rows -> frames, in blocks that an equal split keeps in order.
 
-`streaming_split(equal=True)` hands block i to rank i % W as long as all blocks have the same number of rows and none is
-cut. So the source emits block numbers, each of which becomes one row: `rows_per_block` consecutive samples *of one rank*.
-Ray Data never needs to know what is in them.
+`streaming_split(equal=True)` gives block i to rank i % W as long as all blocks have the same number of rows and none is
+cut. So the source emits block numbers, and each becomes one row of Ray Data, which holds `rows_per_block` consecutive
+samples *of one rank*. Ray Data never needs to know what is in it.
 """
 
 import functools
@@ -30,37 +30,39 @@ from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.video.decode_pool import Decoder, Unreadable
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
-# A block costs Ray Data 30 to 50 ms whatever it holds, so small samples travel together.
-BLOCK_BYTES = 16 * 2**20
-BLOCK_ROWS = 128
+# A block costs Ray Data 30 to 50 ms whatever its size, so small samples share one.
+MAX_BLOCK_BYTES = 16 * 2**20
+"""Frames or features in a block, unless a single sample has more [bytes]."""
+MAX_BLOCK_ROWS = 128
+"""Samples in a block."""
 
 MAX_SUBSTITUTES = 8
-"""Other rows that are tried at the place of an unreadable one; beyond them the place has no weight."""
+"""Other rows that are tried in place of an unreadable one; if all are unreadable, the sample has weight 0."""
 
 FATAL_ERRORS = (storage.Refused, storage.Unavailable, BadFeatures, BadManifest)
-"""What ends a run, whatever row it happens at."""
+"""Errors that end a run, whichever row they occur at."""
 
 EMPTY_ROW: dict[str, Any] = {"manifest": "", "line": 0, "id": "", "kind": None, "messages": []}
-"""Stands at the places of a block that no store would give."""
+"""Fills a block that a fatal error interrupted."""
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Which places of a run each rank is given, and in what blocks.
+    """Assigns the positions of a run to ranks and blocks.
 
     Attributes:
-        order: what stands at each place.
-        ranks: W, training workers.
-        first_step: the step that the first block begins with.
-        steps: how many steps follow from there.
+        sampler: maps positions to rows.
+        ranks: W, number of training workers.
+        first_step: optimizer step that the first block begins with.
+        steps: number of steps from there.
         rows_per_block: samples in a block.
-        lengths: about how long each row is, float32 (rows,): a step's samples are dealt out so that ranks have equally
-            much to do. None deals them out as they stand.
+        lengths: estimated tokens of each row, float32 (rows,): the samples of a step are dealt to ranks so that all
+            have about as many tokens. None deals them in the sampler's order.
     """
 
-    order: DeterministicSampler
+    sampler: DeterministicSampler
     ranks: int
     first_step: int
     steps: int
@@ -70,45 +72,46 @@ class BlockLayout:
     @property
     def samples_per_rank(self) -> int:
         """Samples of one rank in one optimizer step."""
-        return self.order.global_batch_size // self.ranks
+        return self.sampler.global_batch_size // self.ranks
 
     @property
-    def blocks(self) -> int:
-        """As many for each rank, one at least; what lies beyond the last step is never asked for."""
+    def num_blocks(self) -> int:
+        """Number of blocks: equal for all ranks, and at least one. Samples after the last step are never read."""
         return self.ranks * max(1, -(-self.steps * self.samples_per_rank // self.rows_per_block))
 
     def positions(self, block: int) -> np.ndarray:
-        """Places of the samples in a block, int64 (rows_per_block,). Block i belongs to rank i % ranks."""
+        """Return the positions of the samples in a block, int64 (rows_per_block,). Block i is of rank i % ranks."""
         rank, number = block % self.ranks, block // self.ranks
         return self.rank_positions(rank, number * self.rows_per_block + np.arange(self.rows_per_block))
 
     def rank_positions(self, rank: int, numbers: np.ndarray) -> np.ndarray:
-        """Places of a rank's samples, which are numbered from the first step on; int64 (n,) both."""
-        step, position = np.divmod(numbers, self.samples_per_rank)
-        places = np.empty_like(numbers)
-        for one in np.unique(step):
-            here = step == one
-            places[here] = self._dealt(self.first_step + int(one))[rank][position[here]]
-        return places
+        """Return the positions of a rank's samples, which are numbered from `first_step` on; int64 (n,) both."""
+        step_numbers, within = np.divmod(numbers, self.samples_per_rank)
+        positions = np.empty_like(numbers)
+        for step in np.unique(step_numbers):
+            mask = step_numbers == step
+            positions[mask] = self._deal(self.first_step + int(step))[rank][within[mask]]
+        return positions
 
-    def _dealt(self, step: int) -> np.ndarray:
-        """Places of a step, int64 (ranks, samples_per_rank). By length the longest go to ranks 0, 1, ..., the next ones to
-        ..., 1, 0, and so on."""
-        places = step * self.order.global_batch_size + np.arange(self.order.global_batch_size)
+    def _deal(self, step: int) -> np.ndarray:
+        """Deal the positions of a step to ranks, int64 (ranks, samples_per_rank).
+
+        With `lengths` the longest samples go to ranks 0, 1, ..., W-1, the next ones to W-1, ..., 1, 0, and so on.
+        """
+        positions = step * self.sampler.global_batch_size + np.arange(self.sampler.global_batch_size)
         if self.lengths is None:
-            return places.reshape(self.ranks, self.samples_per_rank)
-        rows, weights = self.order.rows_at(places)
-        rounds = places[np.argsort(-self.lengths[rows] * weights, kind="stable")].reshape(
-            self.samples_per_rank, self.ranks
-        )
+            return positions.reshape(self.ranks, self.samples_per_rank)
+        rows, weights = self.sampler.rows_at(positions)
+        longest_first = positions[np.argsort(-self.lengths[rows] * weights, kind="stable")]
+        rounds = longest_first.reshape(self.samples_per_rank, self.ranks)
         rounds[1::2] = rounds[1::2, ::-1]
         return np.sort(rounds.T, axis=1)
 
 
 def rows_per_block(data: DataConfig, image_size: int, features: FeatureRecipe | None = None) -> int:
-    """Samples in a block: as many as fit 16 MiB of frames, or of the features that are read instead, 1 to 128."""
-    frame = image_size**2 * 3 if features is None else features.patches * features.width * BF16_BYTES
-    return int(np.clip(BLOCK_BYTES // (data.num_frames * frame), 1, BLOCK_ROWS))
+    """Return the samples of a block, 1 to 128: as many as fit 16 MiB of frames (or features, where these are read)."""
+    frame_bytes = image_size**2 * 3 if features is None else features.patches * features.width * BF16_BYTES
+    return int(np.clip(MAX_BLOCK_BYTES // (data.num_frames * frame_bytes), 1, MAX_BLOCK_ROWS))
 
 
 def build_dataset(
@@ -121,34 +124,34 @@ def build_dataset(
     features: ray.ObjectRef | None = None,
     decode_on: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """The dataset of a layout. Call it in the process that will run it (Train's controller): Ray's context is local.
+    """Build the dataset of a layout. Call it in the process that runs it (Train's controller): Ray's context is local.
 
     Args:
-        layout: what goes where.
-        rows: `Rows` of the manifests, in the object store, or what else can `take` and has their `roots`.
+        layout: assigns samples to blocks.
+        rows: `Rows` in the object store, or another object with `take` and `roots`.
         data: frames, decoder, deadline.
         image_size: side of a frame [px].
         workers: decoding processes.
         cpus_per_worker: CPUs that each of them reserves.
-        features: `FeatureCache`, in the object store, that are read instead of videos.
-        decode_on: labels of the nodes on which it reads and decodes; None for any.
+        features: `FeatureCache` in the object store, which is read instead of videos.
+        decode_on: labels of the nodes that read and decode; None for any.
     """
     context = DataContext.get_current()
     context.target_max_block_size = 1  # bytes: no two rows ever share a block, and a row cannot be cut
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = -1  # while validation runs, training's data stands still
-    # One task that counts, as far ahead as the readers need: tasks of their own for millions of blocks would be made
-    # before the first one runs. It takes no CPU, which the readers could wait for in silence, and counts on this node:
-    # readers' nodes come and go.
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    context.execution_no_progress_timeout_s = -1  # during validation the training data makes no progress
+    # A single task counts, just as far ahead as the readers need: with a task per block, millions of tasks would be
+    # created before the first one runs. It reserves no CPU, or the readers might wait for one without any message; and
+    # it runs on this node, since nodes of readers come and go.
+    this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     numbers = ray.data.read_datasource(
-        _BlockNumbers(layout.blocks), override_num_blocks=1, num_cpus=0, label_selector=here
+        _BlockNumbers(layout.num_blocks), override_num_blocks=1, num_cpus=0, label_selector=this_node
     )
     return numbers.map_batches(
         ReadSamples,
         batch_size=None,
-        # While one block is packed and put into the object store, the child decodes the next one.
+        # While one block is packed and put into the object store, the child process decodes the next one.
         compute=ray.data.ActorPoolStrategy(
             size=workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
         ),
@@ -165,7 +168,7 @@ def build_dataset(
 
 
 class _BlockNumbers(Datasource):
-    """0, 1, 2, ..., one in a block."""
+    """Emits 0, 1, 2, ..., each in a block of its own."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -187,7 +190,7 @@ class _BlockNumbers(Datasource):
 
 
 class ReadSamples:
-    """Block number -> that block's samples, read and decoded. Runs as a Ray Data actor, two blocks at a time."""
+    """Reads and decodes the samples of a block. Runs as a Ray Data actor, two blocks at a time."""
 
     def __init__(
         self,
@@ -204,32 +207,35 @@ class ReadSamples:
         self.unreadable: dict[int, QuarantineEntry] = {}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """One row: all samples' frames (or features), one behind the other, and what else `Sample` holds, as JSON.
+        """Read a block and return it as one row, which `unpack_block` takes apart.
 
-        In training a row that cannot be read is replaced by another one; in validation it keeps its place, without
-        frames and with the reason in `error`. Both are named in `bad`.
+        `frames` has the frames (or features) of all samples, concatenated; `samples` the other fields of `Sample`, as
+        JSON; `stopped` the fatal error, if there is one.
+
+        In training another row replaces an unreadable one. In validation it keeps its position, without frames and with
+        the reason in `error`. Both kinds are listed in `quarantined`.
         """
-        places = self.layout.positions(int(batch["block"][0]))
-        index, weight = self.layout.order.rows_at(places)
+        positions = self.layout.positions(int(batch["block"][0]))
+        index, weight = self.layout.sampler.rows_at(positions)
         stopped = None
         try:
-            rows, videos, bad = self._read_or_replace(places, index, weight)
+            rows, videos, quarantined = self._read_or_replace(positions, index, weight)
         except FATAL_ERRORS as error:
-            # Raised here it would reach the trainer's log under Ray's own tracebacks; `unpack_block` raises it again.
+            # Raised here it would reach the trainer's log under Ray's tracebacks; `unpack_block` raises it there.
             stopped = [isinstance(error, kind) for kind in FATAL_ERRORS].index(True), str(error)
-            rows, videos, bad = [EMPTY_ROW] * len(index), [[] for _ in index], [[] for _ in index]
+            rows, videos, quarantined = [EMPTY_ROW] * len(index), [[] for _ in index], [[] for _ in index]
         samples, frames = [], []
-        for i, (row, found) in enumerate(zip(rows, videos, strict=True)):
-            readable = [] if isinstance(found, QuarantineEntry) else found
+        for i, (row, result) in enumerate(zip(rows, videos, strict=True)):
+            readable = [] if isinstance(result, QuarantineEntry) else result
             frames += readable
             samples.append(
                 {key: row[key] for key in ("manifest", "line", "id", "kind", "messages")}
                 | {
-                    "position": int(places[i]),
+                    "position": int(positions[i]),
                     "weight": float(weight[i]),
                     "videos": [len(video) for video in readable],
-                    "error": found.reason if isinstance(found, QuarantineEntry) else None,
-                    "quarantined": bad[i],
+                    "error": result.reason if isinstance(result, QuarantineEntry) else None,
+                    "quarantined": quarantined[i],
                 }
             )
         packed = np.empty(1, dtype=object)
@@ -237,49 +243,54 @@ class ReadSamples:
         return {"frames": packed, "samples": [json.dumps(samples)], "stopped": [json.dumps(stopped)]}
 
     def _read_or_replace(
-        self, places: np.ndarray, index: np.ndarray, weight: np.ndarray
+        self, positions: np.ndarray, index: np.ndarray, weight: np.ndarray
     ) -> tuple[list[dict[str, Any]], list[list[np.ndarray] | QuarantineEntry], list[list[dict[str, Any]]]]:
-        """The rows that stand at each place in the end, their videos, and the entries of all rows that could not be
-        read there."""
+        """Read the rows `index`; in training replace unreadable ones, in `index` too.
+
+        Returns:
+            (rows, videos, quarantined), one element for each position: the final row, its videos or its quarantine
+            entry, and the quarantine entries of all rows that were tried there.
+        """
         rows: list[dict[str, Any]] = [EMPTY_ROW] * len(index)
         videos: list[list[np.ndarray] | QuarantineEntry] = [[] for _ in index]
-        bad: list[list[dict[str, Any]]] = [[] for _ in index]
-        waiting = list(range(len(index)))
+        quarantined: list[list[dict[str, Any]]] = [[] for _ in index]
+        pending = list(range(len(index)))
         for attempt in range(1, MAX_SUBSTITUTES + 2):
-            numbers = index[waiting]
+            numbers = index[pending]
             taken = self.rows.take(numbers)
-            for i, row, found in zip(waiting, taken, self._read(numbers.tolist(), taken), strict=True):
-                rows[i], videos[i] = row, found
-                if isinstance(found, QuarantineEntry):
-                    bad[i].append(found.to_dict())
-            waiting = [i for i in waiting if isinstance(videos[i], QuarantineEntry) and weight[i]]
-            if self.layout.order.seed is None or not waiting or attempt > MAX_SUBSTITUTES:
+            for i, row, result in zip(pending, taken, self._read(numbers.tolist(), taken), strict=True):
+                rows[i], videos[i] = row, result
+                if isinstance(result, QuarantineEntry):
+                    quarantined[i].append(result.to_dict())
+            pending = [i for i in pending if isinstance(videos[i], QuarantineEntry) and weight[i]]
+            if self.layout.sampler.seed is None or not pending or attempt > MAX_SUBSTITUTES:
                 break
-            for i in waiting:
-                index[i] = self.layout.order.substitute(int(places[i]), attempt)
-        return rows, videos, bad
+            for i in pending:
+                index[i] = self.layout.sampler.substitute(int(positions[i]), attempt)
+        return rows, videos, quarantined
 
     def _read(self, numbers: list[int], rows: list[dict[str, Any]]) -> list[list[np.ndarray] | QuarantineEntry]:
-        """The videos of some rows, or what is wrong with one of them. What is known to be bad is not tried again."""
+        """Return the videos of each row, or the quarantine entry of one of them. Known unreadable rows are not tried
+        again."""
         new = {number: row for number, row in zip(numbers, rows, strict=True) if number not in self.unreadable}
         decoded = iter(self.decoder([uri for row in new.values() for uri in row["videos"]]))
-        found: dict[int, list[np.ndarray]] = {}
+        videos: dict[int, list[np.ndarray]] = {}
         for number, row in new.items():
-            found[number] = []
+            videos[number] = []
             for uri in row["videos"]:
                 video = next(decoded)
                 if isinstance(video, Unreadable):
                     self.unreadable[number] = QuarantineEntry.from_row(row, uri, video)
                 else:
-                    found[number].append(video)
-        return [self.unreadable.get(number, found.get(number, [])) for number in numbers]
+                    videos[number].append(video)
+        return [self.unreadable.get(number, videos.get(number, [])) for number in numbers]
 
 
 def unpack_block(block: dict[str, np.ndarray]) -> Iterator[Sample]:
-    """A block as Ray Data delivers it -> its samples.
+    """Yield the samples of a block, as `ReadSamples` made it and Ray Data delivers it.
 
     Raises:
-        storage.Unavailable: the store of the videos cannot be used.
+        storage.Refused, storage.Unavailable: the store of the videos cannot be used.
         BadFeatures: features must not be used.
         BadManifest: a prepared row names a video outside of the roots.
     """
@@ -287,17 +298,20 @@ def unpack_block(block: dict[str, np.ndarray]) -> Iterator[Sample]:
         kind, message = stopped
         raise FATAL_ERRORS[kind](message)
     frames, start = block["frames"][0], 0
-    for said in json.loads(block["samples"][0]):
+    for fields in json.loads(block["samples"][0]):
         videos = []
-        for count in said.pop("videos"):
-            # Ray's blocks are views of shared memory, which torch would rather not write to.
+        for count in fields.pop("videos"):
+            # Ray's blocks are read-only views of shared memory; torch warns about arrays that it cannot write to.
             videos.append(np.array(frames[start : start + count]))
             start += count
-        yield Sample(videos=videos, **said)
+        yield Sample(videos=videos, **fields)
 
 
-def prefetch(items: Iterable[Item], make: Callable[[Item], Made], depth: int = 2) -> Iterator[Made]:
-    """`map(make, items)`, with the next `depth` results made in a thread while this one is used, from now on."""
+def prefetch(items: Iterable[Item], make: Callable[[Item], Result], depth: int = 2) -> Iterator[Result]:
+    """Return an iterator like `map(make, items)` that prepares the next `depth` results in a thread, from now on.
+
+    An exception of `items` or `make` is raised at its position in the results; they end there.
+    """
     source = iter(items)
     end = object()
 
@@ -306,14 +320,14 @@ def prefetch(items: Iterable[Item], make: Callable[[Item], Made], depth: int = 2
         return end if item is end else make(item)  # type: ignore[arg-type]
 
     thread = ThreadPoolExecutor(max_workers=1)
-    waiting = deque(thread.submit(produce) for _ in range(depth))
+    pending = deque(thread.submit(produce) for _ in range(depth))
 
-    def made_one_by_one() -> Iterator[Made]:
+    def results() -> Iterator[Result]:
         try:
-            while (made := waiting.popleft().result()) is not end:
-                waiting.append(thread.submit(produce))
-                yield made
+            while (result := pending.popleft().result()) is not end:
+                pending.append(thread.submit(produce))
+                yield result
         finally:
             thread.shutdown(cancel_futures=True)
 
-    return made_one_by_one()
+    return results()

@@ -1,12 +1,12 @@
-"""The cache of frozen-encoder features: each video's original visual tokens, encoded once and read at random.
+"""The cache of frozen-encoder features: each video's visual tokens, encoded once and read at random.
 
-FOLDER/KEY/features.json         what the key is made of, and nothing else
-FOLDER/KEY/shard-ID.bin          the features of some videos, one behind the other
-FOLDER/KEY/index-TIME-ID.parquet which video lies where, with its version and checksum; written after its shards
-FOLDER/KEY/quarantine.jsonl      what could not be read
+FOLDER/KEY/features.json         the recipe that KEY is the hash of
+FOLDER/KEY/shard-ID.bin          the features of some videos, concatenated
+FOLDER/KEY/index-TIME-ID.parquet shard and offset of each video, with its version and digest; written after its shards
+FOLDER/KEY/quarantine.jsonl      the unreadable videos
 
-An index is never changed: a later one has the last word about a video. So a job that was killed leaves whole videos or
-none, and the next one goes on where it stopped.
+An index file never changes; the latest one that lists a video counts. So a job that is killed leaves complete videos
+only, and the next one resumes where it stopped.
 """
 
 import hashlib
@@ -27,32 +27,25 @@ from pydantic import ValidationError
 
 from crosslmm import storage
 from crosslmm.config import BadConfig
-from crosslmm.data.feature_format import (
-    FORMAT,
-    DType,
-    FeatureRecipe,
-    from_bf16,
-    pack,
-    unpack,
-)
+from crosslmm.data.feature_format import FORMAT, DType, FeatureRecipe, from_bf16, pack, unpack
 from crosslmm.data.frame_sampling import split_time_range
 from crosslmm.data.video.decode_pool import Stage, Unreadable
 
 RECIPE_FILE, QUARANTINE_FILE = "features.json", "quarantine.jsonl"
-READERS = 8
-"""Videos whose features are fetched at once."""
-REENCODE_HINT = "python jobs/encode.py, with this run's settings, makes anew what is missing or has changed"
+CONCURRENT_READS = 8
+"""Videos whose features are fetched at the same time."""
+REENCODE_HINT = "run python jobs/encode.py with this run's settings, which encodes what is missing or has changed"
 
 INDEX = pa.schema(
     {
         "uri": pa.string(),  # as the manifest names it, `#t=` included
-        "version": pa.string(),  # of the object when it was encoded; null where there was none
-        "frames": pa.int32(),  # 0 of a video that could not be read
+        "version": pa.string(),  # of the object when it was encoded; null if there was none
+        "frames": pa.int32(),  # 0 for an unreadable video
         "shard": pa.string(),
         "offset": pa.int64(),  # in the shard [bytes]
         "size": pa.int64(),  # [bytes]
         "sha256": pa.string(),  # of these bytes, hex
-        "reason": pa.string(),  # why it could not be read, and what else `Unreadable` says
+        "reason": pa.string(),  # this and the next two: why it is unreadable, see `Unreadable`
         "stage": pa.string(),
         "attempts": pa.int32(),
     }
@@ -60,33 +53,34 @@ INDEX = pa.schema(
 
 
 class BadFeatures(Exception):
-    """Features that must not be used: damaged, or not of the video as it is now. One line, with what helps."""
+    """Features that must not be used: damaged, or of another version of the video. One line, with the remedy."""
 
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """One line of the index; see `INDEX`."""
+    """One video in the index; see `INDEX`."""
 
     uri: str
     version: str | None
     frames: int
     shard: str | None = None
     offset: int = 0
+    """In the shard [bytes]."""
     size: int = 0
-    """[bytes]"""
+    """In the shard [bytes]."""
     sha256: str | None = None
     reason: str | None = None
     stage: Stage | None = None
     attempts: int = 1
 
 
-def create(folder: str, recipe: FeatureRecipe) -> str:
-    """The folder of a recipe's features below `folder`, made if it is not there."""
-    place = storage.join(folder, recipe.key)
-    said = storage.join(place, RECIPE_FILE)
-    if not storage.exists(said):
-        storage.write_bytes(said, json.dumps(recipe.model_dump(), indent=1).encode())
-    return place
+def create_feature_folder(root: str, recipe: FeatureRecipe) -> str:
+    """Create the folder of a recipe's features in `root`, if it does not exist, and return it."""
+    folder = storage.join(root, recipe.key)
+    recipe_file = storage.join(folder, RECIPE_FILE)
+    if not storage.exists(recipe_file):
+        storage.write_bytes(recipe_file, json.dumps(recipe.model_dump(), indent=1).encode())
+    return folder
 
 
 def write_shard(
@@ -95,73 +89,74 @@ def write_shard(
     """Write one shard.
 
     Args:
-        folder: of the recipe.
-        videos: (place, version, features) each; float32 (frames, patches, width).
-        dtype: in which they are stored.
+        folder: folder of the recipe.
+        videos: (URI, version, features) each; features are float32 (frames, patches, width).
+        dtype: format that they are stored in.
 
     Returns:
-        (what the index is to say, lost, all): the sums of squares of what rounding took from the values, and of these.
+        (entries, squared_error, squared_values): the index entries, the sum of squared rounding errors, and the sum of
+        squared values.
     """
     shard = f"shard-{secrets.token_hex(8)}.bin"
     pieces: list[bytes] = []
-    stored, offset, lost, whole = [], 0, 0.0, 0.0
+    entries, offset, squared_error, squared_values = [], 0, 0.0, 0.0
     for uri, version, x_FPD in videos:
         piece = pack(x_FPD, dtype)
         rounded = from_bf16(unpack(piece, x_FPD.shape, dtype))
-        lost += float(np.square(rounded - x_FPD).sum())
-        whole += float(np.square(x_FPD).sum())
+        squared_error += float(np.square(rounded - x_FPD).sum())
+        squared_values += float(np.square(x_FPD).sum())
         digest = hashlib.sha256(piece).hexdigest()
-        stored.append(IndexEntry(uri, version, len(x_FPD), shard, offset, len(piece), digest))
+        entries.append(IndexEntry(uri, version, len(x_FPD), shard, offset, len(piece), digest))
         pieces.append(piece)
         offset += len(piece)
     if pieces:
         storage.write_bytes(storage.join(folder, shard), b"".join(pieces))
-    return stored, lost, whole
+    return entries, squared_error, squared_values
 
 
-def write_index(folder: str, stored: Iterable[IndexEntry]) -> None:
-    """Write down some videos; from now on readers find them."""
+def write_index(folder: str, entries: Iterable[IndexEntry]) -> None:
+    """Write an index file; from now on new readers see these videos."""
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([asdict(one) for one in stored], INDEX), buffer, compression="zstd")
+    pq.write_table(pa.Table.from_pylist([asdict(entry) for entry in entries], INDEX), buffer, compression="zstd")
     name = f"index-{time.time_ns():020d}-{secrets.token_hex(4)}.parquet"
     storage.write_bytes(storage.join(folder, name), buffer.getvalue())
 
 
 class FeatureCache:
-    """The features in a folder. What was written later than this was made is not seen.
+    """The features in a folder, as of the time when it was opened.
 
     Attributes:
-        folder: of the recipe.
-        recipe: how they were made.
+        folder: folder of the recipe.
+        recipe: how the features were made.
     """
 
     def __init__(self, folder: str) -> None:
-        """Open a folder that `create` made.
+        """Open a folder that `create_feature_folder` made.
 
         Raises:
-            BadConfig: there are no features in it, or none that this version reads.
+            BadConfig: it contains no features, or none that this version can read.
         """
         self.folder = storage.absolute(folder).rstrip("/")
         try:
-            said = json.loads(storage.read_bytes(storage.join(self.folder, RECIPE_FILE)))
-            if said.get("format") != FORMAT:
-                raise ValueError(f"its format is {said.get('format')}, and this version reads {FORMAT}")
-            self.recipe = FeatureRecipe.model_validate(said)
+            recipe = json.loads(storage.read_bytes(storage.join(self.folder, RECIPE_FILE)))
+            if recipe.get("format") != FORMAT:
+                raise ValueError(f"its format is {recipe.get('format')}, and this version reads {FORMAT}")
+            self.recipe = FeatureRecipe.model_validate(recipe)
             if self.recipe.key != self.folder.rpartition("/")[2]:
-                raise ValueError(f"{RECIPE_FILE} is not the one that the folder is named after")
+                raise ValueError(f"{RECIPE_FILE} does not match the folder's name")
             names = storage.names_in(self.folder)
             indices = [name for name in names if name.startswith("index-")]
-            with ThreadPoolExecutor(READERS) as threads:
+            with ThreadPoolExecutor(CONCURRENT_READS) as threads:
                 tables = list(threads.map(self._read_index, indices))
         except (OSError, ValueError, ValidationError, AttributeError) as error:
-            why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise BadConfig(
-                f"data.features: {folder}: no features can be read there: {why}; give the folder that jobs/encode.py "
-                "printed"
+                f"data.features: {folder}: no features can be read there: {reason}; give the folder that "
+                "jobs/encode.py printed"
             ) from error
         self._shards = {name for name in names if name.startswith("shard-")}
         table = pa.concat_tables([*tables, INDEX.empty_table()])
-        # By place, and of one place the latest last: a search needs no memory of its own, in no process.
+        # Sorted by URI, the latest entry of a URI last: a search needs no dictionary, in no process.
         self._table = table.take(pc.sort_indices(table, [("uri", "ascending")])).combine_chunks()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,33 +166,34 @@ class FeatureCache:
         return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.folder, name)))).cast(INDEX)
 
     def find(self, uri: str) -> IndexEntry | None:
-        """What the index says of a video."""
-        places = self._table["uri"]
-        low, high = 0, len(places)
+        """Return the latest index entry of a video, or None."""
+        uris = self._table["uri"]
+        low, high = 0, len(uris)
         while low < high:
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if places[middle].as_py() <= uri else (low, middle)
-        if not low or places[low - 1].as_py() != uri:
+            low, high = (middle + 1, high) if uris[middle].as_py() <= uri else (low, middle)
+        if not low or uris[low - 1].as_py() != uri:
             return None
         return IndexEntry(**self._table.slice(low - 1, 1).to_pylist()[0])
 
     def require(self, recipe: FeatureRecipe, uris: Iterable[str]) -> None:
-        """Refuse features of another recipe, and such that lack some videos.
+        """Check that the features were made by a recipe and contain some videos.
 
         Args:
-            recipe: of the run; which encoder it has is not known yet, nor does it matter in which dtype they lie.
-            uris: the videos that it will read.
+            recipe: recipe of the run. Its encoder is not compared, since the run has not loaded it yet; its dtype is
+                not compared, since any can be read.
+            uris: videos that the run will read.
 
         Raises:
-            BadConfig: naming what differs, or how many are missing.
+            BadConfig: the recipes differ, or videos are missing.
         """
-        asked = recipe.model_copy(update={"encoder": self.recipe.encoder, "dtype": self.recipe.dtype})
-        if different := self.recipe.differences(asked):
+        expected = recipe.model_copy(update={"encoder": self.recipe.encoder, "dtype": self.recipe.dtype})
+        if differences := self.recipe.differences(expected):
             raise BadConfig(
-                f"data.features: {self.folder} and this run differ: {'; '.join(different)}; change the run, or make "
-                "features for it with jobs/encode.py"
+                f"data.features: {self.folder} and this run differ: {'; '.join(differences)}; change the run, or "
+                "encode features for it with jobs/encode.py"
             )
-        missing = [uri for uri in uris if self._found(uri) is None]
+        missing = [uri for uri in uris if self._find_stored(uri) is None]
         if missing:
             raise BadConfig(
                 f"data.features: {self.folder} lacks {len(missing)} videos of the manifests, {missing[0]} first; "
@@ -205,45 +201,43 @@ class FeatureCache:
             )
 
     def __call__(self, uris: Sequence[str]) -> list[np.ndarray | Unreadable]:
-        """Read features, in order: the bits of bfloat16, uint16 (frames, patches, width) each, or why there are none.
+        """Read the features of some videos, in order: the bits of bfloat16, uint16 (frames, patches, width) each.
 
         Raises:
-            BadFeatures: they must not be used.
+            BadFeatures: there are none, they are damaged, or the video has changed.
             storage.Unavailable: the store cannot be used.
         """
-        with ThreadPoolExecutor(READERS) as threads:
+        with ThreadPoolExecutor(CONCURRENT_READS) as threads:
             return list(threads.map(self.read, uris))
 
     def read(self, uri: str) -> np.ndarray | Unreadable:
-        """Read the features of one video, by one request for its version and one for its bytes.
+        """Read the features of one video, by one request for its version and one for its bytes; see `__call__`.
 
-        Raises:
-            BadFeatures: there are none, they are damaged, or the video is another one now.
-            storage.Unavailable: the store cannot be used.
+        Returns `Unreadable` if the video could not be encoded.
         """
-        stored = self.find(uri)
-        if stored is None:
+        entry = self.find(uri)
+        if entry is None:
             raise BadFeatures(f"{uri}: {self.folder} has no features of it; {REENCODE_HINT}")
-        if storage.version(split_time_range(uri)[0]) != stored.version:
+        if storage.version(split_time_range(uri)[0]) != entry.version:
             raise BadFeatures(f"{uri}: has changed, or gone, since it was encoded into {self.folder}; {REENCODE_HINT}")
-        if stored.reason is not None:
-            return Unreadable(stored.reason, stored.stage or "decode", stored.version, stored.attempts)
-        shard = storage.join(self.folder, str(stored.shard))
+        if entry.reason is not None:
+            return Unreadable(entry.reason, entry.stage or "decode", entry.version, entry.attempts)
+        shard = storage.join(self.folder, str(entry.shard))
         try:
-            data = storage.read_bytes(shard, stored.offset, stored.offset + stored.size)
+            data = storage.read_bytes(shard, entry.offset, entry.offset + entry.size)
         except FileNotFoundError:
             raise BadFeatures(f"{uri}: its features are gone with {shard}; {REENCODE_HINT}") from None
-        whole = stored.frames * self.recipe.frame_bytes
-        if len(data) != whole or hashlib.sha256(data).hexdigest() != stored.sha256:
+        expected_bytes = entry.frames * self.recipe.frame_bytes
+        if len(data) != expected_bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise BadFeatures(f"{uri}: its features are damaged: delete {shard}; then {REENCODE_HINT}")
-        return unpack(data, (stored.frames, self.recipe.patches, self.recipe.width), self.recipe.dtype)
+        return unpack(data, (entry.frames, self.recipe.patches, self.recipe.width), self.recipe.dtype)
 
-    def _found(self, uri: str) -> IndexEntry | None:
-        """As `find`, but for a video whose shard was deleted. Asked of the object that was made, not of a copy."""
-        stored = self.find(uri)
-        return stored if stored and (stored.shard is None or stored.shard in self._shards) else None
+    def _find_stored(self, uri: str) -> IndexEntry | None:
+        """Like `find`, but None if the shard was deleted. Not for pickled copies, which do not know the shards."""
+        entry = self.find(uri)
+        return entry if entry and (entry.shard is None or entry.shard in self._shards) else None
 
-    def has(self, uri: str, version: str | None) -> bool:
-        """Whether a video need not be encoded; one that is unknown, was unreadable or has changed does."""
-        stored = self._found(uri)
-        return stored is not None and stored.reason is None and stored.version == version
+    def is_current(self, uri: str, version: str | None) -> bool:
+        """Return whether a video's features are stored and of this version; unreadable videos are not current."""
+        entry = self._find_stored(uri)
+        return entry is not None and entry.reason is None and entry.version == version

@@ -1,4 +1,4 @@
-"""How frozen-encoder features are made and stored: the recipe that is their cache key, and their bytes."""
+"""How frozen-encoder features are made and stored: the recipe that is their cache key, and their byte format."""
 
 import hashlib
 import json
@@ -12,52 +12,55 @@ from crosslmm.config import DataConfig, Section
 from crosslmm.data.video.decode_pool import BACKENDS
 
 FORMAT = 1
-"""Of the files; another one is another key."""
+"""Version of the cache's files; part of the key."""
 BF16_BYTES = 2
-"""Bytes of a value."""
+"""Size of a bfloat16 value [bytes]."""
 
 DType = Literal["bf16", "int8"]
 
 
 class FeatureConfig(Section):
-    """Where features go, and in which form."""
+    """Where features are stored, and in which format."""
 
     folder: str | None = None
-    """Path or s3:// URI; features of each encoder and frame policy get a folder of their own in it. Null: `features` in
+    """Path or s3:// URI; each combination of encoder and frame policy gets a subfolder. Null: `features` in
     `storage`."""
     dtype: DType = "bf16"
-    """Two bytes a value, or int8: one, scaled by each token's largest value."""
+    """bf16: two bytes a value; int8: one byte a value, scaled by each token's largest value."""
     price: Annotated[float, Field(ge=0)] = 0.023
-    """Of storage, for the estimate: an example of what a cloud asks [USD a GB and month]."""
+    """Price of storage for the estimate; the default is a typical cloud price [USD a GB and month]."""
 
 
 class FeatureRecipe(Section):
-    """What features depend on beside the video itself: the key of their folder."""
+    """Everything that features depend on besides the video itself; the key of their folder."""
 
     num_frames: int
+    """Frames of a video."""
     sampling: str
+    """Frame sampling policy."""
     fps: float
+    """Frames per second of that policy."""
     decoder: str
-    """The library, never `auto`."""
+    """Library that decodes, never `auto`."""
     image_size: int
-    """[px]"""
+    """Side of a frame [px]."""
     precision: str
-    """In which the encoder computes."""
+    """Precision that the encoder computes in."""
     patches: int
-    """Of a frame."""
+    """Tokens of a frame."""
     width: int
-    """Of a token."""
+    """Values of a token."""
     encoder: str
-    """Digest of its weights and of what else it computes with."""
+    """Digest of the encoder's weights and configuration."""
     dtype: DType
-    """In which the features are stored."""
+    """Format that the features are stored in."""
     format: int = FORMAT
 
     @classmethod
     def from_config(
         cls, data: DataConfig, image_size: int, precision: str, patches: int, width: int, encoder: str, dtype: DType
     ) -> "FeatureRecipe":
-        """The recipe of a run's configuration."""
+        """Return the recipe of a run's configuration."""
         return cls(
             num_frames=data.num_frames,
             sampling=data.sampling,
@@ -73,39 +76,40 @@ class FeatureRecipe(Section):
 
     @property
     def key(self) -> str:
-        """Name of the folder: changes with every field."""
+        """Name of the folder; any change of a field changes it."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def frame_bytes(self) -> int:
-        """Of one frame's features in storage."""
+        """Size of one frame's features in storage [bytes]."""
         return bytes_per_frame(self.patches, self.width, self.dtype)
 
     def differences(self, other: "FeatureRecipe") -> list[str]:
-        """`KEY THIS and OTHER` for each field that differs."""
+        """Return `KEY THIS and OTHER` for each field that differs."""
         ours, theirs = self.model_dump(), other.model_dump()
         return [f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key]]
 
 
 def bytes_per_frame(patches: int, width: int, dtype: DType) -> int:
-    """One frame's features in storage [bytes]: two a value, or one a value and two a token."""
+    """Return the size of one frame's features in storage [bytes]; int8 has two more bytes a token for its scale."""
     return patches * BF16_BYTES * width if dtype == "bf16" else patches * (width + 2)
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
-    """float32 -> the nearest bfloat16, ties to even, as its bits: uint16, same shape."""
+    """Round float32 to the nearest bfloat16, ties to even; return its bits, uint16 of the same shape."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:
-    """bfloat16's bits, uint16 -> float32, same shape."""
+    """Convert the bits of bfloat16, uint16, to float32 of the same shape."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def pack(x_FPD: np.ndarray, dtype: DType) -> bytes:
-    """Features, float32 (frames, patches, width) -> as they are stored. int8 is scaled by each token's largest value;
-    the scales, float16, stand behind the tokens.
+    """Encode features, float32 (frames, patches, width), as they are stored.
+
+    int8 values are scaled by each token's largest value; the scales, float16, follow the values.
 
     Raises:
         ValueError: values that are not finite, or too large.
@@ -119,14 +123,14 @@ def pack(x_FPD: np.ndarray, dtype: DType) -> bytes:
             packed = np.clip(np.rint(steps), -127, 127).astype(np.int8).tobytes() + scale_FP1.tobytes()
         finite = np.isfinite(scale_FP1).all()
     if not finite:
-        raise ValueError(f"the encoder gave values that {dtype} does not hold: not finite, or too large")
+        raise ValueError(f"the encoder gave values that {dtype} cannot store: not finite, or too large")
     return packed
 
 
 def unpack(data: bytes, shape: tuple[int, ...], dtype: DType) -> np.ndarray:
-    """As stored -> the bits of bfloat16, uint16 `shape` (frames, patches, width).
+    """Decode stored features of `shape` (frames, patches, width) to the bits of bfloat16, uint16.
 
-    int8 is multiplied out here, so that whoever reads knows one form only.
+    int8 is multiplied by its scales here, so readers deal with one format only.
     """
     if dtype == "bf16":
         return np.frombuffer(data, np.uint16).reshape(shape)

@@ -1,8 +1,8 @@
-"""Prepared manifests: rows that were checked once, in Parquet files of small row groups, read when they are asked for.
+"""Prepared manifests: checked rows in Parquet files with small row groups, read on demand.
 
-A folder with `part-00000.parquet`, ..., `lengths-....parquet`, and `_prepared.json`, the seal, which is written last: a
-folder without it is not finished. A row costs one request for its group, so that no process ever holds a manifest. What
-a seal names never changes; a later seal names other files.
+A prepared manifest is a folder of `part-00000.parquet`, ..., `lengths-....parquet` and `_prepared.json`, the seal. The
+seal is written last: a folder without one is incomplete. Reading a row costs one request for its row group, so no
+process ever holds a whole manifest. Files that a seal names never change; a later seal names other files.
 """
 
 import hashlib
@@ -21,30 +21,31 @@ from crosslmm import storage
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
-        "videos": pa.list_(pa.string()),  # relative to the manifest's folder where they lie in it
+        "videos": pa.list_(pa.string()),  # relative to the manifest's folder if they lie in it
         "messages": pa.large_string(),  # JSON; large, so that a million conversations are one array
         "kind": pa.string(),
-        "line": pa.int64(),  # of the manifest that it was made from, from 1
-        "chars": pa.int32(),  # of all messages' texts
-        "seconds": pa.list_(pa.float32()),  # duration of each video [s], 0 of an image, null where it is not known
+        "line": pa.int64(),  # line of the manifest that it was made from, from 1
+        "chars": pa.int32(),  # characters of all messages' texts
+        "seconds": pa.list_(pa.float32()),  # duration of each video [s]; 0 for an image, null if unknown
     }
 )
 LENGTH_COLUMNS = ["chars", "seconds"]
-"""Columns that say about how many tokens a row is; one file has those of all rows."""
+"""Columns that a row's number of tokens is estimated from; one file has those of all rows."""
 SEAL = "_prepared.json"
+"""Name of the seal: lists the parts, with their sizes and digests."""
 GROUP_ROWS = 512
-"""Rows of a row group: 50 to 100 kB on the wire."""
-READERS = 8
-"""Row groups that are fetched at once."""
+"""Size of a row group [rows]; 50 to 100 kB on the wire."""
+CONCURRENT_READS = 8
+"""Row groups or files that are fetched at the same time."""
 
 
 def is_prepared(uri: str) -> bool:
-    """Whether there is a sealed folder."""
+    """Return whether `uri` is a complete prepared manifest."""
     return storage.is_folder(uri) and storage.exists(storage.join(uri, SEAL))
 
 
 def write_part(folder: str, number: int, records: pa.Table) -> dict[str, Any]:
-    """Write one part, a table of `SCHEMA` -> what the seal says of it."""
+    """Write part number `number`, a table of `SCHEMA`, and return its description for the seal."""
     name = f"part-{number:05d}.parquet"
     data = to_bytes(records.cast(SCHEMA), GROUP_ROWS)
     storage.write_bytes(storage.join(folder, name), data)
@@ -58,55 +59,55 @@ def write_part(folder: str, number: int, records: pa.Table) -> dict[str, Any]:
 
 
 def seal(folder: str, parts: Sequence[dict[str, Any]], lengths: pa.Table, about: dict[str, Any]) -> None:
-    """Write what makes the parts a manifest.
+    """Write the lengths and the seal: now the folder is a prepared manifest.
 
     Args:
-        folder: of the parts.
-        parts: as `write_part` returned them, in order.
+        folder: folder of the parts.
+        parts: what `write_part` returned for each, in order.
         lengths: the `LENGTH_COLUMNS` of all rows.
-        about: how it was made, and what was left out.
+        about: how the manifest was made, and which rows were left out.
     """
     data = to_bytes(lengths.select(LENGTH_COLUMNS))
     name = f"lengths-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
     storage.write_bytes(storage.join(folder, name), data)
-    said = {
+    content = {
         "rows": sum(part["rows"] for part in parts),
         "group_rows": GROUP_ROWS,
         "lengths": name,
         "about": about,
         "parts": list(parts),
     }
-    storage.write_bytes(storage.join(folder, SEAL), json.dumps(said, indent=1).encode())
+    storage.write_bytes(storage.join(folder, SEAL), json.dumps(content, indent=1).encode())
 
 
 def to_bytes(table: pa.Table, group_rows: int | None = None) -> bytes:
-    """A table as a Parquet file."""
+    """Return a table as the bytes of a Parquet file."""
     buffer = io.BytesIO()
-    # Statistics would be most of the footers, and nobody asks them.
+    # Statistics would make up most of a footer, and no reader uses them.
     pq.write_table(table, buffer, row_group_size=group_rows, compression="zstd", write_statistics=False)
     return buffer.getvalue()
 
 
 class PreparedTable:
-    """The rows of a prepared manifest, read when they are asked for.
+    """The rows of a prepared manifest, read on demand.
 
     Attributes:
-        num_rows: of all parts.
-        digest: sha256 of the seal, hex.
-        about: how it was made, and what was left out.
-        parts: what `write_part` returned for each, in order.
+        num_rows: number of rows of all parts.
+        digest: SHA-256 of the seal [hex].
+        about: how the manifest was made, and which rows were left out.
+        parts: what `write_part` returned for each part, in order.
     """
 
     def __init__(self, folder: str) -> None:
         data = storage.read_bytes(storage.join(folder, SEAL))
         self.folder = folder
         self.digest = hashlib.sha256(data).hexdigest()
-        said = json.loads(data)
-        self.num_rows = int(said["rows"])
-        self.about: dict[str, Any] = said["about"]
-        self._group_rows = int(said["group_rows"])
-        self._lengths: str = said["lengths"]
-        self.parts: list[dict[str, Any]] = said["parts"]
+        content = json.loads(data)
+        self.num_rows = int(content["rows"])
+        self.about: dict[str, Any] = content["about"]
+        self._group_rows = int(content["group_rows"])
+        self._lengths: str = content["lengths"]
+        self.parts: list[dict[str, Any]] = content["parts"]
         self._ends = np.cumsum([part["rows"] for part in self.parts])
         self._footers: dict[int, pq.FileMetaData] = {}
 
@@ -114,35 +115,35 @@ class PreparedTable:
         return self.__dict__ | {"_footers": {}}
 
     def take(self, indices: pa.Array) -> pa.Table:
-        """Rows by their numbers from 0, in that order."""
+        """Return the rows of these indices (from 0), in this order; each row group is fetched once."""
         wanted = np.asarray(indices)
         part = np.searchsorted(self._ends, wanted, side="right")
         group, row = np.divmod(wanted - np.concatenate([[0], self._ends])[part], self._group_rows)
-        places: dict[tuple[int, int], list[int]] = {}
-        for place, key in enumerate(zip(part.tolist(), group.tolist(), strict=True)):
-            places.setdefault(key, []).append(place)
-        with ThreadPoolExecutor(min(READERS, max(len(places), 1))) as threads:
-            groups = list(threads.map(self._group, places))
-        taken = [found.take(pa.array(row[mine])) for found, mine in zip(groups, places.values(), strict=True)]
-        order = np.argsort(np.concatenate([np.array(mine, np.int64) for mine in places.values()]))
+        positions: dict[tuple[int, int], list[int]] = {}  # (part, group) -> positions in `indices`
+        for position, key in enumerate(zip(part.tolist(), group.tolist(), strict=True)):
+            positions.setdefault(key, []).append(position)
+        with ThreadPoolExecutor(min(CONCURRENT_READS, max(len(positions), 1))) as threads:
+            groups = list(threads.map(self._read_group, positions))
+        taken = [table.take(pa.array(row[at])) for table, at in zip(groups, positions.values(), strict=True)]
+        order = np.argsort(np.concatenate([np.array(at, np.int64) for at in positions.values()]))
         return pa.concat_tables(taken).take(pa.array(order))
 
     def lengths(self) -> pa.Table:
-        """The `LENGTH_COLUMNS` of all rows."""
+        """Read the `LENGTH_COLUMNS` of all rows."""
         return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.folder, self._lengths))))
 
     def videos(self) -> pa.Table:
-        """Which videos each row has, and how long they are; the conversations stay where they are."""
+        """Read the columns `videos` and `seconds` of all rows, but not their conversations."""
 
         def read(part: dict[str, Any]) -> pa.Table:
             with storage.open_read(storage.join(self.folder, part["name"])) as file:
                 return pq.read_table(file, columns=["videos", "seconds"])
 
-        with ThreadPoolExecutor(READERS) as threads:
+        with ThreadPoolExecutor(CONCURRENT_READS) as threads:
             return pa.concat_tables(threads.map(read, self.parts))
 
-    def _group(self, key: tuple[int, int]) -> pa.Table:
-        """One row group, by one request for its bytes."""
+    def _read_group(self, key: tuple[int, int]) -> pa.Table:
+        """Read row group (part, group) by one request for its bytes."""
         number, group = key
         part = self.parts[number]
         uri = storage.join(self.folder, part["name"])
@@ -158,11 +159,11 @@ class PreparedTable:
 
 
 class _Window(io.RawIOBase):
-    """The bytes of a file from `start` on, at their places in it."""
+    """A file of `size` bytes of which only `data`, from offset `start` on, can be read."""
 
     def __init__(self, data: bytes, start: int, size: int) -> None:
         super().__init__()
-        self._data, self._start, self._size, self._at = data, start, size, 0
+        self._data, self._start, self._size, self._offset = data, start, size, 0
 
     def readable(self) -> bool:
         return True
@@ -171,15 +172,15 @@ class _Window(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self._offset
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
+        self._offset = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._size}[whence]
+        return self._offset
 
     def read(self, count: int | None = -1) -> bytes:
-        begin = self._at - self._start
-        assert begin >= 0, "only one row group's bytes are here"
-        found = self._data[begin:] if count is None or count < 0 else self._data[begin : begin + count]
-        self._at += len(found)
-        return found
+        begin = self._offset - self._start
+        assert begin >= 0, "only the bytes of one row group were fetched"
+        data = self._data[begin:] if count is None or count < 0 else self._data[begin : begin + count]
+        self._offset += len(data)
+        return data

@@ -11,166 +11,178 @@ from crosslmm.data import formats
 from crosslmm.data.frame_sampling import split_time_range
 
 RESERVED = ("<|im_start|>", "<|im_end|>", "<|video_pad|>")
-"""Tokens of the chat format: written out in a text they would break out of their message."""
+"""Tokens of the chat format; in a message's text they would end the message early."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Place = Annotated[str, Field(min_length=1)]
+MediaUri = Annotated[str, Field(min_length=1)]
+"""Path relative to the manifest, absolute path, or s3:// URI; for a part of a video followed by `#t=START,END` [s]."""
 
 
 class VideoPart(_Strict):
-    """Where a video stands in a message."""
+    """A video in a message."""
 
     type: Literal["video"]
-    video: Place | None = None
-    """Which one: path relative to the manifest, absolute path, or s3:// URI, `#t=START,END` [s] behind it for a part of
-    it; none for the row's own `video`."""
+    video: MediaUri | None = None
+    """Its URI; None for the row's `video`."""
 
     @property
-    def source(self) -> str | None:
-        """The place of what is shown."""
+    def uri(self) -> str | None:
+        """URI of the video; None for the row's `video`."""
         return self.video
 
 
 class ImagePart(_Strict):
-    """Where an image stands in a message: a video of one frame."""
+    """An image in a message; the model sees it as a video of one frame."""
 
     type: Literal["image"]
-    image: Place
+    image: MediaUri
 
     @property
-    def source(self) -> str | None:
-        """The place of what is shown."""
+    def uri(self) -> str | None:
+        """URI of the image."""
         return self.image
 
 
 class TextPart(_Strict):
-    """Words of a message."""
+    """Text in a message."""
 
     type: Literal["text"]
     text: str
 
 
-Part = Annotated[VideoPart | ImagePart | TextPart, Field(discriminator="type")]
+ContentPart = Annotated[VideoPart | ImagePart | TextPart, Field(discriminator="type")]
 
 
 class UserMessage(_Strict):
-    """What the user, or the system prompt, says."""
+    """A message of the user, or the system prompt."""
 
     role: Literal["system", "user"]
-    content: str | list[Part]
+    content: str | list[ContentPart]
 
 
 class AssistantMessage(_Strict):
-    """What the model is to say: the loss is taken of these words alone."""
+    """An answer; the loss is taken over these tokens only."""
 
     role: Literal["assistant"]
     content: str
 
 
 class Row(_Strict):
-    """One sample."""
+    """One sample of a manifest."""
 
     id: Annotated[str, Field(min_length=1)]
-    video: Place | None = None
-    """Path relative to the manifest, absolute path, or s3:// URI, `#t=START,END` [s] behind it for a part of it; none
-    for text alone."""
+    video: MediaUri | None = None
+    """URI of the video part that names none itself; None for text alone."""
     messages: Annotated[
         list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]], Field(min_length=1)
     ]
     kind: str | None = None
-    """What sort of question it is; validation reports accuracy for each."""
+    """Category of the question; validation reports accuracy for each."""
 
     @property
-    def shown(self) -> list[VideoPart | ImagePart]:
+    def media_parts(self) -> list[VideoPart | ImagePart]:
         """The video and image parts, in the order of the conversation."""
-        parts = [p for m in self.messages if isinstance(m.content, list) for p in m.content]
-        return [part for part in parts if not isinstance(part, TextPart)]
+        return [part for part in self._parts() if not isinstance(part, TextPart)]
 
     @property
     def videos(self) -> list[str]:
-        """What each of them shows."""
-        return [str(self.video) if part.source is None else part.source for part in self.shown]
+        """The URIs of `media_parts`."""
+        return [str(self.video) if part.uri is None else part.uri for part in self.media_parts]
+
+    def _parts(self, start: int = 0) -> list[VideoPart | ImagePart | TextPart]:
+        """Return the parts of the messages from number `start` on."""
+        return [part for m in self.messages[start:] if isinstance(m.content, list) for part in m.content]
 
     @model_validator(mode="after")
-    def _videos_have_their_places(self) -> "Row":
-        unnamed = sum(part.source is None for part in self.shown)
-        if unnamed != (self.video is not None):
+    def _check_media(self) -> "Row":
+        without_uri = sum(part.uri is None for part in self.media_parts)
+        if without_uri != (self.video is not None):
             raise ValueError(
-                f"{'a' if self.video else 'no'} video is given, but the messages have {unnamed} video parts"
-                f"{' without a place of their own' if len(self.shown) > unnamed else ''}"
+                f"{'a' if self.video else 'no'} video is given, but the messages have {without_uri} video parts"
+                f"{' without a URI' if len(self.media_parts) > without_uri else ''}"
             )
         return self
 
     @model_validator(mode="after")
-    def _conversation_can_be_learnt(self) -> "Row":
-        said = [i for i, m in enumerate(self.messages) if isinstance(m, AssistantMessage)]
-        parts = [p for m in self.messages if isinstance(m.content, list) for p in m.content]
-        if not said:
+    def _check_conversation(self) -> "Row":
+        answers = [i for i, m in enumerate(self.messages) if isinstance(m, AssistantMessage)]
+        if not answers:
             raise ValueError("no message is the assistant's, so there is nothing to learn or to compare with")
-        if said[0] == 0:
-            raise ValueError("the assistant speaks first, and there is no question to answer")
-        after = [p for m in self.messages[said[-1] :] if isinstance(m.content, list) for p in m.content]
-        if any(not isinstance(part, TextPart) for part in after):
+        if answers[0] == 0:
+            raise ValueError("the assistant speaks first, so there is no question to answer")
+        if any(not isinstance(part, TextPart) for part in self._parts(answers[-1])):
             raise ValueError("a video comes after the last answer")
         texts = [m.content if isinstance(m.content, str) else "" for m in self.messages]
-        texts += [part.text for part in parts if isinstance(part, TextPart)]
+        texts += [part.text for part in self._parts() if isinstance(part, TextPart)]
         if any(token in text for text in texts for token in RESERVED):
-            raise ValueError(f"text holds one of the chat's own tokens, {', '.join(RESERVED)}")
+            raise ValueError(f"text contains a reserved token of the chat format: {', '.join(RESERVED)}")
         return self
 
 
 def parse_rows(
     raw_rows: Iterable[tuple[int, Any]], roots: Sequence[str], first_line: dict[str, int] | None = None
 ) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
-    """Rows as `formats` reads them -> records of `SCHEMA`, and (line, reason) of each malformed row. `first_line` knows
-    the ids of the rows before these, and learns theirs; for `roots` see `placed`."""
+    """Check rows and convert them to records of `manifest_shards.SCHEMA`.
+
+    Args:
+        raw_rows: (line, row) as `formats` reads them.
+        roots: folders that videos may lie in, see `resolve_video`.
+        first_line: line of each row id that earlier calls have seen; this call adds its own. Default: none.
+
+    Returns:
+        (records, malformed): `malformed` has (line, reason) of each row that is left out.
+    """
     records: list[dict[str, Any]] = []
-    reasons: list[tuple[int, str]] = []
+    malformed: list[tuple[int, str]] = []
     first_line = {} if first_line is None else first_line
-    for number, raw in raw_rows:
+    for line, raw in raw_rows:
         try:
-            record = to_record(raw, number, roots)
-            before = first_line.setdefault(record["id"], number)
-            if before != number:
-                raise ValueError(f"id {record['id']!r} is also on line {before}")
+            record = to_record(raw, line, roots)
+            earlier = first_line.setdefault(record["id"], line)
+            if earlier != line:
+                raise ValueError(f"id {record['id']!r} is also on line {earlier}")
             records.append(record)
-        except (ValueError, TypeError, RecursionError) as error:  # foreign JSON is of any shape
-            reasons.append((number, reason_of(error)))
-    return records, reasons
+        except (ValueError, TypeError, RecursionError) as error:  # JSON from elsewhere has any shape
+            malformed.append((line, _one_line(error)))
+    return records, malformed
 
 
-def to_record(raw: Any, number: int, roots: Sequence[str]) -> dict[str, Any]:
-    """One row as `formats` reads it -> a record of `SCHEMA`, its videos' places resolved.
+def to_record(raw: Any, line: int, roots: Sequence[str]) -> dict[str, Any]:
+    """Convert one row, as `formats` reads it, to a record of `manifest_shards.SCHEMA`.
 
     Raises:
-        ValueError: it is malformed; `reason_of` says why in one line.
+        ValueError: the row is malformed.
     """
-    row = Row.model_validate(formats.parse_row(raw, number))
-    videos = [placed(video, roots) for video in row.videos]
+    row = Row.model_validate(formats.parse_row(raw, line))
+    videos = [resolve_video(video, roots) for video in row.videos]
     messages = row.model_dump(include={"messages"}, exclude_none=True)["messages"]
-    # Half a surrogate pair is valid JSON, and no text that can be written or tokenized.
+    # JSON may contain half a surrogate pair, which can be neither written as UTF-8 nor tokenized: encode() raises.
     json.dumps([row.id, row.kind, videos, messages], ensure_ascii=False).encode()
     return {
         "id": row.id,
         "videos": videos,
         "messages": json.dumps(messages),
         "kind": row.kind,
-        "line": number,
-        "chars": sum(len(m.content) if isinstance(m.content, str) else _letters(m.content) for m in row.messages),
-        "seconds": [0.0 if isinstance(part, ImagePart) else None for part in row.shown],
+        "line": line,
+        "chars": sum(len(m.content) if isinstance(m.content, str) else _characters(m.content) for m in row.messages),
+        "seconds": [0.0 if isinstance(part, ImagePart) else None for part in row.media_parts],
     }
 
 
-def placed(video: str, roots: Sequence[str]) -> str:
-    """The absolute path or URI of a row's video, which must lie in one of `roots`, the manifest's own folder first, by
-    its name: links are followed when it is opened.
+def resolve_video(video: str, roots: Sequence[str]) -> str:
+    """Return the absolute path or URI of a row's video.
+
+    Args:
+        video: as the row names it.
+        roots: folders that it may lie in, the manifest's folder first. Only the name is checked here; links are
+            followed when the video is opened.
 
     Raises:
-        ValueError: it does not, or names no part of a video.
+        ValueError: it lies in none of them, or its `#t=` ends before it begins.
     """
     uri = storage.join(roots[0], video)
     if not storage.within(split_time_range(uri)[0], roots):
@@ -178,16 +190,16 @@ def placed(video: str, roots: Sequence[str]) -> str:
     return uri
 
 
-def _letters(parts: Sequence[VideoPart | ImagePart | TextPart]) -> int:
+def _characters(parts: Sequence[VideoPart | ImagePart | TextPart]) -> int:
     return sum(len(part.text) for part in parts if isinstance(part, TextPart))
 
 
-def reason_of(error: Exception) -> str:
-    """Why a row is malformed, in one line."""
+def _one_line(error: Exception) -> str:
+    """Return the reason why a row is malformed, in one line."""
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    # A key is foreign text too: ascii() keeps it to one harmless line.
-    return f"{ascii(where)[1:-1]}: {message}" if where else message
+    # Keys come from the file too: ascii() keeps them on one line and free of escape sequences.
+    return f"{ascii(key)[1:-1]}: {message}" if key else message

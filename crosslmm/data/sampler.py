@@ -1,4 +1,4 @@
-"""(seed, epoch) -> the order of samples; the same whatever the number of workers."""
+"""The order of samples: a pure function of seed and position, independent of the number of workers."""
 
 import functools
 import math
@@ -10,19 +10,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class DeterministicSampler:
-    """Which row stands at each place of a run.
+    """Maps each position of a run to a row.
 
-    Places are counted through the whole run: optimizer step t takes places [t*G, (t+1)*G), G the global batch size.
-    The rows of a source are gone through in one shuffle after another, each with all of them. An epoch is filled up to
-    a whole number of steps with rows that have no weight, so that no split ever drops or repeats a row. A run that
-    stopped after t steps goes on at place t*G: what was consumed is one number.
+    Positions are counted over the whole run: optimizer step t takes positions [t*G, (t+1)*G) with global batch size G.
+    Each source is passed through in one permutation of all its rows after another. An epoch is padded to a whole number
+    of steps with rows of weight 0, so no split ever drops or repeats a row. A run that stopped after t steps resumes at
+    position t*G: one number says which samples were consumed.
 
     Attributes:
-        sizes: rows of each source. Rows are numbered through all sources, one source behind the other.
+        sizes: number of rows of each source. Rows are numbered through all sources, in this order.
         global_batch_size: G.
-        seed: fixes the shuffles; None keeps the manifests' order (validation).
-        shares: of every sum(shares) places in a row, so many belong to each source. An epoch ends when each source has
-            been gone through at least once, so that the smaller ones come round again and again.
+        seed: fixes the permutations; None keeps the manifests' order (validation).
+        shares: how many of every sum(shares) consecutive positions belong to each source. An epoch ends when each
+            source has been passed through at least once, so smaller sources repeat.
     """
 
     sizes: tuple[int, ...]
@@ -32,76 +32,84 @@ class DeterministicSampler:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Places of an epoch with weight."""
-        source, _ = _pattern(self.shares)
-        turns = max(-(-size // own) for size, own in zip(self.sizes, np.bincount(source).tolist(), strict=True))
-        return turns * len(source)
+        """Number of positions of an epoch with weight 1."""
+        pattern, _ = _pattern(self.shares)
+        turns = max(-(-size // share) for size, share in zip(self.sizes, np.bincount(pattern).tolist(), strict=True))
+        return turns * len(pattern)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Number of optimizer steps of an epoch."""
         return -(-self.samples_per_epoch // self.global_batch_size)
 
-    def rows_at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows at the given places.
+    def rows_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows at some positions of the run.
 
         Args:
-            places: int64, any shape.
+            positions: int64, any shape.
 
         Returns:
-            (row, weight): int64 number of the row, and 0.0 where it only fills up an epoch, else 1.0.
+            (row, weight), both of the shape of `positions`: int64 row number, and float32 0.0 for padding, else 1.0.
         """
-        epochs, positions = np.divmod(places, self.steps_per_epoch * self.global_batch_size)
-        source, nth = self._turn(epochs, positions % self.samples_per_epoch)
-        rows = np.empty_like(places)
+        epochs, in_epoch = np.divmod(positions, self.steps_per_epoch * self.global_batch_size)
+        source, nth = self._source_and_count(epochs, in_epoch % self.samples_per_epoch)
+        rows = np.empty_like(positions)
         for number, size in enumerate(self.sizes):
             passes, index = np.divmod(nth, size)
-            for which in np.unique(passes[source == number]):
-                here = (source == number) & (passes == which)
-                rows[here] = sum(self.sizes[:number]) + _shuffles(size, self.seed, number)(int(which))[index[here]]
-        return rows, (positions < self.samples_per_epoch).astype(np.float32)
+            for pass_number in np.unique(passes[source == number]):
+                mask = (source == number) & (passes == pass_number)
+                permutation = _permutations(size, self.seed, number)(int(pass_number))
+                rows[mask] = sum(self.sizes[:number]) + permutation[index[mask]]
+        return rows, (in_epoch < self.samples_per_epoch).astype(np.float32)
 
-    def _turn(self, epochs: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Whose turn it is at these positions of these epochs, and the how manieth of that source's (int64, from 0)."""
+    def _source_and_count(self, epochs: np.ndarray, in_epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the source at positions `in_epoch` of `epochs`, and how many samples of it came before (int64)."""
         pattern, before = _pattern(self.shares)
-        turns, within = np.divmod(positions, len(pattern))
+        turns, within = np.divmod(in_epoch, len(pattern))
         source = pattern[within]
         turns += epochs * (self.samples_per_epoch // len(pattern))
         return source, turns * np.bincount(pattern)[source] + before[within]
 
     def source_of(self, rows: np.ndarray) -> np.ndarray:
-        """The source that each row belongs to, int64."""
+        """Return the source that each row belongs to, int64."""
         return np.searchsorted(np.cumsum(self.sizes), rows, side="right")
 
-    def substitute(self, place: int, attempt: int) -> int:
-        """The row that stands in at a place whose own row, and all substitutes before this one, cannot be read.
+    def substitute(self, position: int, attempt: int) -> int:
+        """Return the row that replaces an unreadable one, after `attempt` - 1 other substitutes were unreadable too.
 
-        Drawn from the same source and fixed by (seed, place, attempt), so that every rank takes every step, and a
+        It is drawn from the same source and fixed by (seed, position, attempt): every rank takes every step, and a
         resume sees the same rows.
 
         Args:
-            place: of the run.
+            position: position of the run.
             attempt: from 1.
         """
-        source = int(self.source_of(self.rows_at(np.array([place]))[0])[0])
-        drawn = np.random.default_rng([self.seed or 0, place, attempt]).integers(self.sizes[source])
-        return sum(self.sizes[:source]) + int(drawn)
+        source = int(self.source_of(self.rows_at(np.array([position]))[0])[0])
+        index = np.random.default_rng([self.seed or 0, position, attempt]).integers(self.sizes[source])
+        return sum(self.sizes[:source]) + int(index)
 
 
 @functools.cache
-def _shuffles(size: int, seed: int | None, source: int) -> Callable[[int], np.ndarray]:
-    """Number of a pass -> the rows of a source in its order, int64 (size,)."""
+def _permutations(size: int, seed: int | None, source: int) -> Callable[[int], np.ndarray]:
+    """Return a function from the number of a pass to the order of a source's rows in it, int64 (size,)."""
 
-    @functools.lru_cache(maxsize=2)  # 8 bytes a row each; a pass's end needs two
-    def shuffle(which: int) -> np.ndarray:
-        return np.arange(size) if seed is None else np.random.default_rng([seed, which, source]).permutation(size)
+    # A permutation takes 8 bytes a row; only the end of a pass needs two.
+    @functools.lru_cache(maxsize=2)
+    def permutation(number: int) -> np.ndarray:
+        return np.arange(size) if seed is None else np.random.default_rng([seed, number, source]).permutation(size)
 
-    return shuffle
+    return permutation
 
 
 @functools.cache
 def _pattern(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """One turn of all sources, spread evenly: the source at each place, and how often it came before, int64 each."""
-    least = [share // math.gcd(*shares) for share in shares]
-    due = sorted(((nth + 0.5) / share, source, nth) for source, share in enumerate(least) for nth in range(share))
-    return np.array([source for _, source, _ in due]), np.array([nth for _, _, nth in due])
+    """Spread the sources evenly over the shortest sequence that has them in these shares.
+
+    Returns:
+        (source, before), int64: the source of each element, and how many elements before it have the same source.
+    """
+    reduced = [share // math.gcd(*shares) for share in shares]
+    schedule = sorted(
+        ((nth + 0.5) / share, source, nth) for source, share in enumerate(reduced) for nth in range(share)
+    )
+    return np.array([source for _, source, _ in schedule]), np.array([nth for _, _, nth in schedule])

@@ -1,4 +1,4 @@
-"""How the features of a run are made, and whether stored ones were made that way."""
+"""The recipe of a run's features, and checks that stored features match it."""
 
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.data.feature_cache import REENCODE_HINT, FeatureCache
@@ -10,14 +10,14 @@ from crosslmm.model.vision_encoder import digest
 
 
 def open_features(config: RunConfig, rows: Rows) -> FeatureCache | None:
-    """The features that a run reads instead of videos, if it does.
+    """Open the features that a run reads instead of videos; None if it reads videos.
 
     Args:
         config: the run.
-        rows: of training and validation.
+        rows: rows of training and validation.
 
     Raises:
-        BadConfig: they were made otherwise than the run would make them, or not of all its videos.
+        BadConfig: the features were made by another recipe, or do not contain all videos of the run.
     """
     if config.data.features is None:
         return None
@@ -27,7 +27,13 @@ def open_features(config: RunConfig, rows: Rows) -> FeatureCache | None:
 
 
 def recipe_of(config: RunConfig, encoder: str, dtype: DType) -> FeatureRecipe:
-    """How the features of a run's videos are made, by an encoder of this digest."""
+    """Return the recipe of a run's features.
+
+    Args:
+        config: the run.
+        encoder: digest of the encoder.
+        dtype: format that the features are stored in.
+    """
     model = build_config(config.model)
     vision = model.vision_config
     return FeatureRecipe.from_config(
@@ -42,10 +48,10 @@ def recipe_of(config: RunConfig, encoder: str, dtype: DType) -> FeatureRecipe:
 
 
 def require_encoder(model: CrossLMMForConditionalGeneration, recipe: FeatureRecipe, folder: str) -> None:
-    """Whether features were made by this model's own encoder.
+    """Check that the features in `folder` were made by this model's encoder.
 
     Raises:
-        BadConfig: by another one.
+        BadConfig: they were made by another one.
     """
     if digest(model.vision_tower) != recipe.encoder:
         raise BadConfig(f"data.features: {folder} was made by another encoder than this run's; {REENCODE_HINT}")

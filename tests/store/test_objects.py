@@ -13,7 +13,7 @@ from s3fs import S3FileSystem
 
 from crosslmm import storage
 from crosslmm.config import DataConfig
-from crosslmm.data.feature_cache import BadFeatures, FeatureCache, create, write_index, write_shard
+from crosslmm.data.feature_cache import BadFeatures, FeatureCache, create_feature_folder, write_index, write_shard
 from crosslmm.data.feature_format import FeatureRecipe
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.data.video import decode_pool
@@ -209,7 +209,7 @@ def test_a_videos_features_cost_a_look_at_its_version_and_one_request(wire):
     storage.write_bytes(video, b"one")
     version = storage.version(video)
     recipe = FeatureRecipe.from_config(DataConfig(num_frames=2), SIDE, "fp32", 4, 8, "e", "int8")
-    folder = create("s3://videos/features", recipe)
+    folder = create_feature_folder("s3://videos/features", recipe)
     given = [(uri, version, np.full((2, 4, 8), 3.0, np.float32)) for uri in (f"{video}#t=0,1", video)]
     write_index(folder, write_shard(folder, given, "int8")[0])
     features = FeatureCache(folder)

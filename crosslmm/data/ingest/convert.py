@@ -212,7 +212,7 @@ def _summaries(target: str, plan: str) -> dict[int, Summary]:
     """Of the pieces that are done."""
     names = storage.names_in(storage.join(target, "pieces"))
     numbers = [int(name.removesuffix(".json")) for name in names if re.fullmatch(r"\d+\.json", name)]
-    with ThreadPoolExecutor(manifest_shards.READERS) as threads:
+    with ThreadPoolExecutor(manifest_shards.CONCURRENT_READS) as threads:
         read = threads.map(lambda n: storage.read_bytes(storage.join(target, f"pieces/{n:05d}.json")), numbers)
         found = {number: Summary(**json.loads(data)) for number, data in zip(numbers, read, strict=True)}
     return {number: summary for number, summary in found.items() if summary.plan == plan}
@@ -220,7 +220,7 @@ def _summaries(target: str, plan: str) -> dict[int, Summary]:
 
 def _tally(tally: ErrorBudget, uri: str, summary: Summary, progress: IngestProgress) -> None:
     source = to_printable(uri)
-    tally.due[source] += summary.rows + summary.quarantined
+    tally.samples[source] += summary.rows + summary.quarantined
     tally.reasons[source].update(summary.unreadable)
     progress.seen(summary.rows, summary.rejected, summary.quarantined)
     tally.record([], [])
@@ -229,9 +229,9 @@ def _tally(tally: ErrorBudget, uri: str, summary: Summary, progress: IngestProgr
 def _indices(target: str, done: dict[int, Summary]) -> Iterator[pa.Table]:
     """Those of the pieces, in order."""
     names = [done[number].files["index"] for number in sorted(done)]
-    with ThreadPoolExecutor(manifest_shards.READERS) as threads:
-        for some in range(0, len(names), manifest_shards.READERS):
-            uris = [storage.join(target, name) for name in names[some : some + manifest_shards.READERS]]
+    with ThreadPoolExecutor(manifest_shards.CONCURRENT_READS) as threads:
+        for some in range(0, len(names), manifest_shards.CONCURRENT_READS):
+            uris = [storage.join(target, name) for name in names[some : some + manifest_shards.CONCURRENT_READS]]
             for data in threads.map(storage.read_bytes, uris):
                 yield pq.read_table(pa.BufferReader(data))
 

@@ -13,7 +13,14 @@ from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data import feature_cache as features_module
 from crosslmm.data.dataset import rows_per_block
-from crosslmm.data.feature_cache import BadFeatures, FeatureCache, IndexEntry, create, write_index, write_shard
+from crosslmm.data.feature_cache import (
+    BadFeatures,
+    FeatureCache,
+    IndexEntry,
+    create_feature_folder,
+    write_index,
+    write_shard,
+)
 from crosslmm.data.feature_format import FeatureRecipe, from_bf16, pack, to_bf16, unpack
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.video.decode_pool import Unreadable
@@ -52,7 +59,7 @@ def videos(tmp_path):
 @pytest.fixture
 def cached(tmp_path, videos, dtype):
     """Their features in storage; one more video could not be read."""
-    folder = create(str(tmp_path / "features"), recipe(dtype))
+    folder = create_feature_folder(str(tmp_path / "features"), recipe(dtype))
     versions = [features_module.storage.version(uri.split("#")[0]) for uri in videos]
     given = [(uri, version, values(n + 1, n)) for n, (uri, version) in enumerate(zip(videos, versions, strict=True))]
     stored, _, _ = write_shard(folder, given, dtype)
@@ -137,7 +144,7 @@ def test_a_damaged_shard_is_refused(cached, videos):
         features([videos[0]])
     # Then it is made anew.
     features = FeatureCache(cached)
-    assert not features.has(videos[0], features.find(videos[0]).version)
+    assert not features.is_current(videos[0], features.find(videos[0]).version)
     with pytest.raises(BadConfig, match=r"lacks 3 videos of the manifests, .*a\.mp4 first"):
         features.require(recipe(), videos)
 
@@ -149,12 +156,12 @@ def test_a_source_that_changed_is_refused_until_it_is_encoded_anew(cached, video
     with pytest.raises(BadFeatures, match=r"b\.mp4: has changed, or gone, .*jobs/encode\.py"):
         features([videos[1]])
     now = features_module.storage.version(videos[1])
-    assert not features.has(videos[1], now)
+    assert not features.is_current(videos[1], now)
     # The latest word counts, whatever the order of the places.
     stored, _, _ = write_shard(cached, [(videos[1], now, values(3, 9))], dtype)
     write_index(cached, stored)
     again = FeatureCache(cached)
-    assert again.has(videos[1], now)
+    assert again.is_current(videos[1], now)
     assert np.array_equal(again.read(videos[1]), unpack(pack(values(3, 9), dtype), (3, PATCHES, WIDTH), dtype))
     Path(videos[1]).unlink()
     with pytest.raises(BadFeatures, match="has changed, or gone"):
@@ -166,7 +173,7 @@ def test_an_unreadable_video_that_has_become_readable_is_refused_too(cached, vid
     gone.write_bytes(b"here")
     with pytest.raises(BadFeatures, match="has changed"):
         FeatureCache(cached)([str(gone)])
-    assert not FeatureCache(cached).has(str(gone), None)
+    assert not FeatureCache(cached).is_current(str(gone), None)
 
 
 def test_another_policy_is_refused_and_named(cached, videos):

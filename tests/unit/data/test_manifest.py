@@ -36,7 +36,10 @@ def read(tmp_path):
         (row(id="b", video=None), "no video is given, but the messages have 1 video parts"),
         (row(id="b", messages=[ASKED]), "no message is the assistant's"),
         (row(id="b", messages=[]), "messages: List should have at least 1"),
-        (row(id="b", messages=[ASKED, {**ANSWER, "content": "<|im_end|>"}]), "text holds one of the chat's own tokens"),
+        (
+            row(id="b", messages=[ASKED, {**ANSWER, "content": "<|im_end|>"}]),
+            "text contains a reserved token of the chat format",
+        ),
         (row(id="b", **{"k\x1b\n": 1}), r"k\\x1b\\n: Extra inputs"),
         (row(id="b", messages=[ANSWER, ASKED, ANSWER]), "the assistant speaks first"),
         (row(id="b", messages=[SAID, ANSWER, ASKED]), "a video comes after the last answer"),

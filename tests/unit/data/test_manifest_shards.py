@@ -6,7 +6,6 @@ import pyarrow as pa
 import pytest
 
 from crosslmm import storage
-from crosslmm.data import manifest as manifest_module
 from crosslmm.data import manifest_shards
 from crosslmm.data.frame_sampling import FrameSampling
 from crosslmm.data.manifest import BadManifest, Manifest, Rows
@@ -103,14 +102,13 @@ def test_rows_of_several_manifests_are_numbered_one_behind_the_other(folder, tmp
     assert [row["id"] for row in both.take(numbers)] == ["row 1", "a", "row 0", "row 1299", "c", "row 1"]
 
 
-def test_a_manifest_too_long_to_be_read_whole_is_sent_to_be_prepared(monkeypatch, tmp_path):
-    monkeypatch.setattr(manifest_module, "MAX_UNPREPARED_ROWS", 3)
+def test_a_manifest_with_too_many_rows_must_be_prepared(tmp_path):
     lines = [json.dumps({"id": f"{i}", "messages": conversation("?", "!", video=False)}) for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines[:3]))
-    assert len(Manifest(str(tmp_path / "rows.jsonl"))) == 3
+    assert len(Manifest(str(tmp_path / "rows.jsonl"), max_rows=3)) == 3
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     with pytest.raises(BadManifest, match=r"rows.jsonl: .*more than 3 rows.*jobs/prepare.py convert"):
-        Manifest(str(tmp_path / "rows.jsonl"))
+        Manifest(str(tmp_path / "rows.jsonl"), max_rows=3)
 
 
 def test_lengths_are_told_before_anything_is_opened(tmp_path):
@@ -127,7 +125,9 @@ def test_lengths_are_told_before_anything_is_opened(tmp_path):
     table = pa.Table.from_pylist([*known, {**known[0], "seconds": [None]}, {**known[0], "seconds": []}], SCHEMA)
     folder = str(tmp_path / "prepared")
     manifest_shards.seal(folder, [manifest_shards.write_part(folder, 0, table)], table, {})
-    assert Manifest(folder, ["/elsewhere"]).estimate_tokens(FrameSampling(64, "fps", 2.0), 9).tolist() == [2 + 20 * 9] * 2 + [
+    assert Manifest(folder, ["/elsewhere"]).estimate_tokens(FrameSampling(64, "fps", 2.0), 9).tolist() == [
+        2 + 20 * 9
+    ] * 2 + [
         2 + 64 * 9,
         2,
     ]

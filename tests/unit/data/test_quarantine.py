@@ -55,7 +55,7 @@ def read_all(order, ranks, first=0, steps=10, rows_in_block=4, bad=BAD):
     layout = BlockLayout(order, ranks, first, steps, rows_in_block)
     read = reader(layout, bad)
     samples = {}
-    for block in range(layout.blocks):
+    for block in range(layout.num_blocks):
         found = list(unpack_block(read({"block": [block]})))
         assert [sample.position for sample in found] == layout.positions(block).tolist()
         samples |= {sample.position: sample for sample in found}

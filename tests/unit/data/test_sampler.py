@@ -20,7 +20,7 @@ def epoch(order, number):
 def per_rank(layout):
     """The places of each rank's blocks, one behind the other, cut where the last step ends."""
     return [
-        np.concatenate([layout.positions(block) for block in range(rank, layout.blocks, layout.ranks)])[
+        np.concatenate([layout.positions(block) for block in range(rank, layout.num_blocks, layout.ranks)])[
             : layout.steps * layout.samples_per_rank
         ]
         for rank in range(layout.ranks)
@@ -66,8 +66,8 @@ def test_the_ranks_share_each_step_s_places_out_whatever_the_blocks(ranks, batch
 def test_every_rank_has_equally_many_blocks_even_when_nothing_is_left():
     for steps in (0, 1, 5):
         layout = BlockLayout(DeterministicSampler((50,), 12, 0), ranks=3, first_step=2, steps=steps, rows_per_block=5)
-        assert layout.blocks >= layout.ranks
-        assert layout.blocks % layout.ranks == 0
+        assert layout.num_blocks >= layout.ranks
+        assert layout.num_blocks % layout.ranks == 0
 
 
 def test_another_number_of_ranks_goes_on_with_exactly_what_is_left():

@@ -84,3 +84,11 @@ def run_without_cluster(code: str) -> subprocess.CompletedProcess:
         environment |= {"HOME": home, "RAY_TMPDIR": home, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", code]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize("job", ["demo", "local_cluster", "doctor"])
+def test_help_starts_no_cluster(job: str) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--help"]
+    help_text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert help_text.startswith("usage:")
+    assert "starting" not in help_text

@@ -157,14 +157,14 @@ def stills(rng: np.random.Generator, known: digits.Digits, count: int) -> tuple[
     for i in range(count):
         (frame,) = digits.empty(rng, 1)
         for corner in digits.plate_corners(rng, int(rng.integers(1, 10))):
-            digit, colour = rng.integers(len(known.names)), rng.integers(len(digits.PLATES))
+            digit, colour = rng.integers(len(known.labels)), rng.integers(len(digits.PLATES))
             drawn = digits.plate(known.images[digit], digits.PLATES[colour])
             y, x = (slice(start, start + len(drawn)) for start in corner)
             frame[y, x] = drawn
             rows, columns = (np.clip(np.minimum(s.stop, edges + 8) - np.maximum(s.start, edges), 0, 8) for s in (y, x))
             covered = np.outer(rows, columns)
             labels[:, i, covered > 0] = -100
-            labels[:, i, covered > 64 / 3] = [[known.names[digit]], [colour]]
+            labels[:, i, covered > 64 / 3] = [[known.labels[digit]], [colour]]
         frames.append(frame)
     digit, colour = torch.from_numpy(labels).flatten(2)
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous(), digit, colour

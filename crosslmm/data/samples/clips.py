@@ -1,4 +1,4 @@
-"""Generated clips -> H.264 files and the manifest that names them. The same clips give the same bytes."""
+"""Writes generated clips as H.264 files, with their manifest. The same clips give the same bytes."""
 
 import io
 import itertools
@@ -14,31 +14,32 @@ import numpy as np
 from crosslmm import storage
 
 FPS = 4
+"""Frame rate of all clips [1/s]."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A generated video and what is asked about it."""
+    """A generated video with its questions and answers."""
 
     frames: np.ndarray
     """uint8 (frames, height, width, 3), RGB."""
-    asked: list[tuple[str, str]]
-    """Questions with their answers, one turn of the conversation each."""
+    turns: list[tuple[str, str]]
+    """(question, answer) of each turn of the conversation."""
     kind: str | None = None
-    """What sort of question it is, where a clip asks just one."""
+    """Category of the question, if the clip asks a single one."""
 
 
 def write_split(folder: str, split: str, clips: Iterator[Clip], **x264: str) -> None:
     """Write `{split}/00000.mp4`, ... and, last, the manifest `{split}.jsonl` into `folder` (a path or an `s3://` URI).
 
-    `x264` overrides the options of the encoder.
+    `x264` overrides options of the encoder, such as crf="12".
     """
     rows: list[dict[str, Any]] = []
-    # x264 lets go of the interpreter, so two threads encode in half of the time.
+    # x264 releases the interpreter lock, so two threads take half the time.
     with ThreadPoolExecutor(2) as threads:
-        while part := list(itertools.islice(clips, 256)):
-            new = [_row(f"{split}/{len(rows) + i:05d}", clip) for i, clip in enumerate(part)]
-            files = threads.map(lambda clip: encode_clip(clip.frames, **x264), part)
+        while batch := list(itertools.islice(clips, 256)):
+            new = [_row(f"{split}/{len(rows) + i:05d}", clip) for i, clip in enumerate(batch)]
+            files = threads.map(lambda clip: encode_clip(clip.frames, **x264), batch)
             for row, file in zip(new, files, strict=True):
                 storage.write_bytes(storage.join(folder, row["video"]), file)
             rows += new
@@ -47,9 +48,9 @@ def write_split(folder: str, split: str, clips: Iterator[Clip], **x264: str) -> 
 
 
 def _row(name: str, clip: Clip) -> dict[str, Any]:
-    """One line of the manifest."""
+    """Return one row of the manifest."""
     messages: list[dict[str, Any]] = []
-    for question, answer in clip.asked:
+    for question, answer in clip.turns:
         text = {"type": "text", "text": question}
         messages.append({"role": "user", "content": [text] if messages else [{"type": "video"}, text]})
         messages.append({"role": "assistant", "content": answer})
@@ -58,8 +59,8 @@ def _row(name: str, clip: Clip) -> dict[str, Any]:
 
 
 def encode_clip(frames: np.ndarray, **x264: str) -> bytes:
-    """uint8 (frames, height, width, 3) -> an H.264 .mp4; the same frames give the same bytes."""
-    # With threads, or with B-frames, x264 gives the same frames other bytes now and then.
+    """Encode frames, uint8 (frames, height, width, 3), as an H.264 .mp4; the same frames give the same bytes."""
+    # With threads or B-frames, x264 is not always deterministic.
     options = {"crf": "18", "preset": "veryfast", "threads": "1", "bf": "0", **x264}
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:

@@ -1,4 +1,4 @@
-"""The feature cache: nothing that is damaged, of another video or of another recipe is ever handed out."""
+"""The feature cache never returns features that are damaged, outdated or made by another recipe."""
 
 import functools
 import os
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from crosslmm import storage
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig, DataConfig
-from crosslmm.data import feature_cache as features_module
 from crosslmm.data.dataset import rows_per_block
 from crosslmm.data.feature_cache import (
     BadFeatures,
@@ -33,9 +33,9 @@ DATA = DataConfig(num_frames=4)
 PATCHES, WIDTH = 6, 8
 
 
-def recipe(dtype="bf16", data=DATA, **other):
-    given = {"image_size": 48, "precision": "fp32", "patches": PATCHES, "width": WIDTH, "encoder": "e" * 64}
-    return FeatureRecipe.from_config(data, dtype=dtype, **given | other)
+def recipe(dtype="bf16", data=DATA, **changes):
+    defaults = {"image_size": 48, "precision": "fp32", "patches": PATCHES, "width": WIDTH, "encoder": "e" * 64}
+    return FeatureRecipe.from_config(data, dtype=dtype, **defaults | changes)
 
 
 def values(frames, seed=0):
@@ -49,26 +49,26 @@ def dtype(request):
 
 @pytest.fixture
 def videos(tmp_path):
-    """Two videos and a part of one of them; what is in them does not matter here."""
-    places = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
-    for number, place in enumerate(places):
-        place.write_bytes(bytes([number]) * 100)
-    return [str(places[0]), str(places[1]), f"{places[0]}#t=1,2"]
+    """Two videos and a part of one of them; their content does not matter."""
+    paths = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * 100)
+    return [str(paths[0]), str(paths[1]), f"{paths[0]}#t=1,2"]
 
 
 @pytest.fixture
 def cached(tmp_path, videos, dtype):
-    """Their features in storage; one more video could not be read."""
+    """The folder of their features; one more video is unreadable."""
     folder = create_feature_folder(str(tmp_path / "features"), recipe(dtype))
-    versions = [features_module.storage.version(uri.split("#")[0]) for uri in videos]
-    given = [(uri, version, values(n + 1, n)) for n, (uri, version) in enumerate(zip(videos, versions, strict=True))]
-    stored, _, _ = write_shard(folder, given, dtype)
-    nothing = IndexEntry(str(tmp_path / "gone.mp4"), None, 0, reason="no such file", stage="read")
-    write_index(folder, [*stored, nothing])
+    versions = [storage.version(uri.split("#")[0]) for uri in videos]
+    features = [(uri, version, values(n + 1, n)) for n, (uri, version) in enumerate(zip(videos, versions, strict=True))]
+    entries, _, _ = write_shard(folder, features, dtype)
+    unreadable = IndexEntry(str(tmp_path / "gone.mp4"), None, 0, reason="no such file", stage="read")
+    write_index(folder, [*entries, unreadable])
     return folder
 
 
-def test_every_ingredient_changes_the_key():
+def test_every_field_of_the_recipe_changes_the_key():
     changed = [
         recipe(dtype="int8"),
         *(recipe(**{name: 1}) for name in ("image_size", "patches", "width")),
@@ -82,52 +82,53 @@ def test_every_ingredient_changes_the_key():
     ]
     assert len({one.key for one in [recipe(), *changed]}) == len(changed) + 1
     assert len(changed) == len(FeatureRecipe.model_fields)
-    # A name that stands for a decoder is not a decoder of its own.
+    # The default decoder and its explicit name are the same decoder.
     assert recipe(data=DataConfig(num_frames=4, decoder="pyav")).key == recipe().key
 
 
-def test_bf16_is_torchs_to_the_last_bit():
-    every = np.arange(2**16, dtype=np.uint16)
-    finite = every[np.isfinite(from_bf16(every))]
+def test_bf16_rounds_exactly_as_torch():
+    all_bits = np.arange(2**16, dtype=np.uint16)
+    finite = all_bits[np.isfinite(from_bf16(all_bits))]
     x = np.concatenate([values(50).ravel(), from_bf16(finite), from_bf16(finite[:-1]) * np.float32(1.00390625)])
     assert np.array_equal(to_bf16(x), torch.from_numpy(x).bfloat16().view(torch.uint16).numpy())
     assert np.array_equal(to_bf16(from_bf16(finite)), finite)
 
 
-def test_int8_is_off_by_half_a_step_at_most_and_says_how_much(tmp_path):
+def test_rounding_error_is_bounded_and_reported(tmp_path):
     x = values(5)
     x[0, 0] = 0
     rounded = from_bf16(unpack(pack(x, "int8"), x.shape, "int8"))
     largest = np.abs(x).max(axis=-1, keepdims=True)
-    # Half a step of the scale, which is itself float16, and then bfloat16's own rounding.
+    # Half a step of the scale, which is itself rounded to float16, and then bfloat16's rounding.
     assert (np.abs(rounded - x) <= largest / 127 * 0.5 * 1.001 + largest * (2**-11 + 2**-8)).all()
     assert not rounded[0, 0].any()
-    for dtype, most in {"bf16": 0.002, "int8": 0.01}.items():
-        _, lost, whole = write_shard(str(tmp_path), [("a", None, x)], dtype)
+    for dtype, limit in {"bf16": 0.002, "int8": 0.01}.items():
+        _, squared_error, squared_values = write_shard(str(tmp_path), [("a", None, x)], dtype)
         again = from_bf16(unpack(pack(x, dtype), x.shape, dtype))
-        assert (lost / whole) ** 0.5 == pytest.approx(np.linalg.norm(again - x) / np.linalg.norm(x), rel=1e-4)
-        assert 0 < (lost / whole) ** 0.5 < most
+        relative_error = (squared_error / squared_values) ** 0.5
+        assert relative_error == pytest.approx(np.linalg.norm(again - x) / np.linalg.norm(x), rel=1e-4)
+        assert 0 < relative_error < limit
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_not_stored(value, dtype):
+def test_non_finite_features_are_refused(value, dtype):
     x = values(2)
     x[1, 2, 3] = value
     with pytest.raises(ValueError, match="not finite"):
         pack(x, dtype)
 
 
-def test_features_are_read_at_random_as_they_were_stored(cached, videos, dtype):
-    features = pickle.loads(pickle.dumps(FeatureCache(cached)))  # as Ray hands it on
+def test_features_are_read_in_any_order_as_they_were_stored(cached, videos, dtype):
+    features = pickle.loads(pickle.dumps(FeatureCache(cached)))  # as Ray ships it to workers
     for order in ([2, 0, 1], [1, 1, 0]):
-        found = features([videos[n] for n in order])
-        for n, bits in zip(order, found, strict=True):
+        read = features([videos[n] for n in order])
+        for n, bits in zip(order, read, strict=True):
             assert np.array_equal(bits, unpack(pack(values(n + 1, n), dtype), (n + 1, PATCHES, WIDTH), dtype))
     (gone,) = features([str(Path(videos[0]).parent / "gone.mp4")])
     assert gone == Unreadable("no such file", "read")
 
 
-def test_a_damaged_shard_is_refused(cached, videos):
+def test_damaged_or_missing_shard_is_refused(cached, videos):
     (shard,) = Path(cached).glob("shard-*")
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1  # of the last video
@@ -142,33 +143,33 @@ def test_a_damaged_shard_is_refused(cached, videos):
     shard.unlink()
     with pytest.raises(BadFeatures, match=r"gone with .*jobs/encode\.py"):
         features([videos[0]])
-    # Then it is made anew.
+    # Then the video is encoded again.
     features = FeatureCache(cached)
     assert not features.is_current(videos[0], features.find(videos[0]).version)
     with pytest.raises(BadConfig, match=r"lacks 3 videos of the manifests, .*a\.mp4 first"):
         features.require(recipe(), videos)
 
 
-def test_a_source_that_changed_is_refused_until_it_is_encoded_anew(cached, videos, dtype):
+def test_changed_video_is_refused_until_encoded_again(cached, videos, dtype):
     features = FeatureCache(cached)
     os.utime(videos[1], ns=(0, 0))
     features([videos[0]])
     with pytest.raises(BadFeatures, match=r"b\.mp4: has changed, or gone, .*jobs/encode\.py"):
         features([videos[1]])
-    now = features_module.storage.version(videos[1])
-    assert not features.is_current(videos[1], now)
-    # The latest word counts, whatever the order of the places.
-    stored, _, _ = write_shard(cached, [(videos[1], now, values(3, 9))], dtype)
-    write_index(cached, stored)
+    version = storage.version(videos[1])
+    assert not features.is_current(videos[1], version)
+    # The latest index entry counts, whatever the order of URIs.
+    entries, _, _ = write_shard(cached, [(videos[1], version, values(3, 9))], dtype)
+    write_index(cached, entries)
     again = FeatureCache(cached)
-    assert again.is_current(videos[1], now)
+    assert again.is_current(videos[1], version)
     assert np.array_equal(again.read(videos[1]), unpack(pack(values(3, 9), dtype), (3, PATCHES, WIDTH), dtype))
     Path(videos[1]).unlink()
     with pytest.raises(BadFeatures, match="has changed, or gone"):
         again([videos[1]])
 
 
-def test_an_unreadable_video_that_has_become_readable_is_refused_too(cached, videos):
+def test_unreadable_video_that_becomes_readable_is_refused(cached, videos):
     gone = Path(videos[0]).parent / "gone.mp4"
     gone.write_bytes(b"here")
     with pytest.raises(BadFeatures, match="has changed"):
@@ -176,7 +177,7 @@ def test_an_unreadable_video_that_has_become_readable_is_refused_too(cached, vid
     assert not FeatureCache(cached).is_current(str(gone), None)
 
 
-def test_another_policy_is_refused_and_named(cached, videos):
+def test_differences_of_the_recipe_are_refused_and_named(cached, videos):
     features = FeatureCache(cached)
     features.require(recipe(encoder="not known yet"), videos)
     other = recipe(data=DataConfig(num_frames=8, sampling="fps"), precision="bf16")
@@ -189,14 +190,14 @@ def test_another_policy_is_refused_and_named(cached, videos):
         features.require(recipe(), [*videos, "/nowhere.mp4"])
 
 
-def test_a_folder_that_is_not_what_it_says_is_refused(cached, tmp_path):
-    said = Path(cached) / "features.json"
-    good = said.read_text()
+def test_folder_with_invalid_files_is_refused(cached, tmp_path):
+    recipe_file = Path(cached) / "features.json"
+    good = recipe_file.read_text()
     for bad in (good.replace('"fps": 1.0', '"fps": 2.0'), good.replace('"format": 1', '"format": 2'), "[]", "{", ""):
-        said.write_text(bad)
+        recipe_file.write_text(bad)
         with pytest.raises(BadConfig, match=r"data\.features: .*no features can be read there"):
             FeatureCache(cached)
-    said.write_text(good)
+    recipe_file.write_text(good)
     next(Path(cached).glob("index-*")).write_bytes(b"PAR1")
     with pytest.raises(BadConfig, match="no features can be read there"):
         FeatureCache(cached)
@@ -204,30 +205,30 @@ def test_a_folder_that_is_not_what_it_says_is_refused(cached, tmp_path):
         FeatureCache(str(tmp_path / "nowhere"))
 
 
-def test_an_encoder_that_learns_is_refused():
+def test_trained_encoder_is_refused():
     with pytest.raises(BadConfig, match=r"data\.features: .*frozen.*train\.learning_rate\.vision is 0\.001; make it 0"):
         parse_run(["--data.features=/somewhere"], "")
     frozen = parse_run(["--data.features=/somewhere", "--train.learning_rate.vision=0"], "")
     assert frozen.data.features == "/somewhere"
 
 
-def test_the_digest_is_the_encoders(config, processor, tmp_path):
+def test_digest_depends_on_the_encoder_only(config, processor, tmp_path):
     ours = digest(build_encoder(config.model, processor, seed=0))
-    whole = build_model(config.model, processor, seed=0)
-    assert digest(whole.vision_tower) == ours != digest(build_encoder(config.model, processor, seed=1))
-    whole.vision_tower.save_pretrained(tmp_path)
+    model = build_model(config.model, processor, seed=0)
+    assert digest(model.vision_tower) == ours != digest(build_encoder(config.model, processor, seed=1))
+    model.vision_tower.save_pretrained(tmp_path)
     published = config.model.model_copy(update={"vision_weights": str(tmp_path)})
     assert digest(build_encoder(published, processor, seed=1)) == ours
-    # Trials of a sweep differ in what lies behind it.
-    for behind in ({"pool_stride": 1}, {"cross_attention_every": 1}, {"v2v": False}):
-        other = build_model(config.model.model_copy(update=behind), processor, seed=0)
+    # Trials of a sweep differ in what follows the encoder.
+    for changes in ({"pool_stride": 1}, {"cross_attention_every": 1}, {"v2v": False}):
+        other = build_model(config.model.model_copy(update=changes), processor, seed=0)
         assert digest(other.vision_tower) == ours
-    # The same weights compute something else with other heads.
+    # With another number of heads the same weights compute something else.
     heads = config.model.model_copy(update={"vision": config.model.vision | {"num_attention_heads": 2}})
     assert digest(build_encoder(heads, processor, seed=0)) != ours
 
 
-def test_another_encoder_is_refused(config, processor):
+def test_features_of_another_encoder_are_refused(config, processor):
     model = build_model(config.model, processor, seed=0)
     require_encoder(model, recipe(encoder=digest(build_encoder(config.model, processor, seed=0))), "x")
     for seed, change in ((1, {}), (0, {"vision": config.model.vision | {"layer_norm_eps": 1e-3}})):
@@ -236,7 +237,7 @@ def test_another_encoder_is_refused(config, processor):
             require_encoder(other, recipe(encoder=digest(model.vision_tower)), "x")
 
 
-def test_every_video_of_the_rows_is_named_once(tmp_path):
+def test_rows_list_each_video_once(tmp_path):
     lines = [f'{{"id": "{i}", "video": "{v}.mp4", "messages": {MESSAGES}}}' for i, v in enumerate("abab")]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     (tmp_path / "more.jsonl").write_text("\n".join(lines).replace("b.mp4", "c.mp4"))
@@ -247,7 +248,7 @@ def test_every_video_of_the_rows_is_named_once(tmp_path):
 MESSAGES = '[{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "x"}]'
 
 
-def test_blocks_are_counted_in_the_bytes_that_are_read():
+def test_rows_per_block_follows_from_bytes_read():
     data = DataConfig(num_frames=64)
     assert rows_per_block(data, 384, recipe(patches=729, width=1152)) == 1
     assert rows_per_block(data, 384, recipe(patches=16, width=64)) == 128
@@ -256,28 +257,29 @@ def test_blocks_are_counted_in_the_bytes_that_are_read():
 
 @pytest.fixture
 def samples():
-    shown = [[random_frames(4, 1)], [random_frames(2, 2), random_frames(1, 3)], []]
+    media = [[random_frames(4, 1)], [random_frames(2, 2), random_frames(1, 3)], []]
     video, text = {"type": "video"}, {"type": "text", "text": "What?"}
-    talks = [
+    conversations = [
         conversation("Which shape is it?", "red circle"),
         [{"role": "user", "content": [video, text, video]}, {"role": "assistant", "content": "left"}],
         conversation("Why?", "so", video=False),
     ]
-    return talks, shown
+    return conversations, media
 
 
-def with_features(processor, model, talks, shown, **options):
-    """The batch that the cache would give, in bfloat16."""
+def with_features(processor, model, conversations, media, **options):
+    """Return the batch that the cache would give, in bfloat16."""
     size = (model.config.patches_per_frame, model.config.vision_config.hidden_size)
 
     def encoded(video):
         with torch.no_grad():
             return to_bf16(model.encode(torch.from_numpy(video).permute(0, 3, 1, 2)).numpy())
 
-    return processor(talks, [[encoded(video) for video in own] for own in shown], features=size, **options)
+    encoded_media = [[encoded(video) for video in videos] for videos in media]
+    return processor(conversations, encoded_media, features=size, **options)
 
 
-def test_features_give_what_pixels_give(model, processor, samples):
+def test_loss_from_features_matches_loss_from_pixels(model, processor, samples):
     open_gates(model)
     pixels, given = processor(*samples), with_features(processor, model, *samples)
     assert "pixel_values" not in given
@@ -287,48 +289,48 @@ def test_features_give_what_pixels_give(model, processor, samples):
     unrounded = model.encode(pixels["pixel_values"])
     exact = {**given, "features": unrounded}
     assert torch.equal(model(**exact).loss, model(**pixels).loss)
-    # bfloat16 keeps 8 bits of each feature: an error of 2^-9 at most, which the model neither adds up nor magnifies.
+    # bfloat16 keeps 8 bits of each feature: errors of at most 2^-9, which the model does not amplify.
     torch.testing.assert_close(model(**given).loss, model(**pixels).loss, rtol=2e-3, atol=0)
     assert not torch.equal(model(**given).loss, model(**pixels).loss)
 
 
 @torch.no_grad()
-def test_answers_from_features_are_those_from_pixels_and_the_encoder_does_not_run(model, processor, samples):
+def test_answers_from_features_match_and_do_not_run_the_encoder(model, processor, samples):
     open_gates(model)
-    talks, shown = [talk[:1] for talk in samples[0]], samples[1]
-    pixels = processor(talks, shown, answer=True)
+    conversations, media = [messages[:1] for messages in samples[0]], samples[1]
+    pixels = processor(conversations, media, answer=True)
     unrounded = model.encode(pixels["pixel_values"])
-    given = with_features(processor, model, talks, shown, answer=True)
+    given = with_features(processor, model, conversations, media, answer=True)
     model.encode = None
     exact = {**given, "features": unrounded}
     for options in ({}, {"use_cache": False}):
-        said = model.generate(**exact, max_new_tokens=6, do_sample=False, **options)
+        answers = model.generate(**exact, max_new_tokens=6, do_sample=False, **options)
         del model.encode
-        assert torch.equal(said, model.generate(**pixels, max_new_tokens=6, do_sample=False, **options))
+        assert torch.equal(answers, model.generate(**pixels, max_new_tokens=6, do_sample=False, **options))
         model.encode = None
-        assert model.generate(**given, max_new_tokens=6, do_sample=False).shape == said.shape
+        assert model.generate(**given, max_new_tokens=6, do_sample=False).shape == answers.shape
     del model.encode
 
 
-def test_a_batch_of_text_alone_reaches_every_parameter_but_the_encoders(model, processor):
+def test_text_only_batch_gives_all_trained_parameters_a_gradient(model, processor):
     open_gates(model, 0.5)
     for parameter in model.vision_tower.parameters():
         parameter.requires_grad_(False)
     batch = with_features(processor, model, [conversation("What is red?", "a colour", video=False)], [[]])
     assert batch["features"].shape[0] == 0
     model.train()(**batch).loss.backward()
-    learns = [p for p in model.parameters() if p.requires_grad]
-    assert all(parameter.grad is not None for parameter in learns)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
     pixels = processor([conversation("What is red?", "a colour", video=False)], [[]])
     assert torch.equal(model(**batch).loss, model(**pixels).loss)
 
 
-def test_features_of_another_shape_are_refused(model, processor):
-    talk = [conversation("What?", "it")]
+def test_features_of_wrong_shape_or_dtype_are_refused(model, processor):
+    conversations = [conversation("What?", "it")]
     size = (model.config.patches_per_frame, model.config.vision_config.hidden_size)
     for wrong in (np.zeros((2, *size), np.float32), np.zeros((2, size[0] - 1, size[1]), np.uint16), random_frames(2)):
         with pytest.raises(ValueError, match=r"features are .*uint16 \(frames, 36, 64\)"):
-            processor(talk, [[wrong]], features=size)
-    batch = functools.partial(processor, features=size)(talk, [[np.zeros((2, *size), np.uint16)]])
+            processor(conversations, [[wrong]], features=size)
+    batch = functools.partial(processor, features=size)(conversations, [[np.zeros((2, *size), np.uint16)]])
     with pytest.raises(ValueError, match=r"features are .*; the encoder gives floats \(frames, 36, 64\)"):
         model(**{**batch, "features": batch["features"][:, :5]})

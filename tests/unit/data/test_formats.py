@@ -32,7 +32,7 @@ LLAVA = [
 ]
 
 
-def of(rows):
+def fields_of(rows):
     return [(row["id"], row["videos"], row["kind"], row["messages"]) for row in rows]
 
 
@@ -47,7 +47,7 @@ def parts(content):
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_parquet_says_the_same_as_jsonl(tmp_path, jsonl, as_json):
+def test_parquet_and_jsonl_give_the_same_rows(tmp_path, jsonl, as_json):
     rows = [
         {
             **row,
@@ -62,14 +62,14 @@ def test_parquet_says_the_same_as_jsonl(tmp_path, jsonl, as_json):
     columns = {"id": pa.string(), "video": pa.string(), "kind": pa.string()}
     schema = pa.schema(columns | {"messages": pa.string() if as_json else messages})
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "rows.parquet")
-    assert of(Manifest(str(tmp_path / "rows.parquet")).rows) == of(jsonl.rows)
+    assert fields_of(Manifest(str(tmp_path / "rows.parquet")).rows) == fields_of(jsonl.rows)
 
 
-def test_llava_s_form_is_read(tmp_path):
+def test_llava_rows_are_converted(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(LLAVA))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LLAVA))
-    first, second, third, fourth = of(Manifest(str(tmp_path / "rows.json"), ["/elsewhere"]).rows)
-    assert of(Manifest(str(tmp_path / "rows.jsonl"), ["/elsewhere"]).rows) == [first, second, third, fourth]
+    first, second, third, fourth = fields_of(Manifest(str(tmp_path / "rows.json"), ["/elsewhere"]).rows)
+    assert fields_of(Manifest(str(tmp_path / "rows.jsonl"), ["/elsewhere"]).rows) == [first, second, third, fourth]
     text = {"type": "text", "text": "What?"}
     assert first[:2] == ("7", [f"{tmp_path}/clips/a.mp4"])
     assert first[3] == [
@@ -86,20 +86,20 @@ def test_llava_s_form_is_read(tmp_path):
         {"from": "human", "value": "<image>Before\n<image> after?"}, {"from": "gpt", "value": "No."}
     ]}  # fmt: skip
     (tmp_path / "pair.json").write_text(json.dumps([pair]))
-    (two,) = of(Manifest(str(tmp_path / "pair.json")).rows)
+    (two,) = fields_of(Manifest(str(tmp_path / "pair.json")).rows)
     assert two[1] == [f"{tmp_path}/x.jpg", f"{tmp_path}/y.jpg"]
     assert [part["type"] for part in two[3][0]["content"]] == ["image", "text", "image", "text"]
     assert fourth[1] == [f"{tmp_path}/c.jpg"]
     assert fourth[3][0]["content"] == [{"type": "image", "image": "c.jpg"}, text]
 
 
-def test_a_folder_s_videos_are_rows_where_they_have_a_sidecar(tmp_path):
+def test_folder_rows_are_its_videos_with_sidecars(tmp_path):
     for name in ("b/two.mp4", "a.webm", "alone.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"video")
     (tmp_path / "a.json").write_text(json.dumps({"messages": conversation("What?", "Red.")}))
     (tmp_path / "b/two.json").write_text(json.dumps({"conversations": LLAVA[1]["conversations"]}))
-    rows = of(Manifest(str(tmp_path)).rows)
+    rows = fields_of(Manifest(str(tmp_path)).rows)
     assert [(row[0], row[1]) for row in rows] == [
         ("a", [f"{tmp_path}/a.webm"]),
         ("b/two", [f"{tmp_path}/b/two.mp4"]),
@@ -118,29 +118,29 @@ def test_a_folder_s_videos_are_rows_where_they_have_a_sidecar(tmp_path):
         ("rows.json", "[3]", "line 1: Input should be an object"),
     ],
 )
-def test_what_is_in_no_form_is_named(tmp_path, name, content, reason):
+def test_unknown_format_is_refused_with_reason(tmp_path, name, content, reason):
     (tmp_path / name).write_text(content)
     with pytest.raises(BadManifest, match=reason):
         Manifest(str(tmp_path / name))
 
 
-def test_a_sidecar_s_own_places_are_relative_to_the_folder_and_a_bad_one_is_named(tmp_path):
+def test_sidecar_paths_are_relative_and_bad_sidecars_are_named(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"video")
-    asked = {"role": "user", "content": [{"type": "video"}, {"type": "image", "image": "c.png"}]}
-    (tmp_path / "a.json").write_text(json.dumps({"messages": [asked, {"role": "assistant", "content": "Red."}]}))
+    question = {"role": "user", "content": [{"type": "video"}, {"type": "image", "image": "c.png"}]}
+    (tmp_path / "a.json").write_text(json.dumps({"messages": [question, {"role": "assistant", "content": "Red."}]}))
     (row,) = Manifest(str(tmp_path)).rows
     assert row["videos"] == [f"{tmp_path}/a.mp4", f"{tmp_path}/c.png"]
-    for text, says in {"[1]": "a.json: a sidecar is one object", "{": "a.json: Invalid JSON"}.items():
+    for text, message in {"[1]": "a.json: a sidecar is one object", "{": "a.json: Invalid JSON"}.items():
         (tmp_path / "a.json").write_text(text)
-        with pytest.raises(BadManifest, match=says):
+        with pytest.raises(BadManifest, match=message):
             Manifest(str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("messages", "says"), [("{broken", "line 1: messages: Invalid JSON"), ('["hello"]', "line 1: messages")]
+    ("messages", "message"), [("{broken", "line 1: messages: Invalid JSON"), ('["hello"]', "line 1: messages")]
 )
-def test_a_parquet_row_that_is_none_is_named(tmp_path, messages, says):
+def test_malformed_parquet_row_is_named(tmp_path, messages, message):
     table = pa.table({"id": ["a"], "messages": [messages]})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    with pytest.raises(BadManifest, match=says):
+    with pytest.raises(BadManifest, match=message):
         Manifest(str(tmp_path / "rows.parquet"))

@@ -4,13 +4,13 @@ import pytest
 
 from crosslmm.data.manifest import BadManifest, Manifest
 
-ASKED = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is it?"}]}
-SAID = {"role": "user", "content": "What is it?"}
+VIDEO_QUESTION = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is it?"}]}
+TEXT_QUESTION = {"role": "user", "content": "What is it?"}
 ANSWER = {"role": "assistant", "content": "red"}
 
 
 def row(**changes):
-    return json.dumps({"id": "a", "video": "clip.mp4", "messages": [ASKED, ANSWER]} | changes)
+    return json.dumps({"id": "a", "video": "clip.mp4", "messages": [VIDEO_QUESTION, ANSWER]} | changes)
 
 
 @pytest.fixture
@@ -29,52 +29,55 @@ def read(tmp_path):
         ('{"id": "b", ', "Invalid JSON"),
         ("[1, 2]", "Input should be an object"),
         (row(id="b", extra=1), "extra: Extra inputs"),
-        (row(id="b", messages=[{**ASKED, "name": "x"}, ANSWER]), "messages.0.user.name: Extra inputs"),
+        (row(id="b", messages=[{**VIDEO_QUESTION, "name": "x"}, ANSWER]), "messages.0.user.name: Extra inputs"),
         (row(id="b", messages=[{"role": "robot", "content": ""}]), "messages.0: .*'robot'"),
-        (row(id="b", messages=[SAID, ANSWER]), "a video is given, but the messages have 0 video parts"),
-        (row(id="b", messages=[ASKED, ASKED, ANSWER]), "a video is given, but the messages have 2 video parts"),
+        (row(id="b", messages=[TEXT_QUESTION, ANSWER]), "a video is given, but the messages have 0 video parts"),
+        (
+            row(id="b", messages=[VIDEO_QUESTION, VIDEO_QUESTION, ANSWER]),
+            "a video is given, but the messages have 2 video parts",
+        ),
         (row(id="b", video=None), "no video is given, but the messages have 1 video parts"),
-        (row(id="b", messages=[ASKED]), "no message is the assistant's"),
+        (row(id="b", messages=[VIDEO_QUESTION]), "no message is the assistant's"),
         (row(id="b", messages=[]), "messages: List should have at least 1"),
         (
-            row(id="b", messages=[ASKED, {**ANSWER, "content": "<|im_end|>"}]),
+            row(id="b", messages=[VIDEO_QUESTION, {**ANSWER, "content": "<|im_end|>"}]),
             "text contains a reserved token of the chat format",
         ),
         (row(id="b", **{"k\x1b\n": 1}), r"k\\x1b\\n: Extra inputs"),
-        (row(id="b", messages=[ANSWER, ASKED, ANSWER]), "the assistant speaks first"),
-        (row(id="b", messages=[SAID, ANSWER, ASKED]), "a video comes after the last answer"),
+        (row(id="b", messages=[ANSWER, VIDEO_QUESTION, ANSWER]), "the assistant speaks first"),
+        (row(id="b", messages=[TEXT_QUESTION, ANSWER, VIDEO_QUESTION]), "a video comes after the last answer"),
         (row(id="a"), "id 'a' is also on line 1"),
         (row(id=""), "id: String should have at least 1"),
         (row(id="b", video="http://host/clip.mp4"), "'http://host/clip.mp4': only local paths, file:// and s3://"),
         (row(id="b", video="file:///a::s3://b"), ".*only local paths"),
         (row(id="b", video=""), "video: String should have at least 1"),
         (row(id="b", video="a.mp4#t=9,3"), "'a.mp4#t=9,3': the part ends before it begins|.*#t=9,3': the part ends"),
-        (row(id="b", messages=[ASKED, {**ANSWER, "content": [{"type": "text", "text": 5}]}]), ".*"),
+        (row(id="b", messages=[VIDEO_QUESTION, {**ANSWER, "content": [{"type": "text", "text": 5}]}]), ".*"),
         ('{"id": "b", "conversations": [{"from": ["x"], "value": "y"}]}', ".*"),
         ('{"id": "b", "image": 5, "conversations": []}', ".*"),
         ("[" * 100_000, "maximum recursion depth|Invalid JSON"),
         (row(id="b", kind="\ud800"), ".*surrogates not allowed"),
-        (row(id="b", messages=[ASKED, {**ANSWER, "content": "\ud800"}]), ".*surrogates not allowed"),
+        (row(id="b", messages=[VIDEO_QUESTION, {**ANSWER, "content": "\ud800"}]), ".*surrogates not allowed"),
     ],
 )
-def test_a_malformed_line_is_named_with_its_reason(read, line, reason):
+def test_malformed_line_is_named_with_reason(read, line, reason):
     with pytest.raises(BadManifest, match=f"rows.jsonl: line 3: {reason}"):
         read(row(), "", line)
 
 
-def test_five_malformed_lines_are_named_and_the_rest_counted(read):
+def test_error_names_five_malformed_lines_and_counts_the_rest(read):
     with pytest.raises(BadManifest, match=r"line 1: .*; line 2: .*; line 5: .*; and 2 more$"):
         read(*["{"] * 7)
 
 
 @pytest.mark.parametrize("lines", [(), ("", "  ")])
-def test_an_empty_manifest_is_refused(read, lines):
+def test_empty_manifest_is_refused(read, lines):
     with pytest.raises(BadManifest, match="is empty"):
         read(*lines)
 
 
 @pytest.mark.parametrize(("uri", "reason"), [("nonesuch.jsonl", "FileNotFoundError"), ("http://h/r", "BadLocation")])
-def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, monkeypatch, uri, reason):
+def test_unreadable_manifest_is_refused(tmp_path, monkeypatch, uri, reason):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadManifest, match=f"{uri}: cannot be read: {reason}"):
         Manifest(uri)
@@ -89,28 +92,28 @@ def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, monkeypatch, uri, r
         ("file:///elsewhere/a.mp4", "file:///elsewhere/a.mp4"),
     ],
 )
-def test_videos_are_found_from_the_manifest_s_folder(read, tmp_path, video, resolved):
+def test_video_paths_start_at_the_manifest_folder(read, tmp_path, video, resolved):
     rows = read(row(video=video), roots=["/elsewhere", "s3://bucket"]).rows
     assert rows[0]["videos"] == [resolved.format(folder=tmp_path)]
 
 
-def test_a_manifest_named_from_the_working_directory_finds_its_videos(read, tmp_path, monkeypatch):
+def test_relative_manifest_path_resolves_its_videos(read, tmp_path, monkeypatch):
     read(row())
     monkeypatch.chdir(tmp_path)
     assert Manifest("rows.jsonl").rows[0]["videos"] == [f"{tmp_path}/clip.mp4"]
 
 
-def test_a_row_without_video_keeps_its_words_and_its_kind(read):
-    (only,) = read(row(video=None, messages=[SAID, ANSWER], kind="colour")).rows
-    assert (only["videos"], only["messages"], only["kind"]) == ([], [SAID, ANSWER], "colour")
+def test_row_without_video_keeps_messages_and_kind(read):
+    (only,) = read(row(video=None, messages=[TEXT_QUESTION, ANSWER], kind="colour")).rows
+    assert (only["videos"], only["messages"], only["kind"]) == ([], [TEXT_QUESTION, ANSWER], "colour")
 
 
-def test_blank_lines_are_passed_over_but_counted(read):
+def test_blank_lines_are_skipped_but_counted(read):
     manifest = read("", row(), "  ", row(id="b"))
     assert [(r["id"], r["line"]) for r in manifest.rows] == [("a", 2), ("b", 4)]
     assert len(manifest) == 2
 
 
-def test_the_digest_is_the_content_s(read):
+def test_digest_depends_on_the_content_only(read):
     first, same, other = (read(line).digest for line in (row(), row(), row(id="b")))
     assert first == same != other

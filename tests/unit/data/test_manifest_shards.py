@@ -18,7 +18,7 @@ COUNT = 1300
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three parts of several row groups each, the last ones cut short."""
+    """A prepared manifest: three parts of several row groups, of which the last ones are shorter."""
     folder = str(tmp_path_factory.mktemp("prepared") / "train")
     tables = [
         pa.Table.from_pylist(rows, SCHEMA) for rows in (records(0, 600), records(600, 1250), records(1250, COUNT))
@@ -34,10 +34,10 @@ def folder(tmp_path_factory):
 def records(start, end):
     lines = []
     for i in range(start, end):
-        place = f"clips/{i}.mp4" if i % 2 else f"/elsewhere/{i}.mp4"
-        lines.append((i + 1, json.dumps({"id": f"row {i}", "video": place, "messages": conversation("What?", str(i))})))
-    rows, reasons = parse_rows(lines, ["", "/elsewhere"])
-    assert not reasons
+        video = f"clips/{i}.mp4" if i % 2 else f"/elsewhere/{i}.mp4"
+        lines.append((i + 1, json.dumps({"id": f"row {i}", "video": video, "messages": conversation("What?", str(i))})))
+    rows, malformed = parse_rows(lines, ["", "/elsewhere"])
+    assert not malformed
     return rows
 
 
@@ -50,51 +50,51 @@ def test_rows_are_read_in_any_order_across_groups_and_parts(folder):
     assert [row["line"] for row in rows] == [i + 1 for i in wanted]
     assert [row["messages"][1]["content"] for row in rows] == [str(i) for i in wanted]
     assert {row["manifest"] for row in rows} == {folder}
-    places = [f"{folder}/clips/{i}.mp4" if i % 2 else f"/elsewhere/{i}.mp4" for i in wanted]
-    assert [row["videos"] for row in rows] == [[place] for place in places]
+    uris = [f"{folder}/clips/{i}.mp4" if i % 2 else f"/elsewhere/{i}.mp4" for i in wanted]
+    assert [row["videos"] for row in rows] == [[uri] for uri in uris]
 
 
-def test_a_row_costs_its_group_and_no_more(folder, monkeypatch):
-    manifest, asked = Manifest(folder, ["/elsewhere"]), []
+def test_reading_a_row_fetches_its_row_group_only(folder, monkeypatch):
+    manifest, requests = Manifest(folder, ["/elsewhere"]), []
     read = storage.read_bytes
 
     def counting(uri, start=None, end=None):
-        asked.append((uri, end - start))
+        requests.append((uri, end - start))
         return read(uri, start, end)
 
     manifest.take([0])
     monkeypatch.setattr(storage, "read_bytes", counting)
     manifest.take([3, 5, 511, 4])
-    ((uri, size),) = asked
-    whole = len(read(uri))
-    assert size < whole * 512 / 600 * 1.1
+    ((uri, size),) = requests
+    file_size = len(read(uri))
+    assert size < file_size * 512 / 600 * 1.1
 
 
-def test_it_travels_without_its_rows(folder):
+def test_pickle_does_not_contain_the_rows(folder):
     manifest = Manifest(folder, ["/elsewhere"])
     manifest.take([0, 700])
-    sent = pickle.dumps(manifest)
-    assert len(sent) < 2000
-    assert pickle.loads(sent).take([1299])[0]["id"] == "row 1299"
+    pickled = pickle.dumps(manifest)
+    assert len(pickled) < 2000
+    assert pickle.loads(pickled).take([1299])[0]["id"] == "row 1299"
 
 
-def test_the_digest_is_the_content_s(folder, tmp_path):
+def test_digest_depends_on_the_content_only(folder, tmp_path):
     tables = [pa.Table.from_pylist(records(0, 5), SCHEMA), pa.Table.from_pylist(records(1, 6), SCHEMA)]
     digests = []
     for number, table in enumerate([tables[0], tables[0], tables[1]]):
-        here = str(tmp_path / str(number))
-        manifest_shards.seal(here, [manifest_shards.write_part(here, 0, table)], table, {})
-        digests.append(Manifest(here, ["/elsewhere"]).digest)
+        target = str(tmp_path / str(number))
+        manifest_shards.seal(target, [manifest_shards.write_part(target, 0, table)], table, {})
+        digests.append(Manifest(target, ["/elsewhere"]).digest)
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_an_unfinished_one_is_no_manifest(tmp_path):
+def test_folder_without_seal_is_refused(tmp_path):
     manifest_shards.write_part(str(tmp_path), 0, pa.Table.from_pylist(records(0, 5), SCHEMA))
     with pytest.raises(BadManifest, match="is empty"):
         Manifest(str(tmp_path))
 
 
-def test_rows_of_several_manifests_are_numbered_one_behind_the_other(folder, tmp_path):
+def test_rows_of_several_manifests_are_numbered_consecutively(folder, tmp_path):
     rows = [{"id": name, "messages": conversation("?", name, video=False)} for name in "abc"]
     (tmp_path / "three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     both = Rows([Manifest(str(tmp_path / "three.jsonl")), Manifest(folder, ["/elsewhere"])])
@@ -111,18 +111,18 @@ def test_a_manifest_with_too_many_rows_must_be_prepared(tmp_path):
         Manifest(str(tmp_path / "rows.jsonl"), max_rows=3)
 
 
-def test_lengths_are_told_before_anything_is_opened(tmp_path):
-    asked = {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "1234"}]}
+def test_tokens_are_estimated_without_opening_videos(tmp_path):
+    question = {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "1234"}]}
     rows = [
         {"id": "words", "messages": conversation("12", "1234567890", video=False)},
         {"id": "video", "video": "a.mp4", "messages": conversation("12", "12")},
-        {"id": "image", "messages": [asked, {"role": "assistant", "content": "1234"}]},
+        {"id": "image", "messages": [question, {"role": "assistant", "content": "1234"}]},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = Manifest(str(tmp_path / "rows.jsonl")).estimate_tokens(FrameSampling(64), 9)
-    assert found.tolist() == [3, 1 + 64 * 9, 2 + 9]
-    known = [{**record, "seconds": [10.0], "chars": 8} for record in records(0, 2)]
-    table = pa.Table.from_pylist([*known, {**known[0], "seconds": [None]}, {**known[0], "seconds": []}], SCHEMA)
+    estimates = Manifest(str(tmp_path / "rows.jsonl")).estimate_tokens(FrameSampling(64), 9)
+    assert estimates.tolist() == [3, 1 + 64 * 9, 2 + 9]
+    rows = [{**record, "seconds": [10.0], "chars": 8} for record in records(0, 2)]
+    table = pa.Table.from_pylist([*rows, {**rows[0], "seconds": [None]}, {**rows[0], "seconds": []}], SCHEMA)
     folder = str(tmp_path / "prepared")
     manifest_shards.seal(folder, [manifest_shards.write_part(folder, 0, table)], table, {})
     assert Manifest(folder, ["/elsewhere"]).estimate_tokens(FrameSampling(64, "fps", 2.0), 9).tolist() == [
@@ -134,7 +134,7 @@ def test_lengths_are_told_before_anything_is_opened(tmp_path):
     assert Manifest(folder, ["/elsewhere"]).estimate_tokens(FrameSampling(8, "fps", 2.0), 9)[0] == 2 + 8 * 9
 
 
-def test_every_video_is_known_without_the_conversations(folder):
+def test_videos_lists_every_video_with_its_row(folder):
     videos = Rows([Manifest(folder, ["/elsewhere"])]).videos()
     assert len(videos) == COUNT
     assert videos[f"{folder}/clips/1299.mp4"].row == 1299

@@ -18,7 +18,7 @@ def epoch(order, number):
 
 
 def per_rank(layout):
-    """The places of each rank's blocks, one behind the other, cut where the last step ends."""
+    """Return the positions of each rank's blocks, concatenated, up to the end of the last step."""
     return [
         np.concatenate([layout.positions(block) for block in range(rank, layout.num_blocks, layout.ranks)])[
             : layout.steps * layout.samples_per_rank
@@ -28,7 +28,7 @@ def per_rank(layout):
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(10, 4), (8, 4), (3, 8), (1, 1)])
-def test_every_epoch_weighs_each_row_once_and_its_padding_nothing(rows, batch):
+def test_epoch_has_each_row_once_and_padding_of_weight_0(rows, batch):
     for number in range(3):
         index, weight = epoch(DeterministicSampler((rows,), batch, seed=1), number)
         assert len(index) % batch == 0
@@ -37,40 +37,40 @@ def test_every_epoch_weighs_each_row_once_and_its_padding_nothing(rows, batch):
         assert set(index[weight != 1]) <= set(range(rows))
 
 
-def test_seed_and_epoch_fix_the_order_and_nothing_else_does():
+def test_order_depends_on_seed_and_epoch_only():
     rows = [epoch(DeterministicSampler((50,), 8, seed), number)[0].tolist() for seed in (0, 1) for number in (0, 1)]
     assert all(a != b for i, a in enumerate(rows) for b in rows[:i])
-    whole = DeterministicSampler((50,), 8, 0)
+    sampler = DeterministicSampler((50,), 8, 0)
     scattered = np.array([[60, 3], [17, 99]])
-    index, weight = whole.rows_at(scattered)
-    one_by_one = [whole.rows_at(np.array([place])) for place in scattered.ravel()]
+    index, weight = sampler.rows_at(scattered)
+    one_by_one = [sampler.rows_at(np.array([position])) for position in scattered.ravel()]
     assert index.ravel().tolist() == [int(row[0]) for row, _ in one_by_one]
     assert weight.ravel().tolist() == [float(w[0]) for _, w in one_by_one]
 
 
-def test_validation_keeps_the_manifest_s_order():
+def test_validation_keeps_the_order_of_the_manifest():
     assert DeterministicSampler((5,), 2, seed=None).rows_at(np.arange(6))[0].tolist() == [0, 1, 2, 3, 4, 0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize(("batch", "rows_in_block"), [(12, 3), (12, 5), (24, 128), (12, 1), (36, 7)])
 @pytest.mark.parametrize(("first", "steps"), [(0, 5), (7, 4)])
-def test_the_ranks_share_each_step_s_places_out_whatever_the_blocks(ranks, batch, rows_in_block, first, steps):
+def test_ranks_divide_each_step_for_any_block_size(ranks, batch, rows_in_block, first, steps):
     layout = BlockLayout(DeterministicSampler((50,), batch, 0), ranks, first, steps, rows_in_block)
-    shares = [places.reshape(steps, layout.samples_per_rank) for places in per_rank(layout)]
+    shares = [positions.reshape(steps, layout.samples_per_rank) for positions in per_rank(layout)]
     for number, step in enumerate(range(first, first + steps)):
         together = np.concatenate([share[number] for share in shares])
         assert sorted(together) == list(range(step * batch, (step + 1) * batch))
 
 
-def test_every_rank_has_equally_many_blocks_even_when_nothing_is_left():
+def test_ranks_have_equally_many_blocks_even_without_steps():
     for steps in (0, 1, 5):
         layout = BlockLayout(DeterministicSampler((50,), 12, 0), ranks=3, first_step=2, steps=steps, rows_per_block=5)
         assert layout.num_blocks >= layout.ranks
         assert layout.num_blocks % layout.ranks == 0
 
 
-def test_another_number_of_ranks_goes_on_with_exactly_what_is_left():
+def test_resume_with_other_ranks_skips_and_repeats_no_sample():
     order, consumed = DeterministicSampler((50,), 12, 0), []
     for ranks, first, steps in [(2, 0, 4), (3, 4, 2), (4, 6, 1), (1, 7, 3)]:
         consumed += per_rank(BlockLayout(order, ranks, first, steps, rows_per_block=5))
@@ -84,10 +84,8 @@ def test_another_number_of_ranks_goes_on_with_exactly_what_is_left():
     legs=st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 9)), min_size=1, max_size=5),
     rows_in_block=st.integers(1, 40),
 )
-def test_any_kill_and_any_change_of_workers_leaves_exactly_what_is_left(
-    seed, rows, per_rank_batch, legs, rows_in_block
-):
-    """However often a run is killed and by how many workers it is resumed, each epoch trains on each row once."""
+def test_any_sequence_of_resumes_sees_each_row_once_an_epoch(seed, rows, per_rank_batch, legs, rows_in_block):
+    """Each epoch trains on each row once, however often a run is killed and with how many workers it resumes."""
     order = DeterministicSampler((rows,), 12 * per_rank_batch, seed)
     taken, step = [], 0
     for ranks, steps in legs:
@@ -96,47 +94,58 @@ def test_any_kill_and_any_change_of_workers_leaves_exactly_what_is_left(
         taken += shares
         step += steps
     rest = per_rank(BlockLayout(order, 2, step, -step % order.steps_per_epoch, rows_in_block))
-    places = np.sort(np.concatenate([*taken, *rest]))
-    assert places.tolist() == list(range(len(places)))
-    index, weight = order.rows_at(places)
-    epochs = len(places) // (order.steps_per_epoch * order.global_batch_size)
+    positions = np.sort(np.concatenate([*taken, *rest]))
+    assert positions.tolist() == list(range(len(positions)))
+    index, weight = order.rows_at(positions)
+    epochs = len(positions) // (order.steps_per_epoch * order.global_batch_size)
     assert np.bincount(index[weight == 1], minlength=rows).tolist() == [epochs] * rows
     assert weight.sum() == epochs * rows
 
 
-@given(seed=st.integers(0, 2**32), rows=st.integers(1, 100), place=st.integers(0, 2**40), attempt=st.integers(1, 8))
-def test_a_substitute_is_fixed_by_seed_place_and_attempt(seed, rows, place, attempt):
-    row = DeterministicSampler((rows,), 4, seed).substitute(place, attempt)
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 100), position=st.integers(0, 2**40), attempt=st.integers(1, 8))
+def test_substitute_depends_on_seed_position_and_attempt_only(seed, rows, position, attempt):
+    row = DeterministicSampler((rows,), 4, seed).substitute(position, attempt)
     assert 0 <= row < rows
-    assert row == DeterministicSampler((rows,), 8, seed).substitute(place, attempt)
+    assert row == DeterministicSampler((rows,), 8, seed).substitute(position, attempt)
 
 
-def test_substitutes_are_spread_over_all_rows():
-    drawn = [DeterministicSampler((10,), 4, 0).substitute(place, 1) for place in range(1000)]
+def test_substitutes_are_drawn_from_all_rows():
+    drawn = [DeterministicSampler((10,), 4, 0).substitute(position, 1) for position in range(1000)]
     assert np.bincount(drawn, minlength=10).min() > 60
-    assert drawn != [DeterministicSampler((10,), 4, 0).substitute(place, 2) for place in range(1000)]
+    assert drawn != [DeterministicSampler((10,), 4, 0).substitute(position, 2) for position in range(1000)]
 
 
-def test_a_block_holds_16_mib_of_frames():
+def test_block_holds_16_mib_of_frames():
     assert rows_per_block(DataConfig(num_frames=4), 64) == 128
     assert rows_per_block(DataConfig(num_frames=8), 384) == 4
     assert rows_per_block(DataConfig(num_frames=512), 384) == 1
 
 
-def test_ahead_keeps_the_order():
+def test_prefetch_keeps_the_order():
     assert list(prefetch(range(20), lambda i: i * i)) == [i * i for i in range(20)]
     assert list(prefetch([], str)) == []
 
 
-def test_ahead_passes_an_error_on_at_its_place():
+def test_prefetch_raises_an_error_of_make_at_its_position():
     results = prefetch([2, 1, 0, 1], lambda i: 2 / i)
     assert [next(results), next(results)] == [1, 2]
     with pytest.raises(ZeroDivisionError):
         next(results)
 
 
+def test_prefetch_raises_an_error_of_its_source_at_its_position():
+    def items():
+        yield 1
+        raise OSError("the source failed")
+
+    results = prefetch(items(), str)
+    assert next(results) == "1"
+    with pytest.raises(OSError, match="the source failed"):
+        next(results)
+
+
 @pytest.mark.parametrize("depth", [1, 3])
-def test_ahead_makes_as_many_as_its_depth_and_no_more(depth):
+def test_prefetch_prepares_exactly_depth_results(depth):
     made = []
     results = prefetch(range(100), lambda i: made.append((i, threading.current_thread().name)) or i, depth)
     for used in (1, 2):
@@ -156,7 +165,7 @@ SOURCES = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 5)), min_size=1,
 
 
 @given(seed=st.integers(0, 2**32), sources=SOURCES, batch=st.integers(1, 16), epochs=st.integers(1, 4))
-def test_sources_take_turns_by_their_shares_and_each_goes_round_without_a_gap(seed, sources, batch, epochs):
+def test_sources_alternate_by_shares_and_repeat_completely(seed, sources, batch, epochs):
     sizes, shares = (tuple(numbers) for numbers in zip(*sources, strict=True))
     order = DeterministicSampler(sizes, batch, seed, shares)
     taken = []
@@ -166,30 +175,30 @@ def test_sources_take_turns_by_their_shares_and_each_goes_round_without_a_gap(se
         taken.append(index[weight == 1])
     taken = np.concatenate(taken)
     source = order.source_of(taken)
-    whole = taken[: len(taken) // sum(shares) * sum(shares)]
-    turns = order.source_of(whole).reshape(-1, sum(shares)) if len(sizes) > 1 else np.zeros((1, 1), int)
+    complete = taken[: len(taken) // sum(shares) * sum(shares)]
+    turns = order.source_of(complete).reshape(-1, sum(shares)) if len(sizes) > 1 else np.zeros((1, 1), int)
     if len(sizes) > 1:
         assert all(np.bincount(turn, minlength=len(sizes)).tolist() == list(shares) for turn in turns)
     for number, size in enumerate(sizes):
-        mine = taken[source == number] - sum(sizes[:number])
-        assert len(mine) >= size, "an epoch sees each row at least once"
-        for start in range(0, len(mine) - size + 1, size):
-            assert sorted(mine[start : start + size]) == list(range(size)), "one pass after another"
+        rows = taken[source == number] - sum(sizes[:number])
+        assert len(rows) >= size, "an epoch has each row at least once"
+        for start in range(0, len(rows) - size + 1, size):
+            assert sorted(rows[start : start + size]) == list(range(size)), "each pass has every row once"
 
 
-def test_one_to_one_alternates():
+def test_equal_shares_alternate():
     order = DeterministicSampler((100, 10), 4, 0, (1, 1))
     index, _ = order.rows_at(np.arange(200))
     assert order.source_of(index).tolist() == [0, 1] * 100
     assert order.steps_per_epoch == 50
 
 
-def test_a_substitute_comes_from_the_same_source():
+def test_substitute_comes_from_the_same_source():
     order = DeterministicSampler((20, 5, 9), 4, 0, (2, 1, 3))
-    for place in range(100):
-        (row,), _ = order.rows_at(np.array([place]))
+    for position in range(100):
+        (row,), _ = order.rows_at(np.array([position]))
         for attempt in (1, 2):
-            other = order.substitute(place, attempt)
+            other = order.substitute(position, attempt)
             assert order.source_of(np.array([row, other])).tolist() == [order.source_of(np.array([row]))[0]] * 2
 
 
@@ -198,10 +207,10 @@ LENGTHS = np.random.default_rng(0).integers(1, 600, 480).astype(np.float32)
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("rows_in_block", [3, 128])
-def test_dealt_by_length_the_ranks_share_each_step_s_places_and_have_as_much_to_do(ranks, rows_in_block):
+def test_dealing_by_length_balances_the_ranks(ranks, rows_in_block):
     order = DeterministicSampler((480,), 48, 0)
     layout = BlockLayout(order, ranks, 1, 3, rows_in_block, LENGTHS)
-    shares = [places.reshape(3, layout.samples_per_rank) for places in per_rank(layout)]
+    shares = [positions.reshape(3, layout.samples_per_rank) for positions in per_rank(layout)]
     for number, step in enumerate(range(1, 4)):
         together = np.concatenate([share[number] for share in shares])
         assert sorted(together) == list(range(step * 48, (step + 1) * 48))
@@ -211,7 +220,7 @@ def test_dealt_by_length_the_ranks_share_each_step_s_places_and_have_as_much_to_
         assert len({int(n) for n in weights.sum(axis=1)}) <= 2
 
 
-def test_a_small_source_beside_a_large_one_does_not_shuffle_the_large_one_again(monkeypatch):
+def test_small_source_does_not_shuffle_a_large_one_again(monkeypatch):
     order, shuffled = DeterministicSampler((50_000, 3), 8, 7, (1, 1)), []
     make = np.random.default_rng
 

@@ -30,49 +30,49 @@ def rows(folder, split):
 
 
 def crop(frames, colour):
-    """Find the plate of a colour by that colour -> the frames that show it, its upper left corner, its grey pixels."""
-    ground = 0.6 * np.array(COLOURS[colour])
-    like = np.abs(frames.astype(float) - ground).sum(-1) < 75
-    shown = np.flatnonzero(like.sum((1, 2)) > 25)
-    # The plate's window is the one that holds most pixels of its colour.
-    counts = np.pad(like[shown[0]].cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    """Find the plate of a colour; return the frames that show it, its upper left corner, and its pixels in grey."""
+    background = 0.6 * np.array(COLOURS[colour])
+    like = np.abs(frames.astype(float) - background).sum(-1) < 75
+    visible = np.flatnonzero(like.sum((1, 2)) > 25)
+    # The plate is the window with most pixels of its colour.
+    counts = np.pad(like[visible[0]].cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     windows = counts[16:, 16:] - counts[16:, :-16] - counts[:-16, 16:] + counts[:-16, :-16]
     y, x = np.unravel_index(windows.argmax(), windows.shape)
-    return shown, np.array([y, x]), frames[shown[0], y : y + 16, x : x + 16].mean(-1)
+    return visible, np.array([y, x]), frames[visible[0], y : y + 16, x : x + 16].mean(-1)
 
 
-def test_the_digit_that_is_asked_for_can_be_read_off_the_decoded_frames(folder, known):
-    # The nearest of the training images, from what H.264 left.
+def test_digit_in_question_is_readable_in_the_decoded_frames(folder, known):
+    # Classify the decoded pixels by the nearest training image.
     trained = known["train"].images.reshape(-1, 64)
     trained = trained - trained.mean(1, keepdims=True)
     right, late = [], []
     for row in rows(folder, "held_out"):
-        shown, _, pixels = crop(decode_video(row["videos"][0], DataConfig(num_frames=FRAMES), SIDE), "red")
+        visible, _, pixels = crop(decode_video(row["videos"][0], DataConfig(num_frames=FRAMES), SIDE), "red")
         small = pixels.reshape(8, 2, 8, 2).mean((1, 3)).reshape(64)
         small = (small - small.mean()) / 255
-        nearest = known["train"].names[np.square(trained - small).sum(1).argmin()]
+        nearest = known["train"].labels[np.square(trained - small).sum(1).argmin()]
         right.append(str(nearest) == row["messages"][1]["content"])
-        late.append(shown[0] == FRAMES - 2)
+        late.append(visible[0] == FRAMES - 2)
         assert (row["kind"] == "late digit") == late[-1], row["id"]
-        assert len(shown) == 2
+        assert len(visible) == 2
     assert np.mean(right) > 0.9 > 5 * CHANCE
     assert 0.05 < np.mean(late) < 0.3
 
 
-def test_no_image_of_a_held_out_digit_is_trained_on(known):
+def test_splits_share_no_image(known):
     trained, held_out = ({image.tobytes() for image in known[split].images} for split in ("train", "held_out"))
     assert len(trained) + len(held_out) > 1780
     assert not trained & held_out
 
 
-def test_no_plate_hides_another(folder):
+def test_plates_do_not_overlap(folder):
     for row in rows(folder, "train"):
         frames = decode_video(row["videos"][0], DataConfig(num_frames=FRAMES), SIDE)
         corners = [crop(frames, colour)[1] for colour in PLATES]
         assert all(abs(a - b).max() >= 16 for a, b in itertools.combinations(corners, 2)), row["id"]
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(folder, tmp_path):
+def test_bytes_depend_on_the_seed_only(folder, tmp_path):
     write_digits(str(tmp_path / "same"), TRAIN, HELD_OUT)
     write_digits(str(tmp_path / "other"), 4, 4, seed=1)
     for path in folder.rglob("*.*"):
@@ -80,12 +80,12 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(folder, tmp_
     assert (folder / "train/00003.mp4").read_bytes() != (tmp_path / "other/train/00003.mp4").read_bytes()
 
 
-def test_every_clip_asks_one_question_and_its_answers_are_spread(folder):
+def test_each_clip_has_one_question_and_answers_are_balanced(folder):
     for split in ("train", "held_out"):
         for row in rows(folder, split):
-            (asked, answered) = row["messages"]
-            assert asked["content"][-1]["text"] == QUESTION
-            assert answered["content"] in set("0123456789")
+            (question, answer) = row["messages"]
+            assert question["content"][-1]["text"] == QUESTION
+            assert answer["content"] in set("0123456789")
     held_out = rows(folder, "held_out")
     assert {row["kind"] for row in held_out} == {"digit", "late digit"}
     answers = Counter(row["messages"][1]["content"] for row in held_out)

@@ -1,65 +1,60 @@
-"""The whole street on this machine: cluster, job, video, training, checkpoint, registry, answer.
+"""Train a small model on this machine, from video to answers, as a job on a Ray cluster. It takes about five minutes.
 
-python jobs/demo.py starts a Ray cluster with token authentication, submits jobs/train.py to it, loads the registered
-model back, and asks it about clips that it was not trained on. The last line is one JSON object.
+    python jobs/demo.py
+
+The demo starts a Ray cluster with token authentication, submits jobs/train.py to it, loads the model that the job has
+registered in MLflow, and asks it about clips that it has not seen. The last line is one JSON object.
+Exit status: 0 the model has learnt, 1 it has not, or the job failed.
 """
 
+import argparse
 import json
-import re
+import os
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # `cluster` is beside this folder, and not installed
+sys.path.insert(0, str(ROOT))  # the folder `cluster` is not installed
 
-from cluster.local.cluster import LocalCluster  # noqa: E402
+from cluster.local.cluster import JobFailed, LocalCluster  # noqa: E402
 
-# How to query and stop the job: for those who submit one themselves, or whose job failed.
-RAYS_OWN_LINE = re.compile(r"\b(cli|sdk|job_manager)\.py:\d+|^Running entrypoint")
+TRACKING_URI = f"sqlite:///{ROOT / 'mlflow.db'}"
+MIN_ACCURACY = 0.85
+"""Exact match on held-out clips above which the model counts as trained."""
+EXAMPLES = 4
+"""Number of questions and answers that are shown."""
 
 
 def main() -> int:
-    """Run the demo -> exit status."""
+    """Run the demo; return the exit status."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     began = time.time()
-    arguments = ["--storage", str(ROOT / "runs"), "--tracking.uri", f"sqlite:///{ROOT / 'mlflow.db'}"]
-    print("1  starting a Ray cluster with token authentication", flush=True)
-    with LocalCluster() as cluster:
-        command = cluster.submit("python", "jobs/train.py", *arguments)
-        print(f"2  {shlex.join(['ray', *command[1:]])}", flush=True)
-        outcome, status = _run(command, cluster.environment)
-    if status or outcome is None:
-        print(f"error: the job ended with status {status}", file=sys.stderr)
-        return status or 1
-    print(f"3  loading {outcome['model_uri']} back from the registry, and asking about the held-out clips", flush=True)
-    return _report(began, outcome)
+    print("[1/3] starting a Ray cluster on this machine: about 15 seconds", flush=True)
+    with LocalCluster(environment={"CROSSLMM_LOG_FORMAT": "%(message)s"}) as cluster:
+        print("[2/3] training 1 M parameters on generated clips: about 4 minutes on two cores", flush=True)
+        command = cluster.submit(
+            "python", "jobs/train.py", "--storage", str(ROOT / "runs"), "--tracking.uri", TRACKING_URI
+        )
+        print(f"      {shlex.join(['ray', *command[1:]])}", flush=True)
+        try:
+            for line in cluster.run(command, ROOT):
+                if line.startswith('{"name"'):
+                    training = json.loads(line)
+                else:
+                    print(f"      {line}", end="", flush=True)
+        except JobFailed as error:
+            print(error, file=sys.stderr)
+            return 1
+    print(f"[3/3] loading {training['model_uri']} and asking it about held-out clips: about 20 seconds", flush=True)
+    return _report(training, began)
 
 
-def _run(command: list[str], environment: dict[str, str]) -> tuple[dict | None, int]:
-    """Run the job, showing what it prints -> the JSON object that it printed, and its exit status."""
-    outcome, about_the_job = None, []
-    with subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if line.startswith('{"name"'):
-                outcome = json.loads(line)
-            elif RAYS_OWN_LINE.search(line):
-                about_the_job.append(line)
-            else:
-                print(f"   {line}", end="", flush=True)
-    if process.returncode:
-        print("".join(about_the_job), file=sys.stderr)
-    return outcome, process.returncode
-
-
-def _report(began: float, outcome: dict) -> int:
-    """Score the registered model on the held-out clips and print the last line."""
+def _report(training: dict, began: float) -> int:
+    """Score the registered model on the held-out clips and print the summary; return the exit status."""
     import pandas as pd
-    from rich.console import Console
+    import rich
     from rich.table import Table
 
     from crosslmm.config import TrackingConfig
@@ -68,34 +63,41 @@ def _report(began: float, outcome: dict) -> int:
     from crosslmm.inference.answerer import score
     from crosslmm.tracking import load_registered
 
-    loaded = load_registered(outcome["model_uri"], TrackingConfig(uri=f"sqlite:///{ROOT / 'mlflow.db'}"))
+    model = load_registered(training["model_uri"], TrackingConfig(uri=TRACKING_URI))
     manifest = Manifest(str(ROOT / "runs" / "sample" / "held_out.jsonl"))
-    scored = score(lambda v, q: loaded.predict(pd.DataFrame({"video": v, "question": q})), manifest)
-    table = Table("kind", "exact match", "chance")
-    for kind, share in scored.accuracy_by_kind.items():
-        table.add_row(kind, f"{share:.3f}", f"{CHANCE[kind]:.3f}")
+    scored = score(lambda v, q: model.predict(pd.DataFrame({"video": v, "question": q})), manifest)
+    table = Table("kind of question", "accuracy", "chance")
+    for kind, accuracy in scored.accuracy_by_kind.items():
+        table.add_row(kind, f"{accuracy:.3f}", f"{CHANCE[kind]:.3f}")
     table.add_row("all", f"{scored.accuracy:.3f}", "")
-    Console(highlight=False).print(table)
+    rich.get_console().print(table)
+    for video, question, answer, expected in scored.asked[:EXAMPLES]:
+        print(f"{os.path.relpath(video, ROOT)}  {question}  {answer}  (expected: {expected})")
     video, question, answer, expected = scored.asked[0]
-    print(f"   {Path(video).relative_to(ROOT)}: {question} {answer}")
-    print("   make ui shows the run, its curves and the registered model")
-    learnt = scored.accuracy >= 0.85 and all(s > 2 * CHANCE[kind] for kind, s in scored.accuracy_by_kind.items())
+    print(f"""
+done in {time.time() - began:.0f} s. Next:
+  make ui       MLflow at http://127.0.0.1:5000: the run, its curves, the registered model
+  make sweep    search pooling stride, cross-attention depth and learning rates
+  .venv/bin/python jobs/answer.py --video {os.path.relpath(video, ROOT)} --question "{question}"
+""")
+    learnt = scored.accuracy >= MIN_ACCURACY
+    learnt &= all(accuracy > 2 * CHANCE[kind] for kind, accuracy in scored.accuracy_by_kind.items())
     if not learnt:
-        print("error: the model did not learn: accuracy below 0.85, or a kind below twice its chance", file=sys.stderr)
-    result = {
+        print(f"error: accuracy is below {MIN_ACCURACY}, or below twice the chance of a kind", file=sys.stderr)
+    summary = {
         "accuracy": round(scored.accuracy, 4),
-        "accuracy_by_kind": {kind: round(share, 4) for kind, share in scored.accuracy_by_kind.items()},
-        "chance_by_kind": {kind: round(share, 4) for kind, share in CHANCE.items()},
-        "train_s": round(outcome["train_s"], 1),
+        "accuracy_by_kind": {kind: round(accuracy, 4) for kind, accuracy in scored.accuracy_by_kind.items()},
+        "chance_by_kind": {kind: round(chance, 4) for kind, chance in CHANCE.items()},
+        "train_s": round(training["train_s"], 1),
         "total_s": round(time.time() - began, 1),
-        "samples_per_s": round(outcome["samples"] / outcome["train_s"], 1),
-        "run_id": outcome["run_id"],
-        "model_uri": outcome["model_uri"],
+        "samples_per_s": round(training["samples"] / training["train_s"], 1),
+        "run_id": training["run_id"],
+        "model_uri": training["model_uri"],
         "question": question,
         "answer": answer,
         "expected": expected,
     }
-    print(json.dumps(result))
+    print(json.dumps(summary))
     return 0 if learnt else 1
 
 

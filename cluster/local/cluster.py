@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -29,6 +30,16 @@ from cluster.local.nodes import (
     ray_command,
     worker_options,
 )
+
+LIBRARY_LINE = re.compile(
+    r"\w\.py:\d+(:| -- )|^Running entrypoint|\((raylet|autoscaler|gcs_server|\w+ pid=)|^\s+warnings\.warn|"
+    r"^\S+ \S+ (INFO|WARNING) (mlflow|alembic)|^(Successfully registered|Created version)|^\s*$"
+)
+"""Lines of Ray and MLflow, and Python's warnings, in the output of a job."""
+
+
+class JobFailed(Exception):
+    """A submitted job has failed."""
 
 
 class LocalCluster:
@@ -180,18 +191,23 @@ class LocalCluster:
         return [*ray_command(), "job", "submit", "--address", self.address, "--", *entrypoint]
 
     def run(self, command: list[str], folder: Path) -> Iterator[str]:
-        """Run a command in this cluster's environment, and yield the lines that it prints.
+        """Run a command that submits a job, and yield the lines that the job prints, without those of libraries.
 
         Raises:
-            subprocess.CalledProcessError: it failed.
+            JobFailed: the command failed; with the lines of libraries, among them Ray's about the job.
         """
+        library_lines = []
         with subprocess.Popen(
             command, env=self.environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
             assert process.stdout
-            yield from process.stdout
+            for line in process.stdout:
+                if LIBRARY_LINE.search(line):
+                    library_lines.append(line)
+                else:
+                    yield line
         if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, command)
+            raise JobFailed(f"{''.join(library_lines)}error: the job ended with status {process.returncode}")
 
     def stop(self) -> None:
         """Kill every process of the cluster, including nodes that the autoscaler started."""

@@ -1,11 +1,11 @@
-"""Which positions of a batch look back at which original visual tokens. Index arithmetic only, once a forward pass.
+"""Which positions of a batch attend to which original visual tokens: index arithmetic, done once per forward pass.
 
 A conversation may hold several videos (an image is a video of one frame), with text before, between and after them.
-A pooled token looks at its own video, or only at its own frame; a word looks at every video that came before it, so
-that an answer never depends on what is shown later, and a cache that is asked a further question stays right.
+A pooled visual token attends to its own video, or only to its own frame. A text token attends to every video before
+it, so an answer never depends on a later video, and a cache stays valid when the conversation goes on.
 
-Axes, as suffixes: B sample, M video of a sample, L position in the sequence, G group of positions that see the same,
-Q position in a group, O owner of keys (a video, a frame, or a sample), S original visual token, C channels.
+Axis suffixes: B sample, M video of a sample, L position in the sequence, G group of queries that see the same keys,
+Q query in a group, O key sequence (of one video, frame or sample), S original visual token, C channel, N any row.
 """
 
 from dataclasses import dataclass
@@ -17,108 +17,121 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
-class Lookup:
-    """One branch's questions and what each of them may see. No tensor of size queries x keys is ever made of it."""
+class AttentionPlan:
+    """The queries of one branch (V2V or T2V) and the keys that each may see.
+
+    Queries are grouped by the keys they see, so no tensor of size queries x keys is ever needed.
+    """
 
     rows_GQ: Tensor
-    """int64: the positions that ask, as indices into the batch's B*L; 0 where padding."""
+    """int64: positions of the queries, as indices into the flattened batch (B*L); 0 where padding."""
     valid_GQ: Tensor
     """bool: False where `rows_GQ` is padding."""
-    time_GQ: Tensor
-    """int64: each question's own place in time, for rotary positions [frames]."""
-    owners: list[int]
-    """Who of O owns the keys that each group looks at."""
-    visible: list[int]
-    """How many of them it sees, from the first on [tokens]."""
-    lengths: list[int]
-    """Keys of each owner, in the order of the batch's frames [tokens]."""
+    frame_GQ: Tensor
+    """int64: frame index of each query, for rotary positions."""
+    key_index: list[int]
+    """Index on axis O of the key sequence that each group attends to."""
+    num_visible: list[int]
+    """How many keys of that sequence the group sees, counted from its start [tokens]."""
+    key_lengths: list[int]
+    """Length of each key sequence, in the order of the batch's frames [tokens]."""
 
     @property
     def is_empty(self) -> bool:
-        """Nobody asks."""
-        return not self.owners
+        """True if there are no queries."""
+        return not self.key_index
 
-    def keys(self, x_SC: Tensor) -> Tensor:
-        """Values of all frames' tokens, one behind the other -> (O, longest, C), zero behind each owner's last."""
+    def pad_keys(self, x_SC: Tensor) -> Tensor:
+        """Split the concatenated tokens of all frames into key sequences: (S, C) -> (O, longest, C), zero-padded."""
         if not x_SC.shape[0]:
-            # Under FSDP every rank runs every module's backward, whatever its samples hold: one key that nobody counts.
+            # Under FSDP every rank must run the backward of every module, even without frames: add one dummy key.
             return torch.cat([x_SC, x_SC.new_zeros(1, x_SC.shape[1])])[None]
-        if len(set(self.lengths)) == 1:
-            return x_SC.unflatten(0, (len(self.lengths), -1))
-        return pad_sequence(list(x_SC.split(self.lengths)), batch_first=True)
+        if len(set(self.key_lengths)) == 1:
+            return x_SC.unflatten(0, (len(self.key_lengths), -1))
+        return pad_sequence(list(x_SC.split(self.key_lengths)), batch_first=True)
 
     @cached_property
-    def visible_GS(self) -> Tensor | None:  # noqa: N802
-        """bool, False at keys that a group may not see; None where every group sees all."""
-        longest = max([1, *self.lengths])
-        if set(self.visible) == {longest}:
+    def key_mask_GS(self) -> Tensor | None:  # noqa: N802
+        """bool (G, longest): False at keys that a group may not see; None if every group sees every key."""
+        longest = max([1, *self.key_lengths])
+        if set(self.num_visible) == {longest}:
             return None
         device = self.rows_GQ.device
-        return torch.arange(longest, device=device) < torch.tensor(self.visible, device=device)[:, None]
+        return torch.arange(longest, device=device) < torch.tensor(self.num_visible, device=device)[:, None]
 
-    def or_one(self) -> "Lookup":
-        """At least one question, which does not count: see `keys`."""
+    def with_dummy_query(self) -> "AttentionPlan":
+        """Return this plan, or if it is empty one with a single invalid query (for FSDP, see `pad_keys`)."""
         if not self.is_empty:
             return self
-        nought = self.rows_GQ.new_zeros(1, 1)
-        return Lookup(nought, nought.bool(), nought, owners=[0], visible=[1], lengths=self.lengths)
+        zero = self.rows_GQ.new_zeros(1, 1)
+        return AttentionPlan(zero, zero.bool(), zero, key_index=[0], num_visible=[1], key_lengths=self.key_lengths)
 
 
-def visual_lookup(is_video_BL: Tensor, num_frames_BM: Tensor, tokens: int, patches: int, scope: str) -> Lookup:
-    """V2V: every pooled visual token, in groups of one video or of one frame, and that video's or frame's patches.
+def plan_v2v(is_video_BL: Tensor, num_frames_BM: Tensor, tokens: int, patches: int, scope: str) -> AttentionPlan:
+    """Plan V2V: each pooled visual token attends to the patches of its video or of its frame.
 
     Args:
-        is_video_BL: bool, the placeholders; frame after frame, as many as `num_frames_BM` says.
-        num_frames_BM: int64, frames of each sample's videos, zero where it has fewer.
-        tokens: pooled tokens a frame.
-        patches: original tokens a frame.
-        scope: "video" or "frame".
+        is_video_BL: bool, the video placeholders, frame after frame, as many as `num_frames_BM` implies.
+        num_frames_BM: int64, frames of each video; zero pads samples with fewer videos.
+        tokens: pooled tokens per frame.
+        patches: original visual tokens per frame.
+        scope: "video" or "frame", see `CrossLMMConfig.v2v_scope`.
     """
     frames = [n for n in num_frames_BM.flatten().tolist() if n]
     if scope == "frame":
         frames = [1] * sum(frames)
     rows_N = is_video_BL.flatten().nonzero()[:, 0]
-    rows_GQ, valid_GQ = _grouped(rows_N, [n * tokens for n in frames])
-    time_GQ = (torch.arange(rows_GQ.shape[1], device=rows_N.device) // tokens).expand_as(rows_GQ)
+    rows_GQ, valid_GQ = _pad_groups(rows_N, [n * tokens for n in frames])
+    frame_GQ = (torch.arange(rows_GQ.shape[1], device=rows_N.device) // tokens).expand_as(rows_GQ)
     lengths = [n * patches for n in frames]
-    return Lookup(rows_GQ, valid_GQ, time_GQ, owners=list(range(len(frames))), visible=lengths, lengths=lengths)
+    return AttentionPlan(
+        rows_GQ, valid_GQ, frame_GQ, key_index=list(range(len(frames))), num_visible=lengths, key_lengths=lengths
+    )
 
 
-def text_lookup(is_video_BL: Tensor, is_text_BL: Tensor, num_frames_BM: Tensor, tokens: int, patches: int) -> Lookup:
-    """T2V: every word that has a video before it, in groups of one stretch of text, and the patches before it.
+def plan_t2v(
+    is_video_BL: Tensor, is_text_BL: Tensor, num_frames_BM: Tensor, tokens: int, patches: int
+) -> AttentionPlan:
+    """Plan T2V: each text token attends to the patches of all frames before it; text before any video has no query.
+
+    A group is a run of text between two videos: its tokens have the same frames before them.
 
     Args:
-        is_video_BL: as for `visual_lookup`. With a cache, the new positions only.
+        is_video_BL: bool, the video placeholders. With a cache, L covers the new positions only.
         is_text_BL: bool, positions that are neither placeholders nor padding.
-        num_frames_BM: int64, of the whole conversation, cached videos included.
-        tokens: pooled tokens a frame.
-        patches: original tokens a frame.
+        num_frames_BM: int64, frames of each video of the full conversation, cached videos included.
+        tokens: pooled tokens per frame.
+        patches: original visual tokens per frame.
     """
-    frames_B = num_frames_BM.sum(dim=1)
-    still_to_come_BL = is_video_BL.flip(1).cumsum(dim=1).flip(1) // tokens
-    before_BL = frames_B[:, None] - still_to_come_BL
-    rows_N = (is_text_BL & (before_BL > 0)).flatten().nonzero()[:, 0]
-    stretch_BL = before_BL + torch.arange(len(frames_B), device=frames_B.device)[:, None] * (int(frames_B.max()) + 1)
-    stretches, counts = stretch_BL.flatten()[rows_N].unique_consecutive(return_counts=True)
-    rows_GQ, valid_GQ = _grouped(rows_N, counts.tolist())
-    owners, before = (stretches // (int(frames_B.max()) + 1)), stretches % (int(frames_B.max()) + 1)
-    return Lookup(
+    total_frames_B = num_frames_BM.sum(dim=1)
+    # Count from the end, because with a cache the earlier placeholders are not in `is_video_BL`.
+    frames_from_here_BL = is_video_BL.flip(1).cumsum(dim=1).flip(1) // tokens
+    frames_before_BL = total_frames_B[:, None] - frames_from_here_BL
+    rows_N = (is_text_BL & (frames_before_BL > 0)).flatten().nonzero()[:, 0]
+
+    # One number for each pair (sample, frames before), so that consecutive rows with equal numbers form a group.
+    base = int(total_frames_B.max()) + 1
+    sample_B = torch.arange(len(total_frames_B), device=total_frames_B.device)
+    group_id_BL = sample_B[:, None] * base + frames_before_BL
+    group_id_G, group_sizes_G = group_id_BL.flatten()[rows_N].unique_consecutive(return_counts=True)
+    sample_G, frames_before_G = group_id_G // base, group_id_G % base
+
+    rows_GQ, valid_GQ = _pad_groups(rows_N, group_sizes_G.tolist())
+    return AttentionPlan(
         rows_GQ,
         valid_GQ,
-        before[:, None].expand_as(rows_GQ),
-        owners=owners.tolist(),
-        visible=(before * patches).tolist(),
-        lengths=(frames_B * patches).tolist(),
+        frames_before_G[:, None].expand_as(rows_GQ),
+        key_index=sample_G.tolist(),
+        num_visible=(frames_before_G * patches).tolist(),
+        key_lengths=(total_frames_B * patches).tolist(),
     )
 
 
-def _grouped(rows_N: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Rows one group behind the other -> (G, longest), padded with zero, and where it is no padding."""
-    if not counts:
+def _pad_groups(rows_N: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Split concatenated rows into groups: (N,) -> zero-padded (G, longest), and a mask, False at padding."""
+    if not sizes:
         empty = rows_N.view(0, 0)
         return empty, empty.bool()
-    rows_GQ = pad_sequence(list(rows_N.split(counts)), batch_first=True)
-    valid_GQ = (
-        torch.arange(rows_GQ.shape[1], device=rows_N.device) < torch.tensor(counts, device=rows_N.device)[:, None]
-    )
+    rows_GQ = pad_sequence(list(rows_N.split(sizes)), batch_first=True)
+    valid_GQ = torch.arange(rows_GQ.shape[1], device=rows_N.device) < torch.tensor(sizes, device=rows_N.device)[:, None]
     return rows_GQ, valid_GQ

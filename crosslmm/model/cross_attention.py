@@ -1,7 +1,8 @@
-"""The dual cross-attention: pooled visual tokens (V2V) and text (T2V) look back at the original visual tokens.
+"""The dual cross-attention: pooled visual tokens (V2V) and text (T2V) attend to the original visual tokens.
 
-Axes, as suffixes: B sample, L position in the sequence, F frame, P patch, D width, H heads, C channels of one head; and
-of a `Lookup`: G group of positions that see the same, Q position in a group, O owner of keys, S original visual token.
+Axis suffixes: B sample, L position in the sequence, F frame, P patch, D width, H head, C channel of one head, N any
+row; and of an `AttentionPlan`: G group of queries that see the same keys, Q query in a group, O key sequence,
+S original visual token.
 """
 
 from collections.abc import Callable
@@ -15,30 +16,31 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward, rotate_half
 
-from crosslmm.model.attention_plan import Lookup
+from crosslmm.model.attention_plan import AttentionPlan
 from crosslmm.model.vision_encoder import in_chunks
 
 ROTARY_BASE = 10_000.0
+"""Base of the rotary frequencies over frames, as in RoPE for text."""
 
 
 @dataclass(frozen=True)
 class VisualContext:
-    """What the dual layers look at. Built once a forward pass and handed down as an argument."""
+    """The input of the cross-attentions, built once per forward pass and passed to every dual layer."""
 
     tokens_FPD: Tensor | None
-    """Projected original visual tokens of all frames, one behind the other; None once keys and values are cached."""
+    """Projected original visual tokens of all frames, concatenated; None once keys and values are cached."""
     chunk: int
-    """Frames that are normalised at a time, without gradients."""
-    v2v: Lookup
-    t2v: Lookup
+    """Frames projected to keys and values at a time, when no gradients are needed."""
+    v2v: AttentionPlan
+    t2v: AttentionPlan
 
 
 class GatedCrossAttention(nn.Module):
-    """One branch: x + tanh(gate) * Attention(x's asking rows, the original visual tokens).
+    """One branch (V2V or T2V): x + tanh(gate) * Attention(query rows of x, original visual tokens).
 
-    The geometry is the decoder's own grouped-query attention. Keys carry no time, as in the paper, unless
-    `cross_attention_rotary` turns queries and keys by the number of their frame. The gate starts at zero, so a new
-    branch changes nothing, exactly.
+    Heads, key-value heads and head size are those of the decoder's grouped-query attention. As in the paper, keys have
+    no temporal position; with `cross_attention_rotary` queries and keys are rotated by their frame index. The gate
+    starts at zero, so a new branch leaves the decoder's output exactly unchanged.
     """
 
     is_causal = False
@@ -60,75 +62,81 @@ class GatedCrossAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(
-        self, x_BLD: Tensor, lookup: Lookup, visual: VisualContext, cache: EncoderDecoderCache | None = None
+        self, x_BLD: Tensor, plan: AttentionPlan, visual: VisualContext, cache: EncoderDecoderCache | None = None
     ) -> Tensor:
-        """Add what the asking rows see to them; every other position is returned as it came.
+        """Add the gated attention output at the query rows of `plan`; return all other positions unchanged.
 
-        With `cache`, the videos' keys and values are computed at the first call and read afterwards.
+        With `cache`, the keys and values of the videos are computed in the first call and reused afterwards.
+
+        Args:
+            x_BLD: hidden states (B, L, D).
+            plan: the queries of this branch, and the keys that each sees.
+            visual: the visual tokens of the batch.
+            cache: holds the keys and values of earlier calls of the same conversation.
         """
         if torch.is_grad_enabled():
-            lookup = lookup.or_one()
-        if lookup.is_empty and (cache is None or visual.tokens_FPD is None):
+            plan = plan.with_dummy_query()
+        if plan.is_empty and (cache is None or visual.tokens_FPD is None):
             return x_BLD
-        key_OHSC, value_OHSC = self._keys_and_values(lookup, visual, cache)
-        if lookup.is_empty:
+        key_OHSC, value_OHSC = self._keys_and_values(plan, visual, cache)
+        if plan.is_empty:
             return x_BLD
-        rows_N = lookup.rows_GQ.flatten()
-        asks_GQD = x_BLD.flatten(0, 1).index_select(0, rows_N).unflatten(0, lookup.rows_GQ.shape)
-        query_GHQC = self._heads(self.q_proj(self.query_norm(asks_GQD)))
+        rows_N = plan.rows_GQ.flatten()
+        queries_GQD = x_BLD.flatten(0, 1).index_select(0, rows_N).unflatten(0, plan.rows_GQ.shape)
+        query_GHQC = self._heads(self.q_proj(self.query_norm(queries_GQD)))
         if self.rotary:
-            query_GHQC = _turn(query_GHQC, lookup.time_GQ)
-        seen_GQD = self.o_proj(self._attend(query_GHQC, key_OHSC, value_OHSC, lookup))
-        seen_GQD = torch.where(lookup.valid_GQ[:, :, None], torch.tanh(self.gate) * seen_GQD, 0.0)
-        out_BLD = x_BLD.clone()  # no view is returned: FSDP hangs its hook on the tensor
-        out_BLD.flatten(0, 1).index_add_(0, rows_N, seen_GQD.flatten(0, 1).to(x_BLD.dtype))
+            query_GHQC = _rotate(query_GHQC, plan.frame_GQ)
+        attended_GQD = self.o_proj(self._attend(query_GHQC, key_OHSC, value_OHSC, plan))
+        attended_GQD = torch.where(plan.valid_GQ[:, :, None], torch.tanh(self.gate) * attended_GQD, 0.0)
+        out_BLD = x_BLD.clone()  # not a view: FSDP registers a hook on the returned tensor
+        out_BLD.flatten(0, 1).index_add_(0, rows_N, attended_GQD.flatten(0, 1).to(x_BLD.dtype))
         return out_BLD
 
     def _heads(self, x_GQC: Tensor) -> Tensor:
         return x_GQC.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _keys_and_values(
-        self, lookup: Lookup, visual: VisualContext, cache: EncoderDecoderCache | None
+        self, plan: AttentionPlan, visual: VisualContext, cache: EncoderDecoderCache | None
     ) -> tuple[Tensor, Tensor]:
         if cache is not None and cache.is_updated.get(self.layer_idx):
             layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
         assert visual.tokens_FPD is not None
-        both_FPC = in_chunks(self._project, visual.tokens_FPD, visual.chunk)
-        key_SC, value_SC = both_FPC.flatten(0, 1).chunk(2, dim=-1)
-        key_OHSC, value_OHSC = self._heads(lookup.keys(key_SC)), self._heads(lookup.keys(value_SC))
+        key_value_FPC = in_chunks(self._project, visual.tokens_FPD, visual.chunk)
+        key_SC, value_SC = key_value_FPC.flatten(0, 1).chunk(2, dim=-1)
+        key_OHSC, value_OHSC = self._heads(plan.pad_keys(key_SC)), self._heads(plan.pad_keys(value_SC))
         if self.rotary:
-            time_S = torch.arange(key_OHSC.shape[2], device=key_OHSC.device) // visual.tokens_FPD.shape[1]
-            key_OHSC = _turn(key_OHSC, time_S[None])
+            frame_S = torch.arange(key_OHSC.shape[2], device=key_OHSC.device) // visual.tokens_FPD.shape[1]
+            key_OHSC = _rotate(key_OHSC, frame_S[None])
         if cache is not None:
             cache.cross_attention_cache.update(key_OHSC, value_OHSC, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
         return key_OHSC, value_OHSC
 
     def _project(self, tokens_FPD: Tensor) -> Tensor:
-        """Keys and values side by side."""
+        """Keys and values, concatenated along the channels."""
         normed_FPD = self.visual_norm(tokens_FPD)
         return torch.cat([self.k_proj(normed_FPD), self.v_proj(normed_FPD)], dim=-1)
 
-    def _attend(self, query_GHQC: Tensor, key_OHSC: Tensor, value_OHSC: Tensor, lookup: Lookup) -> Tensor:
-        """Attention as configured -> (G, Q, H*C). Padding is masked, or cut out for kernels that take lengths."""
-        if lookup.owners != list(range(key_OHSC.shape[0])):
-            owners = torch.tensor(lookup.owners, device=key_OHSC.device)
-            key_OHSC, value_OHSC = key_OHSC.index_select(0, owners), value_OHSC.index_select(0, owners)
-        mask_GS = lookup.visible_GS
+    def _attend(self, query_GHQC: Tensor, key_OHSC: Tensor, value_OHSC: Tensor, plan: AttentionPlan) -> Tensor:
+        """Run the configured attention kernel -> (G, Q, H*C). Padding is masked, or for flash attention removed."""
+        if plan.key_index != list(range(key_OHSC.shape[0])):
+            index = torch.tensor(plan.key_index, device=key_OHSC.device)
+            key_OHSC, value_OHSC = key_OHSC.index_select(0, index), value_OHSC.index_select(0, index)
+        mask_GS = plan.key_mask_GS
         implementation = self.config._attn_implementation
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        # is_causal must be said: without it SDPA masks the later keys in silence.
+        # Pass is_causal explicitly: without it SDPA silently masks the later keys.
         options = {"scaling": self.head_dim**-0.5, "dropout": 0.0, "is_causal": False}
         if "flash" in implementation:
             if mask_GS is None:
                 mask_GS = torch.ones(key_OHSC.shape[0], key_OHSC.shape[2], dtype=torch.bool, device=key_OHSC.device)
-            return self._attend_packed(attention, query_GHQC, key_OHSC, value_OHSC, lookup, mask_GS, options)
+            return self._attend_packed(attention, query_GHQC, key_OHSC, value_OHSC, plan, mask_GS, options)
         mask = mask_GS[:, None, None, :] if mask_GS is not None else None
         if mask is not None and implementation == "eager":
             mask = torch.zeros_like(mask, dtype=query_GHQC.dtype).masked_fill(~mask, torch.finfo(query_GHQC.dtype).min)
-        seen, _ = attention(self, query_GHQC, key_OHSC, value_OHSC, mask, **options)
-        return seen.flatten(2)
+        attended, _ = attention(self, query_GHQC, key_OHSC, value_OHSC, mask, **options)
+        return attended.flatten(2)
 
     def _attend_packed(
         self,
@@ -136,14 +144,14 @@ class GatedCrossAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        lookup: Lookup,
+        plan: AttentionPlan,
         mask_GS: Tensor,
         options: dict[str, Any],
     ) -> Tensor:
-        """Variable lengths without padding: all groups behind one another, and where each begins."""
-        groups, heads, asked, channels = query.shape
-        # Every group keeps at least one row, for a kernel takes no empty sequence; it is dropped by `forward`.
-        keep_GQ = lookup.valid_GQ.clone()
+        """Variable-length flash attention: the groups are concatenated without padding, with their start offsets."""
+        groups, heads, queries, channels = query.shape
+        # Keep at least one row per group, since the kernel takes no empty sequence; `forward` drops it.
+        keep_GQ = plan.valid_GQ.clone()
         keep_GQ[:, 0] = True
         lengths_q, lengths_k = keep_GQ.sum(dim=1), mask_GS.sum(dim=1)
         packed, _ = attention(
@@ -158,25 +166,25 @@ class GatedCrossAttention(nn.Module):
             max_length_k=int(lengths_k.max()),
             **options,
         )
-        seen = query.new_zeros(groups, asked, heads * channels)
-        return seen.masked_scatter(keep_GQ[:, :, None], packed.reshape(-1, heads * channels))
+        attended = query.new_zeros(groups, queries, heads * channels)
+        return attended.masked_scatter(keep_GQ[:, :, None], packed.reshape(-1, heads * channels))
 
 
-def _turn(x_GHQC: Tensor, time_GQ: Tensor) -> Tensor:
-    """Rotary positions (RoPE) over frames: channel pair i is turned by time * base^(-2i/C)."""
+def _rotate(x_GHQC: Tensor, frame_GQ: Tensor) -> Tensor:
+    """Apply rotary positions (RoPE) over frames: rotate channel pair i by frame * base^(-2i/C)."""
     channels = x_GHQC.shape[-1]
-    speeds = ROTARY_BASE ** (-torch.arange(0, channels, 2, device=x_GHQC.device).float() / channels)
-    angles = (time_GQ[:, None, :, None] * speeds).repeat(1, 1, 1, 2)
+    frequencies = ROTARY_BASE ** (-torch.arange(0, channels, 2, device=x_GHQC.device).float() / channels)
+    angles = (frame_GQ[:, None, :, None] * frequencies).repeat(1, 1, 1, 2)
     return x_GHQC * angles.cos().to(x_GHQC.dtype) + rotate_half(x_GHQC) * angles.sin().to(x_GHQC.dtype)
 
 
 class DualCrossAttentionLayer(GradientCheckpointingLayer):
-    """A pretrained decoder layer that also looks back at the video, between its self-attention and its feed-forward.
+    """A pretrained decoder layer with V2V and T2V between its self-attention and its feed-forward.
 
-    It takes over the layer's own modules under their own names, so the pretrained state-dict keys stay as they are.
+    It keeps the modules of the pretrained layer under their names, so the state-dict keys do not change.
 
     Raises:
-        ValueError: the layer is not built like Qwen2's or Llama's.
+        ValueError: `layer` has other submodules than a Qwen2 or Llama layer.
     """
 
     PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
@@ -204,14 +212,16 @@ class DualCrossAttentionLayer(GradientCheckpointingLayer):
         **attention: Any,
     ) -> Tensor:
         """(B, L, D) -> (B, L, D). Without `visual` this is the pretrained layer."""
-        own_cache: Cache | None = past_key_values.self_attention_cache if past_key_values is not None else None
+        self_attention_cache: Cache | None = (
+            past_key_values.self_attention_cache if past_key_values is not None else None
+        )
         x_BLD, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), past_key_values=own_cache, **attention
+            hidden_states=self.input_layernorm(hidden_states), past_key_values=self_attention_cache, **attention
         )
         x_BLD = hidden_states + x_BLD
         if visual is not None:
-            # Both branches ask about the same state: each writes to positions that the other leaves alone.
-            # V2V needs no cache, for a video's own positions pass by once.
+            # The branches do not affect each other: V2V writes to visual positions only, T2V to text positions only.
+            # V2V needs no cache: visual positions are processed once.
             if self.v2v is not None and visual.tokens_FPD is not None:
                 x_BLD = self.v2v(x_BLD, visual.v2v, visual)
             if self.t2v is not None:

@@ -1,7 +1,7 @@
-"""CrossLMM: pooled visual tokens go through the decoder, and look back at all the original ones on the way.
+"""The CrossLMM model: only pooled visual tokens go through the decoder, which attends to all the original ones.
 
-Axes, as suffixes: B sample, M video of a sample, F frame (of all samples, one behind the other), P patch, V pooled
-visual token, L position in the sequence, S original visual token, D width, N labelled position.
+Axis suffixes: B sample, M video of a sample, F frame (of all samples, concatenated), P patch, V pooled visual token,
+L position in the sequence, D width, N labelled position, C H W channel, height and width of a frame.
 """
 
 from typing import Any, cast
@@ -19,18 +19,18 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from crosslmm.model.attention_plan import text_lookup, visual_lookup
+from crosslmm.model.attention_plan import plan_t2v, plan_v2v
 from crosslmm.model.configuration import CrossLMMConfig
 from crosslmm.model.cross_attention import DualCrossAttentionLayer, VisualContext
 from crosslmm.model.pooling import pool
 from crosslmm.model.vision_encoder import build_tower, encode, in_chunks
 
 LOSS_CHUNK = 1024
-"""Labelled positions whose logits exist at a time: 0.6 GB in float32 over Qwen's vocabulary."""
+"""Labelled positions whose logits are in memory at a time: 0.6 GB in float32 with Qwen's vocabulary."""
 
 
 class Projector(nn.Sequential):
-    """LayerNorm, Linear, GELU, Linear: from the encoder's width to the decoder's."""
+    """LayerNorm, Linear, GELU, Linear: (..., vision width) -> (..., text width)."""
 
     def __init__(self, vision_width: int, text_width: int) -> None:
         super().__init__(
@@ -44,8 +44,8 @@ class Projector(nn.Sequential):
 class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """The model of arXiv 2505.17020: SigLIP, a projector, and a decoder with a dual cross-attention every K layers.
 
-    `language_model` is the pretrained decoder with its own state-dict keys. While the gates are zero the model equals
-    that decoder on [pooled visual tokens; text], exactly; a sample without frames equals it always.
+    `language_model` is the pretrained decoder and keeps its state-dict keys. While all gates are zero the model is
+    exactly that decoder, applied to [pooled visual tokens; text]. For a sample without frames it always is.
     """
 
     config: CrossLMMConfig
@@ -73,15 +73,15 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The decoder's own."""
+        """Return the token embeddings of the decoder."""
         return self.language_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The decoder's own."""
+        """Return the decoder's output projection (`lm_head`)."""
         return self.language_model.get_output_embeddings()
 
     def encode(self, pixels_FCHW: Tensor) -> Tensor:
-        """Frames, uint8 (frames, 3, image_size, image_size) -> original visual tokens (frames, patches, width)."""
+        """Encode frames: uint8 (F, 3, image_size, image_size) -> visual tokens (F, P, D) in the encoder's dtype."""
         side = self.config.vision_config.image_size
         if pixels_FCHW.dtype != torch.uint8 or pixels_FCHW.shape[1:] != (3, side, side):
             raise ValueError(
@@ -105,28 +105,28 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Run the model.
+        """Return the loss if `labels` are given, and otherwise the logits.
 
         Args:
-            input_ids: int64 (B, L). `config.video_token_id` stands once for every pooled token, frame after frame.
-            pixel_values: uint8 (F, 3, H, W), the frames of all samples one behind the other. May be empty, or None with
-                a cache that has seen them.
-            features: (F, P, D) in any float dtype, what `encode` made of these frames, instead of them: the encoder
-                does not run. A batch without frames has F = 0 here, so that all ranks run the same modules.
-            num_frames: int64 (B, M), how many of them belong to each video of each sample (an image is a video of one
-                frame), zero where a sample has fewer videos; with a cache too, of the whole conversation.
+            input_ids: int64 (B, L). It has `config.video_token_id` once per pooled token, frame after frame.
+            pixel_values: uint8 (F, 3, H, W), the frames of all samples, concatenated. May be empty; may be None with
+                a cache that already holds them.
+            features: (F, P, D) in any float dtype: the output of `encode`, given instead of the frames, so that the encoder
+                does not run. A batch without frames has F = 0, so that all ranks run the same modules.
+            num_frames: int64 (B, M), frames of each video (an image is a video of one frame); zero pads samples with
+                fewer videos. With a cache, of the full conversation.
             attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
-            past_key_values: decoder cache, and the videos' keys and values; `generate` makes it.
-            labels: int64 (B, L), -100 where no loss is wanted. Shifted here.
-            num_items_in_batch: divide the summed loss by this instead of by the number of own labels.
-            logits_to_keep: only so many last positions' logits; 0 for all.
+            past_key_values: cache of the decoder and of the videos' keys and values; `generate` creates it.
+            labels: int64 (B, L), -100 at positions without loss. Shifted by one here.
+            num_items_in_batch: divisor of the summed loss; default: the number of labels in this batch.
+            logits_to_keep: compute logits for this many last positions only; 0 for all.
 
         Returns:
-            `loss` (float32) with `labels`, and then no logits: only the labelled positions' are ever computed.
-            `logits` (B, L, vocabulary) without.
+            With `labels`: `loss` (float32 scalar) and no logits (those without a label are never computed).
+            Without: `logits` (B, L, vocabulary).
 
         Raises:
-            ValueError: frames and placeholders that do not match, or more text than the decoder has positions.
+            ValueError: frames and placeholders do not match, or the sequence is longer than the decoder's context.
         """
         if past_key_values is None and use_cache:
             past_key_values = self._new_cache()
@@ -136,20 +136,22 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if seen:
             if (pixel_values is not None or features is not None) and is_video_BL.any():
                 raise ValueError(
-                    "a cache that has begun takes no further video; begin again with the whole conversation"
+                    "the cache is not empty, so no further video can be added; start again with the full conversation"
                 )
             pixel_values = features = None
-        # A placeholder's own embedding is never read, and its id may lie outside of the decoder's vocabulary.
+        # The embedding of a placeholder is overwritten, and its id may lie outside the decoder's vocabulary.
         x_BLD = self.get_input_embeddings()(input_ids.masked_fill(is_video_BL, 0))
 
         tokens_FPD = None
-        shown = pixel_values if features is None else features
-        if shown is not None:
+        frames_or_features = pixel_values if features is None else features
+        if frames_or_features is not None:
             if num_frames is None:
                 kind = "pixel_values" if features is None else "features"
-                raise ValueError(f"{kind} are given without num_frames: whose frames are they?")
-            self._check_frames(is_video_BL, num_frames, shown.shape[0])
-            features_FPD = self.encode(shown) if features is None else self._encoded(shown)
+                raise ValueError(f"{kind} are given without num_frames; pass the number of frames of each video")
+            self._check_frames(is_video_BL, num_frames, frames_or_features.shape[0])
+            features_FPD = (
+                self.encode(frames_or_features) if features is None else self._cast_features(frames_or_features)
+            )
             pooled_FVD = self.projector(pool(features_FPD, self.config.pool_stride, self.config.pooling))
             x_BLD = x_BLD.masked_scatter(is_video_BL[:, :, None], pooled_FVD.to(x_BLD.dtype))
             if self.config.dual_layers:
@@ -167,8 +169,8 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits = self.get_output_embeddings()(x_BLD[:, -logits_to_keep:])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
-    def _encoded(self, features_FPD: Tensor) -> Tensor:
-        """Features as they were given -> as the encoder would give them now."""
+    def _cast_features(self, features_FPD: Tensor) -> Tensor:
+        """Check the shape of precomputed features and cast them to the dtype of the projector."""
         per_frame = (self.config.patches_per_frame, self.config.vision_config.hidden_size)
         if not features_FPD.is_floating_point() or features_FPD.shape[1:] != per_frame:
             raise ValueError(
@@ -181,26 +183,26 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         limit = self.config.text_config.max_position_embeddings
         if length > limit:
             raise ValueError(
-                f"the sequence has {length} positions, and the decoder {limit} (max_position_embeddings): "
-                f"fewer frames, a larger pool_stride ({self.config.tokens_per_frame} tokens a frame now), or less text"
+                f"the sequence has {length} positions, but the decoder takes {limit} (max_position_embeddings): "
+                f"use fewer frames, less text or a larger pool_stride (now {self.config.tokens_per_frame} tokens per frame)"
             )
 
-    def _check_frames(self, is_video_BL: Tensor, num_frames_BM: Tensor, given: int) -> None:
+    def _check_frames(self, is_video_BL: Tensor, num_frames_BM: Tensor, num_given: int) -> None:
         tokens = self.config.tokens_per_frame
-        if (expected := int(num_frames_BM.sum())) != given:
-            raise ValueError(f"num_frames adds up to {expected}, but {given} frames were given")
-        found_B, expected_B = is_video_BL.sum(dim=1), num_frames_BM.sum(dim=1) * tokens
-        if not torch.equal(found_B, expected_B):
-            b = int((found_B != expected_B).nonzero()[0])
+        if (expected := int(num_frames_BM.sum())) != num_given:
+            raise ValueError(f"num_frames adds up to {expected}, but {num_given} frames were given")
+        placeholders_B, expected_B = is_video_BL.sum(dim=1), num_frames_BM.sum(dim=1) * tokens
+        if not torch.equal(placeholders_B, expected_B):
+            b = int((placeholders_B != expected_B).nonzero()[0])
             raise ValueError(
-                f"sample {b}: the text has {int(found_B[b])} video placeholders, "
+                f"sample {b}: the text has {int(placeholders_B[b])} video placeholders, "
                 f"but {int(num_frames_BM[b].sum())} frames of {tokens} tokens need {int(expected_B[b])}"
             )
 
     def _visual_context(
         self, tokens_FPD: Tensor | None, num_frames_BM: Tensor, is_video_BL: Tensor, attention_mask: Tensor | None
     ) -> VisualContext:
-        """Sort the positions into those that look at videos, and what of them they see."""
+        """Plan which positions attend to which visual tokens in V2V and T2V."""
         is_text_BL = ~is_video_BL
         if attention_mask is not None:
             is_text_BL &= attention_mask[:, -is_text_BL.shape[1] :].bool()
@@ -208,9 +210,9 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return VisualContext(
             tokens_FPD,
             self.config.encoder_chunk,
-            # Once the videos are cached there is no placeholder any more, and nobody to ask for V2V.
-            visual_lookup(is_video_BL, num_frames_BM * (tokens_FPD is not None), *per_frame, self.config.v2v_scope),
-            text_lookup(is_video_BL, is_text_BL, num_frames_BM, *per_frame),
+            # Once the videos are cached the sequence has no placeholders, and V2V no queries.
+            plan_v2v(is_video_BL, num_frames_BM * (tokens_FPD is not None), *per_frame, self.config.v2v_scope),
+            plan_t2v(is_video_BL, is_text_BL, num_frames_BM, *per_frame),
         )
 
     def _decode(
@@ -221,18 +223,18 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past_key_values: EncoderDecoderCache | None,
         visual: VisualContext | None,
     ) -> Tensor:
-        """The decoder's own stack, with the visual context handed to the layers that look at it."""
+        """Run the layers of the decoder, passing the visual context to those with cross-attention."""
         decoder = self.language_model.model
-        own_cache = past_key_values.self_attention_cache if past_key_values is not None else None
+        self_attention_cache = past_key_values.self_attention_cache if past_key_values is not None else None
         if position_ids is None:
-            seen = own_cache.get_seq_length() if own_cache is not None else 0
+            seen = self_attention_cache.get_seq_length() if self_attention_cache is not None else 0
             position_ids = torch.arange(seen, seen + x_BLD.shape[1], device=x_BLD.device)[None]
         attention = {
             "attention_mask": create_causal_mask(
                 config=decoder.config,
                 inputs_embeds=x_BLD,
                 attention_mask=attention_mask,
-                past_key_values=own_cache,
+                past_key_values=self_attention_cache,
                 position_ids=position_ids,
             ),
             "position_ids": position_ids,
@@ -242,21 +244,23 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if isinstance(layer, DualCrossAttentionLayer):
                 x_BLD = layer(x_BLD, visual=visual, past_key_values=past_key_values, **attention)
             else:
-                x_BLD = layer(x_BLD, past_key_values=own_cache, **attention)
+                x_BLD = layer(x_BLD, past_key_values=self_attention_cache, **attention)
         return decoder.norm(x_BLD)
 
     def _loss(self, x_BLD: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Cross-entropy of the next token, in float32, over labelled positions only, `LOSS_CHUNK` of them at a time."""
+        """Next-token cross-entropy in float32 over the labelled positions only, `LOSS_CHUNK` of them at a time."""
         targets = labels[:, 1:]
-        wanted = targets != -100
-        chunks = list(zip(x_BLD[:, :-1][wanted].split(LOSS_CHUNK), targets[wanted].split(LOSS_CHUNK), strict=True))
+        has_label = targets != -100
+        chunks = list(
+            zip(x_BLD[:, :-1][has_label].split(LOSS_CHUNK), targets[has_label].split(LOSS_CHUNK), strict=True)
+        )
         if len(chunks) == 1:
             total = self._cross_entropy(*chunks[0])
         else:
-            # Each chunk's logits are made once more in the backward pass, instead of all being kept till then.
+            # Recompute the logits of each chunk in the backward pass instead of storing all of them.
             parts = [checkpoint(self._cross_entropy, x, y, use_reentrant=False) for x, y in chunks]
             total = torch.stack(parts).sum()
-        return total / (wanted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        return total / (has_label.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
     def _cross_entropy(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
         logits = self.get_output_embeddings()(x_ND).float()
@@ -266,10 +270,10 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return EncoderDecoderCache(DynamicCache(config=self.config.text_config), DynamicCache())
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """`GenerationMixin.generate`, with a cache that holds the video's keys and values beside the decoder's.
+        """`GenerationMixin.generate`, with a cache for the decoder and for the keys and values of the videos.
 
         Raises:
-            ValueError: several sequences a sample (beams, `num_return_sequences`).
+            ValueError: `num_beams` or `num_return_sequences` is above 1.
         """
         given = [vars(kwargs.get("generation_config") or self.generation_config), kwargs]
         if max(options.get(key) or 1 for options in given for key in ("num_beams", "num_return_sequences")) > 1:

@@ -1,14 +1,17 @@
-"""Which parameter belongs to which component, and which components learn."""
+"""How parameters are grouped: by component (learning rates, freezing) and by FSDP unit (sharding, memory planning)."""
 
 from torch import nn
 
 from crosslmm.config import LearningRates
+from crosslmm.model.cross_attention import DualCrossAttentionLayer
+from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 
 COMPONENTS = ("vision", "projector", "v2v", "t2v", "decoder")
+"""The parts of the model that have a learning rate each (the rows of the paper's Table 3)."""
 
 
 def component_of(name: str) -> str:
-    """Parameter name -> one of `COMPONENTS`, the rows of the paper's Table 3."""
+    """Return the component, one of `COMPONENTS`, that the parameter called `name` belongs to."""
     if name.startswith("vision_tower."):
         return "vision"
     if name.startswith("projector."):
@@ -20,6 +23,20 @@ def component_of(name: str) -> str:
 
 
 def freeze(model: nn.Module, rates: LearningRates) -> None:
-    """Take the gradient from every component whose learning rate is zero."""
+    """Set `requires_grad` of every parameter: False where the learning rate of its component is zero."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(getattr(rates, component_of(name)) > 0)
+
+
+def fsdp_units(model: CrossLMMForConditionalGeneration) -> list[nn.Module]:
+    """Return the modules whose parameters FSDP gathers together, inner modules before those that contain them.
+
+    They are the encoder layers, the cross-attentions and the decoder layers. A parameter belongs to the first unit
+    that contains it; parameters of no unit (embeddings, projector, norms) belong to the root module.
+    """
+    units: list[nn.Module] = list(model.vision_tower.encoder.layers)
+    for layer in model.language_model.model.layers:
+        if isinstance(layer, DualCrossAttentionLayer):
+            units += [branch for branch in (layer.v2v, layer.t2v) if branch is not None]
+        units.append(layer)
+    return units

@@ -3,7 +3,6 @@
 Letters: F frames, N patches of one frame, V pooled tokens of all frames, T text tokens, L = V + T.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -15,7 +14,7 @@ from torch import nn
 from crosslmm.config import BadConfig, LearningRates, ModelConfig, RunConfig
 from crosslmm.model.loading import build_config
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
-from crosslmm.model.param_groups import COMPONENTS, component_of, freeze
+from crosslmm.model.param_groups import COMPONENTS, component_of, freeze, fsdp_units
 from crosslmm.model.vision_encoder import ChunkedEncoderLayer
 from crosslmm.planning.meta_trace import Trace, trace
 
@@ -260,10 +259,11 @@ def _trace(
 
 
 FLOAT32 = 4
+"""Size of a float32 [bytes]."""
 MOMENTS = 2
-"""AdamW's: of the gradient and of its square."""
-UNIT = re.compile(r"vision_tower\.encoder\.layers\.\d+|language_model\.model\.layers\.\d+(?:\.v2v|\.t2v)?")
-"""What `train.parallel` gathers at once; all else is the root's."""
+"""Moments that AdamW stores per parameter: of the gradient and of its square."""
+ROOT = -1
+"""Key of the parameters that belong to no FSDP unit, which FSDP gathers with the root module."""
 
 
 @dataclass(frozen=True)
@@ -284,18 +284,21 @@ class _Layout:
     compute_bytes: int
 
     @classmethod
-    def of(cls, model: nn.Module, config: RunConfig, sharded: bool) -> "_Layout":
-        units: Counter[str] = Counter()
-        units_learning: Counter[str] = Counter()
+    def of(cls, model: CrossLMMForConditionalGeneration, config: RunConfig, sharded: bool) -> "_Layout":
+        unit_of: dict[nn.Parameter, int] = {}
+        for number, module in enumerate(fsdp_units(model)):
+            for parameter in module.parameters():
+                unit_of.setdefault(parameter, number)
+        units: Counter[int] = Counter()
+        units_learning: Counter[int] = Counter()
         groups: Counter[tuple[str, bool]] = Counter()
         for name, parameter in model.named_parameters():
-            found = UNIT.match(name)
-            unit = found[0] if found else ""
+            unit = unit_of.get(parameter, ROOT)
             units[unit] += parameter.numel()
             if parameter.requires_grad:
                 units_learning[unit] += parameter.numel()
                 groups[component_of(name), parameter.ndim >= 2] += parameter.numel()
-        root, root_learning = units.pop("", 0), units_learning.pop("", 0)
+        root, root_learning = units.pop(ROOT, 0), units_learning.pop(ROOT, 0)
         return cls(
             weights=root + units.total(),
             learning=root_learning + units_learning.total(),

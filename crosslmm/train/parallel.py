@@ -11,8 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from crosslmm.config import TrainConfig
 from crosslmm.model import CrossLMMForConditionalGeneration
-from crosslmm.model.cross_attention import DualCrossAttentionLayer
-from crosslmm.model.param_groups import freeze
+from crosslmm.model.param_groups import freeze, fsdp_units
 
 
 def parallelize(
@@ -44,21 +43,11 @@ def parallelize(
     return model
 
 
-def sharded_units(model: CrossLMMForConditionalGeneration) -> list[nn.Module]:
-    """What is gathered at once: encoder layers, cross-attentions, decoder layers. All else is the root's."""
-    units: list[nn.Module] = list(model.vision_tower.encoder.layers)
-    for layer in model.language_model.model.layers:
-        if isinstance(layer, DualCrossAttentionLayer):
-            units += [branch for branch in (layer.v2v, layer.t2v) if branch is not None]
-        units.append(layer)
-    return units
-
-
 def _shard(model: CrossLMMForConditionalGeneration, config: TrainConfig, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = half if config.precision == "bf16" else MixedPrecisionPolicy()
-    for unit in [*sharded_units(model), model]:
+    for unit in [*fsdp_units(model), model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
 
 

@@ -9,7 +9,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from crosslmm.config import to_yaml
 from crosslmm.model import modeling
-from crosslmm.model.cross_attention import DualCrossAttentionLayer, _turn
+from crosslmm.model.cross_attention import DualCrossAttentionLayer, _rotate
 from crosslmm.model.loading import build_model
 from tests.support.common import open_gates, random_frames
 
@@ -146,7 +146,7 @@ def test_time_is_seen_with_rotary_positions_and_not_without(variant, processor):
 def test_rotary_products_depend_on_the_distance_in_frames_alone():
     query, key = torch.randn(2, 1, 2, 1, 8, generator=torch.manual_seed(0)).unbind()
     at = [
-        [(_turn(query, torch.tensor([[q]])) * _turn(key, torch.tensor([[k]]))).sum() for k in range(9)]
+        [(_rotate(query, torch.tensor([[q]])) * _rotate(key, torch.tensor([[k]]))).sum() for k in range(9)]
         for q in range(9)
     ]
     assert torch.allclose(at[2][5], at[5][8], atol=1e-5)
@@ -333,8 +333,8 @@ def test_a_branch_is_what_its_docstring_says_position_by_position(variant, proce
             for p in (module.k_proj, module.v_proj)
         )
         if rotary:
-            query = _turn(query, torch.tensor([[time]]))
-            key = _turn(key, torch.arange(len(keys_SD))[None] // 36)
+            query = _rotate(query, torch.tensor([[time]]))
+            key = _rotate(key, torch.arange(len(keys_SD))[None] // 36)
         scores = (query @ key.repeat_interleave(groups, dim=1).transpose(2, 3)) * module.head_dim**-0.5
         seen = (scores.softmax(-1) @ value.repeat_interleave(groups, dim=1)).flatten()
         expected[position] = x_D + torch.tanh(module.gate) * module.o_proj(seen)
@@ -346,7 +346,7 @@ def test_what_cannot_be_is_refused_in_one_line(variant, processor):
     model = variant()
     batch = inputs(processor, (PLAIN, [random_frames(2, 1)]))
     cache = model(**batch, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="a cache that has begun takes no further video"):
+    with pytest.raises(ValueError, match="no further video can be added"):
         model(**batch, past_key_values=cache)
     with pytest.raises(ValueError, match="pixel_values are given without num_frames"):
         model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
@@ -354,7 +354,7 @@ def test_what_cannot_be_is_refused_in_one_line(variant, processor):
         model(**batch | {"num_frames": torch.tensor([[3]])})
     too_long = {"input_ids": torch.ones(1, 2049, dtype=torch.int64)}
     with pytest.raises(
-        ValueError, match=r"2049 positions, and the decoder 2048 .*pool_stride \(4 tokens a frame now\)"
+        ValueError, match=r"2049 positions, but the decoder takes 2048 .*pool_stride \(now 4 tokens per frame\)"
     ):
         model(**too_long)
     for wrong in ([3, 1], [1, 1], [4], [-1]):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -10,17 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig, LearningRates
-from crosslmm.model.param_groups import component_of
+from crosslmm.model.loading import build_config
+from crosslmm.model.modeling import CrossLMMForConditionalGeneration
+from crosslmm.model.param_groups import component_of, fsdp_units
 from crosslmm.planning import cost, meta_trace
 from crosslmm.planning import plan as planning
 from crosslmm.planning.meta_trace import trace
 from crosslmm.planning.plan import GPUS, Assumptions, Fit, plan
-from crosslmm.train.parallel import sharded_units
+from crosslmm.train.parallel import parallelize
 from tests.support.common import random_frames
 
 JOB = Path(__file__).parents[3] / "jobs" / "plan.py"
@@ -171,11 +176,26 @@ def test_what_is_frozen_has_neither_gradients_nor_moments(measured):
     assert found.activations < memory(measured, sharded=False).activations
 
 
-def test_the_units_of_the_sharding_are_those_of_the_trainer(measured):
-    model = cost.empty_model(measured.model)
+@pytest.fixture
+def one_process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_parallelize_shards_exactly_the_fsdp_units(measured, one_process_group):
+    """`parallelize` wraps the list that the planner counts with, and the root; the list is every layer and branch."""
+
+    def build(weights):
+        return CrossLMMForConditionalGeneration(build_config(measured.model, video_token_id=0))
+
+    model = parallelize(build, measured.train, torch.device("cpu"))
     names = {module: name for name, module in model.named_modules()}
-    found = {match[0] for name, _ in model.named_parameters() if (match := cost.UNIT.match(name))}
-    assert found == {names[unit] for unit in sharded_units(model)}
+    sharded = {name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    assert sharded == {names[unit] for unit in fsdp_units(model)} | {""}
+    unit = re.compile(r"vision_tower\.encoder\.layers\.\d+|language_model\.model\.layers\.\d+(\.v2v|\.t2v)?")
+    layers = {match[0] for name, _ in model.named_parameters() if (match := unit.match(name))}
+    assert sharded == layers | {""}
 
 
 def test_shards_are_halved_by_twice_the_workers(measured):

@@ -1,17 +1,18 @@
-"""The data path against the least that it could cost, and against what users run today.
+"""Costs of the data path, compared with the minimum that is possible and with what users run today.
 
     python -m benchmarks.data --json
 
-(a) `decode_over_needed`: CPU time of `decode_video` / of libav decoding no frame but those that the wanted ones need.
+(a) `decode_over_needed`: CPU time of `decode_video` / of libav decoding just the frames that the wanted ones depend on.
 (b) `pipeline_over_plain`: frames/s of the Ray Data pipeline after its first batch / of the same decoder in as many
-    plain processes; `startup_s` is the time to that first batch.
-(c) `bytes_over_needed`, `requests`: 32 frames of a 10-minute object over HTTP, counted on the wire.
-(d) `bad5_over_clean`, `good_kept`: good samples/s with 5 % bad files / without, and the share of good ones delivered.
+    plain processes; `startup_s` is the time until that first batch.
+(c) `bytes_over_needed`, `requests`: bytes received / needed for 32 frames of a 10-minute object over HTTP.
+(d) `bad5_over_clean`: readable samples/s with 5 % unreadable files / without; `good_kept`: share of readable files
+    that were delivered.
 (e) `pipeline_over_dataloader`: frames/s of the pipeline / of a torch DataLoader with decord, after their first batch.
 (f) `memory_growth_mib`: resident memory of a decoder, its child included, from a child's 100th clip to its 990th, the
-    worse of two children (they are replaced after 1,000); `memory_100_mib` and `memory_1990_mib` after so many clips.
+    worse of two children (they are replaced after 1,000); `memory_100_mib`, `memory_1990_mib`: after 100 and 1,990.
 
-Arms take turns, three rounds at least; a figure is the median of the rounds' ratios.
+The variants alternate, for at least three rounds; a figure is the median of the rounds' ratios.
 """
 
 import argparse
@@ -55,7 +56,7 @@ LIMITS = {"decode_over_needed": "<= 1.3", "pipeline_over_plain": ">= 0.9", "byte
 
 
 def write_clip(path: Path, seconds: int, gop: int, size: tuple[int, int] = (640, 360)) -> None:
-    """An H.264 .mp4 with B-frames, a fixed distance between keyframes and a moving, grainy picture."""
+    """Write an H.264 .mp4 with B-frames, a keyframe every `gop` frames, and a moving, grainy picture."""
     width, height = size
     texture = np.random.default_rng(0).integers(0, 255, (height // 4 + 64, width // 4 + 64, 3), dtype=np.uint8)
     texture = texture.repeat(4, 0).repeat(4, 1)
@@ -71,28 +72,28 @@ def write_clip(path: Path, seconds: int, gop: int, size: tuple[int, int] = (640,
 
 
 def repeat_clip(source: Path, target: Path, times: int) -> None:
-    """The clip several times over, its packets copied."""
+    """Write the clip `times` times in a row, copying its packets."""
     with av.open(str(target), "w", options={"movflags": "faststart"}) as output:
-        made = None
-        for turn in range(times):
+        output_stream = None
+        for repetition in range(times):
             with av.open(str(source)) as container:
                 stream: Any = container.streams.video[0]
-                made = made or output.add_stream_from_template(stream)
+                output_stream = output_stream or output.add_stream_from_template(stream)
                 packet: Any
                 for packet in container.demux(stream):
                     if packet.dts is not None:
-                        packet.pts += turn * stream.duration
-                        packet.dts += turn * stream.duration
-                        packet.stream = made
+                        packet.pts += repetition * stream.duration
+                        packet.dts += repetition * stream.duration
+                        packet.stream = output_stream
                         output.mux(packet)
 
 
 class Needed:
-    """What the wanted frames of an .mp4 need, found by reading all of its packets: the reference, apart from our code.
+    """The packets that the wanted frames of an .mp4 depend on: the reference, independent of the product's code.
 
     Attributes:
-        groups: for each group of pictures with wanted frames: its keyframe's pts, its needed packets, the wanted pts.
-        bytes: of these packets, and of all that is no frame.
+        groups: (pts of the keyframe, number of needed packets, wanted pts) of each group of pictures that has some.
+        bytes: size of these packets and of everything in the file that is no frame [bytes].
     """
 
     def __init__(self, path: Path, count: int) -> None:
@@ -100,9 +101,9 @@ class Needed:
             stream: Any = container.streams.video[0]
             packets: list[Any] = [p for p in container.demux(stream) if p.size]
             wanted = frame_sampling.uniform(float(stream.duration * stream.time_base), count) / float(stream.time_base)
-        shown = np.sort([p.pts for p in packets])
-        wanted_pts = np.unique(shown[np.searchsorted(shown, wanted, side="right") - 1])
-        place = {p.pts: i for i, p in enumerate(packets)}
+        all_pts = np.sort([p.pts for p in packets])
+        wanted_pts = np.unique(all_pts[np.searchsorted(all_pts, wanted, side="right") - 1])
+        index = {p.pts: i for i, p in enumerate(packets)}
         keys = [i for i, p in enumerate(packets) if p.is_keyframe]
         groups: dict[int, list[int]] = {}
         for pts in wanted_pts:
@@ -110,12 +111,12 @@ class Needed:
             groups.setdefault(key, []).append(int(pts))
         self.groups, self.bytes = [], path.stat().st_size - sum(p.size for p in packets)
         for key, moments in groups.items():
-            last = max(place[pts] for pts in moments)
+            last = max(index[pts] for pts in moments)
             self.groups.append((packets[key].pts, last - key + 1, set(moments)))
             self.bytes += sum(p.size for p in packets[key : last + 1])
 
     def decode(self, path: Path) -> np.ndarray:
-        """Decode these packets and nothing else, one thread."""
+        """Decode just these packets, in one thread."""
         images, resize = [], VideoReformatter()
         with av.open(str(path)) as container:
             stream: Any = container.streams.video[0]
@@ -132,35 +133,35 @@ class Needed:
         return np.stack(images)
 
 
-def in_turns(rounds: int, **arms: Callable[[], float]) -> dict[str, list[float]]:
-    """Measure each arm once a round, one after the other, the order turning."""
-    measured: dict[str, list[float]] = {name: [] for name in arms}
+def in_turns(rounds: int, **variants: Callable[[], float]) -> dict[str, list[float]]:
+    """Measure each variant once a round; every second round runs in reverse order."""
+    measured: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
-        for name in list(arms) if number % 2 == 0 else list(arms)[::-1]:
-            measured[name].append(arms[name]())
+        for name in list(variants) if number % 2 == 0 else list(variants)[::-1]:
+            measured[name].append(variants[name]())
     return measured
 
 
 def median_ratio(measured: dict[str, list[float]], over: str, under: str) -> float:
-    """Median of the rounds' ratios."""
+    """Return the median of the rounds' ratios of two variants."""
     return statistics.median(a / b for a, b in zip(measured[over], measured[under], strict=True))
 
 
 def assert_same(ours: np.ndarray | Unreadable, theirs: np.ndarray) -> None:
-    """Two arms that see different frames have nothing to compare."""
+    """Check that two variants decode the same frames."""
     assert isinstance(ours, np.ndarray), ours
-    assert np.array_equal(ours, theirs), "the arms see different frames"
+    assert np.array_equal(ours, theirs), "the variants decode different frames"
 
 
 def cpu_s(work: Callable[[], Any]) -> float:
-    """CPU time of this process [s]: other work on the machine is not counted."""
+    """Return the CPU time of this process for some work [s]; other work on the machine does not count."""
     began = time.process_time()
     work()
     return time.process_time() - began
 
 
 def decoding(folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """(a), for long and short groups of pictures; the figure is the worse of the two."""
+    """Measure (a) for long and short groups of pictures; the figure is the worse of the two."""
     data, detail = DataConfig(num_frames=FRAMES), {}
     for name, gop in (("long", 225), ("short", 30)):
         path = folder / f"{name}.mp4"
@@ -180,11 +181,11 @@ def decoding(folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, Any
 
 
 def over_http(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """(c). Counted on the wire, headers included, by a relay in front of the store; it is the same in every round."""
-    minute, whole = folder / "minute.mp4", folder / "ten_minutes.mp4"
+    """Measure (c): a relay in front of the store counts bytes, headers included."""
+    minute, video = folder / "minute.mp4", folder / "ten_minutes.mp4"
     write_clip(minute, 60, 60, size=(960, 540))
-    repeat_clip(minute, whole, 10)
-    needed = Needed(whole, FRAMES)
+    repeat_clip(minute, video, 10)
+    needed = Needed(video, FRAMES)
     root = Path(__file__).parent.parent
     with (
         running_object_store(folder / "swift", venv=root / ".cache" / "swift-venv") as store,
@@ -192,7 +193,7 @@ def over_http(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
     ):
         store.make_bucket("videos")
         os.environ.update(store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{wire.port}"})
-        storage.write_bytes("s3://videos/ten_minutes.mp4", whole.read_bytes())
+        storage.write_bytes("s3://videos/ten_minutes.mp4", video.read_bytes())
         data, counted = DataConfig(num_frames=FRAMES), []
         for _ in range(3):
             before = wire.received, wire.requests
@@ -200,11 +201,11 @@ def over_http(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
             ours = decode_video("s3://videos/ten_minutes.mp4", data, SIDE)
             wall_s = time.perf_counter() - began
             counted.append((wire.received - before[0], wire.requests - before[1], wall_s))
-    assert_same(ours, needed.decode(whole))
+    assert_same(ours, needed.decode(video))
     received, requests, wall_s = (statistics.median(values) for values in zip(*counted, strict=True))
     figures = {"bytes_over_needed": received / needed.bytes, "requests": requests}
     return figures, {
-        "object_mb": whole.stat().st_size / 1e6,
+        "object_mb": video.stat().st_size / 1e6,
         "needed_mb": needed.bytes / 1e6,
         "received_mb": received / 1e6,
         "wall_s": wall_s,
@@ -212,9 +213,9 @@ def over_http(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
 
 
 def run_pipeline(videos: list[Path], data: DataConfig) -> dict[str, Any]:
-    """One epoch over these videos through Ray Data as training reads it; rates are counted from the first batch on."""
-    said = [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "-"}]
-    lines = [json.dumps({"id": f"{i}", "video": str(path), "messages": said}) for i, path in enumerate(videos)]
+    """Read one epoch of these videos through Ray Data as training does; rates count from the first batch on."""
+    messages = [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "-"}]
+    lines = [json.dumps({"id": f"{i}", "video": str(path), "messages": messages}) for i, path in enumerate(videos)]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "rows.jsonl").write_text("\n".join(lines))
         rows = Rows([Manifest(f"{folder}/rows.jsonl", ["/"])])
@@ -228,19 +229,19 @@ def run_pipeline(videos: list[Path], data: DataConfig) -> dict[str, Any]:
             first = first or time.perf_counter()
             samples.append(sample)
             frames += sum(len(video) for video in sample.videos)
-    del samples[len(videos) :]  # what fills up the last block
-    took = time.perf_counter() - first
-    own = {s.line for s in samples if not s.quarantined and not s.error}
+    del samples[len(videos) :]  # padding of the last block
+    seconds = time.perf_counter() - first
+    read_lines = {s.line for s in samples if not s.quarantined and not s.error}
     return {
-        "frames_per_s": (frames - FRAMES) / took,
-        "good_per_s": (sum(not s.error for s in samples) - 1) / took,
-        "own_lines": own,
+        "frames_per_s": (frames - FRAMES) / seconds,
+        "good_per_s": (sum(not s.error for s in samples) - 1) / seconds,
+        "read_lines": read_lines,
         "startup_s": first - began,
     }
 
 
 def run_plain(videos: list[Path], data: DataConfig) -> float:
-    """Frames/s of the same decoder in as many processes that do nothing else, start-up apart."""
+    """Return the frames/s of the same decoder in as many processes that do nothing else, without start-up."""
     with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_count_frames, videos[:PROCESSES], [data] * PROCESSES))
         began = time.perf_counter()
@@ -253,7 +254,7 @@ def _count_frames(path: Path, data: DataConfig) -> int:
 
 
 class DecordVideos(torch.utils.data.Dataset[torch.Tensor]):
-    """What users write today: decord in a map-style dataset, frames by number, resized while decoding."""
+    """A typical map-style dataset: decord reads frames by number and resizes while decoding."""
 
     def __init__(self, videos: list[Path]) -> None:
         self.videos = videos
@@ -265,12 +266,12 @@ class DecordVideos(torch.utils.data.Dataset[torch.Tensor]):
         import decord
 
         reader = decord.VideoReader(str(self.videos[number]), width=SIDE, height=SIDE, num_threads=1)
-        chosen = np.linspace(0, len(reader) - 1, FRAMES).astype(int)
-        return torch.from_numpy(reader.get_batch(chosen).asnumpy())
+        numbers = np.linspace(0, len(reader) - 1, FRAMES).astype(int)
+        return torch.from_numpy(reader.get_batch(numbers).asnumpy())
 
 
 def run_dataloader(videos: list[Path]) -> float:
-    """Frames/s of a torch DataLoader with as many workers, from the first batch on."""
+    """Return the frames/s of a torch DataLoader with as many workers, from the first batch on."""
     frames, first = 0, 0.0
     for batch in torch.utils.data.DataLoader(DecordVideos(videos), batch_size=1, num_workers=PROCESSES):
         first = first or time.perf_counter()
@@ -279,7 +280,7 @@ def run_dataloader(videos: list[Path]) -> float:
 
 
 def pipeline(folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """(b) and (e), on clips with a keyframe a second."""
+    """Measure (b) and (e), on clips with a keyframe a second."""
     path = folder / "pipeline.mp4"
     write_clip(path, 60, 30)
     videos, data, startup_s = [path] * SAMPLES, DataConfig(num_frames=FRAMES), []
@@ -302,7 +303,7 @@ def pipeline(folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, Any
 
 
 def with_bad_files(folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """(d). One file in twenty is bad: cut before its index, empty, no video, missing."""
+    """Measure (d). One file in twenty is unreadable: truncated before its index, empty, no video, or missing."""
     path = folder / "good.mp4"
     write_clip(path, 60, 30)
     kinds = {"cut.mp4": path.read_bytes()[:1_000_000], "empty.mp4": b"", "text.mp4": b"no video" * 100}
@@ -312,21 +313,21 @@ def with_bad_files(folder: Path, rounds: int) -> tuple[dict[str, float], dict[st
     clean = [path] * SAMPLES
     mixed = [bad[i // 20 % len(bad)] if i % 20 == 7 else path for i in range(SAMPLES)]
     good = {i + 1 for i, video in enumerate(mixed) if video == path}
-    data, kept = DataConfig(num_frames=FRAMES), []
+    data, shares = DataConfig(num_frames=FRAMES), []
 
     def with_bad() -> float:
         measured = run_pipeline(mixed, data)
-        kept.append(len(measured["own_lines"] & good) / len(good))
+        shares.append(len(measured["read_lines"] & good) / len(good))
         return measured["good_per_s"]
 
     start_ray()
     measured = in_turns(rounds, bad5=with_bad, clean=lambda: run_pipeline(clean, data)["good_per_s"])
-    figures = {"bad5_over_clean": median_ratio(measured, "bad5", "clean"), "good_kept": min(kept)}
+    figures = {"bad5_over_clean": median_ratio(measured, "bad5", "clean"), "good_kept": min(shares)}
     return figures, {"good_per_s": measured, "samples": SAMPLES, "bad": SAMPLES - len(good)}
 
 
 def memory(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """(f), on short clips."""
+    """Measure (f), on short clips."""
     path = folder / "short_clip.mp4"
     write_clip(path, 2, 30)
     resident_mib = {}
@@ -343,26 +344,27 @@ def memory(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
 
 
 def _resident_mib() -> float:
-    me = psutil.Process()
-    return sum(p.memory_info().rss for p in [me, *me.children(recursive=True)]) / 2**20
+    """Return the resident memory of this process and its children [MiB]."""
+    process = psutil.Process()
+    return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)]) / 2**20
 
 
 def start_ray() -> None:
-    """A cluster of this machine's own, quiet."""
+    """Start a Ray cluster on this machine, unless there is one, with little logging."""
     if not ray.is_initialized():
         ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False)
         ray.data.DataContext.get_current().execution_options.preserve_order = True
 
 
 def main() -> None:
-    """Measure the points asked for and print each figure beside its limit."""
+    """Measure the selected points and print each figure next to its limit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--points",
         default="abcdf",
-        help="which of abcdf, e is measured with b (default: all, a quarter of an hour)",
+        help="points to measure, of abcdf; b includes e (default: all, which takes 15 minutes)",
     )
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
@@ -377,9 +379,9 @@ def main() -> None:
             "f": lambda: memory(folder),
         }
         for point in arguments.points:
-            found, detail[point] = points[point]()
-            figures |= found
-            print(f"({point}) {found}", file=sys.stderr, flush=True)
+            measured, detail[point] = points[point]()
+            figures |= measured
+            print(f"({point}) {measured}", file=sys.stderr, flush=True)
     table = Table("figure", "measured", "limit", title="data path")
     for figure, value in figures.items():
         table.add_row(figure, f"{value:.3f}", LIMITS.get(figure, ""))

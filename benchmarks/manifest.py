@@ -1,12 +1,12 @@
-"""A manifest of ten million rows: when the first batch is there, and what every process holds.
+"""A manifest of ten million rows: time to the first batch, and memory of each process.
 
     python -m benchmarks.manifest --json
 
 Prepared manifests of one and of ten million rows (text alone, so that nothing is decoded) are written to a local folder
-and read as training reads them: order, lengths for balanced ranks, Ray Data. Each is measured in a process of its own,
-with a Ray cluster of its own. Figures, per size: `first_batch_s`, from opening the manifest to the ids of the first 128
-rows (start of the cluster apart); `rows_per_s` after that; `driver_mib` and `reader_mib`, peak resident memory of the
-driver and of the largest of Ray's workers, of which what is shared with the object store is a part.
+and read as training does: order, token estimates for balanced ranks, Ray Data. Each size is measured in a separate
+process with a separate Ray cluster. Figures for each size: `first_batch_s`, from opening the manifest to the ids of the
+first 128 rows, without the start of the cluster; `rows_per_s` after that; `driver_mib` and `reader_mib`, peak resident
+memory of the driver and of Ray's largest worker, memory shared with the object store included.
 """
 
 import argparse
@@ -47,20 +47,26 @@ def write_manifest(folder: str, rows: int) -> None:
     for number, start in enumerate(range(0, rows, PART_ROWS)):
         numbers = pa.array(np.arange(start, min(start + PART_ROWS, rows))).cast(pa.string())
         count = len(numbers)
-        said = ['[{"role": "user", "content": "Question ', f'?"}}, {{"role": "assistant", "content": "{WORDS}', '"}]']
-        # Half of each answer is like no other's, so that compression has something to do.
+        json_pieces = [
+            '[{"role": "user", "content": "Question ',
+            f'?"}}, {{"role": "assistant", "content": "{WORDS}',
+            '"}]',
+        ]
+        # Half of each answer is random, or the file would compress to almost nothing.
         hexadecimal = np.random.default_rng(number).bytes(count * 100).hex()
-        own = pa.array([hexadecimal[i : i + 200] for i in range(0, len(hexadecimal), 200)])
-        nothing = pa.array([[]] * count, pa.list_(pa.float32()))
+        unique = pa.array([hexadecimal[i : i + 200] for i in range(0, len(hexadecimal), 200)])
+        no_durations = pa.array([[]] * count, pa.list_(pa.float32()))
         table = pa.table(
             {
                 "id": pc.binary_join_element_wise("row", numbers, " "),
                 "videos": pa.array([[]] * count, pa.list_(pa.string())),
-                "messages": pc.binary_join_element_wise(said[0], numbers, said[1], own, said[2], ""),
+                "messages": pc.binary_join_element_wise(
+                    json_pieces[0], numbers, json_pieces[1], unique, json_pieces[2], ""
+                ),
                 "kind": pa.nulls(count, pa.string()),
                 "line": pa.array(np.arange(start + 1, start + count + 1)),
                 "chars": pa.array(np.random.default_rng(number).integers(100, 1000, count), pa.int32()),
-                "seconds": nothing,
+                "seconds": no_durations,
             }
         )
         parts.append(manifest_shards.write_part(folder, number, table))
@@ -69,7 +75,7 @@ def write_manifest(folder: str, rows: int) -> None:
 
 
 def measure(folder: str) -> dict[str, Any]:
-    """Read the manifest as training does; run in a process of its own."""
+    """Read the manifest as training does. Runs in a separate process for each size."""
     start_ray()
     began = time.perf_counter()
     data = DataConfig(num_frames=4)
@@ -89,7 +95,7 @@ def measure(folder: str) -> dict[str, Any]:
             break
     rate = BLOCKS * layout.rows_per_block / (time.perf_counter() - began - first)
     rows = order.rows_at(np.concatenate([layout.positions(block) for block in range(BLOCKS + 1)]))[0]
-    assert ids == [f"row {row}" for row in rows], "these are not the rows that the order names"
+    assert ids == [f"row {row}" for row in rows], "the rows differ from those of the sampler"
     return {
         "planned_s": planned,
         "first_batch_s": first,
@@ -101,7 +107,7 @@ def measure(folder: str) -> dict[str, Any]:
 
 
 def _peaks_mib() -> dict[str, float]:
-    """Peak resident memory of this process and of all that it has started, the largest of each name [MiB]."""
+    """Return the peak resident memory of this process and of its children, the largest of each name [MiB]."""
     peaks = {"driver": _peak_mib(os.getpid())}
     for process in psutil.Process().children(recursive=True):
         name = process.name()
@@ -112,16 +118,16 @@ def _peaks_mib() -> dict[str, float]:
 def _peak_mib(pid: int) -> float:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0.0
     peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
     return int(peak.split()[1]) / 1024
 
 
 def main() -> None:
-    """Write, measure and print each figure beside its limit."""
+    """Write the manifests, measure, and print each figure next to its limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -136,10 +142,12 @@ def main() -> None:
             print(f"wrote {rows} rows in {time.perf_counter() - began:.0f} s", file=sys.stderr)
             command = [sys.executable, "-m", "benchmarks.manifest", "--measure", f"{folder}/{name}"]
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))  # Ray prints too
+            measured = json.loads(
+                next(line for line in printed.splitlines() if line.startswith("{"))
+            )  # skip Ray's lines
             size = sum(path.stat().st_size for path in Path(folder, name).iterdir())
-            detail[name] = {"rows": rows, "file_mb": size / 1e6, **found}
-            figures |= {f"{key}_{name}": value for key, value in found.items() if isinstance(value, float)}
+            detail[name] = {"rows": rows, "file_mb": size / 1e6, **measured}
+            figures |= {f"{key}_{name}": value for key, value in measured.items() if isinstance(value, float)}
     for key in ("first_batch_s", "driver_mib", "reader_mib"):
         figures[f"{key}_10m_over_1m"] = figures[f"{key}_10m"] / figures[f"{key}_1m"]
     table = Table("figure", "measured", "limit", title="manifest")

@@ -1,7 +1,7 @@
-"""What training loses when frozen features are rounded: the second half of `benchmarks.sweep`.
+"""Accuracy that training loses when frozen features are rounded: the second half of `benchmarks.sweep`.
 
-Models of the `tiny-sweep` preset are trained in process on the sample set, from float32 features, from bf16 and from
-int8. The encoder and its features are the same for all; what else begins at random, and the order, goes by the seed.
+Models of the `tiny-sweep` preset are trained in this process on the sample set, from float32, bf16 and int8 features.
+All share the encoder and its features; the seed fixes the other initial weights and the order of samples.
 """
 
 import multiprocessing
@@ -30,62 +30,69 @@ from crosslmm.train.optim import build_optimizer, set_learning_rate
 
 ROOT = Path(__file__).parent.parent
 DTYPES: tuple[DType, ...] = ("bf16", "int8")
-FORMS = ("float32", *DTYPES)
+FORMATS = ("float32", *DTYPES)
 SEEDS = (0, 1, 2)
 SPLITS = ("train", "held_out")
 
 
-def accuracy_by_form() -> dict[str, list[float]]:
-    """Exact match of trials trained from features in each form, a value a seed."""
+def accuracy_by_format() -> dict[str, list[float]]:
+    """Return the exact-match accuracy of models trained from features of each format, one value a seed."""
     data = str(ROOT / "runs" / "sample")
     shapes.sample_manifests(data)
-    # One thread each: two on two busy cores spin.
+    # One thread each: more threads than free cores waste time in spin locks.
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory(prefix="sweep-") as folder,
         ProcessPoolExecutor(2, context, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         list(pool.map(encode_split, [data] * 2, SPLITS, [folder] * 2))
-        runs = {(form, seed): pool.submit(train, data, folder, form, seed) for seed in SEEDS for form in FORMS}
-        for (form, seed), future in runs.items():
-            print(f"from {form}, seed {seed}: accuracy {future.result():.3f}", file=sys.stderr, flush=True)
-        return {form: [runs[form, seed].result() for seed in SEEDS] for form in FORMS}
+        runs = {
+            (feature_format, seed): pool.submit(train, data, folder, feature_format, seed)
+            for seed in SEEDS
+            for feature_format in FORMATS
+        }
+        for (feature_format, seed), future in runs.items():
+            print(f"from {feature_format}, seed {seed}: accuracy {future.result():.3f}", file=sys.stderr, flush=True)
+        return {name: [runs[name, seed].result() for seed in SEEDS] for name in FORMATS}
 
 
 def configure(seed: int) -> RunConfig:
-    """A trial of the `tiny-sweep` preset as it stands."""
+    """Return the configuration of the `tiny-sweep` preset."""
     return parse_run(["--config=tiny", "--config=tiny-sweep", f"--seed={seed}"], "")
 
 
 def encode_split(data: str, split: str, folder: str) -> None:
-    """Features of a split's clips by the encoder of seed 0, float32 (clips, frames, patches, width), into a file."""
+    """Encode a split's clips with the encoder of seed 0 and save float32 (clips, frames, patches, width)."""
     config = configure(seed=0)
     processor = build_processor(config.model)
     tower = build_encoder(config.model, processor, config.seed).requires_grad_(False)
-    found = []
+    features = []
     for row in Manifest(f"{data}/{split}.jsonl").rows:
         video = cast("np.ndarray", decode_video(row["videos"][0], config.data, processor.image_size))
         pixels = torch.from_numpy(video).permute(0, 3, 1, 2).contiguous()
-        found.append(encode(tower, pixels, config.model.encoder_chunk).numpy())
-    np.save(f"{folder}/{split}.npy", np.stack(found))
+        features.append(encode(tower, pixels, config.model.encoder_chunk).numpy())
+    np.save(f"{folder}/{split}.npy", np.stack(features))
 
 
-def rounded(x_FPD: np.ndarray, form: str) -> np.ndarray:
-    """A video's features as training reads them from a store of this form, float32; "float32" is none."""
-    if form == "float32":
+def rounded(x_FPD: np.ndarray, feature_format: str) -> np.ndarray:
+    """Return a video's features as training reads them from storage in this format, float32; "float32" is exact."""
+    if feature_format == "float32":
         return np.array(x_FPD)
-    dtype = cast("DType", form)
+    dtype = cast("DType", feature_format)
     return from_bf16(unpack(pack(x_FPD, dtype), x_FPD.shape, dtype))
 
 
-def train(data: str, folder: str, form: str, seed: int) -> float:
-    """Train from features in this form, by the project's own order, loss and optimizer -> exact match of greedy answers
-    about held-out clips, from features in the same form. The seed is that of all but the encoder."""
+def train(data: str, folder: str, feature_format: str, seed: int) -> float:
+    """Train from features of this format with the project's sampler, loss and optimizer, and return the accuracy.
+
+    Accuracy is the exact match of greedy answers about held-out clips, from features of the same format. The seed fixes
+    everything but the encoder.
+    """
     config = configure(seed)
     steps, batch = cast("int", config.train.max_steps), config.train.global_batch_size
     processor = build_processor(config.model)
     rows = {split: Manifest(f"{data}/{split}.jsonl").rows for split in SPLITS}
-    features = {split: [rounded(x, form) for x in np.load(f"{folder}/{split}.npy", "r")] for split in SPLITS}
+    features = {split: [rounded(x, feature_format) for x in np.load(f"{folder}/{split}.npy", "r")] for split in SPLITS}
     model = build_model(config.model, processor, config.seed)
     freeze(model, config.train.learning_rate)
     optimizer = build_optimizer(model, config.train)
@@ -99,25 +106,29 @@ def train(data: str, folder: str, form: str, seed: int) -> float:
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    right: list[bool] = []
+    correct: list[bool] = []
     for start in range(0, len(rows["held_out"]), 32):
         part = slice(start, start + 32)
-        asked = [row["messages"] for row in rows["held_out"][part]]
-        prompts = _inputs(processor, [messages[:-1] for messages in asked], features["held_out"][part], answer=True)
+        conversations = [row["messages"] for row in rows["held_out"][part]]
+        prompts = _inputs(
+            processor, [messages[:-1] for messages in conversations], features["held_out"][part], answer=True
+        )
         with torch.no_grad():
             tokens = model.generate(**prompts, max_new_tokens=config.train.max_new_tokens, do_sample=False)
-        said = processor.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += [text.strip() == messages[-1]["content"] for text, messages in zip(said, asked, strict=True)]
-    return statistics.mean(right)
+        answers = processor.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        correct += [
+            text.strip() == messages[-1]["content"] for text, messages in zip(answers, conversations, strict=True)
+        ]
+    return statistics.mean(correct)
 
 
 def _inputs(processor: Any, messages: list[Any], features: list[np.ndarray], **options: Any) -> dict[str, Any]:
-    """A batch whose features are float32, so that all forms go into the model by the same way."""
+    """Return a batch with float32 features, so all formats take the same path through the model."""
     batch = processor(messages, [[to_bf16(x)] for x in features], features=features[0].shape[1:], **options)
     return {**batch, "features": torch.from_numpy(np.concatenate(features))}
 
 
 def lost(accuracy: dict[str, list[float]]) -> dict[str, float]:
-    """What each form has less than float32 features, mean over the seeds."""
-    whole = statistics.mean(accuracy["float32"])
-    return {f"accuracy_lost_{dtype}": whole - statistics.mean(accuracy[dtype]) for dtype in DTYPES}
+    """Return the accuracy that each format loses against float32 features, mean over the seeds."""
+    reference = statistics.mean(accuracy["float32"])
+    return {f"accuracy_lost_{dtype}": reference - statistics.mean(accuracy[dtype]) for dtype in DTYPES}

@@ -117,7 +117,7 @@ def main() -> None:
     detail["bytes_per_frame_2b"] = {
         dtype: recipe.recipe_of(two_b(), "", dtype).frame_bytes for dtype in rounding.DTYPES
     }
-    detail["accuracy"] = rounding.accuracy_by_form()
+    detail["accuracy"] = rounding.accuracy_by_format()
     figures |= rounding.lost(detail["accuracy"])
     detail["total_s"] = time.perf_counter() - began
     report("sweep", _table(figures, detail), figures, detail, as_json)

@@ -91,7 +91,7 @@ time.sleep(60)
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("form", rounding.FORMS)
+@pytest.mark.parametrize("form", rounding.FORMATS)
 def test_forms_round_as_much_as_they_may(form):
     x = np.random.default_rng(0).normal(0, 3, (2, 5, 8)).astype(np.float32)
     off = np.abs(rounding.rounded(x, form) - x) / np.abs(x).max(axis=-1, keepdims=True)
@@ -121,7 +121,7 @@ def test_training_takes_the_features_of_its_form(tmp_path, monkeypatch):
         return batch
 
     monkeypatch.setattr(rounding, "_inputs", inputs)
-    for form in rounding.FORMS:
+    for form in rounding.FORMATS:
         assert 0 <= rounding.train(data, str(tmp_path), form, seed=1) <= 1
     whole, bf16, int8 = given[0], given[2], given[4]  # the step's, then the held-out clips'
     assert whole.dtype == np.float32

@@ -281,17 +281,17 @@ def with_features(processor, model, conversations, media, **options):
 
 def test_loss_from_features_matches_loss_from_pixels(model, processor, samples):
     open_gates(model)
-    pixels, given = processor(*samples), with_features(processor, model, *samples)
-    assert "pixel_values" not in given
-    assert given["features"].dtype == torch.bfloat16
-    for key in given.keys() - {"features"}:
-        assert torch.equal(given[key], pixels[key])
+    pixels, from_features = processor(*samples), with_features(processor, model, *samples)
+    assert "pixel_values" not in from_features
+    assert from_features["features"].dtype == torch.bfloat16
+    for key in from_features.keys() - {"features"}:
+        assert torch.equal(from_features[key], pixels[key])
     unrounded = model.encode(pixels["pixel_values"])
-    exact = {**given, "features": unrounded}
+    exact = {**from_features, "features": unrounded}
     assert torch.equal(model(**exact).loss, model(**pixels).loss)
     # bfloat16 keeps 8 bits of each feature: errors of at most 2^-9, which the model does not amplify.
-    torch.testing.assert_close(model(**given).loss, model(**pixels).loss, rtol=2e-3, atol=0)
-    assert not torch.equal(model(**given).loss, model(**pixels).loss)
+    torch.testing.assert_close(model(**from_features).loss, model(**pixels).loss, rtol=2e-3, atol=0)
+    assert not torch.equal(model(**from_features).loss, model(**pixels).loss)
 
 
 @torch.no_grad()
@@ -300,15 +300,15 @@ def test_answers_from_features_match_and_do_not_run_the_encoder(model, processor
     conversations, media = [messages[:1] for messages in samples[0]], samples[1]
     pixels = processor(conversations, media, answer=True)
     unrounded = model.encode(pixels["pixel_values"])
-    given = with_features(processor, model, conversations, media, answer=True)
+    from_features = with_features(processor, model, conversations, media, answer=True)
     model.encode = None
-    exact = {**given, "features": unrounded}
+    exact = {**from_features, "features": unrounded}
     for options in ({}, {"use_cache": False}):
         answers = model.generate(**exact, max_new_tokens=6, do_sample=False, **options)
         del model.encode
         assert torch.equal(answers, model.generate(**pixels, max_new_tokens=6, do_sample=False, **options))
         model.encode = None
-        assert model.generate(**given, max_new_tokens=6, do_sample=False).shape == answers.shape
+        assert model.generate(**from_features, max_new_tokens=6, do_sample=False).shape == answers.shape
     del model.encode
 
 

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 
 from crosslmm.cli import fail, parse_job, stop_on_sigterm
 from crosslmm.config import BadConfig
+from crosslmm.progress import set_up_logging
 
 
 def main() -> int:
@@ -34,6 +35,7 @@ def main() -> int:
     from crosslmm.storage import BadLocation, Unavailable
 
     stop_on_sigterm()
+    set_up_logging()
     try:
         outcome = run_encoding(config, FeatureConfig(**own["features"]))
     except (BadConfig, BadManifest, BadLocation) as error:

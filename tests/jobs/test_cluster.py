@@ -39,7 +39,7 @@ except KeyboardInterrupt:
 """
 
 
-def test_a_local_cluster_has_a_private_token_and_loopback_dashboard():
+def test_a_local_cluster_is_private_and_on_loopback():
     with LocalCluster(num_cpus=1) as cluster:
         assert cluster.token.stat().st_mode & 0o077 == 0
         assert cluster.folder.stat().st_mode & 0o077 == 0

@@ -206,7 +206,9 @@ def test_folder_with_invalid_files_is_refused(cached, tmp_path):
 
 
 def test_trained_encoder_is_refused():
-    with pytest.raises(BadConfig, match=r"data\.features: .*frozen.*train\.learning_rate\.vision is 0\.001; make it 0"):
+    with pytest.raises(
+        BadConfig, match=r"data\.features: .*frozen.*train\.learning_rate\.vision is 0\.001; (make it|set it to) 0"
+    ):
         parse_run(["--data.features=/somewhere"], "")
     frozen = parse_run(["--data.features=/somewhere", "--train.learning_rate.vision=0"], "")
     assert frozen.data.features == "/somewhere"

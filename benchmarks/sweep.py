@@ -41,7 +41,7 @@ from mlflow.tracking import MlflowClient
 from rich.table import Table
 
 from benchmarks import report, rounding
-from crosslmm.cli import parse_run, stop_on_sigterm
+from crosslmm.cli import parse_run, start_job
 from crosslmm.config import RunConfig
 from crosslmm.data.feature_cache import FeatureCache, create_feature_folder, write_index, write_shard
 from crosslmm.data.feature_format import from_bf16
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     as_json = parser.parse_args().json
-    stop_on_sigterm()
+    start_job()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="sweep-") as name:
         folder = Path(name)

@@ -1,126 +1,145 @@
-"""The one schema of a run: typed, validated, with units."""
+"""The schema of a run: every setting with its type, unit, default and role.
 
+A field's docstring is the text of `--help`. Its role (`Role`) says what may happen to the value after a run has begun.
+"""
+
+import enum
 import os
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-USERINFO = re.compile(r"(?<=://)(?:[^/\s@]*|[^/\s:@]*:(?!\d+(?:/|$))[^\s@]*)@")
-"""User and password in a URI; in place of a port, a password may hold slashes, as the keys of S3 do."""
+from crosslmm.text import USERINFO, one_line
+
+
+class Role(enum.Enum):
+    """What may happen to a setting after a run has begun. Every setting is either FIXED or FREE."""
+
+    FIXED = "determines the samples, their order or the weights: a resume with another value is refused"
+    FREE = "says where and how fast a run goes on: may differ at each start of a run or sweep"
+    COMPARED = "free for a run, but fixed for a sweep, whose trials are compared by it"
+    FEATURES = "changes what the frozen vision encoder computes: trials of a sweep that searches it share no features"
+    NOT_SEARCHED = "says where a run keeps its things: no dimension of a search space"
+
+
+FIXED, FREE, COMPARED, FEATURES, NOT_SEARCHED = Role
+
+
+def setting(default: Any, *roles: Role) -> Any:
+    """Return a field with this default value and these roles."""
+    return Field(default, json_schema_extra={"roles": [role.name for role in roles]})
+
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 Limit = Annotated[float, Field(gt=0)]
-# As Kubernetes and Ray have them; an optional domain, a slash, a name.
+# The syntax of Kubernetes and Ray: an optional domain, a slash, a name.
 LabelKey = Annotated[
     str, Field(pattern=r"^([a-zA-Z0-9][a-zA-Z0-9.-]*/)?[a-zA-Z0-9]([\w.-]*[a-zA-Z0-9])?$", max_length=316)
 ]
 LabelValue = Annotated[str, Field(pattern=r"^[a-zA-Z0-9]([\w.-]*[a-zA-Z0-9])?$", max_length=63)]
 Labels = dict[LabelKey, LabelValue]
-"""Of a node, and what a node must have."""
+"""Labels of a node, or labels that a node must have."""
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values never change after the checks."""
+    """Base of all sections: unknown keys are refused, and values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
-    """What is trained."""
+    """The model."""
 
-    vision: dict[str, Any] | None = None
-    """Fields of Transformers' `SiglipVisionConfig`: hidden_size, image_size [px], patch_size [px], ...; null takes what
-    the configuration of `vision_weights` says."""
-    language: dict[str, Any] | None = None
-    """`model_type` (qwen2, llama, ...) and the fields of that decoder's configuration; null takes what the
-    configuration of `language_weights` says."""
-    vision_weights: str | None = None
-    """SigLIP checkpoint: hub name, local directory or s3:// folder; null starts from random weights."""
-    vision_revision: str | None = None
+    vision: dict[str, Any] | None = setting(None, FIXED, FEATURES)
+    """Vision encoder: fields of Transformers' `SiglipVisionConfig` (hidden_size, image_size [px], patch_size [px],
+    ...); null takes the configuration of `vision_weights`."""
+    language: dict[str, Any] | None = setting(None, FIXED)
+    """Language model: `model_type` (qwen2, llama, ...) and the fields of its Transformers configuration; null takes the
+    configuration of `language_weights`."""
+    vision_weights: str | None = setting(None, FIXED, FEATURES)
+    """SigLIP checkpoint: hub name, local folder or s3:// folder; null starts from random weights."""
+    vision_revision: str | None = setting(None, FIXED, FEATURES)
     """Commit of `vision_weights` on the hub."""
-    language_weights: str | None = None
-    """Decoder checkpoint: hub name, local directory or s3:// folder, or a GGUF file (path or s3:// URI); null starts
-    from random weights."""
-    language_revision: str | None = None
+    language_weights: str | None = setting(None, FIXED)
+    """Checkpoint of the language model: hub name, local folder, s3:// folder, or a GGUF file (path or s3:// URI); null
+    starts from random weights."""
+    language_revision: str | None = setting(None, FIXED)
     """Commit of `language_weights` and `tokenizer` on the hub."""
-    init_from: str | None = None
-    """Folder (path or s3:// URI) of a whole exported CrossLMM to start from, such as stage 1's `model`; null: none."""
-    tokenizer: str = "tiny"
-    """Fast tokenizer: whatever `language_weights` takes; "tiny" is built on the spot, without a download."""
-    pool_stride: Count = 9
-    """s: a frame of g x g patches sends ceil(g/s)^2 tokens through the decoder; 1 sends all [patches]."""
-    pooling: Literal["bilinear", "average", "max"] = "bilinear"
-    """How the patches of a cell become one token."""
-    cross_attention_every: Annotated[int, Field(ge=0)] = 4
-    """K: every K-th decoder layer carries the dual cross-attention; 0 for none [layers]."""
-    cross_attention_layers: list[int] | None = None
-    """These decoder layers instead, counted from 0; null for every K-th [layers]."""
-    v2v: bool = True
-    """Visual positions look back at all original visual tokens."""
-    t2v: bool = True
-    """Text positions look back at all original visual tokens of the videos before them."""
-    v2v_scope: Literal["video", "frame"] = "video"
-    """What a pooled token looks back at: its whole video, or its own frame alone, which costs linearly in frames."""
-    cross_attention_rotary: bool = False
-    """Rotary positions over frames in the cross-attentions; the paper has none."""
-    encoder_chunk: Count = 4
-    """Frames that the vision encoder holds intermediates of at a time [frames]."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernels; flash_attention_2 needs a GPU, bf16 and the `flash` extra. auto takes it where the nodes that
-    train have all of these, and sdpa elsewhere."""
+    init_from: str | None = setting(None, FIXED, FEATURES)
+    """Exported CrossLMM to start from, such as the `model` folder of a stage-1 run (path or s3:// URI)."""
+    tokenizer: str = setting("tiny", FIXED)
+    """Tokenizer: hub name, folder or GGUF file; "tiny" is built without a download."""
+    pool_stride: Count = setting(9, FIXED)
+    """Pooling stride s: a frame of g x g patches becomes ceil(g/s)^2 tokens; 1 keeps all [patches]."""
+    pooling: Literal["bilinear", "average", "max"] = setting("bilinear", FIXED)
+    """How the patches of one cell become one token."""
+    cross_attention_every: Annotated[int, Field(ge=0)] = setting(4, FIXED)
+    """K: every K-th decoder layer has the dual cross-attention; 0 for none [layers]."""
+    cross_attention_layers: list[int] | None = setting(None, FIXED)
+    """Decoder layers with the dual cross-attention, counted from 0, instead of every K-th."""
+    v2v: bool = setting(True, FIXED)
+    """Visual-to-visual cross-attention: pooled tokens attend to the original visual tokens."""
+    t2v: bool = setting(True, FIXED)
+    """Text-to-visual cross-attention: text attends to the original visual tokens of the videos before it."""
+    v2v_scope: Literal["video", "frame"] = setting("video", FIXED)
+    """What a pooled token attends to: its whole video, or its own frame, whose cost is linear in frames."""
+    cross_attention_rotary: bool = setting(False, FIXED)
+    """Rotary positions over frames in the cross-attentions (the paper has none)."""
+    encoder_chunk: Count = setting(4, FREE)
+    """Frames that go through the vision encoder at once; more is faster and takes more memory [frames]."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting("sdpa", FREE)
+    """Attention kernels. auto is flash_attention_2 where GPUs with bf16 and the `flash` extra exist, else sdpa."""
 
 
 class DataConfig(Section):
-    """What it is trained on."""
+    """The data."""
 
-    manifest: dict[str, Count] | str = "sample"
-    """JSONL, JSON (LLaVA's) or Parquet manifest, a folder of videos with sidecars, or what jobs/prepare.py made of one;
-    path or s3:// URI. Several as {manifest: share, ...}: of each sum-of-shares samples so many are its own.
-    "sample" generates the sample set (with its held-out manifest) if missing."""
-    validation_manifest: str | None = None
-    """Held-out manifest, path or URI; null validates nothing (with "sample": the sample set's own)."""
-    roots: list[str] = []
-    """Folders (paths or s3:// URIs) that a manifest's videos may lie in, besides the manifest's own folder (a prepared
-    one's is itself). A row that names anything else is malformed, a link that leads out is an unreadable video."""
-    features: str | None = None
-    """Folder (path or s3:// URI) that jobs/encode.py printed: its features are read instead of videos, and the vision
-    encoder, which must be frozen, does not run; null reads videos."""
-    num_frames: Count = 64
-    """The most frames sampled from a video, fewer where it has fewer [frames]."""
-    sampling: Literal["uniform", "fps", "fps_then_uniform"] = "uniform"
-    """Which frames: num_frames spread evenly; one every 1/fps s, the first num_frames of them; or the same, spread
-    evenly where they would be too many (LLaVA-Video's)."""
-    fps: Annotated[float, Field(gt=0)] = 1.0
-    """Frames per second of video that the two fps policies look at [1/s]."""
-    decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
-    """Which library decodes; auto is pyav, by the measurements in docs/decisions.md."""
-    decode_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """Wall clock for one video, after which its decoder is killed and the row is counted as unreadable [s]."""
-    decode_memory_gib: Annotated[float, Field(gt=0)] = 4.0
-    """Memory that a decoding process may take for one video, which is unreadable beyond it [GiB]."""
-    max_video_bytes: Count = 64 * 2**30
-    """Largest video that is opened [bytes]."""
-    max_video_s: Annotated[float, Field(gt=0)] = 24 * 3600.0
+    # The digests of manifests and features are fixed (train/resume.py), not their addresses.
+    manifest: dict[str, Count] | str = setting("sample", FREE, FEATURES)
+    """Training manifest: JSONL, LLaVA's JSON, Parquet, a folder of videos, or a folder of jobs/prepare.py (path or
+    s3:// URI). A mixture is {manifest: share, ...} with integer shares. "sample" generates a sample set."""
+    validation_manifest: str | None = setting(None, FREE, FEATURES)
+    """Held-out manifest; null does not validate (with "sample": the sample set's own)."""
+    roots: list[str] = setting([], FREE, FEATURES)
+    """Further folders that videos may lie in, besides the manifest's own (paths or s3:// URIs). A row that names
+    anything else is malformed."""
+    features: str | None = setting(None, FREE, FEATURES)
+    """Folder that jobs/encode.py printed: features to read instead of videos. Needs a frozen vision encoder."""
+    num_frames: Count = setting(64, FIXED, FEATURES)
+    """Frames sampled from a video, at most [frames]."""
+    sampling: Literal["uniform", "fps", "fps_then_uniform"] = setting("uniform", FIXED, FEATURES)
+    """Which frames: uniform spreads num_frames evenly; fps takes one every 1/fps s, the first num_frames of them;
+    fps_then_uniform does the same, spread evenly where there are too many (LLaVA-Video's policy)."""
+    fps: Annotated[float, Field(gt=0)] = setting(1.0, FIXED, FEATURES)
+    """Frame rate of the two fps policies [1/s]."""
+    decoder: Literal["auto", "pyav", "decord", "torchcodec"] = setting("auto", FIXED, FEATURES)
+    """Decoding library; auto is pyav (measurements: docs/decisions.md)."""
+    decode_timeout_s: Annotated[float, Field(gt=0)] = setting(60.0, FREE, FEATURES)
+    """Deadline for one video; then its decoder is killed and the video counts as unreadable [s]."""
+    decode_memory_gib: Annotated[float, Field(gt=0)] = setting(4.0, FREE, FEATURES)
+    """Memory of a decoder process; a video that needs more is unreadable [GiB]."""
+    max_video_bytes: Count = setting(64 * 2**30, FIXED, FEATURES)
+    """Largest video file that is opened [bytes]."""
+    max_video_s: Annotated[float, Field(gt=0)] = setting(24 * 3600.0, FIXED, FEATURES)
     """Longest video that is decoded [s]."""
-    max_frame_pixels: Count = 8192 * 4352
+    max_frame_pixels: Count = setting(8192 * 4352, FIXED, FEATURES)
     """Largest frame that is decoded, width x height [px]."""
-    max_bad_share: Share = 0.1
-    """Share of a worker's samples from one manifest whose videos may be unreadable; beyond it the run stops and says
-    why."""
-    bad_allowed: Annotated[int, Field(ge=0)] = 20
-    """So many unreadable videos of a worker and manifest never stop a run, whatever their share [videos]."""
+    max_bad_share: Share = setting(0.1, FREE, FEATURES)
+    """Share of unreadable videos, per worker and manifest, beyond which the run stops."""
+    bad_allowed: Annotated[int, Field(ge=0)] = setting(20, FREE, FEATURES)
+    """Unreadable videos, per worker and manifest, that never stop a run, whatever their share [videos]."""
 
     @model_validator(mode="after")
     def _manifests_have_shares(self) -> "DataConfig":
         if not self.manifest or (isinstance(self.manifest, str) and self.manifest.startswith("{")):
             raise ValueError(
-                f"manifest: {self.manifest} is neither a place nor {{place: share, ...}} with shares that are whole "
-                "numbers from 1"
+                f"manifest: {self.manifest} is neither a path nor a URI nor {{manifest: share, ...}} with integer "
+                "shares of at least 1"
             )
         return self
 
@@ -131,18 +150,18 @@ class DataConfig(Section):
 
 
 class LearningRates(Section):
-    """Peak learning rate of each component (Table 3); 0 freezes it."""
+    """Peak learning rate per component (paper, Table 3); 0 freezes it."""
 
-    vision: Rate = 0.0
-    """The vision encoder."""
-    projector: Rate = 1e-3
-    """The projector."""
-    v2v: Rate = 1e-3
+    vision: Rate = setting(0.0, FIXED, FEATURES)
+    """Vision encoder."""
+    projector: Rate = setting(1e-3, FIXED)
+    """Projector."""
+    v2v: Rate = setting(1e-3, FIXED)
     """Visual-to-visual cross-attentions."""
-    t2v: Rate = 0.0
+    t2v: Rate = setting(0.0, FIXED)
     """Text-to-visual cross-attentions."""
-    decoder: Rate = 0.0
-    """The language model, embeddings and output head included."""
+    decoder: Rate = setting(0.0, FIXED)
+    """Language model, with embeddings and output head."""
 
     @model_validator(mode="after")
     def _something_learns(self) -> "LearningRates":
@@ -152,174 +171,175 @@ class LearningRates(Section):
 
 
 class TrainConfig(Section):
-    """How it is trained."""
+    """Training."""
 
-    epochs: Count = 1
-    """Passes over the manifest."""
-    max_steps: Count | None = None
-    """Stop after so many optimizer steps, whatever `epochs` says; null for all [steps]."""
-    global_batch_size: Count = 128
-    """Samples of one optimizer step, over all workers [samples]."""
-    micro_batch_size: Count = 1
-    """Samples that one worker holds at once; the rest is accumulated [samples]."""
-    micro_batch_tokens: Count | None = None
-    """Instead of it, in training: the most tokens that one worker holds at once, visual ones and padding included.
-    Samples of like length go together, and each worker gets about as many tokens of a step [tokens]."""
+    epochs: Count = setting(1, FIXED)
+    """Passes over the data [epochs]."""
+    max_steps: Count | None = setting(None, FIXED)
+    """Upper limit of optimizer steps, whatever `epochs` says; null for none [steps]."""
+    global_batch_size: Count = setting(128, FIXED)
+    """Samples per optimizer step, over all workers [samples]."""
+    micro_batch_size: Count = setting(1, FREE)
+    """Samples that one worker processes at once; gradients accumulate over the rest [samples]."""
+    micro_batch_tokens: Count | None = setting(None, FREE)
+    """Instead of `micro_batch_size`: tokens that one worker processes at once, visual tokens and padding included.
+    Groups samples of similar length and balances tokens over workers [tokens]."""
     learning_rate: LearningRates = LearningRates()
-    """Peak learning rates by component."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Linear warm-up [steps]; the cosine that follows ends at `final_learning_rate_share` with the last step."""
-    final_learning_rate_share: Share = 0.0
-    """Learning rate at the end, as a share of its peak."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled decay, on matrices only."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Peak learning rate per component."""
+    warmup_steps: Annotated[int, Field(ge=0)] = setting(100, FIXED)
+    """Linear warm-up; a cosine to `final_learning_rate_share` at the last step follows [steps]."""
+    final_learning_rate_share: Share = setting(0.0, FIXED)
+    """Learning rate at the last step, as a share of its peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = setting(0.0, FIXED)
+    """AdamW's decoupled weight decay, on matrices only."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = setting(1.0, FIXED)
     """Gradients are clipped to this global L2 norm."""
-    not_finite: Literal["stop", "skip"] = "stop"
-    """What becomes of a step whose gradient is not a number: the run stops, to be looked at, or goes on without it. Its
-    samples are named in the run's `not_finite` folder in both."""
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """Arithmetic; bf16 keeps float32 weights and reduces gradients in float32. auto is bf16 on GPUs that have it, and
-    fp32 elsewhere; the run keeps what was chosen when it began."""
-    activation_checkpointing: bool = False
+    not_finite: Literal["stop", "skip"] = setting("stop", FREE)
+    """At a non-finite gradient: stop the run, or skip the step. Both list the step's samples in the run's `not_finite`
+    folder."""
+    precision: Literal["auto", "fp32", "bf16"] = setting("fp32", FIXED, FEATURES)
+    """Compute precision. bf16 keeps float32 weights and reduces gradients in float32; auto is bf16 on GPUs that support
+    it. A run keeps what was chosen when it began."""
+    activation_checkpointing: bool = setting(False, FREE)
     """Recompute each layer in the backward pass instead of keeping its activations."""
-    checkpoint_every: Count = 500
-    """Save a checkpoint every so many steps, and at the end [steps]."""
-    keep_checkpoints: Count = 2
-    """Newest checkpoints kept in storage [checkpoints]."""
-    keep_best: str | None = None
-    """Keep the best checkpoint too, by this metric of the validation before it, `validation/accuracy` (the highest) or
-    `validation/loss` (the lowest); null keeps the newest alone."""
-    validate_every: Count = 500
-    """Validate every so many steps, and at the end [steps]."""
-    max_new_tokens: Count = 16
-    """Longest answer in validation [tokens]."""
+    checkpoint_every: Count = setting(500, FREE)
+    """Interval between checkpoints; one more comes at the end [steps]."""
+    keep_checkpoints: Count = setting(2, FREE)
+    """Newest checkpoints that are kept [checkpoints]."""
+    keep_best: str | None = setting(None, FREE)
+    """Also keep the best checkpoint by this metric of the validation before it: `validation/accuracy` or
+    `validation/loss`."""
+    validate_every: Count = setting(500, FREE, COMPARED)
+    """Interval between validations; one more comes at the end [steps]."""
+    max_new_tokens: Count = setting(16, FREE, COMPARED)
+    """Length limit of a generated answer in validation [tokens]."""
 
 
 class TrackingConfig(Section):
-    """Where the record goes."""
+    """MLflow."""
 
-    uri: str | None = None
-    """MLflow tracking URI; null takes MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db."""
-    experiment: str = "crosslmm"
+    uri: str | None = setting(None, FREE, NOT_SEARCHED)
+    """MLflow tracking URI; null takes MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
+    experiment: str = setting("crosslmm", FREE, NOT_SEARCHED)
     """MLflow experiment."""
-    artifacts: str | None = None
-    """Root of the experiment's artifacts, path or s3:// URI, when it is created; null: MLflow's default."""
-    registered_model: str = "crosslmm"
+    artifacts: str | None = setting(None, FREE, NOT_SEARCHED)
+    """Artifact location of a new experiment (path or s3:// URI); null takes MLflow's default."""
+    registered_model: str = setting("crosslmm", FREE, NOT_SEARCHED)
     """Name in the model registry."""
-    alias: str = "candidate"
-    """Alias that the newly registered version is given."""
+    alias: str = setting("candidate", FREE, NOT_SEARCHED)
+    """Alias of the newly registered version."""
 
 
 class NodeType(Section):
     """Nodes that an autoscaler adds."""
 
     most: Count
-    """So many of them at a time [nodes]."""
+    """Nodes of this type at a time, at most [nodes]."""
     resources: dict[str, Limit]
-    """Of one of them: CPU [cores], GPU [GPUs], object_store_memory [bytes], and what else it has."""
+    """Resources of one node: CPU [cores], GPU [GPUs], object_store_memory [bytes], and custom ones."""
     labels: Labels = {}
-    """Of each of them."""
+    """Labels of each node."""
 
 
 class ScalingConfig(Section):
-    """What it runs on, and where. A cluster's own file says where, such as cluster/run.yaml; a laptop needs none."""
+    """Hardware and placement. A cluster's own file, such as cluster/run.yaml, sets placement; a laptop needs none."""
 
-    num_workers: Count | tuple[Count, Count] = 1
-    """Training processes, one FSDP rank each. [min, max] trains on as many as there is room for, at the start, after a
-    node has gone, and when one has come."""
-    resize_every_s: Annotated[float, Field(ge=0)] = 60.0
-    """With [min, max]: how often a running group looks for room to grow, which restarts it from its last checkpoint
+    num_workers: Count | tuple[Count, Count] = setting(1, FREE)
+    """Training workers, one FSDP rank each. [min, max] uses as many as there is room for, at each start and when nodes
+    come or go."""
+    resize_every_s: Annotated[float, Field(ge=0)] = setting(60.0, FREE)
+    """With [min, max]: interval at which a run looks for room to grow, which restarts it from its last checkpoint
     [s]."""
-    use_gpu: bool = True
-    """One GPU and NCCL for each worker; false trains on CPUs with gloo."""
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 4
-    """CPUs that each training worker reserves; at least one thread computes [cores]."""
-    decode_workers: Count = 8
-    """Processes that decode video, for training and again for validation."""
-    cpus_per_decode_worker: Annotated[float, Field(gt=0)] = 1
-    """CPUs that each of them reserves [cores]."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts in a row that bring no new checkpoint, after which the run gives up."""
-    train_on: Labels = {}
-    """Labels of the nodes that train, {"crosslmm.io/role": "train"}; empty: any node."""
-    decode_on: Labels = {}
-    """Labels of the nodes that decode video."""
-    drive_on: Labels = {}
-    """Labels of the node of the driver, with which its board, Ray Train's controller and the drivers of a sweep's
-    trials are: one that is not taken away. `ray job submit` takes the head; a driver that is elsewhere is refused."""
-    worker_resources: dict[str, Limit] = {}
-    """What each training worker reserves beside CPUs and GPU: resources that nodes were started with."""
-    node_types: list[NodeType] = []
-    """What the cluster's autoscaler may add, which Ray does not tell: [{most: 4, resources: {CPU: 48, GPU: 4}, labels:
-    {crosslmm.io/role: train}}, ...]; empty: nothing, there are the nodes that there are."""
+    use_gpu: bool = setting(True, FREE)
+    """Train on GPUs with NCCL, one per worker; false trains on CPUs with gloo."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = setting(4, FREE)
+    """CPUs that a training worker reserves; it computes with as many threads, at least one [cores]."""
+    decode_workers: Count = setting(8, FREE)
+    """Video decoders, for training and again for validation."""
+    cpus_per_decode_worker: Annotated[float, Field(gt=0)] = setting(1, FREE)
+    """CPUs that a decoder reserves [cores]."""
+    max_failures: Annotated[int, Field(ge=0)] = setting(3, FREE)
+    """Restarts in a row without a new checkpoint, after which the run gives up."""
+    train_on: Labels = setting({}, FREE)
+    """Labels of the nodes that train, such as {crosslmm.io/role: train}; empty: any node."""
+    decode_on: Labels = setting({}, FREE)
+    """Labels of the nodes that decode video; empty: any node."""
+    drive_on: Labels = setting({}, FREE)
+    """Labels of the driver's node, which must not be a spot node. `ray job submit` places a driver on the head; a
+    driver elsewhere is refused."""
+    worker_resources: dict[str, Limit] = setting({}, FREE)
+    """Custom resources that a training worker reserves besides CPUs and GPU."""
+    node_types: list[NodeType] = setting([], FREE)
+    """Nodes that the cluster's autoscaler may add, since Ray does not tell: [{most: 4, resources: {CPU: 48, GPU: 4},
+    labels: {crosslmm.io/role: train}}, ...]; empty: none."""
 
     @model_validator(mode="after")
-    def _least_is_least(self) -> "ScalingConfig":
+    def _minimum_comes_first(self) -> "ScalingConfig":
         if self.least_workers > self.most_workers:
             raise ValueError(f"num_workers is {self.num_workers}; give [min, max]")
         return self
 
     @property
     def least_workers(self) -> int:
-        """The fewest that it trains on."""
+        """Minimum number of training workers."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def most_workers(self) -> int:
-        """The most that it trains on: what room and memory are planned for."""
+        """Maximum number of training workers, for which room and memory are planned."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class WatchdogConfig(Section):
-    """How long nothing may be heard. Then the stacks of all ranks go to the run's `stacks` folder, and the workers
-    start again from the last checkpoint. While one rank waits for its data, the others wait for it in their step."""
+    """Time limits of a rank's phases. When one is exceeded, all ranks write their stacks to the run's `stacks` folder,
+    and the workers restart from the last checkpoint. While one rank waits for data, the others wait for it in their
+    step."""
 
-    startup_s: Limit = 1800.0
+    startup_s: Limit = setting(1800.0, FREE)
     """From a worker's start to its first step: weights, checkpoint, first samples [s]."""
-    data_s: Limit = 900.0
+    data_s: Limit = setting(900.0, FREE)
     """Waiting for the samples of one step [s]."""
-    step_s: Limit = 1200.0
+    step_s: Limit = setting(1200.0, FREE)
     """One step [s]."""
-    validation_s: Limit = 3600.0
+    validation_s: Limit = setting(3600.0, FREE)
     """One validation [s]."""
-    checkpoint_s: Limit = 1800.0
+    checkpoint_s: Limit = setting(1800.0, FREE)
     """Waiting for one checkpoint, or for the export at the end [s]."""
 
 
 class RunConfig(Section):
-    """One training run, from manifest to registered model."""
+    """The run."""
 
     model: ModelConfig
-    """What is trained."""
+    """The model."""
     data: DataConfig = DataConfig()
-    """What it is trained on."""
+    """The data."""
     train: TrainConfig = TrainConfig()
-    """How it is trained."""
+    """Training."""
     tracking: TrackingConfig = TrackingConfig()
-    """Where the record goes."""
+    """MLflow."""
     scaling: ScalingConfig = ScalingConfig()
-    """What it runs on."""
+    """Hardware and placement."""
     watchdog: WatchdogConfig = WatchdogConfig()
-    """How long nothing may be heard."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
-    """Name of the run; the same name resumes it. Null makes one from the time."""
-    storage: str = "runs"
-    """Folder of all runs, path or s3:// URI; every node must reach it."""
-    seed: int = 0
-    """Fixes random weights and the order of samples."""
-    accept_changes: bool = False
-    """Go on with a run although its configuration is not the one that it was begun with; without it a resume names the
-    keys that differ, and what only says where and how fast it runs may differ anyway."""
+    """Time limits of a rank's phases."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = setting(None, FREE, NOT_SEARCHED)
+    """Name of the run; the same name resumes it. Null takes the date and time."""
+    storage: str = setting("runs", FREE, NOT_SEARCHED)
+    """Folder of all runs (path or s3:// URI); every node must reach it."""
+    seed: int = setting(0, FIXED)
+    """Seed of random weights and of the sample order."""
+    accept_changes: bool = setting(False, FREE, NOT_SEARCHED)
+    """Resume although the configuration differs from the one the run began with. Without it, a resume is refused with
+    the keys that differ; where and how fast a run goes on may always differ."""
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of each worker in one optimizer step, where they are counted in samples."""
+        """Micro-batches per worker and optimizer step, where micro-batches are counted in samples."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.scaling.most_workers)
 
     @property
     def in_bf16(self) -> bool:
-        """Whether it computes in bf16; while that is open, whether it would on a GPU of today."""
+        """True if the run computes in bf16; for `auto`, if it would on a current GPU."""
         return self.train.precision == "bf16" or (self.train.precision == "auto" and self.scaling.use_gpu)
 
     @model_validator(mode="after")
@@ -343,18 +363,18 @@ class RunConfig(Section):
                     f"train.global_batch_size is {self.train.global_batch_size}; it must be a multiple of "
                     f"scaling.num_workers {workers}"
                 )
-            at_once = workers * self.train.micro_batch_size
-            if not self.train.micro_batch_tokens and self.train.global_batch_size % at_once:
+            samples = workers * self.train.micro_batch_size
+            if not self.train.micro_batch_tokens and self.train.global_batch_size % samples:
                 raise ValueError(
                     f"train.global_batch_size is {self.train.global_batch_size}; with {workers} workers "
-                    f"of micro_batch_size {self.train.micro_batch_size} it must be a multiple of {at_once}"
+                    f"of micro_batch_size {self.train.micro_batch_size} it must be a multiple of {samples}"
                 )
         if self.name in ("sample", "features"):
-            raise ValueError(f"name: {self.name} is a folder that runs have in common; take another")
+            raise ValueError(f"name: {self.name} is a folder that all runs share; take another name")
         if self.data.features and self.train.learning_rate.vision:
             raise ValueError(
-                f"data.features: features are those of a frozen encoder, and train.learning_rate.vision is "
-                f"{self.train.learning_rate.vision:g}; make it 0, or train from videos without data.features"
+                f"data.features: features come from a frozen encoder, and train.learning_rate.vision is "
+                f"{self.train.learning_rate.vision:g}; set it to 0, or train from videos without data.features"
             )
         if self.model.attention == "flash_attention_2" and not (self.scaling.use_gpu and self.in_bf16):
             raise ValueError(
@@ -366,8 +386,8 @@ class RunConfig(Section):
             present = getattr(self.model, branch) and anywhere
             if getattr(self.train.learning_rate, branch) and not present:
                 raise ValueError(
-                    f"train.learning_rate.{branch} is given, but the model has no {branch.upper()}; make it 0, "
-                    f"or model.{branch} true and model.cross_attention_every at least 1"
+                    f"train.learning_rate.{branch} is given, but the model has no {branch.upper()}; set it to 0, "
+                    f"or model.{branch} to true and model.cross_attention_every to at least 1"
                 )
         for part in ("vision", "language"):
             if getattr(self.model, part) is None and not getattr(self.model, f"{part}_weights"):
@@ -376,14 +396,14 @@ class RunConfig(Section):
 
 
 class BadConfig(Exception):
-    """A configuration that cannot be run; the message is one line: the key, and what it would accept."""
+    """A configuration that cannot be run. The message is one line: the key, and what it accepts."""
 
 
 def validate_run(values: dict[str, Any]) -> RunConfig:
-    """Nested plain values -> RunConfig.
+    """Validate nested plain values.
 
     Raises:
-        BadConfig: naming the first key that does not fit, and how many more there are.
+        BadConfig: naming the first key that is wrong, and how many more there are.
     """
     try:
         return RunConfig.model_validate(values)
@@ -391,58 +411,54 @@ def validate_run(values: dict[str, Any]) -> RunConfig:
         first, *more = error.errors()
         where = ".".join(str(part) for part in first["loc"] if part != "function-after")
         message = first["msg"].removeprefix("Value error, ")
-        found = "" if first["type"] in ("value_error", "missing") else f" (found {first['input']!r})"
-        others = f"; and {len(more)} more" if more else ""
-        raise BadConfig(one_line(f"{where}: {message}{found}{others}".removeprefix(": "))) from error
+        value = "" if first["type"] in ("value_error", "missing") else f" (got {first['input']!r})"
+        count = f"; and {len(more)} more" if more else ""
+        raise BadConfig(one_line(f"{where}: {message}{value}{count}".removeprefix(": "))) from error
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The full configuration, as `--config` reads it."""
+    """Return the full configuration as YAML that `--config` reads."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flatten nested values: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
-def redacted(text: str) -> str:
-    """Without the user and password of any URI in it."""
-    return USERINFO.sub("***@", text)
+def settings_of(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the pydantic field of every setting, those of nested sections included."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from settings_of(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def roles_of(key: str) -> frozenset[Role]:
+    """Return the roles of a dotted key, which may also lie inside a setting (`model.vision.hidden_size`); none for a
+    key that this version does not know."""
+    for known, field in settings_of():
+        if key == known or key.startswith(f"{known}."):
+            return frozenset(Role[name] for name in (field.json_schema_extra or {}).get("roles", ()))
+    return frozenset()
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], free: frozenset[Role] = frozenset([FREE])) -> dict[str, Any]:
+    """Compare two configurations, as nested plain values -> (old, new) of each key that differs and has none of the
+    roles in `free`."""
+    old, new = flatten(before), flatten(now)
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return {key: (old.get(key), new.get(key)) for key in keys if not roles_of(key) & free}
 
 
 def tracking_uri(config: TrackingConfig) -> str:
-    """Where the record goes: the configuration, else MLFLOW_TRACKING_URI, else sqlite in the working directory."""
+    """Return the MLflow tracking URI: of the configuration, else MLFLOW_TRACKING_URI, else sqlite in the working
+    directory."""
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
     return uri
-
-
-def without_password(uri: str) -> str:
-    """A URI that may be written down."""
-    scheme, separator, rest = uri.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
-
-
-# What jsonargparse says where a key takes a value of some type or null.
-OPTIONAL = re.compile(
-    r"Does not validate against any of the Union subtypes\s+Subtypes: .*Errors:\s+- (.*?)"
-    r"\s+- Expected a <class 'NoneType'>\s+Given value type: \S+ \S+\s+Given value: (.*)",
-    re.DOTALL,
-)
-
-
-def one_line(text: str) -> str:
-    """Without line breaks, and without what pydantic and jsonargparse say about themselves."""
-    text = re.sub(r"\d+ validation errors? for \S+|\[type=[^]]*\]|For further information visit \S+", "", text)
-    text = OPTIONAL.sub(r"\1; got: \2", text).replace("a typing.Literal", "one of ")
-    return (
-        " ".join(text.replace("Parser key ", "").replace(" Got value", "; got").split())
-        .replace(".;", ";")
-        .replace(" ;", ";")
-    )

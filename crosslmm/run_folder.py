@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from crosslmm import storage
-from crosslmm.config import BadConfig, RunConfig, to_yaml, tracking_uri, without_password
+from crosslmm.config import BadConfig, RunConfig, to_yaml, tracking_uri
+from crosslmm.text import without_password
 
 BEGUN, CONFIG, HISTORY, LEDGER, MODEL = "run.json", "config.yaml", "history", "quarantine.jsonl", "model"
 SWEEP = "sweep.json"

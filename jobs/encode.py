@@ -14,9 +14,8 @@ import sys
 
 from jsonargparse import ArgumentParser
 
-from crosslmm.cli import fail, parse_job, stop_on_sigterm
+from crosslmm.cli import fail, parse_job, start_job
 from crosslmm.config import BadConfig
-from crosslmm.progress import set_up_logging
 
 
 def main() -> int:
@@ -34,8 +33,7 @@ def main() -> int:
     from crosslmm.encode.run import EncodingFailed, run_encoding
     from crosslmm.storage import BadLocation, Unavailable
 
-    stop_on_sigterm()
-    set_up_logging()
+    start_job()
     try:
         outcome = run_encoding(config, FeatureConfig(**own["features"]))
     except (BadConfig, BadManifest, BadLocation) as error:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crosslmm.cli import fail, stop_on_sigterm
+from crosslmm.cli import fail, start_job
 from crosslmm.config import BadConfig, DataConfig
 
 LIMITS = {"decode_timeout_s", "decode_memory_gib", "max_video_bytes", "max_video_s", "max_frame_pixels"}
@@ -154,7 +154,7 @@ def main() -> int:
     from crosslmm.data.quarantine import TooManyUnreadable
     from crosslmm.storage import BadLocation
 
-    stop_on_sigterm()
+    start_job()
     try:
         return COMMANDS[command](**arguments)
     except (BadConfig, BadManifest, BadLocation) as error:

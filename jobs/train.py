@@ -1,9 +1,14 @@
-"""Train CrossLMM: python jobs/train.py [--config NAME_OR_FILE_OR_URI] [--SECTION.KEY VALUE ...].
+"""Train CrossLMM.
 
-Without arguments it trains the `tiny` preset on sample data, on a Ray cluster that it finds or else starts here.
-On a cluster: ray job submit -- python jobs/train.py ...
-Exit status: 0 trained and registered, 1 the run broke off, 130 it was stopped (the same --name resumes it in both),
-2 the request was refused.
+    python jobs/train.py                                                       # the tiny preset on generated clips
+    python jobs/train.py --data.manifest clips.jsonl --name first-try          # your own videos
+    python jobs/train.py --config paper-2b --config stage-1 --data.manifest s3://bucket/train.jsonl
+    ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py --storage s3://bucket/runs
+
+Uses the Ray cluster in reach, or starts one on this machine. The same command with the same --name resumes the run. The
+last line of the output is one JSON object with the result.
+
+Exit status: 0 trained and registered; 1 failed, 130 stopped (the same --name resumes both); 2 the request was refused.
 """
 
 import dataclasses
@@ -11,38 +16,41 @@ import json
 import os
 import sys
 
-from crosslmm.cli import fail, parse_run, stop_on_sigterm
-from crosslmm.config import BadConfig, redacted
+from crosslmm.cli import fail, parse_run, start_job
+from crosslmm.config import BadConfig
+from crosslmm.text import redacted
 
 
 def main() -> int:
-    """Parse, train, print."""
+    """Parse the arguments, train, print the result."""
     try:
         config = parse_run(sys.argv[1:], description=str(__doc__))
+        start_job(config.name)
     except BadConfig as error:
         fail(error)
-    # Only now what takes seconds to import.
+    # These take seconds to import: refuse invalid arguments before.
     import ray
 
     from crosslmm.data.manifest import BadManifest
     from crosslmm.storage import BadLocation
+    from crosslmm.tracking import quiet_mlflow
     from crosslmm.train.launcher import TrainingFailed
     from crosslmm.train.run import run_training
 
-    stop_on_sigterm()
+    quiet_mlflow()
     try:
-        outcome = run_training(config)
+        result = run_training(config)
     except (BadConfig, BadManifest, BadLocation) as error:
         fail(error)
     except (SystemExit, KeyboardInterrupt):
         print("stopped; the same --name resumes the run from its last checkpoint", file=sys.stderr, flush=True)
-        # Threads of Ray and of the record may be in native code, which does not survive the interpreter's end.
+        # Threads of Ray and MLflow may be in native code, which does not survive the interpreter's shutdown.
         ray.shutdown()
         os._exit(130)
-    except (TrainingFailed, OSError) as error:  # the store may be away when the driver itself needs it
+    except (TrainingFailed, OSError) as error:  # OSError: the store is down when the driver itself needs it
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 1
-    print(json.dumps(dataclasses.asdict(outcome)))
+    print(json.dumps(dataclasses.asdict(result)))
     return 0
 
 

@@ -1,11 +1,13 @@
-"""Search how few tokens are enough: python jobs/tune.py --config ... --space joint --trials 32 --promote best.
+"""Search how few tokens are enough, or anything else in the configuration.
 
-Each trial is a training run (jobs/train.py) of the configuration with a point of the space laid over it. Videos are
-encoded once where that pays, trials that fall behind are stopped early, and at the end a page shows accuracy against
-compute. --space takes a name in tune_spaces/ or a Python file of your own.
-On a cluster: ray job submit -- python jobs/tune.py ...
-Exit status: 0 searched, 1 no trial came to its end, 130 it was stopped (the same --name goes on in both), 2 the request
-was refused.
+    python jobs/tune.py --config tiny --config tiny-sweep --space joint --trials 12 --promote best
+    python jobs/tune.py --config my-run.yaml --space my_space.py --name how-few --dollars 500 --price 3
+
+Each trial is a training run of the configuration with one point of the space on top. Videos are encoded once if that
+pays, trials that fall behind are stopped early, and a report shows accuracy against compute. The same command with the
+same --name continues a sweep. The last line of the output is one JSON object with the result.
+
+Exit status: 0 finished; 1 no trial finished; 130 stopped (the same --name continues); 2 the request was refused.
 """
 
 import dataclasses
@@ -15,29 +17,30 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from crosslmm.cli import fail, parse_job, stop_on_sigterm
+from crosslmm.cli import fail, parse_job, start_job
 from crosslmm.config import BadConfig
 
 SPACES = Path(__file__).parent.parent / "tune_spaces"
 
 
 def main() -> int:
-    """Parse, search, print."""
+    """Parse the arguments, search, print the result."""
     from crosslmm.sweep.settings import SweepSettings
     from crosslmm.sweep.space import load
 
     names = ", ".join(sorted(path.stem for path in SPACES.glob("*.py") if path.stem != "__init__"))
 
     def add_own(parser: ArgumentParser) -> None:
-        told = f"what is searched: {names}, or a Python file with a function space(config)"
-        parser.add_argument("--space", default="joint", metavar="NAME_OR_FILE", help=told)
+        text = f"Search space: {names}, or a Python file with a function space(config)."
+        parser.add_argument("--space", default="joint", metavar="NAME_OR_FILE", help=text)
         parser.add_class_arguments(SweepSettings, fail_untyped=False)
 
     try:
         config, own = parse_job(sys.argv[1:], str(__doc__), add_own)
+        start_job(config.name)
         space_name = own.pop("space")
-        chosen = SweepSettings(**own)
-        chosen.check(config)
+        settings = SweepSettings(**own)
+        settings.check(config)
         space = load(space_name, SPACES, config)
     except BadConfig as error:
         fail(error)
@@ -46,19 +49,20 @@ def main() -> int:
     from crosslmm.storage import BadLocation, Unavailable
     from crosslmm.sweep.run import run_sweep
     from crosslmm.sweep.tuner import SweepFailed
+    from crosslmm.tracking import quiet_mlflow
 
-    stop_on_sigterm()
+    quiet_mlflow()
     try:
-        outcome = run_sweep(config, chosen, space_name, space)
+        result = run_sweep(config, settings, space_name, space)
     except (BadConfig, BadManifest, BadLocation) as error:
         fail(error)
     except (SystemExit, KeyboardInterrupt):
-        print("stopped; the same --name goes on with the sweep", file=sys.stderr)
+        print("stopped; the same --name continues the sweep", file=sys.stderr)
         return 130
     except (SweepFailed, EncodingFailed, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(dataclasses.asdict(outcome)))
+    print(json.dumps(dataclasses.asdict(result)))
     return 0
 
 

@@ -11,10 +11,11 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crosslmm import ray_runtime, storage
-from crosslmm.config import RunConfig, tracking_uri, without_password
+from crosslmm.config import RunConfig, tracking_uri
 from crosslmm.data.manifest import Manifest
 from crosslmm.model.loading import build_config
 from crosslmm.preflight import node_probe
+from crosslmm.text import without_password
 
 PROBE_TIMEOUT_S = 60.0
 """Deadline for a node's report, the start of its worker process included [s]."""

@@ -227,7 +227,8 @@ def _mlflow(request: dict[str, Any]) -> Check | None:
     if not request["runs_drivers"]:  # only drivers write to MLflow
         return None
 
-    from crosslmm.config import TrackingConfig, tracking_uri, without_password
+    from crosslmm.config import TrackingConfig, tracking_uri
+    from crosslmm.text import without_password
     from crosslmm.tracking.client import require_answer
 
     config = TrackingConfig.model_validate(request["config"]["tracking"])

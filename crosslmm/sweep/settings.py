@@ -1,4 +1,4 @@
-"""How a space is searched: the arguments of jobs/tune.py beside the configuration of its trials."""
+"""Settings of a sweep: the arguments of jobs/tune.py besides the configuration of its trials."""
 
 from typing import Annotated, Literal
 
@@ -14,41 +14,42 @@ SCHEDULERS = ("asha", "none")
 
 
 class SweepSettings(Section):
-    """How a space is searched."""
+    """The sweep."""
 
     trials: Count | None = None
-    """Trials in all, those of earlier starts included; null walks a grid whole, and draws 32 of any other space."""
+    """Trials in total, those of earlier starts included; null runs a whole grid, and draws 32 points of any other
+    space."""
     scheduler: str = "asha"
-    """asha stops trials whose validation loss at a rung is not among the best; none lets all go to their end."""
+    """asha stops trials that fall behind at a rung, by validation loss; none lets all trials finish."""
     rung: Literal["steps", "compute"] = "steps"
-    """What rungs are counted in: optimizer steps, or multiply-accumulates spent, which lets cheap trials take more
-    steps before they are judged."""
+    """What rungs count: optimizer steps, or multiply-accumulates, which gives cheap trials more steps before they are
+    judged."""
     first_rung: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """Where the first rung is, as a share of a trial's steps (or of the compute of the configuration as given)."""
+    """Position of the first rung, as a share of a trial's steps (or of the base configuration's compute)."""
     keep_one_in: Annotated[float, Field(gt=1)] = 2.0
-    """Of the trials that reach a rung, one in so many goes on; the next rung is so many times as far."""
+    """Reduction factor: one in this many trials passes a rung, and the next rung is this many times as far."""
     concurrent: Count | None = None
-    """Trials at a time; null: as many as the cluster, scaled up to its limit, can place."""
+    """Concurrent trials; null: as many as the cluster, scaled up to its limit, has room for."""
     hours: Annotated[float, Field(gt=0)] | None = None
-    """Wall clock of trials after which this start ends, running ones included; they go on at the next [h]."""
+    """Wall-clock budget of this start; running trials stop too and resume at the next start [h]."""
     dollars: Annotated[float, Field(gt=0)] | None = None
-    """What trials may cost together, from start to end, earlier starts included; needs `price` [USD]."""
+    """Budget of all trials together, earlier starts included; needs `price` [USD]."""
     price: Annotated[float, Field(gt=0)] | None = None
-    """Of one training worker [USD an hour]."""
+    """Price of one training worker [USD/h]."""
     gpu: Literal["l4", "rtx-4090", "a100-40", "l40s", "a100-80", "h100", "h200", "b200"] | None = None
-    """What workers have: points whose training from videos, by the planner, it cannot hold are left out; null leaves
-    none out."""
+    """GPU of the workers: points whose training does not fit its memory, by the planner, are rejected before they
+    start."""
     max_macs: Annotated[float, Field(gt=0)] | None = None
-    """Points whose prefill behind the vision encoder takes more are left out [MACs of one sample]."""
+    """Points whose prefill without the vision encoder needs more are rejected [multiply-accumulates per sample]."""
     features: Literal["auto", "bf16", "int8", "never"] = "auto"
-    """Encode every video once, in this form, and train all trials from the features; auto: in bf16, where trials look
-    at videos more often than there are videos."""
+    """Encode every video once, in this format, and train all trials from the features; auto: in bf16, if trials read
+    more samples than there are videos."""
     promote: str | None = None
-    """Register the model of a trial: best (most accurate), knee (of the front, where more compute stops paying), or a
-    trial's number; it is given `tracking.alias`."""
+    """Register the model of one trial under `tracking.alias`: best (most accurate), knee (of the Pareto front, where
+    more compute stops paying), or a trial's number."""
 
     def check(self, config: RunConfig) -> None:
-        """What types do not say, alone and beside the configuration that is searched.
+        """Check the settings against each other and against the base configuration.
 
         Raises:
             BadConfig: naming the argument.

@@ -9,8 +9,9 @@ from contextlib import suppress
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from crosslmm import storage
-from crosslmm.config import BadConfig, TrackingConfig, redacted, tracking_uri
+from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
 from crosslmm.run_folder import HISTORY, StepRecord, read, write
+from crosslmm.text import redacted
 from crosslmm.tracking.client import RETRY_S, refuses, why
 from crosslmm.tracking.sync import RunSync
 

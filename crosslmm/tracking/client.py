@@ -9,22 +9,18 @@ from typing import Any
 from mlflow.exceptions import InvalidUrlException, MlflowException
 from mlflow.tracking import MlflowClient
 
-from crosslmm.config import BadConfig, TrackingConfig, tracking_uri, without_password
-
-# Its own chatter would stand between our lines. It asks for type hints or examples to guess a signature from; ours is
-# given whole. Metrics of the machine are lost while the server is away, and that is all there is to say of them.
-logging.getLogger("mlflow").setLevel(logging.WARNING)
-logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
-logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each try
-warnings.filterwarnings("ignore", "(?s).*(type hint|input example).*", UserWarning, "mlflow")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-# Its seven tries of two minutes each would hide for a quarter of an hour that a server is away; we ask again ourselves.
-# The one that is left is for connections that went stale.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
+from crosslmm.text import without_password
 
 log = logging.getLogger(__name__)
+
+MLFLOW_ENVIRONMENT = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+"""MLflow settings that have no argument."""
 
 REMEDIES = {
     "error code 401": "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials",
@@ -36,6 +32,23 @@ RETRY_S = 2.0
 """Between two calls to a server that is away [s]."""
 PATIENCE_S = 600.0
 """How long a sweep waits for it in the middle [s]."""
+
+
+def quiet_mlflow() -> None:
+    """Set this process up for MLflow; for entry points and the processes of a sweep's trials.
+
+    MLflow's own log lines and warnings would appear between ours: it asks for type hints or examples to infer a
+    signature from, and ours is given. Its seven retries of two minutes each would hide for a quarter of an hour that a
+    server is down, and this package retries itself; the one retry that stays is for stale connections. Variables that
+    the environment already sets keep their values.
+    """
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    # Lost machine metrics are all that MLflow's monitor could report while the server is down.
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # logs a line for each retry
+    warnings.filterwarnings("ignore", "(?s).*(type hint|input example).*", UserWarning, "mlflow")
+    for name, value in MLFLOW_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def require_answer(tracking: TrackingConfig) -> None:

@@ -21,8 +21,9 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.tracking import MlflowClient
 
 from crosslmm import storage
-from crosslmm.config import BadConfig, TrackingConfig, flatten, redacted, tracking_uri
+from crosslmm.config import BadConfig, TrackingConfig, flatten, tracking_uri
 from crosslmm.run_folder import BEGUN, CONFIG, SWEEP, read, runs
+from crosslmm.text import redacted
 from crosslmm.tracking.client import refuses, why
 from crosslmm.tracking.run import KEY
 

@@ -12,8 +12,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from crosslmm import storage
-from crosslmm.config import BadConfig, RunConfig, TrackingConfig, flatten, redacted, tracking_uri
+from crosslmm.config import BadConfig, RunConfig, TrackingConfig, flatten, tracking_uri
 from crosslmm.run_folder import revision
+from crosslmm.text import redacted
 from crosslmm.tracking.client import Patient
 
 KEY, MADE = "crosslmm.key", "crosslmm.made"

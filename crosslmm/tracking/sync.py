@@ -12,8 +12,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from crosslmm import storage
-from crosslmm.config import BadConfig, TrackingConfig, redacted, tracking_uri
+from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
 from crosslmm.run_folder import BEGUN, CONFIG, LEDGER, MODEL, StepRecord, read, steps_after
+from crosslmm.text import redacted
 from crosslmm.tracking.client import refuses, why
 from crosslmm.tracking.registry import register
 from crosslmm.tracking.run import MlflowRun, find_or_create, known, without_places

@@ -27,9 +27,9 @@ print(os.environ["RAY_AUTH_MODE"], oct((Path.home() / ".ray/auth_token").stat().
 STOP_BEFORE_CHECKPOINT = """\
 import os, signal, time
 import ray
-from crosslmm.cli import stop_on_sigterm
+from crosslmm.cli import start_job
 from crosslmm.ray_runtime import start_ray
-stop_on_sigterm()
+start_job()
 start_ray()
 try:
     os.kill(os.getpid(), signal.SIGTERM)

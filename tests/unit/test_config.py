@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from pydantic import BaseModel
 
 from crosslmm.cli import parse_run, preset_names
-from crosslmm.config import BadConfig, RunConfig, to_yaml
+from crosslmm.config import FIXED, FREE, BadConfig, roles_of, settings_of, to_yaml
 from crosslmm.model.loading import build_config
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.param_groups import component_of
@@ -31,15 +30,6 @@ def layered(names):
 
 def run_job(*argv):
     return subprocess.run([sys.executable, JOB, *argv], capture_output=True, text=True, timeout=60)
-
-
-def options(section=RunConfig, prefix=""):
-    """Dotted names of all options, sections left out."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from options(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
 
 
 def test_the_list_of_whole_runs_covers_every_preset():
@@ -169,13 +159,42 @@ def test_yaml_reads_back_as_the_same_configuration(names, tmp_path):
     assert parse(f"--config={tmp_path}/config.yaml") == config
 
 
-def test_help_explains_every_option(capsys):
+def test_every_key_is_either_fixed_or_free_on_a_resume():
+    assert [key for key, _ in settings_of() if len(roles_of(key) & {FIXED, FREE}) != 1] == []
+
+
+def test_a_key_inside_a_setting_has_its_role():
+    assert roles_of("model.vision.hidden_size") == roles_of("model.vision")
+    assert roles_of("model.visionary") == roles_of("nonesuch") == frozenset()
+
+
+def help_text(capsys, *argv):
     with pytest.raises(SystemExit) as left:
-        parse("--help")
+        parse(*argv)
     assert left.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    unexplained = [name for name in options() if not re.search(rf"--{re.escape(name)}\+? \S+ [^(\s-]", text)]
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_all_explains_every_key(capsys):
+    text = help_text(capsys, "--help", "all")
+    unexplained = [key for key, _ in settings_of() if not re.search(rf"--{re.escape(key)} [^[]*\[[^]]*\]+ \w", text)]
     assert unexplained == []
+    for word in ("Annotated", "FieldInfo", "Optional[", "Literal[", "<class"):
+        assert word not in text
+
+
+def test_short_help_has_common_keys_with_the_defaults_in_use(capsys):
+    text = help_text(capsys, "--help")
+    assert "--data.num_frames integer [4, preset tiny]" in text
+    assert "--storage text [runs]" in text
+    assert "--watchdog.step_s" not in text
+    assert "--help all" in text
+
+
+def test_help_names_the_file_that_sets_a_default(capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_text("{data: {num_frames: 7}}")
+    text = help_text(capsys, "--config", "tiny", "--config", f"{tmp_path}/mine.yaml", "--help")
+    assert f"--data.num_frames integer [7, {tmp_path}/mine.yaml]" in text
 
 
 def test_the_job_explains_itself():
@@ -203,7 +222,9 @@ def test_several_manifests_have_shares():
     several = {"s3://bucket/a.jsonl": 3, "b": 1}
     assert parse_run(["--data.manifest", json.dumps(several)], "").data.manifests == several
     for wrong in ('{"a": 0}', '{"a": 1.5}', "{}", '{"a": "b"}'):
-        with pytest.raises(BadConfig, match=r"data: manifest: .* is neither a place nor {place: share, ...}"):
+        with pytest.raises(
+            BadConfig, match=r"data: manifest: .* is neither a path nor a URI nor {manifest: share, ...}"
+        ):
             parse_run(["--data.manifest", wrong], "")
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from crosslmm.cli import parse_run
-from crosslmm.train.run import changes
+from crosslmm.config import changes
 
 
 def changed(*overrides: str) -> dict:

@@ -41,7 +41,7 @@ from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
 from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.model.loading import build_model, build_processor
-from crosslmm.train import checkpoint, worker
+from crosslmm.train import checkpoint_store, worker
 from crosslmm.train.loop import StepBatch
 from crosslmm.train.optim import build_optimizer, set_learning_rate
 from crosslmm.train.parallel import parallelize
@@ -127,13 +127,13 @@ class Turns:
 def in_ray_train(address: Any, key: bytes) -> Callable[[dict[str, Any]], None]:
     """What a worker does, but for where its batches come from."""
 
-    def train(loop_config: dict[str, Any]) -> None:
+    def train(train_loop_config: dict[str, Any]) -> None:
         def held(job: Any, *_: Any) -> Iterator[StepBatch]:
             rank = dist.get_rank()
             return iter(Turns(address, key, "ray", rank, batches(job.config, rank), job.total_steps))
 
         worker._batches = held  # type: ignore[assignment]
-        worker.train(loop_config)  # here, in a process that has just imported it, still the whole one
+        worker.train(train_loop_config)  # here, in a process that has just imported it, still the whole one
 
     return train
 
@@ -221,7 +221,7 @@ def steps(folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
     ]
     history.sort(key=lambda line: line["step"])
     assert [line["metrics"]["loss"] for line in history] == taken["losses"], "the arms' losses differ"
-    for found in checkpoint.sealed(str(folder / "steps"))[1:]:  # but for the one that ends the run
+    for found in checkpoint_store.list_sealed(str(folder / "steps"))[1:]:  # but for the one that ends the run
         assert any(a < found.sealed_at < b for a, b in taken["turns"]), "a checkpoint was written out of turn"
     ratios = [a / b for a, b in zip(taken["ray"], taken["bare"], strict=True)]
     figures = {
@@ -230,7 +230,7 @@ def steps(folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
         "bare_step_s": statistics.median(taken["bare"]) / ROUND,
         "checkpoint_share": _saving_s(history) / sum(b - a for a, b in taken["turns"]),
     }
-    checkpoint_bytes = checkpoint.sealed(str(folder / "steps"))[0].size
+    checkpoint_bytes = checkpoint_store.list_sealed(str(folder / "steps"))[0].size
     detail = {key: taken[key] for key in ("ray", "bare")} | {"ratios": ratios, "checkpoint_bytes": checkpoint_bytes}
     return figures, detail | {"steps": outcome.steps}
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from benchmarks.faults.lab import Attempt, Lab, Lost, fault
 from benchmarks.faults.processes import kill_driver
 from crosslmm import storage
-from crosslmm.train import checkpoint
-from crosslmm.train.checkpoint import Checkpoint
+from crosslmm.train import checkpoint_store
+from crosslmm.train.checkpoint_store import Checkpoint
 
 
 def _damaged(
@@ -14,7 +14,7 @@ def _damaged(
 ) -> tuple[list[Attempt], float]:
     """Damage the newest checkpoint; the run goes on from the one before, and says why."""
     run, at = kill_driver(lab, name)
-    newest, before, *_ = checkpoint.sealed(lab.folder_of(name))
+    newest, before, *_ = checkpoint_store.list_sealed(lab.folder_of(name))
     damage(newest)
     second = lab.start(name).ended()
     missing = [words for words in (said, f"resumed after step {before.step}") if words and words not in second.text]

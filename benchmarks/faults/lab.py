@@ -25,7 +25,7 @@ from benchmarks.faults import ROOT
 from cluster.local.cluster import LocalCluster
 from crosslmm import storage
 from crosslmm.data.samples.shapes import write_sample_set
-from crosslmm.train import checkpoint
+from crosslmm.train import checkpoint_store
 from tests.support.common import processes
 from tests.support.flaky_store import FlakyStore
 from tests.support.object_store import ObjectStore
@@ -47,7 +47,7 @@ SETTINGS = (
     "--data.validation_manifest=null",
 )
 HOOKS = ROOT / "tests" / "fault_hooks"
-AGAIN = "starting again from"
+RESTART = "restarting from"
 GOES_ON = re.compile(r"resumed after step (\d+)|training from the start")
 RANK, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
 DECODER = "ray::MapWorker(MapBatches(ReadSamples))"
@@ -193,7 +193,7 @@ class Lab:
 
     def _notice(self, name: str, line: str) -> None:
         """Count what a run has to do again: between the end of its workers and the first step of the next ones."""
-        if AGAIN in line:
+        if RESTART in line:
             time.sleep(SETTLED_S)
             self._done[name] = self._recorded(name)
         elif goes_on := GOES_ON.search(line):
@@ -237,8 +237,8 @@ class Lab:
         return f"s3://lab/runs/{name}"
 
     def sealed_step(self, name: str) -> int:
-        """Of the newest checkpoint."""
-        return max((found.step for found in checkpoint.sealed(self.folder_of(name))), default=0)
+        """Return the step of the newest checkpoint; 0 without one."""
+        return checkpoint_store.latest_step(self.folder_of(name))
 
     def pids(self, title: str) -> list[int]:
         """Processes of the lab's cluster whose title begins so."""

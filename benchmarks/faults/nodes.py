@@ -12,8 +12,8 @@ import psutil
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 
-from benchmarks.faults.lab import AGAIN, DEADLINE_S, EVERY, FAULT_AFTER, RANK, Attempt, Lab, Lost, fault
-from crosslmm.train import checkpoint
+from benchmarks.faults.lab import DEADLINE_S, EVERY, FAULT_AFTER, RANK, RESTART, Attempt, Lab, Lost, fault
+from crosslmm.train import checkpoint_store
 
 ON_NODES = ("--scaling.cpus_per_worker=1.5", "--scaling.cpus_per_decode_worker=1")
 """The head has room for the decoder and for no rank, a node for one rank and no decoder beside it."""
@@ -89,7 +89,7 @@ def node_drained(lab: Lab, name: str) -> tuple[list[Attempt], float]:
         slower.write_text("3")
         at = lab.go_on()
         _add(cluster)
-        run.says(AGAIN)
+        run.says(RESTART)
         slower.unlink()
         run.says("resumed after step")
         if _ranks_on(nodes[0]):
@@ -103,7 +103,7 @@ def node_removed_elastic(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """`scaling.num_workers: [1, 2]`; when a node comes, on two again."""
 
     def ranks() -> int:
-        return checkpoint.sealed(lab.folder_of(name))[0].world_size
+        return checkpoint_store.list_sealed(lab.folder_of(name))[0].world_size
 
     with _nodes(lab) as (cluster, nodes):
         settings = ("--scaling.num_workers=[1, 2]", "--scaling.resize_every_s=5")

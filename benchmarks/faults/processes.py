@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from benchmarks.faults.lab import CONTROLLER, DEADLINE_S, DECODER, EVERY, FAULT_AFTER, RANK, Attempt, Lab, Lost, fault
 from crosslmm import storage
-from crosslmm.train import checkpoint
+from crosslmm.train import checkpoint_store
 
 
 @fault("rank SIGKILLed in the middle of a step")
@@ -54,7 +54,7 @@ def killed_in_upload(lab: Lab, name: str) -> tuple[list[Attempt], float]:
 @fault("rank SIGKILLed between upload and commit")
 def killed_before_the_seal(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """All shards are in the store, and no seal."""
-    return _held(lab, name, checkpoint.SEAL, None)
+    return _held(lab, name, checkpoint_store.SEAL, None)
 
 
 @fault("decode actor SIGKILLed, as for its memory")

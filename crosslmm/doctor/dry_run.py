@@ -87,7 +87,7 @@ def _fit(job: Job, timeout_s: float) -> str:
 
     def run() -> None:
         try:
-            launcher.fit(job, lambda line: None)
+            launcher.fit(job)
             results.append("")
         except Exception as error:
             results.append(" ".join(str(error).split())[:500])

@@ -1,5 +1,6 @@
-"""Where a run's workers and its driver leave word for one another."""
+"""Messages between the workers of a run and its driver."""
 
+import logging
 from typing import Any
 
 import ray
@@ -8,42 +9,76 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class EventChannel:
-    """Where workers pin their news and the driver reads them, and the other way round. Posting costs a worker next to
-    nothing. It lives on the driver's node, and as long as the driver. News that are lost with its process, were that
-    killed, are in the run's folder with the next checkpoint."""
+    """Queue of events from the workers to the driver, with a few values that the driver or rank 0 sets for the others.
+
+    Posting costs a worker next to nothing. The actor lives on the driver's node, as long as the driver. If its process
+    is killed, queued events are lost; steps among them are in the run's folder with the next checkpoint.
+
+    Kinds of events: "started" (first step, number of parameters), "step" (number, unix time [s], metrics), "unreadable"
+    (a quarantined row), "log" (level, message, rank, step).
+    """
 
     def __init__(self) -> None:
-        self.news: list[tuple[str, Any]] = []
+        self.events: list[tuple[str, Any]] = []
         self.first_step = 0
         self.stopping = False
 
     def post(self, kind: str, item: Any) -> None:
-        """Pin one piece of news."""
-        self.news.append((kind, item))
+        """Append an event."""
+        self.events.append((kind, item))
 
     def drain(self) -> list[tuple[str, Any]]:
-        """All news since the last call, in order."""
-        news, self.news = self.news, []
-        return news
+        """Return all events since the last call, in order."""
+        events, self.events = self.events, []
+        return events
 
     def set_first_step(self, step: int) -> None:
-        """The workers go on after this step: what they are given has to begin there."""
+        """Set the number of steps done when the workers started; their data begins after it."""
         self.first_step = step
 
     def get_first_step(self) -> int:
-        """What `begin` was told last."""
+        """Return the number of steps done when the workers started."""
         return self.first_step
 
     def request_stop(self) -> None:
-        """The driver was told to end the run."""
+        """Ask the workers to save a checkpoint and end; the driver calls it."""
         self.stopping = True
 
     def stop_requested(self) -> bool:
-        """Whether it was."""
+        """Return whether the driver asked the workers to end."""
         return self.stopping
 
 
 def open_channel() -> Any:
-    """A board on this node, which is the driver's: a worker's node may go at any time."""
+    """Start an `EventChannel` on this node, the driver's: a worker's node may go at any time; return its handle."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return EventChannel.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+class EventLogHandler(logging.Handler):
+    """Posts log records of a worker to the driver, whose monitor logs them."""
+
+    def __init__(self, events: Any, rank: int) -> None:
+        super().__init__()
+        self.events, self.rank = events, rank
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Post one record."""
+        try:
+            item = record.levelno, self.format(record), self.rank, getattr(record, "step", None)
+            self.events.post.remote("log", item)
+        except Exception:
+            self.handleError(record)
+
+
+def forward_logs(events: Any, rank: int) -> None:
+    """Send this process's log of the package to the driver; for workers only.
+
+    Args:
+        events: actor handle of the `EventChannel`.
+        rank: this worker's.
+    """
+    log = logging.getLogger("crosslmm")
+    log.handlers = [EventLogHandler(events, rank)]
+    log.propagate = False
+    log.setLevel(logging.INFO)

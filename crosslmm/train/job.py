@@ -1,4 +1,4 @@
-"""Everything that a run's workers must agree upon. Light: processes that need no model hold it."""
+"""Job: all that a run's workers must agree on. Imports no model, since processes that need none unpickle it."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -14,57 +14,62 @@ from crosslmm.data.feature_format import FeatureRecipe
 from crosslmm.data.sampler import DeterministicSampler
 
 TRAIN, VALIDATION = "train", "validation"
-"""The datasets of a run, by Ray Train's names for them."""
+"""Names under which Ray Train knows the datasets of a run."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, with everything decided that its workers must agree upon. Travels to all of them."""
+    """A run with everything decided that its workers must agree on; pickled to all of them."""
 
     config: RunConfig
     folder: str
-    """The run's own folder in storage."""
+    """The run's folder in storage."""
     total_steps: int
+    """Optimizer steps of the run."""
     order: DeterministicSampler
+    """Order of the training samples."""
     rows: ray.ObjectRef
+    """`Rows` of the training manifests."""
     lengths: np.ndarray | None
-    """About how many tokens each row is, where micro-batches are counted in tokens."""
+    """Estimated tokens of each training row, int; None unless micro-batches are counted in tokens."""
     validation_size: int
-    """Rows of the held-out manifest."""
+    """Number of rows in the validation manifest; 0 without one."""
     validation_rows: ray.ObjectRef | None
+    """`Rows` of the validation manifest."""
     image_size: int
+    """Height and width of frames [pixels]."""
     features: ray.ObjectRef | None
-    """`Features` that are read instead of videos."""
+    """`FeatureCache` that is read instead of videos; None to read videos."""
     recipe: FeatureRecipe | None
-    """How they were made."""
+    """How the features were made."""
     events: Any
     """Actor handle of the `EventChannel`."""
 
-    def training(self, first_step: int, workers: int) -> BlockLayout:
-        """What is left of the run after `first_step` steps, for so many workers."""
+    def training_layout(self, first_step: int, workers: int) -> BlockLayout:
+        """Return the blocks of the steps after the first `first_step`, for `workers` workers."""
         steps = self.total_steps - first_step
         rows = rows_per_block(self.config.data, self.image_size, self.recipe)
         return BlockLayout(self.order, workers, first_step, steps, rows, self.lengths)
 
     @property
-    def collectives_s(self) -> int:
-        """How long ranks wait for one another: longer than the watchdog, which knows more about what hangs [s]."""
+    def collective_timeout_s(self) -> int:
+        """Timeout of collectives [s]: longer than the watchdog's limits, since its report of a hang says more."""
         return int(2 * max(self.config.watchdog.model_dump().values()))
 
-    def validation(self, workers: int) -> BlockLayout:
-        """Validation's "steps" are rounds in which every worker takes one micro-batch."""
+    def validation_layout(self, workers: int) -> BlockLayout:
+        """Return the blocks of a validation, whose "steps" are rounds in which each worker takes one micro-batch."""
         rows = self.config.train.micro_batch_size
         order = DeterministicSampler((self.validation_size,), rows * workers, None)
         return BlockLayout(order, workers, 0, order.steps_per_epoch, rows)
 
 
-def later() -> Any:
-    """What Ray Train asks for before it knows its workers; see `Given`."""
+def placeholder_dataset() -> Any:
+    """Stand in for a dataset when the trainer is built; `DeferredDatasets` builds the real one."""
     return None
 
 
-class Given(DataConfig):
-    """Makes the datasets when the workers ask for them: only now is it known how many they are and where they go on."""
+class DeferredDatasets(DataConfig):
+    """Builds the datasets when the workers ask for them: only then are their number and their first step known."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(execution_options=ExecutionOptions(preserve_order=True))
@@ -81,20 +86,20 @@ class Given(DataConfig):
         worker_node_ids: Any,
         **_: Any,
     ) -> list[dict[str, DataIterator]]:
-        """Runs in Ray Train's data manager, when rank 0 asks for its share."""
-        made = {name: _dataset(self.job, name, world_size) for name in datasets}
-        return super().configure(made, world_size, worker_handles, worker_node_ids)
+        """Build the datasets and split them over the workers; runs in Ray Train's data manager for rank 0's shard."""
+        built = {name: _build(self.job, name, world_size) for name in datasets}
+        return super().configure(built, world_size, worker_handles, worker_node_ids)
 
 
-def _dataset(job: Job, name: str, workers: int) -> Dataset:
-    """What is left of the run, or the held-out samples."""
+def _build(job: Job, name: str, workers: int) -> Dataset:
+    """Build the dataset of the remaining training steps, or of a validation."""
     scaling = job.config.scaling
     first_step = ray.get(job.events.get_first_step.remote())
     training = name == TRAIN
     rows = job.rows if training else job.validation_rows
     assert rows is not None
     return build_dataset(
-        job.training(first_step, workers) if training else job.validation(workers),
+        job.training_layout(first_step, workers) if training else job.validation_layout(workers),
         rows,
         job.config.data,
         job.image_size,

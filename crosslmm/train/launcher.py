@@ -1,6 +1,7 @@
-"""A job -> Ray Train's workers, started again from the last checkpoint whatever ends them."""
+"""Run a job in Ray Train's workers, and restart them from the last checkpoint when they end early."""
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -21,11 +22,13 @@ from crosslmm.data.manifest import BadManifest
 from crosslmm.data.quarantine import TooManyUnreadable
 from crosslmm.preflight import hardware, placement
 from crosslmm.ray_runtime import QUIET_ENVIRONMENT, worker_group_errors
-from crosslmm.train import checkpoint, worker
-from crosslmm.train.job import TRAIN, VALIDATION, Given, Job, later
+from crosslmm.train import checkpoint_store, worker
+from crosslmm.train.job import TRAIN, VALIDATION, DeferredDatasets, Job, placeholder_dataset
 from crosslmm.train.worker import Stopped
 
-HOPELESS = (
+log = logging.getLogger(__name__)
+
+NON_RETRYABLE_ERRORS = (
     BadConfig,
     BadFeatures,
     BadManifest,
@@ -34,78 +37,78 @@ HOPELESS = (
     storage.BadLocation,
     storage.Refused,
 )
-"""What would end every other try in the same way."""
-ECHOES = ("gloo", "NCCL", "onnection", "socket", "ProcessGroup")
-"""In the words of a rank whose peer has gone."""
-STOP_WITHIN_S = 45.0
-"""From the first signal: so long the workers have for their last step and its checkpoint [s]. `ray job stop` waits for
+"""Errors that would end every other attempt in the same way."""
+PEER_FAILURE_MARKERS = ("gloo", "NCCL", "onnection", "socket", "ProcessGroup")
+"""Words in the error of a rank that only lost a peer."""
+STOP_TIMEOUT_S = 45.0
+"""Time from the first signal that the workers have for their last step and its checkpoint [s]. `ray job stop` waits for
 RAY_JOB_STOP_WAIT_TIME_S."""
-
+MAX_PAUSE_S = 30.0
+"""Longest pause before a restart [s]."""
 
 NO_ROOM, WORKER_DIED = worker_group_errors()
 _NO_RETRIES = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)  # type: ignore[call-arg]
-"""`fit` itself counts what brought no progress."""
-RAYS_OWN = "ray"
-"""Ray Train's bookkeeping, in the run's folder, anew for each start. Nothing is read from it: checkpoints are known by
-their seals, which no broken snapshot and no missing folder can take away."""
+"""Turns off Ray Train's retries: `fit` counts attempts that brought no new checkpoint."""
+RAY_FOLDER = "ray"
+"""Ray Train's own files, in the run's folder, new for each attempt. Nothing is read from them: checkpoints are known by
+their seals, which neither a broken snapshot nor a missing folder can hide."""
 
 
 class TrainingFailed(Exception):
-    """The run ended before its last step; the message is one line with the first cause."""
+    """The run ended before its last step; the message is one line with the root cause."""
 
 
-def fit(job: Job, tell: checkpoint.Tell, pause: Callable[[float], None] = time.sleep) -> None:
+def fit(job: Job) -> None:
     """Train in Ray Train workers, from the run's last checkpoint if it has one. Blocks until the end.
 
-    What ends the workers, or Ray Train's controller, starts them again: without limit as long as checkpoints are made,
-    and `scaling.max_failures` times without a new one.
+    Restarts the workers whatever ends them, or Ray Train's controller: without limit as long as new checkpoints are
+    made, and `scaling.max_failures` times without a new one.
 
     Args:
         job: what to train.
-        tell: takes a line for the user about each restart.
-        pause: waits before a restart [s].
 
     Raises:
         TrainingFailed: with the first worker's error.
-        KeyboardInterrupt: the job was told to stop; what was done is in a checkpoint, if there was time for it.
+        KeyboardInterrupt: the job was told to stop; finished steps are in a checkpoint, if there was time for it.
     """
-    reached, failures, waiting = _reached(job), 0, False
+    latest_step, failures, waiting = checkpoint_store.latest_step(job.folder), 0, False
     while True:
         try:
-            _waiting(job, lambda: _trainer(job).fit())
+            run_interruptibly(job, lambda: _trainer(job).fit())
             with contextlib.suppress(OSError):
-                storage.remove_folder(storage.join(job.folder, RAYS_OWN))
+                storage.remove_folder(storage.join(job.folder, RAY_FOLDER))
             return
         except (TrainingFailedError, RayError) as error:
-            cause, line = _first_cause(error)
-            if isinstance(cause, HOPELESS):
+            cause, line = _root_cause(error)
+            if isinstance(cause, NON_RETRYABLE_ERRORS):
                 raise TrainingFailed(line) from error
             if isinstance(cause, NO_ROOM):  # nodes come back, and are added
                 if not waiting:
-                    tell("the cluster has no room for the workers now; the run waits for it")
+                    log.warning("the cluster has no room for the workers now; the run waits for it")
                 waiting = True
                 continue
             waiting = False
             try:
-                now = _reached(job)
-            except OSError:  # the store is away, which is why they ended
-                now = reached
-            failures = 0 if now > reached or isinstance(cause, Stopped | PreemptionError) else failures + 1
-            reached = max(now, reached)
+                step = checkpoint_store.latest_step(job.folder)
+            except OSError:  # the store is unreachable, which is why the workers ended
+                step = latest_step
+            stopped = isinstance(cause, Stopped | PreemptionError)
+            failures = 0 if step > latest_step or stopped else failures + 1
+            latest_step = max(step, latest_step)
             if failures > job.config.scaling.max_failures:
                 tries = f"; given up after {failures - 1} restarts without a new checkpoint" if failures > 1 else ""
                 raise TrainingFailed(f"{line}{tries}") from error
-            tell(f"starting again from {f'step {now}' if now else 'the beginning'}: {line}")
-            pause(min(2.0**failures, 30.0) if failures > 1 else 0.0)
+            log.warning("restarting from %s: %s", f"step {step}" if step else "the beginning", line)
+            time.sleep(min(2.0**failures, MAX_PAUSE_S) if failures > 1 else 0.0)
 
 
-def _waiting(job: Job, work: Callable[[], Any]) -> None:
-    """Do it in a thread, and wait for the thread: signals reach this one, which tells the workers to stop.
+def run_interruptibly(job: Job, work: Callable[[], Any]) -> None:
+    """Run `work` in a thread and wait for it. Signals reach the waiting thread, which asks the workers to stop.
 
     Ray Train would set its own handler for Ctrl-C, and kill the workers.
 
     Raises:
-        KeyboardInterrupt: it was told to stop, and the workers have ended, or their time is up.
+        KeyboardInterrupt: a signal came, and the workers have ended or `STOP_TIMEOUT_S` is over.
     """
     future: Future[Any] = Future()
 
@@ -117,48 +120,44 @@ def _waiting(job: Job, work: Callable[[], Any]) -> None:
 
     threading.Thread(target=run, name="fit", daemon=True).start()
     try:
-        # Not by the thread's `join`: Python takes a thread for ended when a signal interrupts that (bpo-45274).
+        # Not `Thread.join`: Python takes a thread for ended when a signal interrupts that (bpo-45274).
         wait([future])
     except (KeyboardInterrupt, SystemExit):
         job.events.request_stop.remote()
-        wait([future], STOP_WITHIN_S)  # a second signal ends this
+        wait([future], STOP_TIMEOUT_S)  # a second signal ends this
         if not future.done() or future.exception():
             raise
     future.result()
 
 
-def _reached(job: Job) -> int:
-    """Steps that the newest checkpoint knows of."""
-    return max((found.step for found in checkpoint.sealed(job.folder)), default=0)
-
-
-def _first_cause(error: Exception) -> tuple[Exception, str]:
-    """The first worker's error that is no mere echo of another's, and one line about it."""
+def _root_cause(error: Exception) -> tuple[Exception, str]:
+    """Return the first worker's error that does not merely follow from another's, and one line about it."""
     if isinstance(error, PreemptionError):
         return error, "Ray Train: a node of the workers is being taken away"
     failures = getattr(error, "worker_failures", None) or {-1: getattr(error, "controller_failure", error)}
 
-    def worth(rank: int) -> tuple[bool, bool, int]:
+    def priority(rank: int) -> tuple[bool, bool, int]:
         cause = failures[rank]
-        echo = isinstance(cause, RuntimeError) and any(word in str(cause) for word in ECHOES)
-        return not isinstance(cause, (*HOPELESS, Stopped)), echo, rank
+        lost_peer = isinstance(cause, RuntimeError) and any(word in str(cause) for word in PEER_FAILURE_MARKERS)
+        return not isinstance(cause, (*NON_RETRYABLE_ERRORS, Stopped)), lost_peer, rank
 
-    rank = min(failures, key=worth)
+    rank = min(failures, key=priority)
     where = f"worker {rank}: " if rank >= 0 else "Ray Train: "
     cause = failures[rank]
     if isinstance(cause, (WORKER_DIED, RayActorError)):
-        return cause, f"{where}its process has ended: it was killed, ran out of memory, or its node is gone"
+        return cause, f"{where}its process ended: it was killed, ran out of memory, or its node is gone"
     return cause, f"{where}{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
 
 
 def _trainer(job: Job) -> TorchTrainer:
+    """Build the trainer of one attempt."""
     config = job.config
     scaling = config.scaling
-    filesystem, path = storage.arrow_filesystem(storage.join(job.folder, RAYS_OWN))
+    filesystem, path = storage.arrow_filesystem(storage.join(job.folder, RAY_FOLDER))
     return TorchTrainer(
         worker.train,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=job.collectives_s),
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=job.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=scaling.resize_every_s,  # type: ignore[call-arg]
@@ -173,6 +172,6 @@ def _trainer(job: Job) -> TorchTrainer:
             failure_config=_NO_RETRIES,
             worker_runtime_env={"env_vars": QUIET_ENVIRONMENT | hardware.worker_environment(config)},  # type: ignore[call-arg]
         ),
-        datasets=dict.fromkeys([TRAIN, VALIDATION] if job.validation_rows else [TRAIN], later),
-        dataset_config=Given(job),
+        datasets=dict.fromkeys([TRAIN, VALIDATION] if job.validation_rows else [TRAIN], placeholder_dataset),
+        dataset_config=DeferredDatasets(job),
     )

@@ -1,4 +1,4 @@
-"""The step and the loop. Knows torch.distributed; knows neither Ray nor MLflow, so it runs under pytest as it is."""
+"""The optimizer step, the training loop, and validation. Needs torch.distributed, but neither Ray nor MLflow."""
 
 import itertools
 import math
@@ -20,42 +20,48 @@ from crosslmm.train.optim import set_learning_rate
 Metrics = dict[str, float]
 Phase = Literal["start-up", "data", "step", "validation", "checkpoint"]
 
-EMPTY_STEPS = 3
-"""So many steps in a row without a readable sample end the run: that is no bad video, but no storage."""
+MAX_EMPTY_STEPS = 3
+"""Consecutive steps without a readable sample that end the run: bad videos do not do that, unreachable storage does."""
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one rank trains on in one optimizer step."""
+    """One rank's share of an optimizer step."""
 
     micro: list[BatchFeature]
-    """Its micro-batches."""
+    """Micro-batches."""
     ids: list[str]
-    """The samples in them, by which they are found again."""
+    """Ids of the samples in them."""
 
 
 class Callbacks:
-    """What goes on around the loop; a run overrides what it needs. All ranks are called at the same steps."""
+    """Callbacks of the training loop; a run overrides what it needs. All ranks call them at the same steps."""
 
     def enter(self, phase: Phase) -> None:
-        """The loop begins to wait for data, to compute, to save or to validate."""
+        """Take note that the loop begins to wait for data, to compute, to validate or to save."""
 
-    def wanted(self) -> bool:
-        """Whether this rank was told to stop. All ranks stop after the step in which one of them was."""
+    def stop_requested(self) -> bool:
+        """Return whether this rank was asked to stop. All ranks stop after the step in which one of them was."""
         return False
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Takes the number of steps done and the last one's metrics."""
+        """Take the number of steps done and the metrics of the last one."""
 
     def save(self, step: int) -> None:
-        """Takes the number of steps done; may return before the checkpoint is written."""
+        """Save a checkpoint after `step` steps; may return before it is written."""
 
     def validate(self) -> Metrics:
-        """Called every `validate_every` steps and at the end."""
+        """Return validation metrics; called every `validate_every` steps and at the end."""
         return {}
 
     def not_finite(self, step: int, ids: list[str], grad_norm: float) -> None:
-        """Takes the number of the step, the samples of all ranks, and the gradient's norm, which is no number."""
+        """Report a non-finite gradient norm.
+
+        Args:
+            step: number of the step, from 1.
+            ids: the step's samples on all ranks.
+            grad_norm: infinite or NaN.
+        """
 
 
 def train(
@@ -64,134 +70,172 @@ def train(
     optimizer: torch.optim.Optimizer,
     batches: Iterator[StepBatch],
     steps: range,
-    around: Callbacks,
+    callbacks: Callbacks,
 ) -> int:
-    """Train from step `steps.start` to `steps.stop`; every rank calls it, and every rank takes every step.
+    """Train from step `steps.start` to `steps.stop`; every rank calls it and takes every step.
 
     Args:
-        config: intervals, clipping, rates.
+        config: intervals, clipping, learning rates.
         model: sharded by `parallelize`.
         optimizer: made by `build_optimizer`.
-        batches: this rank's part of each step, from step `steps.start` on.
-        steps: optimizer steps to take; `steps.stop` is the whole run's length.
-        around: is told of what happens, and tells when to stop.
+        batches: this rank's share of each step, from step `steps.start` on.
+        steps: optimizer steps to take; `steps.stop` is the length of the whole run.
+        callbacks: see `Callbacks`.
 
     Returns:
-        The number of steps done: `steps.stop`, or fewer where it was told to stop; a checkpoint was taken then.
+        Number of steps done: `steps.stop`, or fewer if a stop was requested, in which case a checkpoint was saved.
 
     Raises:
         FloatingPointError: the gradient is not finite, and `train.not_finite` is stop.
-        RuntimeError: the batches end before the steps, or hold nothing that could be read.
+        RuntimeError: the batches end before the steps, or contain nothing readable.
     """
-    empty, saving_s, began = 0, 0.0, time.perf_counter()
+    empty_steps, saving_s, began = 0, 0.0, time.perf_counter()
     for step in steps:
         set_learning_rate(optimizer, step, steps.stop, config.train)
-        if step > steps.start:  # the first samples belong to the start-up
-            around.enter("data")
-        asked = time.perf_counter()
+        if step > steps.start:  # waiting for the first samples is part of the start-up
+            callbacks.enter("data")
+        step_began = time.perf_counter()
         batch = next(batches, None)
         if batch is None:
             raise RuntimeError("the data ended before the last step")
-        waited = time.perf_counter() - asked
-        around.enter("step")
-        metrics, stop = _step(config, model, optimizer, batch, step, asked, waited, around)
-        empty = 0 if metrics["labelled_tokens"] else empty + 1
-        if empty == min(EMPTY_STEPS, steps.stop):
-            raise RuntimeError(
-                f"{empty} steps without a single readable sample: is the storage of the videos in reach?"
-            )
+        waited_s = time.perf_counter() - step_began
+        callbacks.enter("step")
+        metrics, stop = _train_step(config, model, optimizer, batch, step, step_began, waited_s, callbacks)
+        empty_steps = 0 if metrics["labelled_tokens"] else empty_steps + 1
+        if empty_steps == min(MAX_EMPTY_STEPS, steps.stop):
+            raise RuntimeError(f"{empty_steps} steps without a readable sample; check that the videos' storage answers")
         for group in optimizer.param_groups:
             metrics[f"lr/{group['component']}"] = group["lr"]
         metrics["checkpoint_share"] = saving_s / (time.perf_counter() - began)
         done, last = step + 1, step + 1 == steps.stop
         if last or done % config.train.validate_every == 0:
-            around.enter("validation")
-            metrics |= around.validate()
-        around.log(done, metrics)
+            callbacks.enter("validation")
+            metrics |= callbacks.validate()
+        callbacks.log(done, metrics)
         if last or stop or done % config.train.checkpoint_every == 0:
-            around.enter("checkpoint")
-            at = time.perf_counter()
-            around.save(done)
-            saving_s += time.perf_counter() - at
+            callbacks.enter("checkpoint")
+            saving_began = time.perf_counter()
+            callbacks.save(done)
+            saving_s += time.perf_counter() - saving_began
         if stop:
             return done
     return steps.stop
 
 
-def _step(
+def _train_step(
     config: RunConfig,
-    model: Any,
+    model: CrossLMMForConditionalGeneration,
     optimizer: torch.optim.Optimizer,
     batch: StepBatch,
-    number: int,
+    step: int,
     began: float,
-    waited: float,
-    around: Callbacks,
+    waited_s: float,
+    callbacks: Callbacks,
 ) -> tuple[Metrics, bool]:
-    """One optimizer step over the micro-batches of every rank -> its metrics, and whether any rank was told to stop.
-    `began` is when it began to wait for them, and `waited` how long that took [s]."""
-    device, world, micro = _device_of(model), dist.get_world_size(), batch.micro
+    """Take one optimizer step over the micro-batches of all ranks.
 
-    labelled_here = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro)
-    everyone = torch.empty(world, 3, dtype=torch.int64, device=device)
-    mine = torch.tensor([[labelled_here, len(micro), around.wanted()]], device=device)
-    dist.all_gather_single(everyone, mine)
-    # Every labelled token of the whole global batch weighs the same, wherever it lies.
-    labelled, most, stop = int(everyone[:, 0].sum()), int(everyone[:, 1].max()), bool(everyone[:, 2].any())
-    divisor = max(labelled, 1)
-    # FSDP needs every rank in every pass: those with fewer micro-batches pass their smallest again, without labels.
-    passed = [*micro, *[_without_labels(micro[-1])] * (most - len(micro))]
-    loss = torch.zeros((), device=device)
-    model.train()
-    for part in passed:
-        # Gradients are reduced with every micro-batch: those that waited for the last would be whole, in float32.
-        # FSDP averages gradients over ranks; the sum is wanted.
-        # Divided out here: FSDP in bf16 would round the divisor on its way into the model.
-        share = model(**part.to(device, non_blocking=True), num_items_in_batch=1).loss * (world / divisor)
-        share.backward()
-        loss += share.detach() / world
-    clipped: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
-    grad_norm = float(clipped.full_tensor())
+    Args:
+        began: when the rank began to wait for the batch [`time.perf_counter` s].
+        waited_s: how long it waited [s].
+
+    Returns:
+        Metrics, and whether any rank was asked to stop.
+    """
+    device = _device_of(model)
+    labelled_tokens, passes, stop = _exchange_counts(batch, callbacks.stop_requested(), device)
+    # FSDP needs every rank in every pass: ranks with fewer micro-batches repeat their smallest one, without labels.
+    micro_batches = [*batch.micro, *[_without_labels(batch.micro[-1])] * (passes - len(batch.micro))]
+    loss = _accumulate_gradients(model, micro_batches, labelled_tokens, device)
+    grad_norm = _clip_gradients(model, config.train.max_grad_norm)
     finite = math.isfinite(grad_norm)
     if finite:
         optimizer.step()
     else:
-        ids: list[Any] = [None] * world
-        dist.all_gather_object(ids, batch.ids)
-        around.not_finite(number + 1, list(itertools.chain.from_iterable(ids)), grad_norm)
+        callbacks.not_finite(step + 1, _gather_ids(batch), grad_norm)
         if config.train.not_finite == "stop":
             raise FloatingPointError(f"the gradient's norm is {grad_norm}; the weights were left as they were")
     optimizer.zero_grad(set_to_none=True)
 
-    frames, tokens = (sum(int(b[key].sum()) for b in micro) for key in ("num_frames", "attention_mask"))
-    room = sum(b["attention_mask"].numel() for b in passed)
-    sums = torch.stack([loss, *torch.tensor([frames, tokens, room, waited / world], device=device)])
-    dist.all_reduce(sums)
-    loss_sum, frames_sum, tokens_sum, room_sum, wait = sums.tolist()
+    loss_sum, frames, tokens, padded_tokens, mean_wait_s = _sum_over_ranks(loss, batch, micro_batches, waited_s, device)
     seconds = time.perf_counter() - began
-    # What is no number has no place in a curve.
-    learnt = {"loss": loss_sum, "grad_norm": grad_norm} if finite else {"skipped": 1.0}
+    # A non-finite value has no place in a curve.
+    learning = {"loss": loss_sum, "grad_norm": grad_norm} if finite else {"skipped": 1.0}
     return {
-        **learnt,
-        "labelled_tokens": float(labelled),
-        "step_s": seconds - wait,
-        "frames_per_s": frames_sum / seconds,
-        "tokens_per_s": tokens_sum / seconds,
-        "padding_share": 1 - tokens_sum / room_sum,
+        **learning,
+        "labelled_tokens": float(labelled_tokens),
+        "step_s": seconds - mean_wait_s,
+        "frames_per_s": frames / seconds,
+        "tokens_per_s": tokens / seconds,
+        "padding_share": 1 - tokens / padded_tokens,
         "samples_per_s": config.train.global_batch_size / seconds,
-        "data_wait_share": wait / seconds,
+        "data_wait_share": mean_wait_s / seconds,
     }, stop
 
 
+def _exchange_counts(batch: StepBatch, stop_requested: bool, device: torch.device) -> tuple[int, int, bool]:
+    """Return labelled tokens of all ranks, the largest number of micro-batches, and whether any rank is to stop."""
+    labelled = sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in batch.micro)
+    counts = torch.empty(dist.get_world_size(), 3, dtype=torch.int64, device=device)
+    dist.all_gather_single(counts, torch.tensor([[labelled, len(batch.micro), stop_requested]], device=device))
+    return int(counts[:, 0].sum()), int(counts[:, 1].max()), bool(counts[:, 2].any())
+
+
+def _accumulate_gradients(
+    model: Any, micro_batches: list[BatchFeature], labelled_tokens: int, device: torch.device
+) -> torch.Tensor:
+    """Add the gradients of all micro-batches; return this rank's part of the loss, whose sum over ranks is the loss.
+
+    Every labelled token of the global batch has the same weight, whichever rank and micro-batch it is in.
+    """
+    world_size, divisor = dist.get_world_size(), max(labelled_tokens, 1)
+    loss = torch.zeros((), device=device)
+    model.train()
+    for micro in micro_batches:
+        # Gradients are reduced after every micro-batch: without that, unsharded float32 gradients would be kept.
+        # FSDP averages gradients over ranks, where the sum is needed: hence world_size.
+        # The division happens here because FSDP in bf16 would round a divisor that is passed to the model.
+        inputs = micro.to(device, non_blocking=True)
+        part = model(**inputs, num_items_in_batch=1).loss * (world_size / divisor)
+        part.backward()
+        loss += part.detach() / world_size
+    return loss
+
+
+def _clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
+    """Scale the gradients down to `max_norm`; return their norm before that, over all ranks."""
+    norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return float(norm.full_tensor())
+
+
+def _gather_ids(batch: StepBatch) -> list[str]:
+    """Return the ids of the step's samples on all ranks."""
+    ids: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ids, batch.ids)
+    return list(itertools.chain.from_iterable(ids))
+
+
+def _sum_over_ranks(
+    loss: torch.Tensor, batch: StepBatch, micro_batches: list[BatchFeature], waited_s: float, device: torch.device
+) -> list[float]:
+    """Return loss, frames, tokens, tokens with padding, and the mean wait for data [s], each over all ranks."""
+    frames, tokens = (sum(int(micro[key].sum()) for micro in batch.micro) for key in ("num_frames", "attention_mask"))
+    padded_tokens = sum(micro["attention_mask"].numel() for micro in micro_batches)
+    counts = torch.tensor([frames, tokens, padded_tokens, waited_s / dist.get_world_size()], device=device)
+    sums = torch.stack([loss, *counts])
+    dist.all_reduce(sums)
+    return [float(value) for value in sums.tolist()]
+
+
 def pinned(batch: BatchFeature, device: torch.device) -> BatchFeature:
-    """A batch in memory from which this GPU copies while it computes; without one, the batch as it is."""
+    """Return the batch in pinned memory, from which a GPU copies while it computes; on a CPU, the batch itself."""
     if device.type != "cuda":
         return batch
-    with torch.cuda.device(device):  # a thread begins on the first GPU of the machine, and would make itself room there
+    with torch.cuda.device(device):  # a thread starts on GPU 0, and would allocate a context there
         return BatchFeature({name: value.pin_memory() for name, value in batch.items()})
 
 
 def _without_labels(batch: BatchFeature) -> BatchFeature:
+    """Return the batch with all labels masked."""
     return BatchFeature({**batch, "labels": torch.full_like(batch["labels"], -100)})
 
 
@@ -202,7 +246,7 @@ def validate(
     processor: CrossLMMProcessor,
     batches: Iterable[ValidationBatch],
 ) -> Metrics:
-    """Loss over all labelled tokens, and the share of greedy answers that match exactly, in all and by kind.
+    """Return the loss over all labelled tokens, and the share of exactly right greedy answers, overall and by kind.
 
     Every rank calls it with the same number of batches.
     """
@@ -221,20 +265,20 @@ def validate(
             do_sample=False,
             synced_gpus=dist.get_world_size() > 1,
         )[:, batch.prompts["input_ids"].shape[1] :]
-        said = processor.batch_decode(tokens, skip_special_tokens=True)
-        for text, expected, kind in zip(said, batch.expected, batch.kinds, strict=True):
+        decoded = processor.batch_decode(tokens, skip_special_tokens=True)
+        for text, expected, kind in zip(decoded, batch.expected, batch.kinds, strict=True):
             if expected is not None:
                 answers.append((kind, text.strip() == expected.strip()))
     dist.all_reduce(sums)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, answers)
+    of_all_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all_ranks, answers)
     by_kind: dict[str | None, list[bool]] = defaultdict(list)
-    for kind, right in (answer for rank in everyone for answer in rank):
-        by_kind[kind].append(right)
-    right = [r for answers_of_kind in by_kind.values() for r in answers_of_kind]
+    for kind, correct in itertools.chain.from_iterable(of_all_ranks):
+        by_kind[kind].append(correct)
+    all_answers = [correct for of_kind in by_kind.values() for correct in of_kind]
     return {
         "validation/loss": float(sums[0] / sums[1].clamp(min=1)),
-        "validation/accuracy": sum(right) / max(len(right), 1),
+        "validation/accuracy": sum(all_answers) / max(len(all_answers), 1),
         **{f"validation/accuracy/{kind}": sum(r) / len(r) for kind, r in by_kind.items() if kind is not None},
     }
 

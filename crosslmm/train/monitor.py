@@ -1,148 +1,176 @@
-"""What the driver does while the workers train: show their progress, write the record, name what was unreadable."""
+"""The driver's view of a running job: progress, log, MLflow record, and the ledger of unreadable rows."""
 
 import json
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import ray
-import ray.exceptions
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from crosslmm import storage, tracking
+from crosslmm.progress import Progress
 from crosslmm.run_folder import LEDGER
 from crosslmm.train.job import Job
 
-PLAIN_LINE_EVERY_S = 10.0
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+"""Pause between two reads of the event channel [s]."""
 SETTLE_S = 10.0
-"""How long who waits for a validation waits for the record of it [s]."""
+"""How long the report of a validation waits for its record [s]."""
+
+StepEvent = tuple[int, float, dict[str, float]]
+"""Number of steps done, unix time [s], metrics."""
 
 
 class TrainingMonitor:
-    """Reads the board while the workers train: draws the progress, writes the record, names what was unreadable.
+    """Context manager whose thread reads the workers' events while they train, and handles them.
 
-    A person at a terminal sees one live line; a log file gets a plain line every ten seconds.
+    It shows progress, passes on the workers' log, writes the MLflow record and the ledger of unreadable rows, and
+    reports validations. An error in one of these is logged, and the thread goes on.
+
+    Args:
+        job: the job that the workers run.
+        record: gets the metrics of the steps.
+        report: takes the number of steps done and the metrics, after each validation; Tune's raises SystemExit to stop
+            the trial, which ends the thread.
+
+    Attributes:
+        last_metrics: metrics of the last step.
+        train_s: from the first step's start to the last step's end [s].
+        stopped: whether `report` stopped the run.
     """
 
     def __init__(
-        self,
-        job: Job,
-        record: tracking.BackgroundSync,
-        console: Console,
-        report: Callable[[int, dict[str, float]], None] | None = None,
+        self, job: Job, record: tracking.BackgroundSync, report: Callable[[int, dict[str, float]], None] | None = None
     ) -> None:
-        self.job = job
-        self.record = record
-        self.console = console
-        self.report = report
+        self.job, self.record, self.report = job, record, report
         self.last_metrics: dict[str, float] = {}
         self.train_s = 0.0
         self.stopped = False
-        """Whether who was reported to has stopped the run."""
         self._began: float | None = None
-        self._last_line = 0.0
         self._ledger_uri = storage.join(job.folder, LEDGER)
-        self._ledger_is_old = False
-        # A resumed run goes on with its ledger.
-        written = storage.read_bytes(self._ledger_uri) if storage.exists(self._ledger_uri) else b""
-        entries = [json.loads(line) for line in written.splitlines()]
-        self._unreadable: dict[tuple[str, str, int], dict[str, Any]] = {_key(e): e for e in entries}
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[news]}"), console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task = self._progress.add_task("starting workers", total=job.total_steps, news="")
+        self._ledger_outdated = False
+        # A resumed run extends its ledger.
+        ledger = storage.read_bytes(self._ledger_uri) if storage.exists(self._ledger_uri) else b""
+        entries = [json.loads(line) for line in ledger.splitlines()]
+        self._unreadable: dict[tuple[str, str, int], dict[str, Any]] = {_key(entry): entry for entry in entries}
+        self._progress = Progress(log, "starting workers", job.total_steps, "step")
+        self._channel_failed = False
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread = threading.Thread(target=self._follow, name="monitor", daemon=True)
 
-    def start(self) -> None:
-        """Begin to follow, in a thread."""
-        self._progress.start()
-        if not self.console.is_terminal:
-            self.console.print("starting workers")
+    def __enter__(self) -> Self:
+        self._progress.__enter__()
+        log.info("starting workers")
         self._thread.start()
+        return self
 
-    def stop(self) -> None:
-        """Read what is left and end."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Handle the remaining events and end the thread."""
         self._stop.set()
         self._thread.join()
-        self._progress.stop()
+        self._progress.__exit__(kind, error, tb)
         if self._unreadable:
-            self.console.print(f"{len(self._unreadable)} rows could not be read: {LEDGER} in the record and the run")
-
-    def say(self, line: str) -> None:
-        """Print what the user should know."""
-        self.console.print(line, markup=False)
+            log.warning("%s rows could not be read; %s in the run's folder lists them", len(self._unreadable), LEDGER)
 
     def _follow(self) -> None:
+        """Handle events until the run ends; runs in the monitor's thread."""
         while True:
-            last_round = self._stop.wait(0.5)
+            last_round = self._stop.wait(POLL_S)
             try:
-                news = ray.get(self.job.events.drain.remote())
-            except ray.exceptions.RayError as error:
-                self.say(f"the workers' news cannot be read: {type(error).__name__}")
-                news = []
-            self._started([item for kind, item in news if kind == "started"])
-            self._take_steps([item for kind, item in news if kind == "step"])
-            self._take_unreadable([item for kind, item in news if kind == "unreadable"])
-            for line in (item for kind, item in news if kind == "message"):
-                self.say(line)
+                self.handle(self._drain())
+            except SystemExit:
+                return
             if last_round:
                 return
 
-    def _started(self, items: list[tuple[int, int]]) -> None:
+    def _drain(self) -> list[tuple[str, Any]]:
+        try:
+            events: list[tuple[str, Any]] = ray.get(self.job.events.drain.remote())
+            self._channel_failed = False
+            return events
+        except Exception as error:
+            if not self._channel_failed:
+                log.warning("the workers' events cannot be read: %s; trying again", type(error).__name__)
+            self._channel_failed = True
+            return []
+
+    def handle(self, events: list[tuple[str, Any]]) -> None:
+        """Handle events of the workers, each kind on its own: an error in one does not lose the others.
+
+        Raises:
+            SystemExit: `report` stopped the run.
+        """
+        handlers: dict[str, Callable[[list[Any]], None]] = {
+            "started": self._handle_started,
+            "log": self._handle_log,
+            "unreadable": self._handle_unreadable,
+            "step": self._handle_steps,
+        }
+        for kind, handler in handlers.items():
+            try:
+                handler([item for event, item in events if event == kind])
+            except Exception:
+                log.exception("events of kind '%s' could not be handled; the run goes on", kind)
+
+    def _handle_started(self, items: list[tuple[int, int]]) -> None:
         for step, parameters in items:
             self._began = self._began or time.time()
             where = f"resumed after step {step}" if step else "training from the start"
-            self.console.print(f"{where}, {parameters / 1e6:,.1f} M parameters")
-            self._progress.update(self._task, completed=step, description="training")
+            log.info("%s, %.1f M parameters", where, parameters / 1e6, extra={"step": step})
 
-    def _take_steps(self, steps: list[tuple[int, float, dict[str, float]]]) -> None:
+    def _handle_log(self, items: list[tuple[int, str, int, int | None]]) -> None:
+        for level, message, rank, step in items:
+            log.log(level, "%s", message, extra={"rank": rank} | ({} if step is None else {"step": step}))
+
+    def _handle_steps(self, steps: list[StepEvent]) -> None:
         if not steps:
             return
         self.record.log(steps)
-        for step, when, metrics in steps:
-            self.last_metrics = metrics
-            self.train_s = when - (self._began or when)
-            if "validation/loss" in metrics:
-                self.console.print(_validation_line(step, metrics))
-                if self.report:
-                    self.record.settle(SETTLE_S)
-                    try:
-                        self.report(step, metrics)
-                    except SystemExit:  # Tune's word for a trial that it stops; only this thread hears it
-                        self.stopped = True
-                        raise
-        step, _, metrics = steps[-1]
-        news = (
+        step, when, metrics = steps[-1]
+        self.last_metrics = metrics
+        self.train_s = when - (self._began or when)
+        status = (
             f"loss {metrics.get('loss', math.nan):.3f}  {metrics['samples_per_s']:.0f} samples/s  "
             f"{metrics['frames_per_s']:.0f} frames/s  data wait {metrics['data_wait_share']:.0%}"
         )
-        self._progress.update(self._task, completed=step, news=news)
-        if not self.console.is_terminal and time.time() - self._last_line >= PLAIN_LINE_EVERY_S:
-            self._last_line = time.time()
-            self.console.print(f"step {step}/{self.job.total_steps}  {news}")
+        self._progress.update(step, status, "training")
+        for step, _, metrics in steps:
+            if "validation/loss" in metrics:
+                log.info(_validation_line(step, metrics), extra={"step": step})
+                self._report(step, metrics)
 
-    def _take_unreadable(self, items: list[dict[str, Any]]) -> None:
-        known = len(self._unreadable)
+    def _report(self, step: int, metrics: dict[str, float]) -> None:
+        """Report a validation when the record has it, or has not got it after `SETTLE_S`."""
+        if self.report is None:
+            return
+        try:
+            self.record.settle(SETTLE_S)
+            self.report(step, metrics)
+        except SystemExit:  # Tune stops a trial with it; only this thread gets it
+            self.stopped = True
+            raise
+        except Exception:
+            log.exception("the validation after step %s could not be reported; the run goes on", step)
+
+    def _handle_unreadable(self, items: list[dict[str, Any]]) -> None:
         for item in items:
             if _key(item) not in self._unreadable:
                 self._unreadable[_key(item)] = item
-                line = f"left out: {item['manifest']} line {item['line']} ({item['id']}): {item['reason']}"
-                self.console.print(line, markup=False)
-        self._ledger_is_old |= len(self._unreadable) > known
-        if self._ledger_is_old:
+                self._ledger_outdated = True
+                log.warning("left out: %s line %s (%s): %s", *(item[k] for k in ("manifest", "line", "id", "reason")))
+        if self._ledger_outdated:
+            lines = (json.dumps(item) + "\n" for _, item in sorted(self._unreadable.items()))
             try:
-                storage.write_bytes(self._ledger_uri, self._ledger().encode())
-                self._ledger_is_old = False
+                storage.write_bytes(self._ledger_uri, "".join(lines).encode())
+                self._ledger_outdated = False
             except OSError as error:
-                self.console.print(f"{LEDGER} waits to be written: {type(error).__name__}")
-
-    def _ledger(self) -> str:
-        return "".join(json.dumps(item) + "\n" for _, item in sorted(self._unreadable.items()))
+                log.warning("%s cannot be written now: %s; it is written later", LEDGER, type(error).__name__)
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str, int]:

@@ -1,4 +1,4 @@
-"""Finds a rank that hangs: Ray asks only whether a process answers, and one that waits for ever does."""
+"""Watchdog for hanging ranks: Ray checks only that a process answers, and a rank that waits for ever does."""
 
 import faulthandler
 import os
@@ -14,27 +14,35 @@ from crosslmm.config import WatchdogConfig
 from crosslmm.train.loop import Phase
 
 GRACE_S = 5.0
-"""Before the first rank that found a hang ends, the others find it too, and write their stacks [s]."""
-UNHEARD_S = 60.0
-"""So much later a thread without Python ends a process whose Python is stuck [s]."""
+"""Pause before the first rank that detects a hang exits, so that the others detect it too and report [s]."""
+NATIVE_MARGIN_S = 60.0
+"""Time after a phase's limit when a C thread ends a process whose interpreter is stuck [s]."""
 
 
 class Watchdog:
-    """A thread of one rank that ends its process when a phase takes too long, after it has handed over its stacks.
+    """A thread that ends its rank's process when a phase takes too long, after reporting the stacks of all threads.
 
-    The whole group is started again when one of its processes ends. A rank that was stopped from outside (SIGSTOP, a
-    frozen machine) cannot look at itself: its peers on the same machine say so.
+    All ranks are restarted when one process ends. A rank that was stopped from outside (SIGSTOP, a frozen machine)
+    cannot watch itself: its peers on the same machine report its state.
 
     Args:
-        limits: of each phase [s].
-        report: takes the phase and a text, the stacks of all threads; may take GRACE_S.
-        peers: process ids of the ranks of this machine, by rank.
+        limits: time limit of each phase [s].
+        report: takes the phase and a text with all stacks; is waited for four times `grace_s`.
+        peers: process ids of the ranks on this machine, by rank.
+        grace_s: see `GRACE_S`.
+        native_margin_s: see `NATIVE_MARGIN_S`.
     """
 
     def __init__(
-        self, limits: WatchdogConfig, report: Callable[[str, str], None], peers: dict[int, int] | None = None
+        self,
+        limits: WatchdogConfig,
+        report: Callable[[str, str], None],
+        peers: dict[int, int] | None = None,
+        grace_s: float = GRACE_S,
+        native_margin_s: float = NATIVE_MARGIN_S,
     ) -> None:
-        self._limits = {
+        self.grace_s, self.native_margin_s = grace_s, native_margin_s
+        self._limits: dict[Phase, float] = {
             "start-up": limits.startup_s,
             "data": limits.data_s,
             "step": limits.step_s,
@@ -42,58 +50,61 @@ class Watchdog:
             "checkpoint": limits.checkpoint_s,
         }
         self._report, self.peers = report, peers or {}
-        self._last_words = tempfile.TemporaryFile("w+")  # noqa: SIM115  open as long as the process
-        self._phase, self._until = "start-up", float("inf")
+        self._stacks = tempfile.TemporaryFile("w+")  # noqa: SIM115  open until the process ends
+        self._phase: Phase = "start-up"
+        self._until = float("inf")
         self.enter("start-up")
-        self._over = threading.Event()
+        self._closed = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def enter(self, phase: Phase) -> None:
-        """A phase begins, and the one before it is over."""
+        """Begin a phase, and end the one before it."""
         limit = self._limits[phase]
         self._phase, self._until = phase, time.monotonic() + limit
-        # Where a native call never gives Python back, no thread of ours runs; this one is C.
-        faulthandler.dump_traceback_later(limit + UNHEARD_S, exit=True)
+        # While a native call holds the interpreter lock no Python thread runs; this one is C.
+        faulthandler.dump_traceback_later(limit + self.native_margin_s, exit=True)
 
     def close(self) -> None:
-        """Nothing is watched any more."""
-        self._over.set()
+        """Stop watching."""
+        self._closed.set()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, max(0.05, self._until - time.monotonic()))):
+        while not self._closed.wait(min(1.0, max(0.05, self._until - time.monotonic()))):
             if time.monotonic() >= self._until:
-                self._end()
+                self._end_process()
 
-    def _end(self) -> None:
+    def _end_process(self) -> None:
         phase = self._phase
-        limit = self._limits[phase]
         try:
-            self._hand_over(phase, limit)
+            self._report_stacks(phase)
         finally:
             os._exit(1)
 
-    def _hand_over(self, phase: str, limit: float) -> None:
-        faulthandler.dump_traceback(self._last_words)
-        self._last_words.seek(0)
-        text = f"{phase} has taken more than {limit:g} s\n\n{self._states()}\n{self._last_words.read()}"
+    def _report_stacks(self, phase: Phase) -> None:
+        """Report in a thread of its own, which may hang too; then give the other ranks time to report."""
+        faulthandler.dump_traceback(self._stacks)
+        self._stacks.seek(0)
+        text = f"{phase} took longer than {self._limits[phase]:g} s\n\n{self._peer_states()}\n{self._stacks.read()}"
         reporting = threading.Thread(target=self._report, args=(phase, text), daemon=True)
         reporting.start()
-        reporting.join(GRACE_S * 4)
-        time.sleep(GRACE_S)
+        reporting.join(self.grace_s * 4)
+        time.sleep(self.grace_s)
 
-    def _states(self) -> str:
-        """What the system says of the ranks on this machine: running, sleeping, stopped, gone."""
+    def _peer_states(self) -> str:
+        """Return the state of each rank on this machine: running, sleeping, stopped, gone; one line each."""
         lines = []
         for rank, pid in self.peers.items():
             try:
                 state = psutil.Process(pid).status()
             except psutil.NoSuchProcess:
                 state = "gone"
+            except Exception as error:  # the stacks are worth more than this line
+                state = f"unknown ({type(error).__name__})"
             lines.append(f"rank {rank}, process {pid}: {state}\n")
         return "".join(lines)
 
 
 def stacks_name(attempt: str, phase: str, rank: int) -> str:
-    """Where in a run's folder a rank's stacks go."""
+    """Return the name of a rank's stacks in the run's folder."""
     return str(Path("stacks") / f"{attempt}-{phase}-rank-{rank}.txt")

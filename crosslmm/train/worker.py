@@ -1,18 +1,20 @@
-"""What one training process does: one FSDP rank, from the last checkpoint to the exported model."""
+"""One training process: one FSDP rank, from the last checkpoint to the exported model."""
 
 import functools
 import itertools
 import json
+import logging
 import os
 import secrets
 import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import ray
@@ -32,42 +34,46 @@ from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.checkpoint import Saver
+from crosslmm.train.events import forward_logs
 from crosslmm.train.job import TRAIN, VALIDATION, Job
 from crosslmm.train.optim import build_optimizer
 from crosslmm.train.parallel import parallelize
 from crosslmm.train.watchdog import Watchdog, stacks_name
 
-LISTEN_EVERY_S = 1.0
-"""How often a rank asks whether it is to stop [s]."""
+log = logging.getLogger(__name__)
+
+LISTEN_INTERVAL_S = 1.0
+"""Pause between two checks whether a rank is to stop [s]."""
 
 
 class Stopped(Exception):
-    """The workers took a checkpoint and ended, for they were told to: the job was stopped, or a node is taken away."""
+    """The workers saved a checkpoint and ended because the job is stopped, or a node is taken away."""
 
 
-def train(loop_config: dict[str, Any]) -> None:
-    """One training process: one FSDP rank.
+def train(train_loop_config: dict[str, Any]) -> None:
+    """Run one training process: one FSDP rank, from the last checkpoint to the exported model.
+
+    Args:
+        train_loop_config: {"job": `Job`}, as Ray Train passes it.
 
     Raises:
-        Stopped: before the last step, with a checkpoint of all that was done.
+        Stopped: before the last step, with a checkpoint of all steps done.
     """
-    job: Job = loop_config["job"]
+    job: Job = train_loop_config["job"]
     config = job.config
     rank = dist.get_rank()
+    forward_logs(job.events, rank)
     attempt = [secrets.token_hex(4)]
-    watchdog = Watchdog(config.watchdog, functools.partial(_hand_over_stacks, job, rank, attempt))
+    watchdog = Watchdog(config.watchdog, functools.partial(_report_hang, job, rank, attempt))
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=job.collectives_s))
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=job.collective_timeout_s))
     dist.broadcast_object_list(attempt, src=0, group=group)
-    watchdog.peers = _peers(group)
+    watchdog.peers = _local_peers(group)
     processor = build_processor(config.model)
     process = functools.partial(processor, features=(job.recipe.patches, job.recipe.width) if job.recipe else None)
 
-    def tell(line: str) -> None:
-        job.events.post.remote("message", line)
-
-    with checkpoint.newest(job.folder, group, tell) as found:
-        first_step = found[0].step if found else 0
+    with checkpoint.open_newest(job.folder, group) as newest:
+        first_step = newest[0].step if newest else 0
         if rank == 0:
             ray.get(job.events.set_first_step.remote(first_step))
         # The data starts while the model is built.
@@ -75,23 +81,24 @@ def train(loop_config: dict[str, Any]) -> None:
 
         def build(weights: bool) -> CrossLMMForConditionalGeneration:
             # A checkpoint overwrites published weights, so a resume does not fetch them.
-            built = build_model(config.model, processor, config.seed, weights and found is None)
-            if weights and found is None and job.recipe:
-                require_encoder(built, job.recipe, str(config.data.features))
-            return built
+            model = build_model(config.model, processor, config.seed, weights and newest is None)
+            if weights and newest is None and job.recipe:
+                require_encoder(model, job.recipe, str(config.data.features))
+            return model
 
         model = parallelize(build, config.train, ray.train.torch.get_device())
         optimizer = build_optimizer(model, config.train)
-        if found:
-            checkpoint.load(found[1], found[0], model, optimizer)
+        if newest:
+            checkpoint.load(newest[1], newest[0], model, optimizer)
     if rank == 0:
         job.events.post.remote("started", (first_step, sum(p.numel() for p in model.parameters())))
 
-    saver = Saver(job.folder, config, attempt[0], group, tell)
-    around = _WorkerCallbacks(
-        job, model, optimizer, processor, process, saver, watchdog, found[0].metrics if found else {}
-    )
-    done = loop.train(config, model, optimizer, batches, range(first_step, job.total_steps), around)
+    saver = Saver(job.folder, config, attempt[0], group)
+    with StopListener(job.events, rank) as listener:
+        callbacks = _WorkerCallbacks(
+            job, model, optimizer, processor, process, saver, watchdog, listener, newest[0].metrics if newest else {}
+        )
+        done = loop.train(config, model, optimizer, batches, range(first_step, job.total_steps), callbacks)
     watchdog.enter("checkpoint")
     saver.close()
     if done < job.total_steps:
@@ -107,8 +114,57 @@ def train(loop_config: dict[str, Any]) -> None:
     watchdog.close()
 
 
+class StopListener:
+    """Context manager whose thread checks whether the job is being stopped, or a node of the workers taken away.
+
+    The thread survives errors of the channel and of Ray Train: it logs the first of a row, and checks again.
+
+    Args:
+        events: actor handle of the `EventChannel`.
+        rank: this worker's; rank 0 asks the channel.
+        interval_s: pause between two checks [s].
+    """
+
+    def __init__(self, events: Any, rank: int, interval_s: float = LISTEN_INTERVAL_S) -> None:
+        self.events, self.rank, self.interval_s = events, rank, interval_s
+        self._requested, self._closed = threading.Event(), threading.Event()
+        self._failing: set[str] = set()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._listen, name="stop listener", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._closed.set()
+
+    def stop_requested(self) -> bool:
+        """Return whether this rank is to stop."""
+        return self._requested.is_set()
+
+    def _listen(self) -> None:
+        while not self._closed.wait(self.interval_s):
+            # A barrier over all ranks, hence in a thread beside the steps. Every rank calls it every time.
+            stop = self._check("preemption", ray.train.get_preemption_info)
+            if self.rank == 0:
+                stop |= self._check("stop request", lambda: ray.get(self.events.stop_requested.remote()))
+            if stop:
+                self._requested.set()
+                return
+
+    def _check(self, what: str, check: Callable[[], Any]) -> bool:
+        try:
+            result = bool(check())
+            self._failing.discard(what)
+            return result
+        except Exception as error:
+            if what not in self._failing and not self._closed.is_set():
+                log.warning("cannot check for a %s: %s; trying again", what, " ".join(str(error).split())[:200])
+            self._failing.add(what)
+            return False
+
+
 class _WorkerCallbacks(loop.Callbacks):
-    """The loop's surroundings in a Ray Train worker."""
+    """Connects the training loop to the run's storage, the driver and the watchdog."""
 
     def __init__(
         self,
@@ -119,26 +175,16 @@ class _WorkerCallbacks(loop.Callbacks):
         process: Any,
         saver: Saver,
         watchdog: Watchdog,
+        listener: StopListener,
         validation: loop.Metrics,
     ) -> None:
         self.job, self.model, self.optimizer, self.saver = job, model, optimizer, saver
         self.processor, self.process = processor, process
         self.rank = dist.get_rank()
         self.enter = watchdog.enter  # type: ignore[method-assign]
+        self.stop_requested = listener.stop_requested  # type: ignore[method-assign]
         self._validation = validation
         self._history: list[str] = []
-        self._told_to_stop = threading.Event()
-        threading.Thread(target=self._listen, name="listener", daemon=True).start()
-
-    def _listen(self) -> None:
-        """Ask whether the job is being stopped, or a node of ours taken away. Ray's question is asked of all ranks
-        together, so it has a thread of its own beside the steps."""
-        while not self._told_to_stop.wait(LISTEN_EVERY_S):
-            if ray.train.get_preemption_info() or (self.rank == 0 and ray.get(self.job.events.stop_requested.remote())):
-                self._told_to_stop.set()
-
-    def wanted(self) -> bool:
-        return self._told_to_stop.is_set()
 
     def log(self, step: int, metrics: loop.Metrics) -> None:
         if self.rank == 0:
@@ -153,7 +199,7 @@ class _WorkerCallbacks(loop.Callbacks):
     def validate(self) -> loop.Metrics:
         if self.job.validation_rows is None:
             return {}
-        samples = _samples(self.job, VALIDATION, self.job.validation(dist.get_world_size()))
+        samples = _samples(self.job, VALIDATION, self.job.validation_layout(dist.get_world_size()))
         batches = prefetch(samples, lambda s: collate_for_validation(s, self.process))
         self._validation = loop.validate(self.job.config, self.model, self.processor, batches)
         return self._validation
@@ -161,27 +207,30 @@ class _WorkerCallbacks(loop.Callbacks):
     def not_finite(self, step: int, ids: list[str], grad_norm: float) -> None:
         if self.rank == 0:
             name = f"not_finite/step-{step:08d}.json"
-            said = {"step": step, "grad_norm": str(grad_norm), "ids": ids}
-            storage.write_bytes(storage.join(self.job.folder, name), json.dumps(said).encode())
-            line = f"step {step}: the gradient's norm is {grad_norm}; {name} in the run's folder names its samples"
-            self.job.events.post.remote("message", line)
+            report = {"step": step, "grad_norm": str(grad_norm), "ids": ids}
+            storage.write_bytes(storage.join(self.job.folder, name), json.dumps(report).encode())
+            log.error(
+                "step %s: the gradient's norm is %s; %s in the run's folder lists its samples",
+                step, grad_norm, name, extra={"step": step},
+            )  # fmt: skip
 
 
-def _hand_over_stacks(job: Job, rank: int, attempt: list[str], phase: str, text: str) -> None:
+def _report_hang(job: Job, rank: int, attempt: list[str], phase: str, text: str) -> None:
+    """Log a hang that the watchdog detected, and write the stacks into the run's folder."""
     name = stacks_name(attempt[0], phase, rank)
-    job.events.post.remote("message", f"worker {rank}: {text.splitlines()[0]}; its stacks are in {name} of the run")
+    log.error("worker %s: %s; its stacks are in %s in the run's folder", rank, text.splitlines()[0], name)
     storage.write_bytes(storage.join(job.folder, name), text.encode())
 
 
-def _peers(group: dist.ProcessGroup) -> dict[int, int]:
-    """Process ids of the ranks of this machine, by rank."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), os.getpid()), group=group)
-    return {rank: pid for rank, (host, pid) in enumerate(everyone) if host == socket.gethostname()}
+def _local_peers(group: dist.ProcessGroup) -> dict[int, int]:
+    """Return the process ids of the ranks on this machine, by rank."""
+    processes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(processes, (socket.gethostname(), os.getpid()), group=group)
+    return {rank: pid for rank, (host, pid) in enumerate(processes) if host == socket.gethostname()}
 
 
 def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: int) -> Iterator[loop.StepBatch]:
-    """This rank's part of each step from `first_step` on."""
+    """Yield this rank's share of each step from `first_step` on."""
     train, device = job.config.train, ray.train.torch.get_device()
 
     def length_of(sample: Sample) -> int:
@@ -194,26 +243,31 @@ def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: i
             [loop.pinned(collate(part, process), device) for part in micro], [sample.id for sample in samples]
         )
 
-    layout = job.training(first_step, dist.get_world_size())
-    # One step's frames are held while those of the step before are trained on.
+    layout = job.training_layout(first_step, dist.get_world_size())
+    # Collates the next step while this one is trained on.
     return prefetch(_samples(job, TRAIN, layout), collate_step, depth=1)
 
 
 def _samples(job: Job, name: str, layout: BlockLayout) -> Iterator[list[Sample]]:
-    """This rank's samples, a step at a time, checked to be the ones that are due."""
+    """Yield this rank's samples, a step at a time.
+
+    Raises:
+        RuntimeError: the data delivers other samples than the run's order expects.
+        TooManyUnreadable: see `ErrorBudget`.
+    """
     rank, data = dist.get_rank(), job.config.data
-    tally = ErrorBudget(data.max_bad_share, data.bad_allowed)
+    budget = ErrorBudget(data.max_bad_share, data.bad_allowed)
     blocks = ray.train.get_dataset_shard(name).iter_batches(batch_size=1, prefetch_batches=2)
     stream = itertools.chain.from_iterable(map(unpack_block, blocks))
     for first in range(0, layout.steps * layout.samples_per_rank, layout.samples_per_rank):
-        due = layout.rank_positions(rank, first + np.arange(layout.samples_per_rank)).tolist()
+        expected = layout.rank_positions(rank, first + np.arange(layout.samples_per_rank)).tolist()
         samples = list(itertools.islice(stream, layout.samples_per_rank))
-        if [sample.position for sample in samples] != due:
+        if [sample.position for sample in samples] != expected:
             raise RuntimeError(
-                f"the data delivered places {[s.position for s in samples]} of the run where {due} were due"
+                f"the data delivered positions {[s.position for s in samples]} of the run's order instead of {expected}"
             )
-        bad = [entry for sample in samples for entry in sample.quarantined]
-        for entry in bad:
+        unreadable = [entry for sample in samples for entry in sample.quarantined]
+        for entry in unreadable:
             job.events.post.remote("unreadable", {"split": name, **entry})
-        tally.record([sample.manifest for sample in samples], bad)
+        budget.record([sample.manifest for sample in samples], unreadable)
         yield samples

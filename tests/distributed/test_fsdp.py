@@ -100,13 +100,13 @@ def train(
     model, processor = sharded(config, 0.3, device)
     optimizer = build_optimizer(model, config.train)
     group, losses, first = dist.new_group(backend="gloo"), {}, 0
-    with checkpoint.newest(str(folder), group, print) as found:
-        if found and resume:
-            checkpoint.load(found[1], found[0], model, optimizer)
-            first = found[0].step
-    saver = checkpoint.Saver(str(folder), config, f"{ranks}{resume:d}", group, print)
+    with checkpoint.open_newest(str(folder), group) as newest:
+        if newest and resume:
+            checkpoint.load(newest[1], newest[0], model, optimizer)
+            first = newest[0].step
+    saver = checkpoint.Saver(str(folder), config, f"{ranks}{resume:d}", group)
 
-    class Around(loop.Callbacks):
+    class RecordingCallbacks(loop.Callbacks):
         def log(self, step, metrics):
             losses[step] = metrics["loss"], metrics["grad_norm"]
 
@@ -122,7 +122,7 @@ def train(
         loop.StepBatch([loop.pinned(batch, torch.device(device)) for batch in micro], [])
         for micro in batches(processor, config, ranks, rank, first)
     )
-    loop.train(config, model, optimizer, given, range(first, STEPS), Around())
+    loop.train(config, model, optimizer, given, range(first, STEPS), RecordingCallbacks())
     saver.close()
     model.eval()
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from crosslmm.train import checkpoint, loop
+from crosslmm.train import checkpoint, checkpoint_store, loop
 from crosslmm.train.optim import build_optimizer
 from tests.distributed.test_fsdp import STEPS, batches, leave, run_config, sharded
 
@@ -25,7 +25,7 @@ def train(rank: int, folder: Path, not_finite: str) -> None:
     config = run_config(RANKS, f"--train.not_finite={not_finite}", "--train.checkpoint_every=100", *features)
     model, processor = sharded(config, gates=0.3)
     optimizer = build_optimizer(model, config.train)
-    saver = checkpoint.Saver(str(folder), config, "test", dist.new_group(backend="gloo"), print)
+    saver = checkpoint.Saver(str(folder), config, "test", dist.new_group(backend="gloo"))
     seen: dict = {"logged": {}, "saved": [], "not_finite": [], "raised": None}
     asked = itertools.count(1)
 
@@ -39,8 +39,8 @@ def train(rank: int, folder: Path, not_finite: str) -> None:
             seen_before.append(weights())
             yield loop.StepBatch(micro, [f"{step}-of-{rank}"])
 
-    class Around(loop.Callbacks):
-        def wanted(self):
+    class RecordingCallbacks(loop.Callbacks):
+        def stop_requested(self):
             return rank == 1 and next(asked) == TOLD_AFTER
 
         def log(self, step, metrics):
@@ -55,7 +55,7 @@ def train(rank: int, folder: Path, not_finite: str) -> None:
 
     seen_before: list[list[torch.Tensor]] = []
     try:
-        seen["done"] = loop.train(config, model, optimizer, given(), range(STEPS), Around())
+        seen["done"] = loop.train(config, model, optimizer, given(), range(STEPS), RecordingCallbacks())
     except FloatingPointError as error:
         seen["raised"] = str(error)
         seen_before.append(weights())
@@ -94,7 +94,7 @@ def test_a_step_that_is_no_number_is_skipped_and_its_samples_named_on_every_rank
 def test_what_one_rank_is_told_stops_all_after_the_same_step_with_a_checkpoint(skipping):
     seen, folder = skipping
     assert [(s["done"], s["saved"], len(s["logged"])) for s in seen] == [(TOLD_AFTER, [TOLD_AFTER], TOLD_AFTER)] * 2
-    assert [one.step for one in checkpoint.sealed(str(folder))] == [TOLD_AFTER]
+    assert [one.step for one in checkpoint_store.list_sealed(str(folder))] == [TOLD_AFTER]
 
 
 def test_a_step_that_is_no_number_stops_the_run_on_every_rank(tmp_path):

@@ -1,37 +1,137 @@
-"""What a run's driver does with the news of its workers."""
+"""The driver's monitor: events of the workers become log lines, records and reports, whatever fails."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
+import ray
+from ray.exceptions import RayError
 
+from crosslmm.run_folder import LEDGER
 from crosslmm.train.monitor import TrainingMonitor
 
 METRICS = {"samples_per_s": 1.0, "frames_per_s": 4.0, "data_wait_share": 0.0, "loss": 2.0}
 VALIDATED = METRICS | {"validation/loss": 1.0, "validation/accuracy": 0.5}
+UNREADABLE = {"split": "training", "manifest": "m", "line": 3, "id": "x", "reason": "empty"}
 
 
-def follower(folder, record, report):
-    job = SimpleNamespace(total_steps=4, folder=str(folder))
-    return TrainingMonitor(job, record, Console(quiet=True), report)
+class Events:
+    """Event channel that gives one list of events per call; an exception among them is raised."""
+
+    def __init__(self, *batches) -> None:
+        self.batches = list(batches)
+        self.drain = SimpleNamespace(remote=self._drain)
+
+    def _drain(self):
+        batch = self.batches.pop(0) if self.batches else []
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
+
+
+class Record:
+    """Record that notes what it gets; its first call can fail."""
+
+    def __init__(self, fail_first: bool = False) -> None:
+        self.calls, self.fail_first = [], fail_first
+
+    def log(self, steps) -> None:
+        if self.fail_first:
+            self.fail_first = False
+            raise ValueError("no JSON")
+        self.calls.append([step for step, _, _ in steps])
+
+    def settle(self, seconds) -> None:
+        self.calls.append("settled")
+
+
+@pytest.fixture(autouse=True)
+def _local_ray(monkeypatch):
+    monkeypatch.setattr(ray, "get", lambda value: value)
+
+
+def monitor(folder, record=None, report=None, *batches):
+    job = SimpleNamespace(total_steps=4, folder=str(folder), events=Events(*batches))
+    return TrainingMonitor(job, record or Record(), report)
 
 
 def test_a_validation_is_reported_when_the_record_has_it(tmp_path):
-    events = []
-    record = SimpleNamespace(
-        log=lambda steps: events.append([step for step, _, _ in steps]), settle=lambda seconds: events.append("settled")
-    )
-    follows = follower(tmp_path, record, lambda step, metrics: events.append((step, metrics["validation/loss"])))
-    follows._take_steps([(1, 1.0, METRICS), (2, 2.0, VALIDATED), (3, 3.0, METRICS)])
-    assert events == [[1, 2, 3], "settled", (2, 1.0)]
-    assert not follows.stopped
+    record = Record()
+    with monitor(
+        tmp_path, record, lambda step, metrics: record.calls.append((step, metrics["validation/loss"])),
+        [("step", (1, 1.0, METRICS)), ("step", (2, 2.0, VALIDATED)), ("step", (3, 3.0, METRICS))],
+    ) as running:  # fmt: skip
+        pass
+    assert record.calls == [[1, 2, 3], "settled", (2, 1.0)]
+    assert not running.stopped
+    assert running.last_metrics == METRICS
 
 
-def test_a_run_that_is_stopped_by_who_is_reported_to_has_not_failed(tmp_path):
+def test_a_run_that_tune_stops_has_not_failed(tmp_path):
     def stop(step, metrics):
         raise SystemExit(0)
 
-    follows = follower(tmp_path, SimpleNamespace(log=lambda steps: None, settle=lambda seconds: None), stop)
+    running = monitor(tmp_path, report=stop)
     with pytest.raises(SystemExit):
-        follows._take_steps([(2, 2.0, VALIDATED)])
-    assert follows.stopped
+        running.handle([("step", (2, 2.0, VALIDATED))])
+    assert running.stopped
+
+
+def test_tune_s_stop_ends_the_monitor_s_thread(tmp_path):
+    reported = []
+
+    def stop(step, metrics):
+        reported.append(step)
+        raise SystemExit(0)
+
+    with monitor(tmp_path, None, stop, [("step", (2, 2.0, VALIDATED))], [("step", (3, 3.0, VALIDATED))]) as running:
+        while not running.stopped:
+            pass
+    assert running.stopped
+    assert reported == [2]
+
+
+def test_an_error_of_the_channel_is_logged_and_later_events_are_handled(tmp_path, caplog):
+    record = Record()
+    lost, step = RayError("lost"), [("step", (1, 1.0, METRICS))]
+    with monitor(tmp_path, record, None, lost, lost, ValueError("odd"), step) as running:
+        while running.job.events.batches:
+            pass
+    assert record.calls == [[1]]
+    assert [line for line in caplog.messages if "cannot be read" in line] == [
+        "the workers' events cannot be read: RayError; trying again"
+    ]
+
+
+def test_an_error_in_one_kind_of_event_does_not_lose_the_others(tmp_path, caplog):
+    record = Record(fail_first=True)
+    events = [("step", (1, 1.0, METRICS)), ("unreadable", UNREADABLE), ("log", (logging.WARNING, "hello", 1, 7))]
+    with monitor(tmp_path, record, None, events, [("step", (2, 2.0, METRICS))]) as running:
+        while running.job.events.batches:
+            pass
+    assert record.calls == [[2]]
+    assert (tmp_path / LEDGER).exists()
+    assert "left out: m line 3 (x): empty" in caplog.messages
+    assert "events of kind 'step' could not be handled; the run goes on" in caplog.messages
+
+
+def test_a_failed_report_does_not_lose_later_reports(tmp_path, caplog):
+    reported = []
+
+    def report(step, metrics):
+        if step == 1:
+            raise RuntimeError("Tune is away")
+        reported.append(step)
+
+    with monitor(tmp_path, None, report, [("step", (1, 1.0, VALIDATED)), ("step", (2, 2.0, VALIDATED))]) as running:
+        pass
+    assert reported == [2]
+    assert not running.stopped
+    assert "the validation after step 1 could not be reported; the run goes on" in caplog.messages
+
+
+def test_workers_log_records_keep_level_rank_and_step(tmp_path, caplog):
+    with monitor(tmp_path, None, None, [("log", (logging.ERROR, "100% of a step", 1, 7))]):
+        pass
+    (record,) = [record for record in caplog.records if record.message == "100% of a step"]
+    assert (record.levelno, record.rank, record.step) == (logging.ERROR, 1, 7)

@@ -1,4 +1,4 @@
-"""A driver that is told to stop."""
+"""The launcher: a driver that is told to stop."""
 
 import os
 import signal
@@ -12,21 +12,21 @@ from crosslmm.train import launcher
 from crosslmm.train.worker import Stopped
 
 
-def test_who_is_told_to_stop_waits_for_the_last_checkpoint():
-    told, taken = threading.Event(), []
+def test_a_stopped_driver_waits_for_the_last_checkpoint():
+    stop_requested, saved = threading.Event(), []
 
     def workers():
-        assert told.wait(30)
+        assert stop_requested.wait(30)
         time.sleep(0.5)
-        taken.append("checkpoint")
+        saved.append("checkpoint")
         raise Stopped("after step 1")
 
-    job = SimpleNamespace(events=SimpleNamespace(request_stop=SimpleNamespace(remote=told.set)))
+    job = SimpleNamespace(events=SimpleNamespace(request_stop=SimpleNamespace(remote=stop_requested.set)))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            launcher._waiting(job, workers)
+            launcher.run_interruptibly(job, workers)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert taken == ["checkpoint"]
+    assert saved == ["checkpoint"]

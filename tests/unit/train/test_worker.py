@@ -1,0 +1,86 @@
+"""Threads and log of a worker: an error of what they call costs neither stop requests nor messages."""
+
+import logging
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import ray
+import ray.train
+from ray.exceptions import RayError
+
+from crosslmm.train.events import EventLogHandler
+from crosslmm.train.worker import StopListener
+
+DEADLINE_S = 10.0
+
+
+class Flaky:
+    """Callable that raises the first time and then returns a value."""
+
+    def __init__(self, value) -> None:
+        self.value, self.calls = value, 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls == 1:
+            raise RayError("the actor is restarting")
+        return self.value
+
+
+def wait_until(condition) -> None:
+    until = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def local_ray(monkeypatch):
+    """Results of remote calls are their values; no node is being taken away."""
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
+
+
+def channel(stop_requested):
+    return SimpleNamespace(stop_requested=SimpleNamespace(remote=stop_requested))
+
+
+def test_a_stop_request_is_seen_after_an_error_of_the_channel(local_ray):
+    with StopListener(channel(Flaky(True)), 0, 0.01) as listener:
+        wait_until(listener.stop_requested)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_preemption_is_seen_after_an_error_of_ray_train(local_ray, monkeypatch, rank):
+    monkeypatch.setattr(ray.train, "get_preemption_info", Flaky("spot"))
+    with StopListener(channel(lambda: False), rank, 0.01) as listener:
+        wait_until(listener.stop_requested)
+
+
+def test_only_rank_0_asks_the_channel(local_ray):
+    asked = Flaky(True)
+    with StopListener(channel(asked), 1, 0.01) as listener:
+        time.sleep(0.1)
+    assert not asked.calls
+    assert not listener.stop_requested()
+
+
+def test_the_listener_ends_with_its_context(local_ray):
+    with StopListener(channel(lambda: False), 0, 0.01):
+        pass
+    wait_until(lambda: not any(thread.name == "stop listener" for thread in threading.enumerate()))
+
+
+def test_log_records_are_posted_with_level_rank_and_step():
+    posted = []
+    events = SimpleNamespace(post=SimpleNamespace(remote=lambda kind, item: posted.append((kind, item))))
+    log = logging.Logger("worker")
+    log.addHandler(EventLogHandler(events, rank=3))
+    log.warning("checkpoint after step %s", 7, extra={"step": 7})
+    log.info("plain")
+    assert posted == [
+        ("log", (logging.WARNING, "checkpoint after step 7", 3, 7)),
+        ("log", (logging.INFO, "plain", 3, None)),
+    ]

@@ -1,4 +1,4 @@
-"""What a CrossLMM model is made of: one vision encoder, one decoder, and how the two are joined."""
+"""Configuration of the model: a vision encoder, a decoder, and how they are connected."""
 
 from typing import Any, Literal
 
@@ -14,25 +14,25 @@ class CrossLMMConfig(PreTrainedConfig):
 
     Args:
         vision_config: any SigLIP vision configuration (or its dict).
-        text_config: a decoder whose layers look like Qwen2's or Llama's (or its dict, with `model_type`).
-        pool_stride: s in ceil(g/s)^2, the pooled tokens that one frame of g x g patches sends through the decoder.
-        pooling: how a cell's patches become one token: bilinear (the paper's), average or max.
-        cross_attention_every: K. Layers 0, K, 2K, ... carry the dual cross-attention; the paper's best is 4 (Table 2b).
-            0 gives none. (Counted from the other end, the last layer would carry a V2V that no answer ever reads.)
-        cross_attention_layers: these layers instead, counted from 0.
-        v2v: whether visual positions look back at the original visual tokens (Table 2a).
-        t2v: whether text positions do (Table 2a).
-        v2v_scope: "video": a pooled token looks at its whole video, as in the paper; "frame": at its own frame, which
-            makes the cost linear in frames.
-        cross_attention_rotary: give queries and keys of the cross-attentions rotary positions over frames; the paper's
-            have none.
-        encoder_chunk: frames that go through one encoder layer, and without gradients through the projections of
-            what it says, at a time. Beyond one hidden state of all frames they need memory for so many frames'
-            intermediates only; the encoder in training with activation checkpointing too.
-        video_token_id: the placeholder that stands in `input_ids` once for every pooled token.
+        text_config: a decoder with Qwen2 or Llama layers (or its dict, with `model_type`).
+        pool_stride: s: a frame of g x g patches becomes ceil(g/s)^2 pooled tokens.
+        pooling: how the patches of a cell become one token: "bilinear" (as in the paper), "average" or "max".
+        cross_attention_every: K. Layers 0, K, 2K, ... have the dual cross-attention; the paper's best is 4 (Table 2b);
+            0 disables it. (Counting from the last layer would waste its V2V, whose output no text position reads.)
+        cross_attention_layers: indices of these layers from 0; overrides `cross_attention_every`.
+        v2v: whether pooled visual tokens attend to the original visual tokens (Table 2a).
+        t2v: whether text tokens attend to the original visual tokens (Table 2a).
+        v2v_scope: "video": a pooled token attends to its full video, as in the paper; "frame": to its own frame only,
+            which makes the cost linear in the number of frames.
+        cross_attention_rotary: rotate queries and keys of the cross-attentions by their frame index (RoPE). The paper
+            uses no positions.
+        encoder_chunk: frames that one encoder layer processes at a time; without gradients also the projections of the
+            encoder's output. Limits the memory for intermediate tensors to this many frames, also in training with
+            activation checkpointing; only one hidden state of all frames remains.
+        video_token_id: id of the placeholder token; `input_ids` has one per pooled token.
 
     Raises:
-        ValueError: a stride or depth outside of what the two backbones allow.
+        ValueError: a stride, layer index or interval does not fit the encoder or decoder.
     """
 
     model_type = "crosslmm"
@@ -55,7 +55,7 @@ class CrossLMMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = SiglipVisionConfig(**(self.vision_config or {}))
-        # The attention-pooling head of SigLIP is never asked: the model reads patches.
+        # The model reads patches; the attention-pooling head of SigLIP is not used.
         self.vision_config.vision_use_head = False
         if not isinstance(self.text_config, PreTrainedConfig):
             fields = dict(self.text_config or {"model_type": "qwen2"})
@@ -81,31 +81,31 @@ class CrossLMMConfig(PreTrainedConfig):
                 f"cross_attention_every is {self.cross_attention_every}; "
                 f"a decoder of {depth} layers takes 1 to {depth}, or 0 for none"
             )
-        listed = self.cross_attention_layers or []
-        if sorted(set(listed)) != listed or not all(0 <= layer < depth for layer in listed):
+        layers = self.cross_attention_layers or []
+        if sorted(set(layers)) != layers or not all(0 <= layer < depth for layer in layers):
             raise ValueError(
-                f"cross_attention_layers is {listed}; "
+                f"cross_attention_layers is {layers}; "
                 f"a decoder of {depth} layers takes ascending numbers from 0 to {depth - 1}"
             )
 
     @property
     def grid_size(self) -> int:
-        """g: patches along one side of a frame."""
+        """Patches along one side of a frame (g)."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
     def patches_per_frame(self) -> int:
-        """N: the original visual tokens of one frame."""
+        """Original visual tokens of one frame (the paper's N)."""
         return self.grid_size**2
 
     @property
     def tokens_per_frame(self) -> int:
-        """Pooled tokens of one frame: what goes through the decoder."""
+        """Pooled visual tokens of one frame, which go through the decoder."""
         return pooled_grid(self.grid_size, self.pool_stride) ** 2
 
     @property
     def dual_layers(self) -> list[int]:
-        """Indices (from zero) of the decoder layers that carry the dual cross-attention."""
+        """Indices (from zero) of the decoder layers with the dual cross-attention."""
         if not (self.v2v or self.t2v):
             return []
         if self.cross_attention_layers is not None:

@@ -1,4 +1,4 @@
-"""Configuration -> model and processor, from random or from published weights."""
+"""Build the model and the processor from a run's configuration, with random or pretrained weights."""
 
 import contextlib
 import functools
@@ -24,29 +24,29 @@ from crosslmm.config import BadConfig, ModelConfig
 from crosslmm.model.configuration import CrossLMMConfig
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.processing import CrossLMMProcessor, tiny_tokenizer
-from crosslmm.model.vision_encoder import build_tower
+from crosslmm.model.vision_encoder import build_vision_encoder
 
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """Published weights somewhere: a hub name, a local directory, an s3:// folder, or a GGUF file (path or s3://)."""
+    """Location of pretrained weights: a hub name, a local directory, an s3:// folder, or a GGUF file (path or s3://)."""
 
     uri: str
     revision: str | None = None
 
     @contextlib.contextmanager
     def local(self) -> Iterator[dict[str, Any]]:
-        """The arguments under which `from_pretrained` finds it, for as long as the context lasts."""
+        """Yield the arguments for `from_pretrained`; files fetched from storage are deleted when the context ends."""
         folder, name = self.uri, None
         if self.uri.endswith(".gguf"):
             folder, name = storage.parent(self.uri) or ".", posixpath.basename(self.uri)
-        with tempfile.TemporaryDirectory() as fetched:
+        with tempfile.TemporaryDirectory() as download_dir:
             if "://" in folder:
                 if name:
-                    storage.download_file(self.uri, f"{fetched}/{name}")
+                    storage.download_file(self.uri, f"{download_dir}/{name}")
                 else:
-                    storage.download(folder, fetched)
-                folder = fetched
+                    storage.download(folder, download_dir)
+                folder = download_dir
             arguments: dict[str, Any] = {"pretrained_model_name_or_path": folder}
             if name:
                 arguments["gguf_file"] = name
@@ -56,10 +56,10 @@ class WeightsSource:
 
 
 def build_config(config: ModelConfig, video_token_id: int | None = None) -> CrossLMMConfig:
-    """The Transformers configuration of a run's model.
+    """Return the Transformers configuration of a run's model.
 
     Raises:
-        BadConfig: fields that no such backbone has, or a stride or depth outside of what it allows.
+        BadConfig: a field is unknown to the encoder or decoder, or a value does not fit them.
     """
     vision = config.vision or _published_config("vision", config.vision_weights, config.vision_revision)
     language = config.language or _published_config("language", config.language_weights, config.language_revision)
@@ -90,7 +90,7 @@ def build_config(config: ModelConfig, video_token_id: int | None = None) -> Cros
 
 @functools.cache
 def _published_config(part: str, uri: str, revision: str | None) -> dict[str, Any]:
-    """The fields of a checkpoint's own configuration; a SigLIP of both towers gives its vision tower's."""
+    """Return the configuration stored with pretrained weights; of a two-tower SigLIP the vision part."""
     try:
         with WeightsSource(uri, revision).local() as arguments:
             published = AutoConfig.from_pretrained(**arguments)
@@ -102,10 +102,10 @@ def _published_config(part: str, uri: str, revision: str | None) -> dict[str, An
 
 
 def build_processor(config: ModelConfig) -> CrossLMMProcessor:
-    """The processor of a run's model.
+    """Return the processor of a run's model.
 
     Raises:
-        BadConfig: a tokenizer that cannot be loaded, or whose chat tokens the decoder has no embedding for.
+        BadConfig: the tokenizer cannot be loaded, or the decoder has no embeddings for its chat tokens.
     """
     model = build_config(config)
     tokenizer: Any
@@ -134,19 +134,19 @@ def build_processor(config: ModelConfig) -> CrossLMMProcessor:
 def build_model(
     config: ModelConfig, processor: CrossLMMProcessor, seed: int, weights: bool = True
 ) -> CrossLMMForConditionalGeneration:
-    """The model in float32, on the default device.
+    """Build the model in float32 on the default device.
 
-    New parameters start as the decoder's own do (normal, its `initializer_range`), gates at zero; an encoder without
-    published weights as SigLIP does, but for its positions (normal, 1).
+    New parameters are initialised like the decoder (normal, its `initializer_range`), gates to zero; an encoder without
+    pretrained weights like SigLIP, except its position embeddings (normal, standard deviation 1).
 
     Args:
-        config: what to build.
-        processor: whose video token the model is to know.
-        seed: fixes the random weights.
-        weights: load the published weights that `config` names; false where only the shapes are wanted.
+        config: the `model` section of the run.
+        processor: supplies the id of the video placeholder.
+        seed: seed of the random weights.
+        weights: load the pretrained weights that `config` names; False if only the shapes are needed.
 
     Raises:
-        BadConfig: weights that cannot be loaded or do not fit.
+        BadConfig: weights cannot be loaded or do not fit the configuration.
     """
     torch.manual_seed(seed)
     model_config = build_config(config, processor.video_token_id)
@@ -158,76 +158,82 @@ def build_model(
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     if not config.vision_weights:
-        model.vision_tower.load_state_dict(_random_tower(model_config, seed).state_dict())
+        model.vision_tower.load_state_dict(_random_encoder(model_config, seed).state_dict())
     if weights and config.vision_weights:
         source = WeightsSource(config.vision_weights, config.vision_revision)
-        _graft("model.vision_weights", model.vision_tower, SiglipVisionModel, source)
+        _load_weights("model.vision_weights", model.vision_tower, SiglipVisionModel, source)
     if weights and config.language_weights:
         source = WeightsSource(config.language_weights, config.language_revision)
-        _graft("model.language_weights", model.language_model, AutoModelForCausalLM, source)
+        _load_weights("model.language_weights", model.language_model, AutoModelForCausalLM, source)
     if weights and config.init_from:
-        _graft("model.init_from", model, CrossLMMForConditionalGeneration, WeightsSource(config.init_from))
+        _load_weights("model.init_from", model, CrossLMMForConditionalGeneration, WeightsSource(config.init_from))
     return model
 
 
 def build_encoder(config: ModelConfig, processor: CrossLMMProcessor, seed: int) -> SiglipVisionModel:
-    """The vision tower of `build_model`, in float32, frozen.
+    """Build the vision encoder of `build_model` alone, in float32, frozen and in eval mode.
 
     Raises:
-        BadConfig: weights that cannot be loaded or do not fit.
+        BadConfig: weights cannot be loaded or do not fit the configuration.
     """
     model_config = build_config(config, processor.video_token_id)
     model_config._attn_implementation = config.attention
     if config.init_from:
         tower = build_model(config, processor, seed).vision_tower
     elif config.vision_weights:
-        tower = build_tower(model_config.vision_config, config.encoder_chunk)
+        tower = build_vision_encoder(model_config.vision_config, config.encoder_chunk)
         source = WeightsSource(config.vision_weights, config.vision_revision)
-        _graft("model.vision_weights", tower, SiglipVisionModel, source)
+        _load_weights("model.vision_weights", tower, SiglipVisionModel, source)
     else:
-        tower = _random_tower(model_config, seed)
+        tower = _random_encoder(model_config, seed)
     return tower.requires_grad_(False).eval()
 
 
-def _random_tower(config: CrossLMMConfig, seed: int) -> SiglipVisionModel:
-    """An encoder without published weights. It depends on nothing but its own shape and the seed: trials of a sweep,
-    which differ in what lies behind it, start from the same one, and can read the same features."""
+def _random_encoder(config: CrossLMMConfig, seed: int) -> SiglipVisionModel:
+    """Build an encoder with random weights that depend only on its configuration and the seed.
+
+    So trials of a sweep with different decoders start from the same encoder and can share cached features.
+    """
     torch.manual_seed(seed)
-    tower = build_tower(config.vision_config, config.encoder_chunk)
-    # SigLIP's own 1/sqrt(width) drowns beside the patches of an untrained encoder: where things are is then learnt
-    # hundreds of steps later (docs/log.md).
+    tower = build_vision_encoder(config.vision_config, config.encoder_chunk)
+    # SigLIP's own 1/sqrt(width) is too small beside the patch embeddings of an untrained encoder: positions are then
+    # learnt hundreds of steps later (docs/log.md).
     nn.init.normal_(tower.embeddings.position_embedding.weight)
     return tower
 
 
-def _graft(key: str, part: nn.Module, auto_class: Any, source: WeightsSource) -> None:
-    """Load a checkpoint into one part of the model; a branch of cross-attentions that it has none of stays new."""
+def _load_weights(key: str, part: nn.Module, auto_class: Any, source: WeightsSource) -> None:
+    """Load pretrained weights into `part`; a cross-attention branch that they lack keeps its initial weights.
+
+    Raises:
+        BadConfig: weights cannot be loaded, are missing, are left over, or have another shape. Starts with `key`.
+    """
     try:
         with source.local() as arguments:
-            # Foreign weights are never a pickle (pytorch_model.bin).
+            # Never unpickle third-party weights (pytorch_model.bin): loading them could run code.
             safe = "gguf_file" not in arguments
-            theirs = auto_class.from_pretrained(**arguments, dtype=torch.float32, use_safetensors=safe).state_dict()
-        # SigLIP's attention-pooling head is never asked.
-        theirs = {name: weight for name, weight in theirs.items() if not name.startswith("head.")}
-        ours = part.state_dict()
-        missing, beyond = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
+            pretrained = auto_class.from_pretrained(**arguments, dtype=torch.float32, use_safetensors=safe).state_dict()
+        # The attention-pooling head of SigLIP is not used.
+        pretrained = {name: weight for name, weight in pretrained.items() if not name.startswith("head.")}
+        expected = part.state_dict()
+        missing, unexpected = expected.keys() - pretrained.keys(), pretrained.keys() - expected.keys()
         for branch in (".v2v.", ".t2v."):
-            # A branch that the checkpoint has in no layer starts new.
-            if not any(branch in name for name in theirs):
+            # A branch that is missing from every layer was not trained yet; it may start from its initial weights.
+            if not any(branch in name for name in pretrained):
                 missing = {name for name in missing if branch not in name}
         if missing:
             raise ValueError(f"it lacks {len(missing)} weights, {min(missing)} first")
-        if beyond:
+        if unexpected:
             raise ValueError(
-                f"it has {len(beyond)} weights that the configuration has no place for, {min(beyond)} first"
+                f"it has {len(unexpected)} weights that the configuration has no place for, {min(unexpected)} first"
             )
-        for name in sorted(ours.keys() & theirs.keys()):
-            if theirs[name].shape != ours[name].shape:
+        for name in sorted(expected.keys() & pretrained.keys()):
+            if pretrained[name].shape != expected[name].shape:
                 raise ValueError(
-                    f"its {name} is {tuple(theirs[name].shape)}, "
-                    f"and the configuration asks for {tuple(ours[name].shape)}"
+                    f"its {name} is {tuple(pretrained[name].shape)}, "
+                    f"and the configuration asks for {tuple(expected[name].shape)}"
                 )
-        part.load_state_dict({k: theirs[k] for k in ours.keys() & theirs.keys()}, strict=False)
+        part.load_state_dict({k: pretrained[k] for k in expected.keys() & pretrained.keys()}, strict=False)
     except Exception as error:  # a broken file makes its reader raise anything
         raise BadConfig(f"{key}: {source.uri} cannot be loaded: {_first_line(error)}") from error
 

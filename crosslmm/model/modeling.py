@@ -23,7 +23,7 @@ from crosslmm.model.attention_plan import plan_t2v, plan_v2v
 from crosslmm.model.configuration import CrossLMMConfig
 from crosslmm.model.cross_attention import DualCrossAttentionLayer, VisualContext
 from crosslmm.model.pooling import pool
-from crosslmm.model.vision_encoder import build_tower, encode, in_chunks
+from crosslmm.model.vision_encoder import build_vision_encoder, encode, in_chunks
 
 LOSS_CHUNK = 1024
 """Labelled positions whose logits are in memory at a time: 0.6 GB in float32 with Qwen's vocabulary."""
@@ -62,7 +62,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         text = config.text_config
         if set(getattr(text, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
             raise ValueError(f"{text.model_type} with sliding attention: only full attention is supported")
-        self.vision_tower = build_tower(config.vision_config, config.encoder_chunk)
+        self.vision_tower = build_vision_encoder(config.vision_config, config.encoder_chunk)
         self.projector = Projector(config.vision_config.hidden_size, text.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(text)
         layers = self.language_model.model.layers
@@ -111,8 +111,8 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: int64 (B, L). It has `config.video_token_id` once per pooled token, frame after frame.
             pixel_values: uint8 (F, 3, H, W), the frames of all samples, concatenated. May be empty; may be None with
                 a cache that already holds them.
-            features: (F, P, D) in any float dtype: the output of `encode`, given instead of the frames, so that the encoder
-                does not run. A batch without frames has F = 0, so that all ranks run the same modules.
+            features: (F, P, D) in any float dtype: the output of `encode`, replaces the frames, and the encoder does
+                not run. A batch without frames has F = 0, so that all ranks run the same modules.
             num_frames: int64 (B, M), frames of each video (an image is a video of one frame); zero pads samples with
                 fewer videos. With a cache, of the full conversation.
             attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
@@ -184,7 +184,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if length > limit:
             raise ValueError(
                 f"the sequence has {length} positions, but the decoder takes {limit} (max_position_embeddings): "
-                f"use fewer frames, less text or a larger pool_stride (now {self.config.tokens_per_frame} tokens per frame)"
+                f"use less text, fewer frames or a larger pool_stride (now {self.config.tokens_per_frame} tokens/frame)"
             )
 
     def _check_frames(self, is_video_BL: Tensor, num_frames_BM: Tensor, num_given: int) -> None:

@@ -1,20 +1,23 @@
-"""Token merge: a frame's g x g grid of patches becomes ceil(g/s) x ceil(g/s) tokens, without parameters."""
+"""Token merge without parameters: a frame's g x g patches become ceil(g/s) x ceil(g/s) pooled tokens.
+
+Axis suffixes: F frame, P patch, D width.
+"""
 
 import torch
 from torch import Tensor
 
 
 def pooled_grid(grid: int, stride: int) -> int:
-    """Cells along one side: ceil(grid / stride). The last cell is smaller where the stride does not divide."""
+    """Return the cells along one side, ceil(grid / stride). The last one may be smaller than `stride`."""
     return -(-grid // stride)
 
 
 def cell_weights(grid: int, stride: int, device: torch.device | str = "cpu") -> Tensor:
-    """The bilinear weight of every patch in every cell along one side.
+    """Return the bilinear weight of every patch in every cell along one side.
 
-    Patch p belongs to cell p // stride and to no other. Within its cell it weighs as an antialiased bilinear
-    resize of that cell to one pixel weighs it: a tent over the cell's centre, twice as wide as the cell.
-    (One antialiased resize of the whole grid would leak: half of a border patch's weight goes next door.)
+    Patch p belongs to cell p // stride only. Its weight there is that of an antialiased bilinear resize of the cell to
+    one pixel: a tent centred on the cell and twice as wide. (One antialiased resize of the full grid would leak half of
+    a border patch's weight into the next cell.)
 
     Returns:
         float32 (ceil(grid/stride), grid); every row sums to one.
@@ -30,15 +33,15 @@ def cell_weights(grid: int, stride: int, device: torch.device | str = "cpu") -> 
 
 
 def pool(x_FPD: Tensor, stride: int, mode: str = "bilinear") -> Tensor:
-    """Merge each frame's patches into its cells.
+    """Merge the patches of each cell of a frame into one token.
 
     Args:
-        x_FPD: (frames, g*g patches in rows, width), any float dtype.
-        stride: s, patches along one side of a cell.
+        x_FPD: (F, g*g, D), patches in row-major order, any float dtype.
+        stride: patches along one side of a cell (s).
         mode: "bilinear" (see `cell_weights`), "average" or "max" of the cell's patches.
 
     Returns:
-        (frames, ceil(g/s)^2, width) in the dtype of `x_FPD`.
+        (F, ceil(g/s)^2, D) in the dtype of `x_FPD`.
     """
     if stride == 1:
         return x_FPD
@@ -49,6 +52,6 @@ def pool(x_FPD: Tensor, stride: int, mode: str = "bilinear") -> Tensor:
         # Columns, then rows: two small products instead of one over all pairs of patch and cell.
         x = torch.einsum("fhwd,vw->fhvd", x, weights)
         return torch.einsum("fhvd,uh->fuvd", x, weights).flatten(1, 2)
-    # With ceil_mode a last cell that is cut off counts only the patches that it has.
+    # With ceil_mode, a smaller last cell is averaged over the patches that it has.
     merge = torch.nn.functional.avg_pool2d if mode == "average" else torch.nn.functional.max_pool2d
     return merge(x.permute(0, 3, 1, 2), stride, ceil_mode=True).flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Messages and frames -> the tensors that the model takes."""
+"""The processor: converts chat messages and frames to the tensors that the model takes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +12,8 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 VIDEO_TOKEN = "<|video_pad|>"
 IGNORED = -100
 
-# ChatML, as Qwen2.5 speaks it. What stands between `generation` and `endgeneration` is what the loss is taken of:
-# the assistant's words and the token that ends them.
+# ChatML, as in Qwen2.5. The loss covers what is between `generation` and `endgeneration`: the assistant's answer and
+# the token that ends it.
 CHAT_TEMPLATE = """
 {%- for message in messages -%}
     {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -39,9 +39,9 @@ class CrossLMMProcessor(ProcessorMixin):
 
     Args:
         tokenizer: any fast tokenizer; `<|video_pad|>`, `<|im_start|>` and `<|im_end|>` are added where missing.
-        image_size: side of the square frames that the encoder takes, in pixels.
-        tokens_per_frame: pooled tokens a frame, `CrossLMMConfig.tokens_per_frame`.
-        max_length: positions of the decoder; words of a training conversation beyond them are cut off.
+        image_size: side of the square frames [pixels].
+        tokens_per_frame: pooled tokens per frame, `CrossLMMConfig.tokens_per_frame`.
+        max_length: context length of the decoder [tokens]; longer training conversations are truncated.
     """
 
     def __init__(
@@ -72,66 +72,66 @@ class CrossLMMProcessor(ProcessorMixin):
         answer: bool = False,
         features: tuple[int, int] | None = None,
     ) -> BatchFeature:
-        """Turn conversations into one padded batch.
+        """Convert conversations to one padded batch.
 
         Args:
-            messages: one conversation a sample; a `{"type": "video"}` or `{"type": "image"}` part for each one.
-            videos: each sample's videos in the order of these parts, uint8 (frames, image_size, image_size, 3) each; an
-                image is a video of one frame.
-            weights: 0 drops a sample's labels (it fills a place but teaches nothing); default all 1.
-            answer: end with the assistant's turn begun and pad on the left, as `generate` wants it.
-            features: (patches, width): the videos are features instead, the bits of bfloat16, uint16 (frames, patches,
-                width) each.
+            messages: one conversation per sample, with a `{"type": "video"}` or `{"type": "image"}` part per video.
+            videos: videos of each sample in the order of these parts, each uint8 (frames, image_size, image_size, 3);
+                an image is a video of one frame.
+            weights: 0 masks all labels of a sample (padding of the batch); default 1 for each.
+            answer: for `generate`: append the start of the assistant's turn and pad on the left.
+            features: (patches, width): `videos` holds encoded features instead, each uint16 (frames, patches,
+                width) with the bits of bfloat16.
 
         Returns:
             `input_ids`, `attention_mask` (B, L), `pixel_values` (F, 3, H, W) uint8 or else `features` (F, P, D)
             bfloat16, `num_frames` (B, M) with zeros where a sample has fewer than M videos, and, unless `answer`,
-            `labels` (B, L) with -100 outside of the assistant's words.
+            `labels` (B, L) with -100 outside the assistant's answers.
 
         Raises:
-            ValueError: a conversation with another number of video parts than videos, a video without frames, or frames
-                or features of another size.
+            ValueError: the numbers of video parts and videos differ, a video has no frames, or frames or features have
+                another dtype or shape.
         """
-        ids, labels, shown = [], [], []
-        for i, (conversation, own) in enumerate(zip(messages, videos, strict=True)):
-            for video in own:
+        ids, labels, arrays = [], [], []
+        for i, (conversation, sample_videos) in enumerate(zip(messages, videos, strict=True)):
+            for video in sample_videos:
                 self._check(video, features)
-            tokens, is_target = self._tokenize(conversation, [len(video) for video in own], answer)
+            tokens, is_target = self._tokenize(conversation, [len(video) for video in sample_videos], answer)
             dropped = weights is not None and weights[i] == 0
             ids.append(torch.tensor(tokens))
             labels.append(
                 torch.tensor([t if m and not dropped else IGNORED for t, m in zip(tokens, is_target, strict=True)])
             )
-            shown += [torch.from_numpy(video) for video in own]
+            arrays += [torch.from_numpy(video) for video in sample_videos]
         side = "left" if answer else "right"
         batch = {
             "input_ids": pad_sequence(ids, True, self.tokenizer.pad_token_id, side),
             "attention_mask": pad_sequence([torch.ones_like(t) for t in ids], True, 0, side),
-            **self._visual(shown, features),
+            **self._visual(arrays, features),
             "num_frames": pad_sequence(
-                [torch.tensor([len(video) for video in own], dtype=torch.int64) for own in videos], True
+                [torch.tensor([len(v) for v in sample_videos], dtype=torch.int64) for sample_videos in videos], True
             ),
         }
         if not answer:
             batch["labels"] = pad_sequence(labels, True, IGNORED, side)
         return BatchFeature(batch)
 
-    def _visual(self, shown: list[torch.Tensor], features: tuple[int, int] | None) -> dict[str, torch.Tensor]:
-        """What the model is shown; a batch of text alone is of one kind too, for all ranks run the same modules."""
+    def _visual(self, arrays: list[torch.Tensor], features: tuple[int, int] | None) -> dict[str, torch.Tensor]:
+        """Return `pixel_values` or `features`; empty if there are no videos, so that all ranks run the same modules."""
         if features is None:
             none = torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
-            return {"pixel_values": torch.cat([*shown, none]).permute(0, 3, 1, 2).contiguous()}
+            return {"pixel_values": torch.cat([*arrays, none]).permute(0, 3, 1, 2).contiguous()}
         none = torch.empty(0, *features, dtype=torch.bfloat16)
-        return {"features": torch.cat([*(bits.view(torch.bfloat16) for bits in shown), none])}
+        return {"features": torch.cat([*(bits.view(torch.bfloat16) for bits in arrays), none])}
 
     def length(self, conversation: list[dict[str, Any]], num_frames: Sequence[int]) -> int:
-        """Tokens of a conversation in training, with so many frames of each of its videos."""
+        """Return the tokens of a training conversation whose videos have `num_frames` frames each."""
         return len(self._tokenize(conversation, num_frames, answer=False)[0])
 
     def _tokenize(
         self, conversation: list[dict[str, Any]], num_frames: Sequence[int], answer: bool
     ) -> tuple[list[int], list[int]]:
-        """One conversation -> token ids and the mask of what the loss is taken of; each video part drawn out."""
+        """Return token ids and loss mask of one conversation, with each video part repeated once per pooled token."""
         out = self.tokenizer.apply_chat_template(
             conversation,
             chat_template=self.chat_template,
@@ -139,20 +139,20 @@ class CrossLMMProcessor(ProcessorMixin):
             return_assistant_tokens_mask=True,
             return_dict=True,
         )
-        places = out["input_ids"].count(self.video_token_id)
-        if places != len(num_frames):
+        placeholders = out["input_ids"].count(self.video_token_id)
+        if placeholders != len(num_frames):
             raise ValueError(
-                f"the conversation has {places} video or image parts (or {VIDEO_TOKEN} in its text), "
+                f"the conversation has {placeholders} video or image parts (or {VIDEO_TOKEN} in its text), "
                 f"and {len(num_frames)} videos"
             )
         remaining = iter(num_frames)
         tokens, is_target = [], []
         for token, target in zip(out["input_ids"], out["assistant_masks"], strict=True):
-            times = next(remaining) * self.tokens_per_frame if token == self.video_token_id else 1
-            tokens += [token] * times
-            is_target += [target] * times
+            repeats = next(remaining) * self.tokens_per_frame if token == self.video_token_id else 1
+            tokens += [token] * repeats
+            is_target += [target] * repeats
         if not answer and self.video_token_id not in tokens[self.max_length :]:
-            # One long text must not end a run; frames that do not fit are a matter of the configuration.
+            # Truncate long text rather than fail the run. Frames are never cut: the model raises an error.
             tokens, is_target = tokens[: self.max_length], is_target[: self.max_length]
         return tokens, is_target
 
@@ -161,7 +161,7 @@ class CrossLMMProcessor(ProcessorMixin):
         if features is not None:
             if video.dtype != np.uint16 or video.shape[1:] != features:
                 raise ValueError(
-                    f"features are {video.dtype} {video.shape}; they have to be uint16 (frames, {features[0]}, "
+                    f"features are {video.dtype} {video.shape}; expected uint16 (frames, {features[0]}, "
                     f"{features[1]}), the bits of bfloat16"
                 )
         elif video.dtype != np.uint8 or video.shape[1:] != (side, side, 3):
@@ -169,10 +169,10 @@ class CrossLMMProcessor(ProcessorMixin):
                 f"frames are {video.dtype} {video.shape}; the encoder takes uint8 (frames, {side}, {side}, 3)"
             )
         if not len(video):
-            raise ValueError("a video has no frames; leave its part out of the conversation, or give it one at least")
+            raise ValueError("a video has no frames; remove its part from the conversation, or pass at least one frame")
 
 
-# Enough English for the tiny preset's BPE to learn the sample set's words; other text costs more tokens.
+# Text from which the BPE of the tiny preset learns the words of the sample set; other text needs more tokens.
 TINY_CORPUS = """
 What colour is the shape? Which shape is it? Which way does it move? Which colour came first? What happens in the video?
 red green blue yellow cyan magenta white black circle square triangle cross left right up down first second then
@@ -181,7 +181,7 @@ user assistant system the a an is are does do it in on of to and or which what w
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE built from `TINY_CORPUS`, always the same: it spells any text, and nothing is downloaded."""
+    """Train a byte-level BPE on `TINY_CORPUS`: deterministic, encodes any text, needs no download."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -192,7 +192,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Each word with and without the space before it, several times over, so that it becomes one token.
+    # Repeat each word with and without a leading space, so that it becomes one token.
     words = TINY_CORPUS.split()
     tokenizer.train_from_iterator([f"{word} {word} {word}\n" for word in words] * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")

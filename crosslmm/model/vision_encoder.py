@@ -1,4 +1,4 @@
-"""Frames -> original visual tokens, a few frames at a time. Axes: F frame, P patch, D width."""
+"""The vision encoder, run on a few frames at a time. Axis suffixes: F frame, P patch, D width, C H W as in images."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 COMPUTES_WITH = ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size", "patch_size", "num_channels")
-"""Fields of its configuration that its weights' shapes do not tell."""
+"""Configuration fields that change the output and do not follow from the shapes of the weights."""
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], x_FPD: Tensor, chunk: int) -> Tensor:
-    """`function(x_FPD)`; without gradients of `chunk` frames at a time, so that what lies between is never whole."""
+    """Return `function(x_FPD)`; without gradients in chunks of `chunk` frames, to bound intermediate memory."""
     if torch.is_grad_enabled() or x_FPD.shape[0] <= chunk:
         return function(x_FPD)
     out: Tensor | None = None
@@ -26,11 +26,11 @@ def in_chunks(function: Callable[[Tensor], Tensor], x_FPD: Tensor, chunk: int) -
 
 
 class ChunkedEncoderLayer(nn.Module):
-    """A pretrained SigLIP layer that takes `chunk` frames at a time: frames do not look at one another.
+    """A pretrained SigLIP layer that processes `chunk` frames at a time; frames do not attend to each other.
 
-    It takes over the layer's own modules under their own names, so the pretrained state-dict keys stay as they are.
-    The loop is inside of the layer, and not around the encoder, because FSDP gathers a layer's weights at each call:
-    ranks with different numbers of frames would call different numbers of times, and wait for each other for ever.
+    It keeps the modules of the pretrained layer under their names, so the state-dict keys do not change. The loop is
+    inside the layer, not around the encoder, because FSDP gathers a layer's weights at each call: ranks with different
+    numbers of frames would make different numbers of calls and deadlock.
     """
 
     gradient_checkpointing = False
@@ -45,7 +45,7 @@ class ChunkedEncoderLayer(nn.Module):
         self.chunk = chunk
 
     def forward(self, x_FPD: Tensor) -> Tensor:
-        """(F, P, D) -> (F, P, D). Without gradients the result takes the place of its argument, in memory too."""
+        """(F, P, D) -> (F, P, D). Without gradients `x_FPD` is overwritten with the result, which saves memory."""
         if not torch.is_grad_enabled():
             for start in range(0, x_FPD.shape[0], self.chunk):
                 x_FPD[start : start + self.chunk] = self._frames(x_FPD[start : start + self.chunk])
@@ -62,8 +62,8 @@ class ChunkedEncoderLayer(nn.Module):
         return x_FPD + self.mlp(self.layer_norm2(x_FPD))
 
 
-def build_tower(config: SiglipVisionConfig, chunk: int) -> SiglipVisionModel:
-    """A SigLIP whose layers take `chunk` frames at a time."""
+def build_vision_encoder(config: SiglipVisionConfig, chunk: int) -> SiglipVisionModel:
+    """Build a SigLIP encoder, randomly initialised, whose layers process `chunk` frames at a time."""
     tower = SiglipVisionModel(config)
     for i, layer in enumerate(tower.encoder.layers):
         tower.encoder.layers[i] = ChunkedEncoderLayer(layer, chunk)
@@ -71,30 +71,30 @@ def build_tower(config: SiglipVisionConfig, chunk: int) -> SiglipVisionModel:
 
 
 def digest(tower: SiglipVisionModel) -> str:
-    """sha256, hex, of all that its features depend on: weights, in float32, and what it computes with beside them."""
-    said = {name: getattr(tower.config, name) for name in COMPUTES_WITH}
-    found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    """Return the sha256 [hex] of everything the features depend on: weights (as float32) and `COMPUTES_WITH`."""
+    settings = {name: getattr(tower.config, name) for name in COMPUTES_WITH}
+    sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, weight in sorted(tower.state_dict().items()):
-        found.update(f"{name} {tuple(weight.shape)}".encode())
-        found.update(weight.detach().cpu().float().contiguous().numpy().data)
-    return found.hexdigest()
+        sha.update(f"{name} {tuple(weight.shape)}".encode())
+        sha.update(weight.detach().cpu().float().contiguous().numpy().data)
+    return sha.hexdigest()
 
 
 def encode(tower: SiglipVisionModel, pixels_FCHW: Tensor, chunk: int) -> Tensor:
-    """Run a SigLIP whose layers are `ChunkedEncoderLayer`s; one that is frozen keeps nothing for a backward pass.
+    """Encode frames; an encoder whose parameters are all frozen stores nothing for a backward pass.
 
     Args:
-        tower: the encoder.
-        pixels_FCHW: uint8 (frames, 3, image_size, image_size). SigLIP's normalisation to [-1, 1] happens here, on the
-            device, so that a quarter of the bytes travel.
-        chunk: frames that are float at a time.
+        tower: the encoder, from `build_vision_encoder`.
+        pixels_FCHW: uint8 (frames, 3, image_size, image_size). SigLIP's normalisation to [-1, 1] happens on the
+            device, so that a quarter of the bytes are copied to it.
+        chunk: frames converted to floating point at a time.
 
     Returns:
         (frames, patches, width) in the encoder's dtype.
     """
     frames = pixels_FCHW.shape[0]
     if not frames:
-        # SigLIP takes no empty batch, and under FSDP every rank has to run it: one black frame, thrown away.
+        # SigLIP takes no empty batch, but under FSDP every rank must run it: encode a black frame, drop the result.
         pixels_FCHW = pixels_FCHW.new_zeros(1, *pixels_FCHW.shape[1:])
     dtype = tower.embeddings.patch_embedding.weight.dtype
     learns = any(parameter.requires_grad for parameter in tower.parameters())

@@ -1,1 +1,1 @@
-"""What a run will cost: multiply-accumulates, memory, time."""
+"""Predict what a run costs before renting machines: multiply-accumulates, memory, time and price."""

@@ -1,7 +1,4 @@
-"""What a configuration costs: parameters, multiply-accumulates, memory. On the meta device: no weights, no numbers.
-
-Letters: F frames, N patches of one frame, V pooled tokens of all frames, T text tokens, L = V + T.
-"""
+"""Predict parameters, multiply-accumulates and memory of a configuration, on the meta device (without weights)."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -19,17 +16,17 @@ from crosslmm.model.vision_encoder import ChunkedEncoderLayer
 from crosslmm.planning.meta_trace import Trace, trace
 
 VIDEO, TEXT = 0, 1
-"""Token ids of the sample that is traced: any two that differ."""
+"""Token ids of the traced sample: video placeholder and text. Any two different ids work."""
 
 
 def empty_model(config: ModelConfig) -> CrossLMMForConditionalGeneration:
-    """The model without weights.
+    """Build the model on the meta device, without weights.
 
     Raises:
-        BadConfig: a model that cannot be built.
+        BadConfig: the model cannot be built.
     """
     model_config = build_config(config, video_token_id=VIDEO)
-    # flash-attn need not be installed here; what it holds and computes is what SDPA's flash kernels do.
+    # flash-attn need not be installed here: it computes and stores what SDPA's flash kernels do.
     model_config._attn_implementation = "eager" if config.attention == "eager" else "sdpa"
     try:
         with torch.device("meta"):
@@ -39,10 +36,10 @@ def empty_model(config: ModelConfig) -> CrossLMMForConditionalGeneration:
 
 
 def check_lengths(model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int) -> None:
-    """Whether the decoder takes such a sample.
+    """Raise BadConfig if a sample of `frames` and `text_tokens` is empty or exceeds the decoder's context.
 
     Raises:
-        BadConfig: no frame, no text, or more positions than the decoder's context has.
+        BadConfig: `frames` or `text_tokens` is below 1, or the sample is longer than the context.
     """
     if frames < 1 or text_tokens < 1:
         raise BadConfig(f"frames is {frames} and text_tokens is {text_tokens}; each must be at least 1")
@@ -51,13 +48,13 @@ def check_lengths(model: CrossLMMForConditionalGeneration, frames: int, text_tok
     if positions > longest:
         raise BadConfig(
             f"{frames} frames of {model.config.tokens_per_frame} tokens and {text_tokens} of text are {positions} "
-            f"positions; the decoder takes {longest} (model.language.max_position_embeddings): "
-            "fewer frames, or a larger model.pool_stride"
+            f"positions, but the decoder takes {longest} (model.language.max_position_embeddings): "
+            "use fewer frames or a larger model.pool_stride"
         )
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of each component; tied weights count once."""
+    """Count the parameters of each component; tied weights count once."""
     counts = dict.fromkeys(COMPONENTS, 0)
     for name, parameter in model.named_parameters():
         counts[component_of(name)] += parameter.numel()
@@ -65,16 +62,15 @@ def parameters(model: nn.Module) -> dict[str, int]:
 
 
 def trainable(counts: dict[str, int], rates: LearningRates) -> int:
-    """Parameters of the components with a learning rate above zero."""
+    """Count the parameters of the components whose learning rate is above zero."""
     return sum(count for component, count in counts.items() if getattr(rates, component) > 0)
 
 
 @dataclass(frozen=True)
 class MACs:
-    """Multiply-accumulates of one sample's prefill, with the logits of its text positions.
+    """Multiply-accumulates (MACs) of the prefill of one sample, with the logits of its text positions.
 
-    The first four are the linear layers' (and the patch embedding's); their sum is what the paper's Table 6 and
-    Figure 4 call FLOPs.
+    The first four are of linear layers and the patch embedding; the paper's Table 6 and Figure 4 call their sum FLOPs.
     """
 
     encoder: int
@@ -82,18 +78,18 @@ class MACs:
     decoder: int
     cross_attention: int
     attention_products: int
-    """All score and value products: encoder, decoder (whole squares, nothing taken off for causality), V2V, T2V."""
+    """Score and value products of the encoder, the decoder (without savings for causality), V2V and T2V."""
 
     @property
     def linear(self) -> int:
-        """Without the attention products."""
+        """MACs without the attention products: the paper's measure."""
         return self.encoder + self.projector + self.decoder + self.cross_attention
 
 
 def macs(model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int) -> MACs:
-    """Count over the model's own modules: each weight is used once a position that passes it.
+    """Count the MACs of a prefill from the model's modules: each weight is used once per position that it processes.
 
-    Pooling, norms, activations, rotary positions and softmax are left out: under 0.1 % of the linear layers.
+    Pooling, norms, activations, rotary positions and softmax are not counted: below 0.1 % of the linear layers.
     """
     linear, products = _counts(model, frames, text_tokens)
     return MACs(
@@ -106,7 +102,7 @@ def macs(model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int)
 
 
 def encoder_macs(model: CrossLMMForConditionalGeneration, frames: int) -> int:
-    """What of these the vision encoder takes, its attention products included."""
+    """Count the MACs of the vision encoder, including its attention products."""
     linear, products = _counts(model, frames, text_tokens=1)
     return linear["vision"] + products["vision"]
 
@@ -114,13 +110,13 @@ def encoder_macs(model: CrossLMMForConditionalGeneration, frames: int) -> int:
 def _counts(
     model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int
 ) -> tuple[Counter[str], Counter[str]]:
-    """MACs by component: of linear layers (and the patch embedding), and of score and value products."""
+    """Count MACs by component: of linear layers (and the patch embedding), and of score and value products."""
     check_lengths(model, frames, text_tokens)
     patches, pooled = frames * model.config.patches_per_frame, frames * model.config.tokens_per_frame
     positions = pooled + text_tokens
     v2v_keys = model.config.patches_per_frame if model.config.v2v_scope == "frame" else patches
-    # Of each kind of module: the positions that ask, those that are asked, and how many of these one of those sees.
-    reach = {
+    # By component: number of queries, number of keys, and number of keys that one query sees.
+    sizes = {
         "vision": (patches, patches, model.config.patches_per_frame),
         "projector": (patches + pooled, 0, 0),
         "v2v": (pooled, patches, v2v_keys),
@@ -133,48 +129,49 @@ def _counts(
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
         component, layer = component_of(name), name.rpartition(".")[2]
-        asking, asked, seen = reach[component]
-        times = text_tokens if layer == "lm_head" else asked if layer in ("k_proj", "v_proj") else asking
+        queries, keys, keys_per_query = sizes[component]
+        times = text_tokens if layer == "lm_head" else keys if layer in ("k_proj", "v_proj") else queries
         linear[component] += module.weight.numel() * times
         if layer == "q_proj":
-            products[component] += 2 * module.weight.shape[0] * asking * seen
+            products[component] += 2 * module.weight.shape[0] * queries * keys_per_query
     return linear, products
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the moment when most is held; the parts add up to `total`."""
+    """Peak memory of one device, by part [bytes]. The parts add up to `total`."""
 
     weights: int
-    """Parameters: shards, and the units that are gathered at the time."""
+    """Parameters: the shards, and the FSDP units that are gathered at the peak."""
     gradients: int
     optimizer: int
-    """AdamW's two moments, and what its step needs beyond the room that activations have left."""
+    """AdamW's two moments, and temporaries of its step as far as they exceed the memory freed by activations."""
     activations: int
-    """And temporaries, and the frames as they came."""
+    """Activations, temporaries, and the input frames."""
     logits: int
-    """The most that they take; once they are gone, activations fill their room and are counted without it."""
+    """Peak size of the logits; activations that later reuse this memory are not counted again."""
     kv_caches: int
-    """The decoder's, and the video's in the cross-attentions; none in training."""
+    """Caches of the decoder and of the cross-attentions; zero in training."""
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """Peak memory [bytes]."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 def training_trace(config: RunConfig, frames: int, text_tokens: int) -> Trace:
-    """Run forward and backward of one micro-batch on the meta device.
+    """Trace forward and backward of one micro-batch on the meta device.
 
-    So checkpointing, frozen parts, chunks and freed tensors count as they are. The number of workers does not enter.
+    The trace accounts for checkpointing, frozen components, chunks and freed tensors. It is independent of the number
+    of workers.
 
     Args:
-        config: the run; its own `data.num_frames` is not asked.
-        frames: of every sample.
-        text_tokens: of every sample; all of them are labelled, the most that the loss can hold.
+        config: the run; its `data.num_frames` is ignored.
+        frames: frames of each sample.
+        text_tokens: text tokens of each sample; all of them are labelled, the worst case for the loss.
 
     Raises:
-        BadConfig: a model that cannot be built, or does not take such a sample.
+        BadConfig: the model cannot be built, or the sample does not fit its context.
     """
     model = empty_model(config.model)
     check_lengths(model, frames, text_tokens)
@@ -188,14 +185,14 @@ def training_trace(config: RunConfig, frames: int, text_tokens: int) -> Trace:
 
 
 def training_memory(config: RunConfig, traced: Trace, sharded: bool = True) -> Memory:
-    """The most that one worker holds in a training step.
+    """Predict the peak memory of one worker in a training step.
 
-    On top of the trace stand float32 weights, gradients and moments.
+    It is that of the trace, plus weights, gradients and moments in float32.
 
     Args:
         config: the run.
-        traced: its `training_trace`.
-        sharded: over `scaling.num_workers`, as `train.parallel` does it; False is one plain process.
+        traced: the `training_trace` of the run.
+        sharded: sharded with FSDP over `scaling.num_workers`; False: a single process without FSDP.
     """
     model = empty_model(config.model)
     freeze(model, config.train.learning_rate)
@@ -203,10 +200,10 @@ def training_memory(config: RunConfig, traced: Trace, sharded: bool = True) -> M
 
 
 def answering_memory(config: RunConfig, frames: int, text_tokens: int) -> Memory:
-    """The most that answering holds: one conversation, one device, the whole model in `train.precision`, a cache.
+    """Predict the peak memory of answering one conversation: one device, unsharded, `train.precision`, with a cache.
 
     Raises:
-        BadConfig: as for `training_trace`.
+        BadConfig: see `training_trace`.
     """
     model = empty_model(config.model)
     check_lengths(model, frames, text_tokens)
@@ -219,7 +216,7 @@ def answering_memory(config: RunConfig, frames: int, text_tokens: int) -> Memory
         weights=sum(p.numel() for p in model.parameters()) * _compute_bytes(config),
         gradients=0,
         optimizer=0,
-        # The caches are whole only at the end; at the highest moment others may hold their place.
+        # The caches reach full size only at the end; before that, activations may use the memory.
         activations=sum(highest) - highest.logits - traced.kept_bytes,
         logits=highest.logits,
         kv_caches=traced.kept_bytes,
@@ -227,7 +224,7 @@ def answering_memory(config: RunConfig, frames: int, text_tokens: int) -> Memory
 
 
 def _batch(model: CrossLMMForConditionalGeneration, samples: int, frames: int, text_tokens: int) -> dict[str, Any]:
-    """A micro-batch of equal samples, without padding: [video; text]."""
+    """Return a micro-batch of equally long samples, [video; text], without padding."""
     side = model.config.vision_config.image_size
     pooled = frames * model.config.tokens_per_frame
     input_ids = torch.tensor([[VIDEO] * pooled + [TEXT] * text_tokens] * samples)
@@ -254,7 +251,9 @@ def _trace(
         inputs=[batch["pixel_values"]],
         vocabulary=model.config.text_config.vocab_size,
         fused_norm=config.scaling.use_gpu,
-        alike=[layer for layer in model.vision_tower.encoder.layers if isinstance(layer, ChunkedEncoderLayer)],
+        identical_layers=[
+            layer for layer in model.vision_tower.encoder.layers if isinstance(layer, ChunkedEncoderLayer)
+        ],
     )
 
 
@@ -268,16 +267,16 @@ ROOT = -1
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where parameters and what follows from them lie, in numbers of elements."""
+    """Numbers of parameters per FSDP unit, from which the memory follows [elements]."""
 
     weights: int
-    learning: int
+    trainable: int
     largest_group: int
-    """Of the optimizer: its step holds one temporary for each of its elements."""
+    """Largest parameter group of the optimizer: its step allocates one temporary per element of the group."""
     root: int
-    root_learning: int
+    root_trainable: int
     largest_unit: int
-    largest_unit_learning: int
+    largest_unit_trainable: int
     workers: int
     accumulates: bool
     sharded: bool
@@ -290,23 +289,23 @@ class _Layout:
             for parameter in module.parameters():
                 unit_of.setdefault(parameter, number)
         units: Counter[int] = Counter()
-        units_learning: Counter[int] = Counter()
+        units_trainable: Counter[int] = Counter()
         groups: Counter[tuple[str, bool]] = Counter()
         for name, parameter in model.named_parameters():
             unit = unit_of.get(parameter, ROOT)
             units[unit] += parameter.numel()
             if parameter.requires_grad:
-                units_learning[unit] += parameter.numel()
+                units_trainable[unit] += parameter.numel()
                 groups[component_of(name), parameter.ndim >= 2] += parameter.numel()
-        root, root_learning = units.pop(ROOT, 0), units_learning.pop(ROOT, 0)
+        root, root_trainable = units.pop(ROOT, 0), units_trainable.pop(ROOT, 0)
         return cls(
             weights=root + units.total(),
-            learning=root_learning + units_learning.total(),
+            trainable=root_trainable + units_trainable.total(),
             largest_group=max(groups.values()),
             root=root,
-            root_learning=root_learning,
+            root_trainable=root_trainable,
             largest_unit=max(units.values()),
-            largest_unit_learning=max(units_learning.values(), default=0),
+            largest_unit_trainable=max(units_trainable.values(), default=0),
             workers=config.scaling.most_workers if sharded else 1,
             accumulates=config.accumulation > 1,
             sharded=sharded,
@@ -314,10 +313,10 @@ class _Layout:
         )
 
     def training(self, traced: Trace) -> Memory:
-        """The highest of three moments: somewhere in the backward pass, at its end, in the optimizer's step."""
+        """Return the largest of three peaks: during the backward pass, at its end, and in the optimizer's step."""
         weights = FLOAT32 * self.weights // self.workers
-        moments = MOMENTS * FLOAT32 * self.learning // self.workers
-        gradients = FLOAT32 * self.learning // self.workers
+        moments = MOMENTS * FLOAT32 * self.trainable // self.workers
+        gradients = FLOAT32 * self.trainable // self.workers
         temporaries = FLOAT32 * self.largest_group // self.workers
         highest = traced.peak(with_kept=not self.sharded and not self.accumulates)
         backward = Memory(
@@ -330,14 +329,17 @@ class _Layout:
         )
         end = weights + self._gathered_root + moments + self._gradients_at_the_end
         step = weights + moments + gradients + temporaries
-        # What the later moments need beyond the first is given to the part that needs it.
+        # Add what the later peaks exceed the first by to the part that causes it.
         backward = replace(backward, gradients=backward.gradients + max(0, end - backward.total))
         return replace(backward, optimizer=backward.optimizer + max(0, step - backward.total))
 
     @property
     def _gathered(self) -> int:
-        """FSDP2 holds the root from the first to the last moment; of the units the one at work, its flat copy, and
-        the flat copy of the next."""
+        """Gathered parameters [bytes].
+
+        FSDP2 keeps the root gathered throughout, and of the other units the current one, its flat copy, and the flat
+        copy of the next.
+        """
         return self._gathered_root + self.compute_bytes * 3 * self.largest_unit if self.sharded else 0
 
     @property
@@ -346,17 +348,17 @@ class _Layout:
 
     @property
     def _gradients(self) -> int:
-        """In the backward pass: the shards of all, and what is being reduced."""
-        held = FLOAT32 * self.learning // self.workers
+        """Gradients during the backward pass [bytes]: all shards, and the unit that is being reduced."""
+        shards = FLOAT32 * self.trainable // self.workers
         if not self.sharded:
-            return held
-        in_flight = self.compute_bytes * (self.root_learning + self.largest_unit_learning)
-        return held + in_flight + 2 * FLOAT32 * self.largest_unit_learning
+            return shards
+        in_flight = self.compute_bytes * (self.root_trainable + self.largest_unit_trainable)
+        return shards + in_flight + 2 * FLOAT32 * self.largest_unit_trainable
 
     @property
     def _gradients_at_the_end(self) -> int:
-        """The root's gradients are reduced last, as a whole."""
+        """Gradients at the end of the backward pass [bytes], when those of the root are reduced in one piece."""
         if not self.sharded:
-            return FLOAT32 * self.learning
-        reduced = FLOAT32 * self.learning // self.workers
-        return reduced + (self.compute_bytes + FLOAT32) * self.root_learning
+            return FLOAT32 * self.trainable
+        reduced = FLOAT32 * self.trainable // self.workers
+        return reduced + (self.compute_bytes + FLOAT32) * self.root_trainable

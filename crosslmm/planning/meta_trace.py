@@ -1,4 +1,4 @@
-"""What a pass through a model would hold and compute, found by running it on the meta device."""
+"""Trace memory and FLOPs of a forward or backward pass by running it on the meta device."""
 
 import contextlib
 import functools
@@ -17,8 +17,8 @@ from torch.utils.flop_counter import flop_registry
 from crosslmm.model.vision_encoder import ChunkedEncoderLayer
 
 aten = torch.ops.aten
-# Flash attention's own operator, and what its two directions cost in the counter that comes with torch.
 FLASH = aten._scaled_dot_product_flash_attention_for_cpu
+"""The flash-attention operator that replaces SDPA in a trace."""
 FLASH_FLOPS = {
     FLASH: flop_registry[aten._scaled_dot_product_flash_attention],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
@@ -28,42 +28,43 @@ FLASH_FLOPS = {
 
 
 class Moment(NamedTuple):
-    """Bytes that are held at one time, parameters not among them."""
+    """Memory in use at one moment, without parameters [bytes]."""
 
     kept: int
-    """What outlives the pass: a backward pass leaves gradients, a forward pass with a cache the cache."""
+    """Tensors that outlive the pass: gradients after a backward pass, the cache after a forward pass with a cache."""
     logits: int
-    """Tensors with one column for each word of the vocabulary."""
+    """Tensors whose last axis is the vocabulary."""
     other: int
-    """Activations, temporaries, inputs."""
+    """Activations, temporaries and inputs."""
 
 
 class _Event(NamedTuple):
     storage: int
-    nbytes: int  # negative where it is given back
+    nbytes: int  # negative if the storage is freed
     is_logits: bool
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Everything that a pass allocated and freed, in order."""
+    """All allocations and frees of a pass, in order."""
 
     inputs: int
-    """Bytes of what the pass was handed."""
+    """Size of the inputs [bytes]."""
     events: list[_Event]
     kept: frozenset[int]
+    """Numbers of the storages that outlive the pass."""
     flops: int
-    """Floating-point operations of products and convolutions; a multiply-accumulate is two."""
+    """Floating-point operations of matrix products and convolutions; a multiply-accumulate counts as two."""
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes that outlive the pass."""
+        """Size of the tensors that outlive the pass [bytes]."""
         return sum(event.nbytes for event in self.events if event.storage in self.kept)
 
     def peak(self, with_kept: bool) -> Moment:
-        """The moment at which most is held, counting what outlives the pass or not.
+        """Return the moment of peak memory, with or without the tensors that outlive the pass.
 
-        Logits are given the most that they ever took: where they are gone again, others have filled their room.
+        `logits` is their own peak, even if at that moment they are freed and other tensors reuse their memory.
         """
         kept, logits, other = 0, 0, self.inputs
         highest, most_logits = Moment(kept, logits, other), 0
@@ -87,34 +88,34 @@ def trace(
     inputs: list[Tensor],
     vocabulary: int,
     fused_norm: bool,
-    alike: Sequence[ChunkedEncoderLayer] = (),
+    identical_layers: Sequence[ChunkedEncoderLayer] = (),
 ) -> Trace:
-    """Run `call` and write down what it holds and computes.
+    """Run `call` and record what it allocates, frees and computes.
 
-    Floating-point tensors live on the meta device: they have shapes and no numbers, and no memory is taken. Integers
-    and booleans made from real ones stay real, so that lengths, masks and indices lead where they would lead.
-    Attention is flash attention wherever the model asks for SDPA, as both devices have it.
+    Floating-point tensors are on the meta device: they have shapes but no values and no memory. Integers and booleans
+    computed from real tensors stay real, so that lengths, masks and indices have their true values. SDPA is traced as
+    flash attention, which CPU and GPU both have.
 
     Args:
-        call: the pass. What it returns is kept; all else has to be free when it ends.
-        parameters: and buffers, on the meta device; they are not counted.
-        inputs: tensors on the meta device that are held all the while, as `Moment.other`.
-        vocabulary: the width by which logits are known.
-        fused_norm: RMSNorm as CUDA computes it, in one kernel; else in five, as CPUs do.
-        alike: layers of one shape. Without gradients they hold the same at every call, so one call is run for all.
+        call: the pass. Its result and gradients outlive it; everything else must be freed when it returns.
+        parameters: parameters and buffers, on the meta device; not counted.
+        inputs: tensors on the meta device that live throughout; counted as `Moment.other`.
+        vocabulary: size of the last axis by which logits are recognised.
+        fused_norm: trace RMSNorm as one kernel, as on CUDA; otherwise as five operators, as on CPUs.
+        identical_layers: layers of one shape. Without gradients each call costs the same, so only one is run.
     """
-    book = _Book([*parameters, *inputs], vocabulary)
-    with _kernels(fused_norm), book, _run_once(book, alike):
+    recorder = _Recorder([*parameters, *inputs], vocabulary)
+    with _kernels(fused_norm), recorder, _run_once(recorder, identical_layers):
         result = call()
-    kept = frozenset(number for number, _ in book.live.values())
-    traced = Trace(sum(t.nbytes for t in inputs), list(book.events), kept, book.flops)
+    kept = frozenset(number for number, _ in recorder.live.values())
+    traced = Trace(sum(t.nbytes for t in inputs), list(recorder.events), kept, recorder.flops)
     del result
     return traced
 
 
 @contextlib.contextmanager
 def _kernels(fused_norm: bool) -> Iterator[None]:
-    """The kernels that a real device would take; the meta device by itself spells both operators out."""
+    """Use the fused kernels of a real device; the meta device would decompose both operators."""
 
     def attention(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -123,7 +124,7 @@ def _kernels(fused_norm: bool) -> Iterator[None]:
         return FLASH(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
     def rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-        # CUDA's kernel has no meta twin; the layer norm's keeps the same: its input and a number a row.
+        # The CUDA kernel has no meta implementation; layer norm stores the same: its input and one number per row.
         return aten.native_layer_norm(x, shape, weight, None, eps or torch.finfo(x.dtype).eps)[0]
 
     with torch.library._scoped_library("aten", "IMPL") as library:
@@ -134,21 +135,21 @@ def _kernels(fused_norm: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _run_once(book: "_Book", layers: Sequence[ChunkedEncoderLayer]) -> Iterator[None]:
-    """Run the first call of each shape, and write the others down as that one was: a long video has thousands."""
-    written: dict[torch.Size, tuple[list[_Event], int]] = {}
+def _run_once(recorder: "_Recorder", layers: Sequence[ChunkedEncoderLayer]) -> Iterator[None]:
+    """Run the first call of each shape and repeat its record for the others: a long video has thousands of calls."""
+    recorded: dict[torch.Size, tuple[list[_Event], int]] = {}
 
     def call(frames: Callable[[Tensor], Tensor], x_FPD: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return frames(x_FPD)
-        if x_FPD.shape not in written:
-            begin, flops = len(book.events), book.flops
-            frames(x_FPD)  # its result is given back at once, like all else that it made
-            written[x_FPD.shape] = book.events[begin:], book.flops - flops
+        if x_FPD.shape not in recorded:
+            begin, flops = len(recorder.events), recorder.flops
+            frames(x_FPD)  # its result and temporaries are freed at once
+            recorded[x_FPD.shape] = recorder.events[begin:], recorder.flops - flops
         else:
-            events, flops = written[x_FPD.shape]
-            book.events += events
-            book.flops += flops
+            events, flops = recorded[x_FPD.shape]
+            recorder.events += events
+            recorder.flops += flops
         return torch.empty_like(x_FPD)
 
     for layer in layers:
@@ -160,16 +161,16 @@ def _run_once(book: "_Book", layers: Sequence[ChunkedEncoderLayer]) -> Iterator[
             del layer.__dict__["_frames"]
 
 
-class _Book(TorchDispatchMode):
-    """Writes down every storage that begins or ceases to be, and every product."""
+class _Recorder(TorchDispatchMode):
+    """Records every storage that is allocated or freed, and the FLOPs of every operator."""
 
-    def __init__(self, held: list[Tensor], vocabulary: int) -> None:
+    def __init__(self, uncounted: list[Tensor], vocabulary: int) -> None:
         super().__init__()
         self.vocabulary = vocabulary
         self.events: list[_Event] = []
-        self.live: dict[int, tuple[int, weakref.ref]] = {}  # by the storage's address while it lives: its number
+        self.live: dict[int, tuple[int, weakref.ref]] = {}  # number of each live storage, by its id
         self.flops = 0
-        self._held = {id(tensor.untyped_storage()): tensor for tensor in held}
+        self._uncounted = {id(tensor.untyped_storage()): tensor for tensor in uncounted}
         self._count = itertools.count()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -186,23 +187,23 @@ class _Book(TorchDispatchMode):
             self.flops += flops(*args, **kwargs, out_val=out)
         for tensor in _tensors(out):
             if tensor.is_meta:
-                self._enter(tensor)
+                self._record_allocation(tensor)
         return out
 
-    def _enter(self, tensor: Tensor) -> None:
+    def _record_allocation(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         address, number = id(storage), next(self._count)
-        if address in self._held or address in self.live:
+        if address in self._uncounted or address in self.live:
             return
         is_logits = tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
-        begins = _Event(number, storage.nbytes(), is_logits)
+        allocation = _Event(number, storage.nbytes(), is_logits)
 
-        def gone(_: weakref.ref) -> None:
+        def freed(_: weakref.ref) -> None:
             del self.live[address]
-            self.events.append(begins._replace(nbytes=-begins.nbytes))
+            self.events.append(allocation._replace(nbytes=-allocation.nbytes))
 
-        self.events.append(begins)
-        self.live[address] = (number, weakref.ref(storage, gone))
+        self.events.append(allocation)
+        self.live[address] = (number, weakref.ref(storage, freed))
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -214,7 +215,7 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 
 def _real_indices(func: Any, args: Any) -> Any:
-    """A mask that picks elements becomes their numbers while it still has values."""
+    """Replace boolean masks in an indexing operation by indices, while the masks still have values."""
     if func is not aten.index.Tensor:
         return args
     indices = [

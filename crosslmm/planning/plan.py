@@ -1,4 +1,4 @@
-"""What a run will need and cost, before anything is rented: the counts of `model.cost`, times stated assumptions."""
+"""Plan a run before renting machines: the counts of `planning.cost`, combined with stated assumptions."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from crosslmm.planning.meta_trace import Trace
 
 
 class Gpu(NamedTuple):
-    """One model of GPU."""
+    """A GPU model that can be rented."""
 
     memory_bytes: float
-    """As advertised, in powers of ten; what the driver shows is a little more."""
+    """Memory as advertised [bytes, powers of ten]; the driver reports a little more."""
     flops: dict[str, float]
-    """Dense floating-point operations a second by `train.precision`, from the maker's data sheet."""
+    """Dense FLOP/s by `train.precision`, from the vendor's data sheet."""
     price: float
-    """An example of what a cloud asks [USD an hour]."""
+    """Example cloud price [USD/hour]."""
 
 
 GPUS = {
@@ -37,98 +37,99 @@ GPUS = {
 }
 
 MOST_GPUS = 1024
-"""Beyond these no further setting is looked for."""
+"""Largest number of GPUs that the search for a fitting setting tries."""
 
 Positive = Annotated[float, Field(gt=0)]
 
 
 class Assumptions(Section):
-    """What a plan rests on beside the configuration."""
+    """What a plan assumes in addition to the configuration."""
 
     gpu: Literal["l4", "rtx-4090", "a100-40", "l40s", "a100-80", "h100", "h200", "b200"] = "h100"
-    """What is rented."""
+    """GPU model."""
     price: Positive | None = None
-    """Of one GPU [USD an hour]; null takes the example that the table of GPUs has."""
+    """Price of one GPU [USD/hour]; null uses the built-in example price."""
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the GPU's dense FLOP/s that a training step reaches, recomputation counted as work (measured: 0.19 and
-    0.24, the 2B's two stages in bf16 on one H200)."""
+    """Share of the GPU's dense FLOP/s that a training step reaches, counting recomputation as work (measured: 0.19 and
+    0.24 for the two stages of the 2B in bf16 on one H200)."""
     reserve: Share = 0.1
-    """Share of the GPU's memory kept for CUDA's context, NCCL's buffers and fragmentation."""
+    """Share of the GPU's memory reserved for CUDA's context, NCCL's buffers and fragmentation."""
     text_tokens: Count = 60
-    """Text of a sample, all of it labelled [tokens]."""
+    """Text per sample, all of it labelled [tokens]."""
     samples: Count = 1_000_000
-    """Rows of the manifest, each with one video."""
+    """Rows of the manifest, with one video each."""
     video_seconds: Positive = 60.0
     """Length of a video [s]."""
     bitrate: Positive = 2.5e6
-    """Of the stored videos [bit/s]; 640 x 360 H.264 has about this."""
+    """Bitrate of the stored videos [bit/s]; typical of 640 x 360 H.264."""
     decode_speed: Positive = 62.0
-    """Seconds of such video that one core decodes in a second, from its start to its end (measured: 60 s in 0.97 s)."""
+    """Seconds of video that one core decodes per second, decoding all of it (measured: 60 s in 0.97 s)."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The nearest setting that fits."""
+    """The cheapest change of settings that makes the run fit."""
 
     change: str
-    """What to change, as arguments of the command."""
+    """The change, as command-line arguments."""
     peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run at one number of frames. Bytes and counts are of one GPU unless said otherwise."""
+    """The plan for one number of frames. Bytes and counts are per GPU unless stated otherwise."""
 
     frames: int
     positions: int
-    """Of one sample in the decoder."""
+    """Length of one sample in the decoder [tokens]."""
     macs: dict[str, int]
-    """Prefill of one sample."""
+    """Multiply-accumulates of the prefill of one sample, by part."""
     linear_macs: int
+    """`macs` without the attention products."""
     memory_bytes: dict[str, int]
-    """A training step's peak by part."""
+    """Peak of a training step, by part [bytes]."""
     peak_memory_bytes: int
-    """Their sum."""
+    """Sum of `memory_bytes`."""
     answering_memory_bytes: dict[str, int]
-    """The same for answering about one video."""
+    """Peak of answering a question about one video, by part [bytes]."""
     fits: bool
     nearest_fit: Fit | None
     training_flops_per_sample: int
-    """Forward, recomputation, backward."""
+    """FLOPs of forward, recomputation and backward."""
     samples_per_s: float
     decode_cores: float
-    """That keep the GPU busy."""
+    """CPU cores needed to decode as fast as one GPU trains."""
     s3_bytes_per_s: float
-    """That keep the decoders busy."""
+    """Storage bandwidth needed to read as fast as one GPU trains [bytes/s]."""
     epoch_samples: int
     epoch_traffic_bytes: int
-    """Videos read and checkpoints written by all GPUs."""
+    """Videos read and checkpoints written in an epoch, of all GPUs."""
     storage_bytes: int
-    """Videos, the checkpoints that are kept, the exported model."""
+    """Size of the videos, the retained checkpoints and the exported model."""
     run_hours: float
     run_price: float
-    """[USD]"""
+    """Price of the run, of all GPUs [USD]."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts."""
+    """Parameter counts."""
 
     total: int
     components: dict[str, int]
     trainable: dict[str, int]
-    """By stage preset, and for the configuration as given."""
+    """Trainable parameters for each stage preset, and for the given configuration."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `jobs/plan.py` prints."""
+    """The result of `plan`."""
 
     parameters: Parameters
     rows: list[Row]
     gpus: int
     price: float
-    """[USD an hour and GPU]"""
+    """Price of one GPU [USD/hour]."""
     assumptions: dict[str, float | str | None]
 
 
@@ -136,7 +137,7 @@ def plan(config: RunConfig, frames: Sequence[int], assumptions: Assumptions) -> 
     """Plan a run at several numbers of frames.
 
     Raises:
-        BadConfig: a model that cannot be built, or does not take so many frames.
+        BadConfig: the model cannot be built, or a sample exceeds its context.
     """
     model = cost.empty_model(config.model)
     for count in frames:
@@ -169,16 +170,20 @@ def _price(assumptions: Assumptions) -> float:
 def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     model = cost.empty_model(config.model)
     if config.train.micro_batch_tokens:
-        # All samples are taken to be equally long here, so that tokens are a number of samples.
-        at_once = config.train.micro_batch_tokens // (frames * model.config.tokens_per_frame + assumptions.text_tokens)
-        at_once = max(1, min(at_once, config.train.global_batch_size // config.scaling.most_workers))
-        train = config.train.model_copy(update={"micro_batch_size": at_once, "micro_batch_tokens": None})
+        # All samples are assumed equally long, so a number of tokens is a number of samples.
+        samples_per_batch = config.train.micro_batch_tokens // (
+            frames * model.config.tokens_per_frame + assumptions.text_tokens
+        )
+        samples_per_batch = max(
+            1, min(samples_per_batch, config.train.global_batch_size // config.scaling.most_workers)
+        )
+        train = config.train.model_copy(update={"micro_batch_size": samples_per_batch, "micro_batch_tokens": None})
         config = config.model_copy(update={"train": train})
     gpu, gpus, train = GPUS[assumptions.gpu], config.scaling.most_workers, config.train
     macs = cost.macs(model, frames, assumptions.text_tokens)
     traced = cost.training_trace(config, frames, assumptions.text_tokens)
     memory = cost.training_memory(config, traced)
-    fits = memory.total <= room(assumptions)
+    fits = memory.total <= usable_memory(assumptions)
 
     flops_per_sample = traced.flops // train.micro_batch_size
     samples_per_s = gpu.flops["bf16" if config.in_bf16 else "fp32"] * assumptions.utilisation / flops_per_sample
@@ -215,57 +220,57 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     )
 
 
-def room(assumptions: Assumptions) -> float:
-    """What a GPU has for a run [bytes]."""
+def usable_memory(assumptions: Assumptions) -> float:
+    """Return the memory of the GPU without the reserve [bytes]."""
     return GPUS[assumptions.gpu].memory_bytes * (1 - assumptions.reserve)
 
 
 def _nearest_fit(config: RunConfig, frames: int, assumptions: Assumptions, traced: Trace) -> Fit | None:
-    """The first change that fits, from what costs nothing to what costs most."""
-    traces = {_what_is_traced(config, frames): traced}
+    """Return the first change that fits, tried in the order of rising cost."""
+    traces = {_trace_key(config, frames): traced}
     for change, changed, fewer, gpu in _changes(config, frames, assumptions.gpu):
-        key = _what_is_traced(changed, fewer)
+        key = _trace_key(changed, fewer)
         if key not in traces:
             traces[key] = cost.training_trace(changed, fewer, assumptions.text_tokens)
         total = cost.training_memory(changed, traces[key]).total
-        if total <= room(assumptions.model_copy(update={"gpu": gpu})):
+        if total <= usable_memory(assumptions.model_copy(update={"gpu": gpu})):
             return Fit(change, total)
     return None
 
 
-def _what_is_traced(config: RunConfig, frames: int) -> tuple[int, bool, int]:
+def _trace_key(config: RunConfig, frames: int) -> tuple[int, bool, int]:
     return config.train.micro_batch_size, config.train.activation_checkpointing, frames
 
 
 def _changes(config: RunConfig, frames: int, gpu: str) -> Iterator[tuple[str, RunConfig, int, str]]:
-    """Smaller micro-batches, checkpointing, both; with both: more GPUs, larger ones, fewer frames."""
+    """Yield changes: smaller micro-batches, checkpointing, both; with both: more GPUs, larger GPUs, fewer frames."""
     micro, workers = config.train.micro_batch_size, config.scaling.most_workers
     tokens = config.train.micro_batch_tokens
-    said: dict[str, object] = {}
+    settings: dict[str, object] = {}
     while micro > 1:
         micro //= 2
-        said = {"train.micro_batch_size": micro} | ({"train.micro_batch_tokens": None} if tokens else {})
-        yield from _changed(config, said, frames, gpu)
+        settings = {"train.micro_batch_size": micro} | ({"train.micro_batch_tokens": None} if tokens else {})
+        yield from _changed(config, settings, frames, gpu)
     if not config.train.activation_checkpointing:
         yield from _changed(config, {"train.activation_checkpointing": True}, frames, gpu)
-        said = {**said, "train.activation_checkpointing": True}
-        yield from _changed(config, said, frames, gpu)
+        settings = {**settings, "train.activation_checkpointing": True}
+        yield from _changed(config, settings, frames, gpu)
     while (workers := workers * 2) <= MOST_GPUS:
-        yield from _changed(config, {**said, "scaling.num_workers": workers}, frames, gpu)
+        yield from _changed(config, {**settings, "scaling.num_workers": workers}, frames, gpu)
     for larger in sorted(GPUS, key=lambda name: GPUS[name].memory_bytes):
         if GPUS[larger].memory_bytes > GPUS[gpu].memory_bytes:
-            yield from _changed(config, said, frames, larger, f"--gpu {larger}")
+            yield from _changed(config, settings, frames, larger, f"--gpu {larger}")
     while frames > 1:
         frames //= 2
-        yield from _changed(config, said, frames, gpu, f"--frames {frames}")
+        yield from _changed(config, settings, frames, gpu, f"--frames {frames}")
 
 
 def _changed(
-    config: RunConfig, said: dict[str, object], frames: int, gpu: str, more: str = ""
+    config: RunConfig, settings: dict[str, object], frames: int, gpu: str, more: str = ""
 ) -> Iterator[tuple[str, RunConfig, int, str]]:
-    """The configuration with some settings changed, unless it is none."""
+    """Yield the configuration with `settings` changed, or nothing if that is not valid."""
     values = config.model_dump()
-    for key, value in said.items():
+    for key, value in settings.items():
         section, name = key.split(".")
         values[section][name] = value
     try:
@@ -273,7 +278,7 @@ def _changed(
     except BadConfig:
         return
     arguments = [
-        *(f"--{key} {'null' if value is None else str(value).lower()}" for key, value in said.items()),
+        *(f"--{key} {'null' if value is None else str(value).lower()}" for key, value in settings.items()),
         *([more] if more else []),
     ]
     yield " ".join(arguments), changed, frames, gpu

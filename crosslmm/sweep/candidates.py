@@ -2,7 +2,7 @@
 
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.planning import cost
-from crosslmm.planning.plan import GPUS, Assumptions, room
+from crosslmm.planning.plan import GPUS, Assumptions, usable_memory
 from crosslmm.sweep import trials
 from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import Space, apply, settings
@@ -40,7 +40,7 @@ class Candidates:
             allowed = f"--max_macs allows {self.chosen.max_macs:,.0f}"
             raise BadConfig(f"{behind:,} MACs of prefill behind the encoder; {allowed}")
         memory = cost.training_memory(config, cost.training_trace(config, frames, TEXT_TOKENS)).total
-        if (gpu := self.chosen.gpu) and memory > room(Assumptions(gpu=gpu)):
+        if (gpu := self.chosen.gpu) and memory > usable_memory(Assumptions(gpu=gpu)):
             whole = GPUS[gpu].memory_bytes
             raise BadConfig(
                 f"training takes {memory / 1e9:,.1f} GB, too much for the {whole / 1e9:.0f} GB of --gpu {gpu}"

@@ -354,7 +354,7 @@ def test_what_cannot_be_is_refused_in_one_line(variant, processor):
         model(**batch | {"num_frames": torch.tensor([[3]])})
     too_long = {"input_ids": torch.ones(1, 2049, dtype=torch.int64)}
     with pytest.raises(
-        ValueError, match=r"2049 positions, but the decoder takes 2048 .*pool_stride \(now 4 tokens per frame\)"
+        ValueError, match=r"2049 positions, but the decoder takes 2048 .*pool_stride \(now 4 tokens/frame\)"
     ):
         model(**too_long)
     for wrong in ([3, 1], [1, 1], [4], [-1]):

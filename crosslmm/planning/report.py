@@ -1,0 +1,61 @@
+"""Prints a plan as a table."""
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from crosslmm.planning.plan import Plan, Row
+
+
+def print_plan(planned: Plan, console: Console) -> None:
+    """Print a plan as a table, with one column for each number of frames, and the assumptions."""
+    parameters = planned.parameters
+    parts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in parameters.components.items() if count)
+    console.print(f"parameters  {parameters.total / 1e9:.3f} B: {parts}")
+    learning = ", ".join(f"{stage} {count / 1e6:,.1f} M" for stage, count in parameters.trainable.items())
+    console.print(f"trainable   {learning}")
+    gpu = planned.assumptions["gpu"]
+    table = Table(title=f"{planned.gpus} x {gpu}", title_justify="left")
+    table.add_column("frames per video", no_wrap=True)
+    for row in planned.rows:
+        table.add_column(str(row.frames), justify="right")
+    columns = [list(_lines(row)) for row in planned.rows]
+    for i, (label, _) in enumerate(columns[0]):
+        table.add_row(
+            label,
+            *(column[i][1] for column in columns),
+            end_section=label.startswith(("prefill MACs: all", "training memory per GPU: total", "fits")),
+        )
+    console.print(table)
+    for row in planned.rows:
+        if row.nearest_fit is not None:
+            size = f"{row.nearest_fit.peak_memory_bytes / 1e9:,.1f} GB"
+            console.print(f"{row.frames} frames would fit with {row.nearest_fit.change}  ({size})")
+        elif not row.fits:
+            console.print(f"{row.frames} frames do not fit with any setting that was tried")
+    console.print("assumptions (change one with its argument):")
+    for name, value in {**planned.assumptions, "price": planned.price}.items():
+        console.print(f"  --{name} {value}")
+
+
+def _lines(row: Row) -> Iterator[tuple[str, str]]:
+    """Yield the label and the value of each line of a column."""
+    yield "positions in the decoder", f"{row.positions:,}"
+    for name, count in row.macs.items():
+        yield f"prefill MACs: {name.replace('_', ' ')} [T]", f"{count / 1e12:,.2f}"
+    yield "prefill MACs: all but the attention products [T]", f"{row.linear_macs / 1e12:,.2f}"
+    for name, size in row.memory_bytes.items():
+        if name != "kv_caches":
+            yield f"training memory per GPU: {name} [GB]", f"{size / 1e9:,.2f}"
+    yield "training memory per GPU: total [GB]", f"{row.peak_memory_bytes / 1e9:,.2f}"
+    yield "answering: KV caches for one video [GB]", f"{row.answering_memory_bytes['kv_caches'] / 1e9:,.2f}"
+    yield "answering: total [GB]", f"{sum(row.answering_memory_bytes.values()) / 1e9:,.2f}"
+    yield "fits", "yes" if row.fits else "no"
+    yield "samples per second and GPU", f"{row.samples_per_s:,.3f}"
+    yield "CPU cores for decoding per GPU", f"{row.decode_cores:,.2f}"
+    yield "storage bandwidth per GPU [MB/s]", f"{row.s3_bytes_per_s / 1e6:,.2f}"
+    yield "traffic per epoch [TB]", f"{row.epoch_traffic_bytes / 1e12:,.2f}"
+    yield "storage: videos, checkpoints, model [TB]", f"{row.storage_bytes / 1e12:,.2f}"
+    yield "hours of the run", f"{row.run_hours:,.1f}"
+    yield "price of the run [USD]", f"{row.run_price:,.0f}"

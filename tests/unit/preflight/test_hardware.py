@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from crosslmm.cli import parse_run, preset_names
-from crosslmm.config import BadConfig
+from crosslmm.config import BadConfig, changes
 from crosslmm.preflight import placement
 from crosslmm.preflight.hardware import (
     GPU_ENVIRONMENT,
@@ -17,7 +17,6 @@ from crosslmm.preflight.hardware import (
     worker_environment,
 )
 from crosslmm.preflight.placement import NodePool
-from crosslmm.train.run import changes
 
 H100 = Hardware("NVIDIA H100", bf16=True, flash_attn=True, nccl="2.27.3")
 V100 = Hardware("Tesla V100", bf16=False, flash_attn=False, nccl="2.27.3")

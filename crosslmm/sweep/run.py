@@ -1,5 +1,6 @@
 """What a sweep's driver does: check, encode once, let Tune run the trials, keep the record, report, promote."""
 
+import functools
 import json
 import sys
 import tempfile
@@ -14,7 +15,7 @@ import ray
 from rich.console import Console
 
 from crosslmm import storage
-from crosslmm.config import BadConfig, RunConfig, flatten, tracking_uri
+from crosslmm.config import COMPARED, FREE, BadConfig, RunConfig, changes, roles_of, tracking_uri
 from crosslmm.data.feature_format import FeatureConfig
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.sampler import DeterministicSampler
@@ -82,7 +83,7 @@ def run_sweep(config: RunConfig, chosen: SweepSettings, space_name: str, space: 
     config = config.model_copy(update={"name": config.name or datetime.now().strftime("sweep-%Y%m%d-%H%M%S")})
     config = resolve_config(config)
     manifests = [Manifest(uri, config.data.roots) for uri in config.data.manifests]
-    Manifest(str(config.data.validation_manifest), config.data.roots)
+    manifests_and_validation = [*manifests, Manifest(str(config.data.validation_manifest), config.data.roots)]
     total_steps = _steps(config, manifests)
     if chosen.scheduler == "asha" and config.train.validate_every >= total_steps:
         raise BadConfig(
@@ -102,7 +103,7 @@ def run_sweep(config: RunConfig, chosen: SweepSettings, space_name: str, space: 
     console.print(f"sweep     {config.name} (the same command with --name {config.name} goes on with it)")
     console.print(f"machine   {hardware.describe(config, computes_on)}")
     console.print(f"space     {space_name}: {', '.join(space)}")
-    record, begun = _record(config, folder, space_name, space, chosen)
+    record, begun = _record(config, folder, space_name, space, chosen, manifests_and_validation)
     console.print(f"storage   {folder}")
     console.print(f"record    {record.uri}, run {record.run_id}")
     status = "FAILED"
@@ -259,7 +260,12 @@ def _features(
 
 
 def _record(
-    config: RunConfig, folder: str, space_name: str, space: Space, chosen: SweepSettings
+    config: RunConfig,
+    folder: str,
+    space_name: str,
+    space: Space,
+    chosen: SweepSettings,
+    manifests: list[Manifest],
 ) -> tuple[MlflowRun, dict[str, Any]]:
     """The sweep's MLflow run, that of an earlier start or a new one, and what is settled for all starts.
 
@@ -269,12 +275,15 @@ def _record(
     require_answer(config.tracking)
     uri = storage.join(folder, SWEEP)
     searched = {path: str(distribution(path, dimension)) for path, dimension in space.items()}
-    # Where it is recorded, and on what it runs, may change.
-    compared = {k: v for k, v in flatten(config.model_dump()).items() if not k.startswith(("tracking.", "scaling."))}
-    settled = {"space": searched, "config": json.loads(json.dumps(compared))}
+    settled = {
+        "space": searched,
+        "config": config.model_dump(mode="json"),
+        "data": {f"digest of manifest {i}": manifest.digest for i, manifest in enumerate(manifests)},
+    }
     if storage.exists(uri):
         begun = json.loads(storage.read_bytes(uri))
-        _require_same(str(config.name), begun, settled)
+        if _require_same(config, begun, settled):
+            storage.write_bytes(uri, json.dumps(begun | settled).encode())
         record = MlflowRun(config.tracking, begun["run_id"])
         record.client.update_run(record.run_id, status="RUNNING")
         return record, begun
@@ -286,19 +295,46 @@ def _record(
     return record, begun
 
 
-def _require_same(name: str, begun: dict[str, Any], now: dict[str, Any]) -> None:
-    """Whether an earlier start searched the same.
+def _require_same(config: RunConfig, begun: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Compare a sweep's start with an earlier one under the same name -> True if an accepted change has to be recorded.
+
+    The space and the content of the manifests never change. The configuration may, where it is free for runs and trials
+    are not compared by it, or with `accept_changes`.
 
     Raises:
-        BadConfig: it did not; the first difference.
+        BadConfig: naming what differs.
     """
-    for part, settled in now.items():
-        for key in {**begun[part], **settled}:
-            if begun[part].get(key) != settled.get(key):
+    name = config.name
+    for part in ("space", "data"):
+        before = begun.get(part, now[part])  # an earlier version did not record the data
+        for key in {**before, **now[part]}:
+            if before.get(key) != now[part].get(key):
                 raise BadConfig(
-                    f"name: sweep {name} was begun with {key} {begun[part].get(key)}, and this is {settled.get(key)}; "
-                    "take it back, or another --name"
+                    f"name: sweep {name} was begun with {key} {before.get(key)}, and this is {now[part].get(key)}; "
+                    "take that back, or give another --name"
                 )
+    old = begun["config"] if "model" in begun["config"] else _nested(begun["config"])
+    differing = {
+        key: values
+        for key, values in changes(old, now["config"], frozenset()).items()
+        if FREE not in roles_of(key) or COMPARED in roles_of(key)
+    }
+    if differing and not config.accept_changes:
+        text = "; ".join(f"{key} {was} -> {is_now}" for key, (was, is_now) in differing.items())
+        raise BadConfig(
+            f"name: sweep {name} was begun with another configuration: {text}. Take that back, give another --name, or "
+            "continue with --accept_changes true"
+        )
+    return bool(differing)
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Nest the flat keys that earlier versions recorded: {"a.b": 1} -> {"a": {"b": 1}}."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        functools.reduce(lambda section, part: section.setdefault(part, {}), sections, nested)[name] = value
+    return nested
 
 
 def _report(

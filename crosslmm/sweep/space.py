@@ -22,15 +22,11 @@ from optuna.trial import BaseTrial
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Domain
 
-from crosslmm.config import BadConfig, RunConfig, flatten, validate_run
+from crosslmm.config import FEATURES, NOT_SEARCHED, BadConfig, RunConfig, flatten, roles_of, validate_run
 from crosslmm.sweep.trials import Point
 
 GRID = "grid_search"
 """The key under which Tune keeps a grid's values."""
-NOT_SEARCHED = ("name", "storage", "tracking")
-"""Where a run keeps its things: a sweep decides that for its trials."""
-CHANGES_FEATURES = ("model.vision", "model.init_from", "data.", "train.learning_rate.vision", "train.precision")
-"""Beginnings of paths whose values the frozen encoder's features depend on."""
 
 
 class OnlyIf(NamedTuple):
@@ -98,8 +94,8 @@ def check(name: str, space: Space, config: RunConfig) -> None:
     if not space:
         raise BadConfig(f"--space {name}: nothing is searched")
     for path, dimension in space.items():
-        if path.startswith(NOT_SEARCHED):
-            raise BadConfig(f"--space {name}: {path} is the sweep's own affair")
+        if NOT_SEARCHED in roles_of(path):
+            raise BadConfig(f"--space {name}: {path} cannot be searched; the sweep sets it for its trials")
         _require_path(name, path, known)
         if isinstance(dimension, OnlyIf):
             with _one_line(name):
@@ -131,11 +127,10 @@ def is_grid(space: Space) -> bool:
 
 
 def changes_features(space: Space, config: RunConfig) -> list[str]:
-    """The paths of a space by which trials would need features of their own."""
-    # Without published weights the seed decides what the encoder is.
-    from_seed = not (config.model.vision_weights or config.model.init_from)
-    beginnings = (*CHANGES_FEATURES, *(["seed"] if from_seed else []))
-    return [path for path in space if path.startswith(beginnings)]
+    """Return the paths of a space that change the frozen encoder's features, so that trials cannot share any."""
+    # Without published weights, the seed determines the encoder.
+    random_encoder = not (config.model.vision_weights or config.model.init_from)
+    return [path for path in space if FEATURES in roles_of(path) or (random_encoder and path == "seed")]
 
 
 def grid(space: Space, config: RunConfig) -> list[Point]:

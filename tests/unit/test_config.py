@@ -177,7 +177,7 @@ def help_text(capsys, *argv):
 
 def test_help_all_explains_every_key(capsys):
     text = help_text(capsys, "--help", "all")
-    unexplained = [key for key, _ in settings_of() if not re.search(rf"--{re.escape(key)} [^[]*\[[^]]*\]+ \w", text)]
+    unexplained = [key for key, _ in settings_of() if not re.search(rf"--{re.escape(key)} .*?\] \w", text)]
     assert unexplained == []
     for word in ("Annotated", "FieldInfo", "Optional[", "Literal[", "<class"):
         assert word not in text
@@ -223,7 +223,7 @@ def test_several_manifests_have_shares():
     assert parse_run(["--data.manifest", json.dumps(several)], "").data.manifests == several
     for wrong in ('{"a": 0}', '{"a": 1.5}', "{}", '{"a": "b"}'):
         with pytest.raises(
-            BadConfig, match=r"data: manifest: .* is neither a path nor a URI nor {manifest: share, ...}"
+            BadConfig, match=r"data: manifest: .* is neither a path nor a URI nor {manifest: share"
         ):
             parse_run(["--data.manifest", wrong], "")
 

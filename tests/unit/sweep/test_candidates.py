@@ -1,5 +1,6 @@
 """Which points become trials, what they are said to cost, and when a sweep's time or money is spent."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ from mlflow.tracking import MlflowClient
 from ray import tune
 
 from crosslmm.cli import parse_run
-from crosslmm.config import BadConfig
+from crosslmm.config import BadConfig, validate_run
 from crosslmm.planning import cost
 from crosslmm.sweep import run as sweep_run
 from crosslmm.sweep import trials, tuner
@@ -127,25 +128,58 @@ def test_a_resumed_asha_knows_what_ended_trials_reported_and_judges_no_trial_at_
     assert scheduler.on_trial_result(None, late, worse_before) == "STOP"
 
 
+def restart(base, tmp_path, space=SPACE, manifests=(), **changed):
+    """Begin a sweep, then start it again with changes -> what is recorded of it."""
+    folder = str(tmp_path / "sweep")
+    sweep_run._record(base, folder, "own", SPACE, SweepSettings(), [SimpleNamespace(uri="a", digest="1")])
+    config = validate_run(merge(base.model_dump(), changed))
+    manifests = list(manifests) or [SimpleNamespace(uri="a", digest="1")]
+    return sweep_run._record(config, folder, "own", space, SweepSettings(), manifests)
+
+
+def merge(values, changed):
+    return {
+        key: merge(value, changed.get(key, {})) if isinstance(value, dict) else changed.get(key, value)
+        for key, value in values.items()
+    }
+
+
+def test_a_sweep_resumes_under_its_mlflow_run(base, tmp_path):
+    first, begun = restart(base, tmp_path)
+    assert first.run_id == begun["run_id"]
+
+
+def test_a_sweep_refuses_another_space(base, tmp_path):
+    space = {"train.learning_rate.decoder": tune.choice([1.0, 2.0])}
+    with pytest.raises(BadConfig, match=r"begun with .* None; take that back, or give another --name"):
+        restart(base, tmp_path, space=space)
+
+
+def test_a_sweep_refuses_other_content_of_its_manifest(base, tmp_path):
+    with pytest.raises(BadConfig, match=r"begun with digest of manifest 0 1, and this is 2"):
+        restart(base, tmp_path, manifests=[SimpleNamespace(uri="a", digest="2")])
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"train": {"validate_every": 7}}])
+def test_a_sweep_refuses_a_change_that_trials_depend_on(changed, base, tmp_path):
+    with pytest.raises(BadConfig, match=r"-> .*continue with --accept_changes true"):
+        restart(base, tmp_path, **changed)
+
+
 @pytest.mark.parametrize(
-    ("part", "now", "said"),
+    "changed",
     [
-        ("space", {"model.pool_stride": "of 2, 4"}, r"begun with train\.learning_rate of 1, and this is None"),
-        ("space", {"train.learning_rate": "of 1", "seed": "of 7"}, r"begun with seed None, and this is of 7"),
-        ("config", {"seed": 1}, r"begun with seed 0, and this is 1; take it back, or another --name"),
+        {"watchdog": {"step_s": 5.0}},
+        {"data": {"roots": ["/elsewhere"]}},
+        {"data": {"decode_timeout_s": 5.0}},
+        {"data": {"max_bad_share": 0.5}},
+        {"accept_changes": True},
     ],
 )
-def test_another_space_or_configuration_is_another_search(part, now, said):
-    begun = {"space": {"train.learning_rate": "of 1"}, "config": {"seed": 0}, "run_id": "1"}
-    same = {"space": begun["space"], "config": begun["config"]}
-    sweep_run._require_same("s", begun, same)
-    with pytest.raises(BadConfig, match=rf"name: sweep s was {said}"):
-        sweep_run._require_same("s", begun, same | {part: now})
+def test_a_sweep_resumes_with_changes_that_are_free_for_runs(changed, base, tmp_path):
+    restart(base, tmp_path, **changed)
 
 
-def test_a_name_that_was_taken_by_another_search_is_refused(base, tmp_path):
-    first, _ = sweep_run._record(base, str(tmp_path), "own", SPACE, SweepSettings())
-    again, begun = sweep_run._record(base, str(tmp_path), "own", SPACE, SweepSettings())
-    assert again.run_id == first.run_id == begun["run_id"]
-    with pytest.raises(BadConfig, match="was begun with seed 0, and this is 1"):
-        sweep_run._record(base.model_copy(update={"seed": 1}), str(tmp_path), "own", SPACE, SweepSettings())
+def test_an_accepted_change_of_a_sweep_is_recorded(base, tmp_path):
+    restart(base, tmp_path, seed=1, accept_changes=True)
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["config"]["seed"] == 1

@@ -89,7 +89,7 @@ def test_the_ablation_has_the_arms_of_tables_2a_and_2b(tiny):
         ("{'model.v2v': OnlyIf(lambda v: v['model.depth'] > 0, tune.choice([True]), False)}", "model.depth: "),
         ("{'model.pool_stride': [1, 2]}", "neither a Tune domain nor a grid_search"),
         ("{'model.pool_stride': tune.sample_from(lambda spec: 1)}", "model.pool_stride"),
-        ("{'storage': tune.choice(['a'])}", "storage is the sweep's own affair"),
+        ("{'storage': tune.choice(['a'])}", "storage cannot be searched"),
         ("{'model.pool_stride': tune.grid_search([1]), 'seed': tune.choice([1])}", "grid_search beside other domains"),
         ("{}", "nothing is searched"),
     ],

@@ -1,10 +1,10 @@
-"""Kill any part of a run at any moment: does it end with the weights that an undisturbed run has?"""
+"""Fault injection: does a run in which any part fails end with the weights of an undisturbed run?"""
 
 import os
 import secrets
 from pathlib import Path
 
-# Ray reads them when it is imported, and clusters of several nodes are started by this very process.
+# Ray reads them at import, and this process itself starts the clusters of several nodes.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 ROOT = Path(__file__).parent.parent.parent

@@ -1,4 +1,4 @@
-"""The laboratory: a store behind a proxy, a record, a cluster; runs in them, whose lines are noticed as they come."""
+"""The laboratory: an object store behind a proxy, MLflow, a Ray cluster, and training runs in them."""
 
 import functools
 import hashlib
@@ -31,11 +31,13 @@ from tests.support.flaky_store import FlakyStore
 from tests.support.object_store import ObjectStore
 
 STEPS, EVERY, BATCH = 40, 5, 8
+"""Steps of a run, steps between two checkpoints, samples of a step."""
 FAULT_AFTER = 10
-"""Most faults come when a checkpoint of this step is sealed."""
+"""Step whose sealed checkpoint most faults wait for."""
 DEADLINE_S = 600.0
+"""How long anything is waited for [s]."""
 SETTLED_S = 4.0
-"""So long after the end of the workers everything that they did is in the record [s]; others need longer to start."""
+"""Time after the end of the workers until all their steps are in MLflow [s]; new workers take longer to start."""
 
 SETTINGS = (
     f"--train.max_steps={STEPS}",
@@ -48,22 +50,22 @@ SETTINGS = (
 )
 HOOKS = ROOT / "tests" / "fault_hooks"
 RESTART = "restarting from"
-GOES_ON = re.compile(r"resumed after step (\d+)|training from the start")
+RESUMED = re.compile(r"resumed after step (\d+)|training from the start")
 RANK, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
 DECODER = "ray::MapWorker(MapBatches(ReadSamples))"
 
 
-class Lost(Exception):
-    """A fault was not survived; the message says how it went."""
+class NotSurvived(Exception):
+    """A run did not survive its fault; the message says why."""
 
 
 @dataclass
 class Attempt:
-    """One start of the command, and the lines that it prints."""
+    """One start of the training command, and the lines that it prints."""
 
     process: subprocess.Popen[str]
-    notice: Callable[[str], None]
-    """Is shown each line as it comes."""
+    on_line: Callable[[str], None]
+    """Called with each line as it is printed."""
     lines: list[tuple[float, str]] = field(default_factory=list)
     """(monotonic time [s], line)."""
 
@@ -74,63 +76,63 @@ class Attempt:
     def _read(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
-            came = time.monotonic()
-            self.notice(line)  # first: who waits for a line may change what is to be noticed
-            self.lines.append((came, line.rstrip()))
+            now = time.monotonic()
+            self.on_line(line)  # first: whoever waits for the line may change what it counts
+            self.lines.append((now, line.rstrip()))
 
     @property
     def text(self) -> str:
-        """All that it has printed."""
+        """All lines so far."""
         return "\n".join(line for _, line in self.lines)
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> None:
-        """Until the condition holds, while the command runs.
+        """Wait until the condition holds, while the command runs.
 
         Raises:
-            Lost: it never did.
+            NotSurvived: the command ends before, or `DEADLINE_S` is over.
         """
         until = time.monotonic() + DEADLINE_S
         while not condition():
             if self.process.poll() is not None:
-                raise Lost(f"it ended with {self.process.returncode} before {what}:\n{self.text}")
+                raise NotSurvived(f"the command ended with {self.process.returncode} before {what}:\n{self.text}")
             if time.monotonic() > until:
                 self.process.kill()
-                raise Lost(f"after {DEADLINE_S:g} s still no {what}:\n{self.text}")
-            time.sleep(0.5)  # most ask the store, which shares the machine with the run
+                raise NotSurvived(f"no {what} within {DEADLINE_S:g} s:\n{self.text}")
+            time.sleep(0.5)  # most conditions ask the store, which shares the machine with the run
 
-    def says(self, words: str, after: int = 0) -> None:
-        """Wait until it has printed them, after so many lines.
+    def wait_for_line(self, words: str, after: int = 0) -> None:
+        """Wait for a line with these words, after the first `after` lines.
 
         Raises:
-            Lost: it never did.
+            NotSurvived: the command ends before, or `DEADLINE_S` is over.
         """
         self.wait_for(lambda: any(words in line for _, line in self.lines[after:]), f"line with '{words}'")
 
-    def ended(self, status: int | None = 0) -> "Attempt":
-        """Wait for its end; None takes any status.
+    def wait(self, status: int | None = 0) -> "Attempt":
+        """Wait for the end of the command, with this exit status; None accepts any.
 
         Raises:
-            Lost: it ends otherwise, or never.
+            NotSurvived: another exit status, or `DEADLINE_S` is over.
         """
         try:
-            found = self.process.wait(DEADLINE_S)
+            exit_status = self.process.wait(DEADLINE_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            raise Lost(f"it did not end in {DEADLINE_S:g} s:\n{self.text}") from None
+            raise NotSurvived(f"the command did not end in {DEADLINE_S:g} s:\n{self.text}") from None
         self._reader.join(5)
-        if status is not None and found != status:
-            raise Lost(f"it ended with {found} instead of {status}:\n{self.text}")
+        if status is not None and exit_status != status:
+            raise NotSurvived(f"the command ended with {exit_status} instead of {status}:\n{self.text}")
         return self
 
 
 class Lab:
-    """A proxy before the store, a cluster, the record; and runs in them.
+    """A proxy in front of the store, a cluster, MLflow, and runs that use them.
 
     Attributes:
-        store: the proxy, which misbehaves on demand.
-        orders: a folder; a file in it is an order to tests/fault_hooks, in every process of the cluster.
-        scratch: where the cluster's processes keep temporary files.
-        lost: of each run, the steps that were recorded and taken again, for each time that it went on.
+        store: the proxy, which fails on demand.
+        orders: folder whose files are orders to tests/fault_hooks in every process of the cluster.
+        scratch: folder for temporary files of the cluster's processes.
+        repeated_steps: by run, the number of recorded steps that were taken again, for each restart.
     """
 
     def __init__(self, stack: ExitStack, folder: Path, store: ObjectStore) -> None:
@@ -145,22 +147,22 @@ class Lab:
             "PYTHONPATH": os.pathsep.join([str(HOOKS), str(ROOT)]),
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
             "TMPDIR": str(self.scratch),
-            # Ray would let its workers starve (15) beside anything else that runs here.
+            # With Ray's default (15) workers starve when anything else runs on the machine.
             "RAY_worker_niceness": "0",
         }
         self.tracking = f"sqlite:///{folder}/mlflow.db"
-        self.lost: dict[str, list[int]] = defaultdict(list)
+        self.repeated_steps: dict[str, list[int]] = defaultdict(list)
         self._done: dict[str, int] = {}
-        """Of each run, the last step in its record when its workers, or its driver, had ended."""
+        """By run, the last step in MLflow when its workers or its driver had ended."""
         self._attempts: list[Attempt] = []
         self.cluster = self.new_cluster()
 
     def new_cluster(self) -> LocalCluster:
-        """One node."""
+        """Start a cluster of one node."""
         return self.stack.enter_context(LocalCluster(num_cpus=2, environment=self.environment))
 
     def clear(self) -> None:
-        """After a fault that was not survived: nothing of it reaches the next one."""
+        """Reset everything after a fault that was not survived, so that the next one is not affected."""
         for attempt in self._attempts:
             attempt.process.kill()
         self.store.heal()
@@ -170,70 +172,71 @@ class Lab:
         self.cluster = self.new_cluster()
 
     def command(self, name: str, *settings: str) -> list[str]:
-        """What a user would type."""
-        places = ["--storage=s3://lab/runs", "--data.manifest=s3://lab/data/train.jsonl"]
-        places += [f"--tracking.uri={self.tracking}"]
-        return ["python", "jobs/train.py", f"--name={name}", *places, *SETTINGS, *settings]
+        """Return the training command as a user would type it."""
+        locations = ["--storage=s3://lab/runs", "--data.manifest=s3://lab/data/train.jsonl"]
+        locations += [f"--tracking.uri={self.tracking}"]
+        return ["python", "jobs/train.py", f"--name={name}", *locations, *SETTINGS, *settings]
 
     def start(self, name: str, *settings: str, cluster: str | None = None) -> Attempt:
-        """Start a run, or go on with it, on the lab's cluster or on the one at this address."""
+        """Start or resume a run on the lab's cluster, or on the one at the address `cluster`."""
         environment = self.cluster.environment | {"RAY_ADDRESS": self.cluster.gcs_address}
         if cluster:
             environment = os.environ | self.environment | {"RAY_ADDRESS": cluster}
         return self.attempt(name, [sys.executable, *self.command(name, *settings)[1:]], environment, ROOT)
 
     def attempt(self, name: str, command: list[str], environment: dict[str, str], folder: Path) -> Attempt:
-        """Start a command that trains this run."""
+        """Start a command that trains the run `name`."""
         self._done[name] = self._recorded(name)
         process = subprocess.Popen(
             command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        self._attempts.append(Attempt(process, functools.partial(self._notice, name)))
+        self._attempts.append(Attempt(process, functools.partial(self._count_repeated_steps, name)))
         return self._attempts[-1]
 
-    def _notice(self, name: str, line: str) -> None:
-        """Count what a run has to do again: between the end of its workers and the first step of the next ones."""
+    def _count_repeated_steps(self, name: str, line: str) -> None:
+        """At a restart, note how many recorded steps are taken again."""
         if RESTART in line:
             time.sleep(SETTLED_S)
             self._done[name] = self._recorded(name)
-        elif goes_on := GOES_ON.search(line):
-            # Ray Train itself starts a group of another size, without a word; the new one is held meanwhile.
+        elif resumed := RESUMED.search(line):
+            # Ray Train starts a group of another size without a log line; `hold` pauses the new group meanwhile.
             done = self._done.pop(name) if name in self._done else self._recorded(name)
-            self.lost[name].append(max(0, done - int(goes_on[1] or 0)))
+            self.repeated_steps[name].append(max(0, done - int(resumed[1] or 0)))
 
     def _recorded(self, name: str) -> int:
-        """The last step in the record."""
-        with suppress(ValueError, FileNotFoundError):  # not there yet
+        """Return the last step in MLflow; 0 without one."""
+        with suppress(ValueError, FileNotFoundError):  # no run yet
             return max((step for step, _ in self.history(name)), default=0)
         return 0
 
-    def begun(self, name: str, *settings: str, step: int = FAULT_AFTER, cluster: str | None = None) -> Attempt:
-        """Start a run, and wait until it has a checkpoint of this step. It stands still after one step more, until
-        `go_on`."""
+    def start_until_checkpoint(
+        self, name: str, *settings: str, step: int = FAULT_AFTER, cluster: str | None = None
+    ) -> Attempt:
+        """Start a run and wait for its checkpoint of this step. The run pauses one step later, until `release`."""
         self.hold(step + 1)
         attempt = self.start(name, *settings, cluster=cluster)
         attempt.wait_for(lambda: self.sealed_step(name) >= step, f"checkpoint of step {step}")
         return attempt
 
     def hold(self, step: int) -> None:
-        """Let ranks stand still in the middle of the step that follows this one, or of any later one."""
-        written = self.orders / "hold.new"
-        written.write_text(str(step + 1))
-        written.replace(self.orders / "hold")  # never empty, which would be no order
+        """Pause all ranks in the middle of the step after this one, or of any later one."""
+        order = self.orders / "hold.new"
+        order.write_text(str(step + 1))
+        order.replace(self.orders / "hold")  # atomic: an empty file would be no order
 
-    def go_on(self) -> float:
-        """Nobody is held any more, for the fault has come -> when [monotonic s]."""
+    def release(self) -> float:
+        """Let paused ranks continue, since the fault has happened; return the time [monotonic s]."""
         (self.orders / "hold").unlink(missing_ok=True)
         return time.monotonic()
 
-    def decoding(self, name: str, *settings: str) -> Attempt:
-        """Start a run, and wait until its videos are about to be read: they are small, and soon all of them are."""
+    def start_until_decoding(self, name: str, *settings: str) -> Attempt:
+        """Start a run and wait for its decoder. The videos are small: soon after, all have been read."""
         attempt = self.start(name, *settings)
         attempt.wait_for(lambda: self.pids(DECODER), "decoder")
         return attempt
 
     def folder_of(self, name: str) -> str:
-        """A run's folder."""
+        """Return a run's folder in the store."""
         return f"s3://lab/runs/{name}"
 
     def sealed_step(self, name: str) -> int:
@@ -241,62 +244,63 @@ class Lab:
         return checkpoint_store.latest_step(self.folder_of(name))
 
     def pids(self, title: str) -> list[int]:
-        """Processes of the lab's cluster whose title begins so."""
+        """Return the processes of the lab's cluster whose title starts with `title`, by age of their id."""
         return sorted(
             pid for pid, line in processes() if line.startswith(title) and _session(pid) == self.cluster.session
         )
 
     def kill(self, title: str) -> float:
-        """SIGKILL one of them, and the run goes on -> when [monotonic s].
+        """SIGKILL the newest such process and release the run; return the time [monotonic s].
 
         Raises:
-            Lost: there is none.
+            NotSurvived: there is none.
         """
         until = time.monotonic() + DEADLINE_S
-        while not (found := self.pids(title)):
+        while not (pids := self.pids(title)):
             if time.monotonic() > until:
-                raise Lost(f"there is no process {title}")
+                raise NotSurvived(f"there is no process {title}")
             time.sleep(0.01)
-        os.kill(found[-1], signal.SIGKILL)
-        return self.go_on()
+        os.kill(pids[-1], signal.SIGKILL)
+        return self.release()
 
     def run_id(self, name: str) -> str:
-        """Of a run in MLflow, found by its key: what a replay made is written down nowhere else."""
+        """Return the MLflow run id of a run, by its key: a replay stores the id nowhere else."""
         key = json.loads(storage.read_bytes(f"{self.folder_of(name)}/run.json"))["key"]
         (experiment,) = MlflowClient(self.tracking).search_experiments(filter_string="name = 'crosslmm'")
-        (found,) = MlflowClient(self.tracking).search_runs(
+        (run,) = MlflowClient(self.tracking).search_runs(
             [experiment.experiment_id], f"tags.`crosslmm.key` = '{key}'", run_view_type=ViewType.ALL
         )
-        return str(found.info.run_id)
+        return str(run.info.run_id)
 
     def history(self, name: str) -> list[tuple[int, float]]:
-        """(step, loss), as often as the record has them."""
+        """Return (step, loss) of all points in MLflow, sorted."""
         points = MlflowClient(self.tracking).get_metric_history(self.run_id(name), "loss")
         return sorted((point.step, point.value) for point in points)
 
     def weights(self, name: str) -> str:
-        """Digest of the exported model."""
+        """Return the sha256 of the exported weights."""
         return hashlib.sha256(storage.read_bytes(f"{self.folder_of(name)}/model/model.safetensors")).hexdigest()
 
     def step_s(self, name: str) -> float:
-        """Seconds of one step of a run, the median."""
+        """Return the median duration of a step [s]."""
         seconds = MlflowClient(self.tracking).get_metric_history(self.run_id(name), "step_s")
         return statistics.median(point.value for point in seconds)
 
 
 def write_data() -> None:
-    """What all runs are trained on."""
+    """Write the data that all runs train on."""
     write_sample_set("s3://lab/data", train=64, held_out=4)
 
 
 def _session(pid: int) -> int | None:
+    """Return the session id of a process; None if it is gone."""
     with suppress(OSError):
         return os.getsid(pid)
     return None
 
 
 Cause = Callable[[Lab, str], tuple[list[Attempt], float]]
-"""Takes the lab and the name of a new run -> the starts of its command, all ended, and when the fault came."""
+"""Takes the lab and the name of a new run; returns the attempts, all ended, and the time of the fault [monotonic s]."""
 
 
 @dataclass(frozen=True)
@@ -306,20 +310,20 @@ class Fault:
     name: str
     cause: Cause
     announced: bool = False
-    """It gives the run time for a checkpoint, and so may cost no step."""
-    other_sums: bool = False
-    """Another number of workers takes part, which sum in another order."""
+    """Whether the run gets time for a checkpoint, and so may lose no step."""
+    order_of_sums_differs: bool = False
+    """Whether another number of workers takes part, which sums in another order."""
 
 
 FAULTS: list[Fault] = []
-"""In the order of the table."""
+"""All faults, in the order of the table."""
 
 
-def fault(name: str, **kind: bool) -> Callable[[Cause], Cause]:
-    """Enter a function in the table."""
+def fault(name: str, **properties: bool) -> Callable[[Cause], Cause]:
+    """Decorate a function to add it to `FAULTS`; `properties` are fields of `Fault`."""
 
-    def enter(cause: Cause) -> Cause:
-        FAULTS.append(Fault(name, cause, **kind))
+    def register(cause: Cause) -> Cause:
+        FAULTS.append(Fault(name, cause, **properties))
         return cause
 
-    return enter
+    return register

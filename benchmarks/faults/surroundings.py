@@ -1,4 +1,4 @@
-"""What a run stands on: its store, its disk, its record, its clock, its numbers."""
+"""Faults of the environment: store, disk, MLflow, clock, gradients."""
 
 import contextlib
 import functools
@@ -14,32 +14,32 @@ from pathlib import Path
 from typing import Literal, Self
 
 from benchmarks.faults import ROOT
-from benchmarks.faults.lab import BATCH, DEADLINE_S, EVERY, FAULT_AFTER, RANK, Attempt, Lab, Lost, fault
+from benchmarks.faults.lab import BATCH, DEADLINE_S, EVERY, FAULT_AFTER, RANK, Attempt, Lab, NotSurvived, fault
 from crosslmm import storage
 from tests.support.flaky_store import READS, Mode
 
 AWAY_S = 60.0
-"""How long a store is out of order [s]."""
+"""How long the store fails [s]."""
 
 
 def _store_away(lab: Lab, name: str, kind: Literal["reads", "writes"], mode: Mode) -> tuple[list[Attempt], float]:
-    """Out of order for a minute, from the first videos or the second checkpoint on."""
-    run = lab.decoding(name) if kind == "reads" else lab.begun(name)
+    """Let the store fail for a minute: reads from the first videos on, or writes from the second checkpoint on."""
+    run = lab.start_until_decoding(name) if kind == "reads" else lab.start_until_checkpoint(name)
     before = len(lab.store.requests)
     setattr(lab.store, kind, mode)
-    at = lab.go_on()
+    at = lab.release()
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.process.wait(AWAY_S)
     finally:
         setattr(lab.store, kind, None)
-    hit = [path for method, path in lab.store.requests[before:] if (method in READS) == (kind == "reads")]
-    if not any(f"/{name}/" in path or "/data/" in path for path in hit):
-        raise Lost(f"none of its {kind} fell into that time\n{run.text}")
-    return [run.ended()], at
+    affected = [path for method, path in lab.store.requests[before:] if (method in READS) == (kind == "reads")]
+    if not any(f"/{name}/" in path or "/data/" in path for path in affected):
+        raise NotSurvived(f"no {kind} happened in that time\n{run.text}")
+    return [run.wait()], at
 
 
-AWAY: dict[str, tuple[Literal["reads", "writes"], Mode]] = {
+STORE_FAULTS: dict[str, tuple[Literal["reads", "writes"], Mode]] = {
     "store answers reads with 503 for a minute": ("reads", "503"),
     "store answers writes with 503 for a minute": ("writes", "503"),
     "store takes 2 s for each read for a minute": ("reads", 2.0),
@@ -47,17 +47,17 @@ AWAY: dict[str, tuple[Literal["reads", "writes"], Mode]] = {
     "store breaks reads off for a minute": ("reads", "reset"),
     "store breaks writes off for a minute": ("writes", "reset"),
 }
-for said, (kind, mode) in AWAY.items():
-    fault(said)(functools.partial(_store_away, kind=kind, mode=mode))
+for name, (kind, mode) in STORE_FAULTS.items():
+    fault(name)(functools.partial(_store_away, kind=kind, mode=mode))
 
 
 @fault("disk full")
 def disk_full(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """Where the workers keep a checkpoint until it is in the store; until two of them could not be saved."""
+    """Fill the disk where checkpoints wait for their upload, until two could not be saved."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4g", "tmpfs", lab.scratch], check=True)
     try:
-        run = lab.begun(name)
-        # Not before: a run does not begin on a disk that is nearly full. Small, for what fills it is memory.
+        run = lab.start_until_checkpoint(name)
+        # Shrunk only now: a run refuses to start on a disk that is nearly full. Small, since the filler takes memory.
         subprocess.run(["mount", "-o", "remount,size=100m", lab.scratch], check=True)
         filler = lab.scratch / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -67,14 +67,14 @@ def disk_full(lab: Lab, name: str) -> tuple[list[Attempt], float]:
         lab.hold(FAULT_AFTER + 2 * EVERY + 1)
         run.wait_for(lambda: run.text.count("No space left") >= 2, "checkpoint that could not be saved")
         filler.unlink()
-        lab.go_on()
-        return [run.ended()], at
+        lab.release()
+        return [run.wait()], at
     finally:
         subprocess.run(["umount", "-l", lab.scratch], check=True)
 
 
 class Server:
-    """An MLflow server over the lab's record, which can be away."""
+    """An MLflow server over the lab's database; it runs inside the context only."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -100,78 +100,78 @@ class Server:
                 return self
             if time.monotonic() > until:
                 self.__exit__()
-                raise Lost("the MLflow server did not come up")
+                raise NotSurvived("the MLflow server did not come up")
             time.sleep(0.2)
 
     def __exit__(self, *_: object) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def replayed(self, name: str) -> None:
-        """What could not be delivered is, by the command that the run names."""
-        replay = [sys.executable, "jobs/track.py", "replay", "--storage=s3://lab/runs", f"--name={name}"]
-        subprocess.run(replay, cwd=ROOT, env=os.environ | self.lab.environment, check=True, timeout=DEADLINE_S)
+    def replay(self, name: str) -> None:
+        """Deliver the record with the command that the run's log names."""
+        command = [sys.executable, "jobs/track.py", "replay", "--storage=s3://lab/runs", f"--name={name}"]
+        subprocess.run(command, cwd=ROOT, env=os.environ | self.lab.environment, check=True, timeout=DEADLINE_S)
 
 
 @fault("MLflow away from the start")
 def mlflow_away_at_start(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """And all the time; replayed after the end."""
+    """MLflow does not answer during the whole run; the record is replayed after the end."""
     server, at = Server(lab), time.monotonic()
-    run = lab.start(name, server.setting).ended()
+    run = lab.start(name, server.setting).wait()
     with server:
-        server.replayed(name)
+        server.replay(name)
     return [run], at
 
 
 @fault("MLflow away in the middle")
 def mlflow_away_in_the_middle(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """It comes back before the end."""
+    """MLflow goes away in the middle and comes back before the end."""
     server = Server(lab)
     with server:
-        run = lab.begun(name, server.setting, step=5)
+        run = lab.start_until_checkpoint(name, server.setting, step=5)
     at = time.monotonic()
     lab.hold(21)
     run.wait_for(lambda: lab.sealed_step(name) >= 20, "checkpoint")
     with server:
-        lab.go_on()
-        return [run.ended()], at
+        lab.release()
+        return [run.wait()], at
 
 
 @fault("MLflow away at the end")
 def mlflow_away_at_the_end(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """Replayed later."""
+    """MLflow goes away before the end; the record is replayed later."""
     server = Server(lab)
     with server:
-        run = lab.begun(name, server.setting, step=20)
-    at = lab.go_on()
-    run.ended()
+        run = lab.start_until_checkpoint(name, server.setting, step=20)
+    at = lab.release()
+    run.wait()
     with server:
-        server.replayed(name)
+        server.replay(name)
     return [run], at
 
 
-@fault("gradient that is no number")
+@fault("non-finite gradient")
 def nan(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """Once: the run stops and names the samples, and the same command goes on."""
-    run = lab.begun(name)
+    """One NaN gradient: the run stops and lists the samples; the command is repeated."""
+    run = lab.start_until_checkpoint(name)
     (lab.orders / "nan").touch()
-    at = lab.go_on()
-    run.ended(status=1)
-    (named,) = [file for file in storage.names_in(lab.folder_of(name)) if file.startswith("not_finite/")]
-    ids = json.loads(storage.read_bytes(f"{lab.folder_of(name)}/{named}"))["ids"]
+    at = lab.release()
+    run.wait(status=1)
+    (report,) = [file for file in storage.names_in(lab.folder_of(name)) if file.startswith("not_finite/")]
+    ids = json.loads(storage.read_bytes(f"{lab.folder_of(name)}/{report}"))["ids"]
     if len(ids) != BATCH:
-        raise Lost(f"{named} names {ids}")
-    return [run, lab.start(name).ended()], at
+        raise NotSurvived(f"{report} lists {ids}")
+    return [run, lab.start(name).wait()], at
 
 
 @fault("clock moved back by an hour")
 def clock_moved(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """And a rank killed, so that what was written before seems to come from the future."""
-    run = lab.begun(name)
+    """Move the clock and kill a rank: files written before seem to come from the future."""
+    run = lab.start_until_checkpoint(name)
     (lab.orders / "clock").write_text("-3600")
     try:
         time.sleep(1)
         at = lab.kill(RANK)
-        return [run.ended()], at
+        return [run.wait()], at
     finally:
         (lab.orders / "clock").unlink()

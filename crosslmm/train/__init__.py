@@ -1,1 +1,1 @@
-"""From a configuration to a trained, registered model."""
+"""Training: from a configuration to a registered model."""

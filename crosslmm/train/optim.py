@@ -1,4 +1,4 @@
-"""Which parameter learns at which rate, and when."""
+"""AdamW with a learning rate per component, and its schedule."""
 
 import math
 
@@ -10,7 +10,12 @@ from crosslmm.model.param_groups import component_of
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with one parameter group a component, in two where matrices decay and vectors do not."""
+    """Return AdamW with one parameter group per component, split in two where matrices decay and vectors do not.
+
+    Args:
+        model: parameters that need no gradient are left out.
+        config: peak learning rates and weight decay.
+    """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -32,7 +37,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate at step `step` (from 0): linear warm-up, then a cosine down to its floor."""
+    """Return the share of the peak learning rate at step `step` (from 0): linear warm-up, then cosine to a floor."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
@@ -41,7 +46,7 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> fl
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: TrainConfig) -> None:
-    """Set every group's rate for step `step`. A function of the step alone, so a resume needs no schedule state."""
+    """Set every group's learning rate for step `step`: a function of the step, so a resume needs no schedule state."""
     factor = learning_rate_factor(step, total_steps, config)
     rates = config.learning_rate.model_dump()
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""How the model is laid over processes. The model itself knows nothing of it."""
+"""FSDP2: shard the model over processes. The model itself knows nothing of it."""
 
 from collections.abc import Callable
 
@@ -17,15 +17,14 @@ from crosslmm.model.param_groups import freeze, fsdp_units
 def parallelize(
     build: Callable[[bool], CrossLMMForConditionalGeneration], config: TrainConfig, device: torch.device
 ) -> CrossLMMForConditionalGeneration:
-    """A model sharded over all processes of the default group.
+    """Return a model sharded over all processes of the default group, which must be initialised.
 
-    Only rank 0 builds the real weights, in its CPU memory; the others start from the meta device and are sent
-    their shards. Needs an initialised process group.
+    Only rank 0 builds the real weights, in its CPU memory; the others start on the meta device and receive shards.
 
     Args:
-        build: makes the model; its argument says whether weights are wanted, or (on the meta device) only shapes.
-        config: precision, activation checkpointing, and what is frozen.
-        device: where the shards live.
+        build: builds the model: with weights if its argument is true, otherwise (on the meta device) only shapes.
+        config: precision, activation checkpointing, and learning rates, of which zero freezes a component.
+        device: device of the shards.
     """
     source = build(True) if dist.get_rank() == 0 else None
     with torch.device("meta"):
@@ -35,7 +34,7 @@ def parallelize(
         model.activation_checkpointing_enable({"use_reentrant": False})
     _shard(model, config, device)
     model.to_empty(device=device)
-    # `to_empty` gives tied weights apart again.
+    # `to_empty` unties tied weights.
     model.tie_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, source.state_dict() if source is not None else {}, options=options)
@@ -44,17 +43,18 @@ def parallelize(
 
 
 def _shard(model: CrossLMMForConditionalGeneration, config: TrainConfig, device: torch.device) -> None:
+    """Shard each FSDP unit, and the model with all that is left."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    policy = half if config.precision == "bf16" else MixedPrecisionPolicy()
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = bf16 if config.precision == "bf16" else MixedPrecisionPolicy()
     for unit in [*fsdp_units(model), model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
 
 
 def _send_buffers(model: nn.Module, source: nn.Module | None, device: torch.device) -> None:
-    """Copy rank 0's buffers everywhere: those outside of the state dict (rotary frequencies) are garbage till then."""
-    theirs = dict(source.named_buffers()) if source is not None else {}
+    """Broadcast rank 0's buffers: those outside the state dict (rotary frequencies) are uninitialised until then."""
+    buffers = dict(source.named_buffers()) if source is not None else {}
     for name, buffer in model.named_buffers():
-        if name in theirs:
-            buffer.copy_(theirs[name])
+        if name in buffers:
+            buffer.copy_(buffers[name])
         dist.broadcast(buffer, src=0)

@@ -1,4 +1,4 @@
-"""FSDP with real gloo processes: the same numbers as one process, through kill, resume, reshard and export."""
+"""FSDP in real gloo processes equals one process, through kill, resume, resharding and export."""
 
 import json
 import os
@@ -31,44 +31,44 @@ def run_config(ranks: int, *overrides: str) -> RunConfig:
 
 
 def sample(place: int):
-    """Every fourth sample is text alone, so that a whole micro-batch of a rank can be without a video."""
+    """Return a sample; a quarter of them is text only, so that a rank can have a micro-batch without video."""
     videos = [] if place % 8 in (2, 3) else [random_frames(1 + place % 4, seed=place)]
     answer = ["circle", "a red square", "left"][place % 3]
     return conversation(f"Question {place}?", answer, video=bool(videos)), videos
 
 
-def shown(processor, config: RunConfig, talks, videos):
-    """The batch; in a run from features some bits of bfloat16 stand for each video."""
+def to_batch(processor, config: RunConfig, talks, videos):
+    """Return the batch; in a run from features with random features in bfloat16 for each video."""
     if config.data.features is None:
         return processor(talks, videos)
     size = (64, 64)
-    given = [
-        [to_bf16(np.random.default_rng(int(video.sum())).normal(0, 1, (len(video), *size))) for video in own]
-        for own in videos
+    features = [
+        [to_bf16(np.random.default_rng(int(video.sum())).normal(0, 1, (len(video), *size))) for video in of_sample]
+        for of_sample in videos
     ]
-    return processor(talks, given, features=size)
+    return processor(talks, features, features=size)
 
 
 def batches(processor, config: RunConfig, ranks: int, rank: int, first_step: int):
-    """This rank's micro-batches of each step: its share of the global batch, two samples at a time. On every other step
-    the second rank has fewer micro-batches than the first, as it may where they are counted in tokens."""
-    mine = BATCH // ranks
+    """Yield this rank's micro-batches of each step, of two samples each. In every other step the second rank has fewer
+    micro-batches than the first, as can happen where they are counted in tokens."""
+    share = BATCH // ranks
     for step in range(first_step, STEPS):
         size = 4 if rank == 1 and step % 2 else 2
         micro = []
-        for start in range(step * BATCH + rank * mine, step * BATCH + (rank + 1) * mine, size):
+        for start in range(step * BATCH + rank * share, step * BATCH + (rank + 1) * share, size):
             talks, videos = zip(*[sample(place) for place in range(start, start + size)], strict=True)
-            micro.append(shown(processor, config, talks, videos))
+            micro.append(to_batch(processor, config, talks, videos))
         yield micro
 
 
 def fixed_batch(processor, config: RunConfig):
     talks, videos = zip(*[sample(place) for place in (100, 101, 102)], strict=True)
-    return shown(processor, config, talks, videos)
+    return to_batch(processor, config, talks, videos)
 
 
 def sharded(config: RunConfig, gates: float, device: str = "cpu"):
-    """The run's model over all ranks, its cross-attentions at work, and its processor."""
+    """Return the run's model, sharded over all ranks, with open gates, and its processor."""
     processor = build_processor(config.model)
 
     def build(weights: bool):
@@ -81,8 +81,8 @@ def sharded(config: RunConfig, gates: float, device: str = "cpu"):
 
 
 def leave() -> None:
-    """End this process, which has written all that it has to say. At an ordinary end one of hundreds was aborted:
-    "terminate called without an active exception", which is a thread of torch's own that nobody had waited for."""
+    """End this process at once. At an ordinary exit one of hundreds aborted with "terminate called without an active
+    exception": a thread of torch's that nobody had joined."""
     dist.barrier()
     os._exit(0)
 
@@ -91,7 +91,7 @@ def train(
     rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrides: tuple[str, ...] = (), device: str = "cpu"
 ) -> None:
     torch.set_num_threads(1)
-    # pytest's filters do not reach here. What FSDP says about a module's output is about wrong gradients.
+    # pytest's filters do not apply here. FSDP's warning about a module's output means wrong gradients.
     warnings.filterwarnings("error", category=UserWarning, module=r"torch\.distributed\.fsdp.*")
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous-{ranks}-{resume}-{stop}", rank=rank,
@@ -116,13 +116,13 @@ def train(
                 if stop:
                     saver.wait()
                     dist.barrier()
-                    os._exit(0)  # as a spot node goes: without a word
+                    os._exit(0)  # like a spot node that is reclaimed
 
-    given = (
+    step_batches = (
         loop.StepBatch([loop.pinned(batch, torch.device(device)) for batch in micro], [])
         for micro in batches(processor, config, ranks, rank, first)
     )
-    loop.train(config, model, optimizer, given, range(first, STEPS), RecordingCallbacks())
+    loop.train(config, model, optimizer, step_batches, range(first, STEPS), RecordingCallbacks())
     saver.close()
     model.eval()
     with torch.no_grad():
@@ -176,14 +176,14 @@ def test_two_ranks_equal_one_process(one_process, two_ranks):
 
 @pytest.fixture
 def killed(two_ranks, tmp_path_factory, tmp_path):
-    """What two ranks that were killed after step 3 leave behind."""
+    """Return a copy of the folder of two ranks that were killed after step 3."""
     folder = tmp_path_factory.getbasetemp() / "killed"
     if not folder.exists():
         assert spawn(2, folder, stop=True) == {}
     return Path(shutil.copytree(folder, tmp_path / "killed"))
 
 
-def test_kill_and_resume_gives_the_same_losses_and_weights_as_no_kill(two_ranks, killed):
+def test_resume_after_a_kill_equals_an_uninterrupted_run(two_ranks, killed):
     resumed = spawn(2, killed, resume=True)
     assert sorted(resumed) == list(range(STOP_AFTER + 1, STEPS + 1))
     assert resumed == {step: two_ranks[0][step] for step in resumed}
@@ -191,14 +191,14 @@ def test_kill_and_resume_gives_the_same_losses_and_weights_as_no_kill(two_ranks,
     assert all(torch.equal(value, theirs[name]) for name, value in weights(killed).items())
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_in_one(two_ranks, killed):
+def test_one_rank_resumes_a_checkpoint_of_two(two_ranks, killed):
     resumed = spawn(1, killed, resume=True)
     assert sorted(resumed) == list(range(STOP_AFTER + 1, STEPS + 1))
     for step, values in resumed.items():
         assert values == pytest.approx(two_ranks[0][step], rel=1e-5, abs=1e-5)
 
 
-def test_the_export_says_what_the_sharded_model_says(two_ranks):
+def test_export_has_the_loss_of_the_sharded_model(two_ranks):
     _, folder = two_ranks
     exported = AutoModelForImageTextToText.from_pretrained(folder / "export")
     assert exported.get_input_embeddings().weight is exported.get_output_embeddings().weight
@@ -210,7 +210,7 @@ def test_the_export_says_what_the_sharded_model_says(two_ranks):
     assert torch.equal(exported.get_buffer(frequencies), fresh.get_buffer(frequencies))
 
 
-def test_frozen_components_stay_and_bf16_with_checkpointing_trains(tmp_path):
+def test_frozen_components_stay_in_bf16_with_checkpointing(tmp_path):
     frozen = ("--train.learning_rate.vision=0", "--train.learning_rate.decoder=0", "--train.learning_rate.t2v=0")
     losses = spawn(2, tmp_path, overrides=(*frozen, "--train.precision=bf16", "--train.activation_checkpointing=true"))
     assert sorted(losses) == list(range(1, STEPS + 1))
@@ -224,7 +224,7 @@ def test_frozen_components_stay_and_bf16_with_checkpointing_trains(tmp_path):
 
 
 def test_two_ranks_from_features_equal_one_process(tmp_path):
-    """A rank whose whole micro-batch is text takes the same way through the model as one with features."""
+    """A rank whose micro-batch is text only takes the same path through the model as one with features."""
     features = ("--data.features=somewhere", "--train.learning_rate.vision=0")
     one, two = (spawn(ranks, tmp_path / str(ranks), overrides=features) for ranks in (1, 2))
     assert sorted(one) == list(range(1, STEPS + 1))
@@ -233,7 +233,7 @@ def test_two_ranks_from_features_equal_one_process(tmp_path):
 
 
 def validate(rank: int, ranks: int, folder: Path) -> None:
-    """Of two ranks the first has a video and talks long, the other has words alone."""
+    """Validate two samples, one with a video and one of text only, on one rank or on two."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/validate-{ranks}", rank=rank, world_size=ranks)
     config = run_config(ranks, "--train.max_new_tokens=6")
@@ -251,7 +251,7 @@ def validate(rank: int, ranks: int, folder: Path) -> None:
     leave()
 
 
-def test_validation_of_ranks_with_and_without_video_is_that_of_one_process(tmp_path):
+def test_validation_on_two_ranks_equals_one_process(tmp_path):
     for ranks in (1, 2):
         torch.multiprocessing.spawn(validate, (ranks, tmp_path), nprocs=ranks)
     one, two = (json.loads((tmp_path / f"metrics-{ranks}.json").read_text()) for ranks in (1, 2))

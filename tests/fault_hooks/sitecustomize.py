@@ -1,10 +1,13 @@
-"""Faults that come from inside a process: the machine computes nonsense once, its clock is moved, its Ray exchanged.
+"""Faults inside a process: a NaN gradient, paused or slowed steps, a moved clock, another version of Ray.
 
-On PYTHONPATH of a cluster, with FAULT_HOOKS naming a folder. A file there is the order: `nan` makes the next gradient
-of whichever rank sees it first no number, and is taken away; `hold` has the number of a step in whose middle all ranks
-stand still, or of any later one, until the file is gone, so that a fault finds them there on any machine; `slow` has
-the seconds that each step takes longer; `clock` those that clocks are moved by; `ray_version` the version
-of the Ray that processes find from now on, as if another one had been installed beneath a node that runs.
+Python imports this module at start-up where its folder is on PYTHONPATH. FAULT_HOOKS names a folder whose files are
+orders to all processes of a cluster:
+
+    nan          makes a gradient of the first rank that sees it NaN, once; that rank removes the file
+    hold         number of a step: all ranks pause in the middle of it, or of any later step, until the file is gone
+    slow         time added to each step [s]
+    clock        offset of the clock [s]
+    ray_version  version of Ray that new processes find, as if it had been upgraded under a running node
 """
 
 import importlib.abc
@@ -15,10 +18,10 @@ import time
 from pathlib import Path
 
 ORDERS = Path(os.environ.get("FAULT_HOOKS", "/nowhere"))
-_right_time = time.time
+_real_time = time.time
 
 
-def _ordered(name) -> float:
+def _order(name) -> float:
     try:
         return float((ORDERS / name).read_text())
     except (OSError, ValueError):
@@ -26,26 +29,26 @@ def _ordered(name) -> float:
 
 
 def _moved_time() -> float:
-    return _right_time() + _ordered("clock")
+    return _real_time() + _order("clock")
 
 
-def _make_steps_vulnerable() -> None:
+def _patch_steps() -> None:
     import torch
 
     from crosslmm.train import optim
 
-    right, right_rate = torch.nn.utils.clip_grad_norm_, optim.set_learning_rate
+    real_clip, real_set_learning_rate = torch.nn.utils.clip_grad_norm_, optim.set_learning_rate
     number = 0
 
     def set_learning_rate(optimizer, step, *arguments):
         nonlocal number
         number = step + 1
-        right_rate(optimizer, step, *arguments)
+        real_set_learning_rate(optimizer, step, *arguments)
 
     def clip(parameters, *arguments, **options):
         parameters = list(parameters)
-        time.sleep(_ordered("slow"))
-        while 0 < _ordered("hold") <= number:
+        time.sleep(_order("slow"))
+        while 0 < _order("hold") <= number:
             time.sleep(0.05)
         try:
             (ORDERS / "nan").unlink()
@@ -53,23 +56,23 @@ def _make_steps_vulnerable() -> None:
             pass
         else:
             next(p for p in parameters if p.grad is not None).grad.mul_(float("nan"))
-        return right(parameters, *arguments, **options)
+        return real_clip(parameters, *arguments, **options)
 
     torch.nn.utils.clip_grad_norm_, optim.set_learning_rate = clip, set_learning_rate
 
 
-class _Loop(importlib.abc.MetaPathFinder):
-    """Waits for the loop to be imported, which is early enough, and costs no other process an import of torch."""
+class _LoopFinder(importlib.abc.MetaPathFinder):
+    """Patches the step when the training loop is imported, so that other processes need not import torch."""
 
     def find_spec(self, name, path=None, target=None):
         if name == "crosslmm.train.loop":
             sys.meta_path.remove(self)
-            _make_steps_vulnerable()
+            _patch_steps()
         return None
 
 
-class _OtherRay(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands in for the module that says which version it is."""
+class _OtherRayFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Replaces the module that holds Ray's version."""
 
     def find_spec(self, name, path=None, target=None):
         if name == "ray._version" and (ORDERS / "ray_version").exists():
@@ -82,4 +85,4 @@ class _OtherRay(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 if ORDERS.is_dir():
     time.time = _moved_time
-    sys.meta_path[:0] = [_Loop(), _OtherRay()]
+    sys.meta_path[:0] = [_LoopFinder(), _OtherRayFinder()]

@@ -1,4 +1,4 @@
-"""Entry points end to end: a real cluster with job submission, a real object store over HTTP, real videos."""
+"""Training end to end: a real cluster with job submission, a real object store over HTTP, real videos."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ def png():
 
 @pytest.fixture(scope="module")
 def manifest(store):
-    """In the object store: generated clips, the three real ones, one with an image beside, three unreadable rows."""
+    """Write generated clips, three real ones, a row with clip and image, and three unreadable rows; return the URI."""
     folder = "s3://videos/data"
     write_sample_set(folder, train=40, held_out=8)
     rows = storage.read_bytes(f"{folder}/train.jsonl").decode().splitlines()
@@ -95,7 +95,7 @@ def arguments(manifest, tracking_uri, name):
 
 def submit(cluster, *arguments, **options):
     command = cluster.submit("python", "jobs/train.py", *arguments)
-    # From elsewhere: the job runs in the cluster's own folder and environment.
+    # From another folder: the job runs in the cluster's folder and environment.
     return subprocess.Popen(command, env=cluster.environment, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, **options)  # fmt: skip
 
@@ -105,8 +105,8 @@ def undisturbed(cluster, manifest, tracking_uri):
     job = submit(cluster, *arguments(manifest, tracking_uri, "undisturbed"))
     output, _ = job.communicate(timeout=280)
     assert job.returncode == 0, output
-    outcome = json.loads(next(line for line in output.splitlines() if line.startswith('{"name"')))
-    return outcome, output
+    result = json.loads(next(line for line in output.splitlines() if line.startswith('{"name"')))
+    return result, output
 
 
 def losses(tracking_uri, run_id):
@@ -115,11 +115,11 @@ def losses(tracking_uri, run_id):
     return {metric.step: metric.value for metric in history}
 
 
-def test_the_whole_job_in_an_object_store(undisturbed, manifest, tracking_uri):
-    outcome, output = undisturbed
+def test_a_job_with_everything_in_an_object_store(undisturbed, manifest, tracking_uri):
+    result, output = undisturbed
     assert f"47 rows of {manifest}, 5 rows of s3://videos/data/stills.json, 3 : 1" in output
     client = MlflowClient(tracking_uri)
-    run = client.get_run(outcome["run_id"])
+    run = client.get_run(result["run_id"])
     assert run.info.status == "FINISHED"
     assert sorted(losses(tracking_uri, run.info.run_id)) == list(range(1, STEPS + 1))
     assert {"grad_norm", "frames_per_s", "tokens_per_s", "data_wait_share", "lr/vision"} <= run.data.metrics.keys()
@@ -129,43 +129,43 @@ def test_the_whole_job_in_an_object_store(undisturbed, manifest, tracking_uri):
     assert run.data.params["model.pool_stride"] == "2"
     assert {d.tags[0].value for d in run.inputs.dataset_inputs} == {"training", "validation"}
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
-    # Two checkpoints are kept, in the store, with the full configuration; so are the artifacts.
-    kept = [uri for uri in ls("s3://videos/runs/undisturbed") if "/step-" in uri]
-    assert [uri.split("/step-")[1][:8] for uri in kept] == ["00000008", "00000010"]
-    assert {"config.yaml", "seal.json", ".metadata", "__0_0.distcp", "__1_0.distcp"} <= names(kept[-1])
+    # The store holds the last two checkpoints, with the full configuration, and the artifacts.
+    retained = [uri for uri in ls("s3://videos/runs/undisturbed") if "/step-" in uri]
+    assert [uri.split("/step-")[1][:8] for uri in retained] == ["00000008", "00000010"]
+    assert {"config.yaml", "seal.json", ".metadata", "__0_0.distcp", "__1_0.distcp"} <= names(retained[-1])
     assert run.info.artifact_uri.startswith("s3://videos/artifacts")
 
 
-def test_unreadable_rows_are_counted_and_named_and_cost_only_themselves(undisturbed, manifest, tracking_uri):
-    outcome, output = undisturbed
-    text = MlflowClient(tracking_uri).download_artifacts(outcome["run_id"], "quarantine.jsonl")
-    found = [json.loads(line) for line in Path(text).read_text().splitlines()]
+def test_unreadable_rows_are_listed_and_skipped(undisturbed, manifest, tracking_uri):
+    result, output = undisturbed
+    text = MlflowClient(tracking_uri).download_artifacts(result["run_id"], "quarantine.jsonl")
+    ledger = [json.loads(line) for line in Path(text).read_text().splitlines()]
     rows = storage.read_bytes(manifest).decode().splitlines()
-    assert {row["id"] for row in found} == UNREADABLE.keys()
-    for row in found:
+    assert {row["id"] for row in ledger} == UNREADABLE.keys()
+    for row in ledger:
         assert json.loads(rows[row["line"] - 1])["id"] == row["id"]
         assert UNREADABLE[row["id"]] in row["reason"]
         assert f"line {row['line']} ({row['id']}): {row['reason']}" in output
     assert "3 rows could not be read" in output
     in_the_run = storage.read_bytes("s3://videos/runs/undisturbed/quarantine.jsonl").decode().splitlines()
-    assert [json.loads(line) for line in in_the_run] == found
-    assert {row["stage"] for row in found} == {"read", "check"}
+    assert [json.loads(line) for line in in_the_run] == ledger
+    assert {row["stage"] for row in ledger} == {"read", "check"}
 
 
 def test_the_registered_model_answers_about_a_real_clip(undisturbed, tracking_uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    outcome, _ = undisturbed
-    assert outcome["model_uri"] == "models:/crosslmm@candidate"
+    result, _ = undisturbed
+    assert result["model_uri"] == "models:/crosslmm@candidate"
     mlflow.set_tracking_uri(tracking_uri)
-    model = mlflow.pyfunc.load_model(outcome["model_uri"])
+    model = mlflow.pyfunc.load_model(result["model_uri"])
     clip = f"s3://videos/data/real/{REAL_CLIPS[0].name}"
     answers = model.predict(pd.DataFrame({"video": [clip, clip], "question": ["What is it?", "Which way?"]}))
     assert [type(answer) for answer in answers] == [str, str]
 
 
 @pytest.mark.fault
-def test_a_killed_run_goes_on_under_its_name_as_if_nothing_had_happened(cluster, undisturbed, manifest, tracking_uri):
-    """SIGKILL the driver after the first checkpoint: the same command goes on, and every step's loss is the same."""
+def test_a_killed_run_resumes_with_the_same_losses(cluster, undisturbed, manifest, tracking_uri):
+    """SIGKILL the driver after the first checkpoint, and repeat the command: every step has the undisturbed loss."""
     job = submit(cluster, *arguments(manifest, tracking_uri, "killed"))
     wait_for(lambda: any(name.endswith("/seal.json") for name in storage.names_in("s3://videos/runs/killed")), job)
     drivers = [pid for pid, title in processes() if "--name=killed" in title and "submit" not in title]
@@ -178,13 +178,13 @@ def test_a_killed_run_goes_on_under_its_name_as_if_nothing_had_happened(cluster,
     output, _ = job.communicate(timeout=280)
     assert job.returncode == 0, output
     assert f"resumed after step {CHECKPOINT_EVERY}" in output
-    outcome = json.loads(next(line for line in output.splitlines() if line.startswith('{"name"')))
+    result = json.loads(next(line for line in output.splitlines() if line.startswith('{"name"')))
     killed_run = json.loads(storage.read_bytes("s3://videos/runs/killed/run.json"))["run_id"]
-    assert outcome["run_id"] == killed_run
+    assert result["run_id"] == killed_run
     assert losses(tracking_uri, killed_run) == losses(tracking_uri, undisturbed[0]["run_id"])
 
 
-def test_the_jobs_exit_status_is_the_trainings_and_bad_requests_stop_at_once(cluster, manifest):
+def test_a_broken_manifest_fails_the_job_at_once(cluster, manifest):
     broken = (
         storage.read_bytes(manifest)
         + b'{"id": "broken", \n{"id": "x", "vidoe": "y.mp4", "messages": [{"role": "assistant", "content": "z"}]}\n'
@@ -201,7 +201,7 @@ def test_the_jobs_exit_status_is_the_trainings_and_bad_requests_stop_at_once(clu
     assert "vidoe" in error
 
 
-def test_a_request_that_the_cluster_can_never_place_is_refused(cluster, manifest):
+def test_a_request_too_large_for_the_cluster_is_refused(cluster, manifest):
     job = submit(cluster, f"--data.manifest={manifest}", "--scaling.cpus_per_worker=2")
     output, _ = job.communicate(timeout=100)
     assert job.returncode != 0
@@ -210,7 +210,7 @@ def test_a_request_that_the_cluster_can_never_place_is_refused(cluster, manifest
     assert "(1 x 2 CPU) have room for 1" in error
 
 
-def test_published_weights_are_read_from_the_object_store(store, tmp_path):
+def test_published_weights_load_from_the_object_store(store, tmp_path):
     config = parse_run([], "").model
     processor = build_processor(config)
     published = build_model(config, processor, seed=7)
@@ -219,7 +219,7 @@ def test_published_weights_are_read_from_the_object_store(store, tmp_path):
     for part in ("language", "vision"):
         storage.upload(str(tmp_path / part), f"s3://videos/weights/{part}")
     places = {f"{part}_weights": f"s3://videos/weights/{part}" for part in ("language", "vision")}
-    # Without fields of their own: the configurations are the checkpoints'.
+    # Null sections: the configurations come from the published checkpoints.
     plain = {"language": None, "vision": None, "cross_attention_every": 0, "v2v": False, "t2v": False}
     built = build_model(config.model_copy(update=plain | places), processor, seed=1)
     for part in (published.language_model, published.vision_tower):
@@ -230,10 +230,10 @@ def test_published_weights_are_read_from_the_object_store(store, tmp_path):
         build_model(nowhere, processor, seed=1)
 
 
-def test_a_job_without_the_token_is_refused(cluster):
-    stranger = {k: v for k, v in cluster.environment.items() if not k.startswith("RAY_AUTH")}
+def test_a_job_without_token_is_refused(cluster):
+    without_token = {k: v for k, v in cluster.environment.items() if not k.startswith("RAY_AUTH")}
     command = cluster.submit("python", "-c", "print('ran')")
-    refused = subprocess.run(command, env=stranger, capture_output=True, text=True, timeout=60, check=False)
+    refused = subprocess.run(command, env=without_token, capture_output=True, text=True, timeout=60, check=False)
     assert refused.returncode != 0
     assert "ran" not in refused.stdout
     assert "authentication token" in refused.stdout + refused.stderr

@@ -1,3 +1,5 @@
+"""Optimizer groups, frozen components and the learning-rate schedule."""
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ def by_component(model):
     return parts
 
 
-def test_every_component_has_the_modules_it_is_named_after(model):
+def test_components_hold_the_modules_they_are_named_after(model):
     modules = {
         "vision": [model.vision_tower],
         "projector": [model.projector],
@@ -41,7 +43,7 @@ def test_every_component_has_the_modules_it_is_named_after(model):
     }
 
 
-def test_a_rate_of_zero_freezes_and_another_thaws(model):
+def test_a_learning_rate_of_zero_freezes_a_component(model):
     freeze(model, LearningRates(projector=1e-3, v2v=1e-3))
     learning = {c: {p.requires_grad for p in parameters} for c, parameters in by_component(model).items()}
     assert learning == {"vision": {False}, "projector": {True}, "v2v": {True}, "t2v": {False}, "decoder": {False}}
@@ -49,7 +51,7 @@ def test_a_rate_of_zero_freezes_and_another_thaws(model):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_each_parameter_learns_at_its_component_s_rate_and_only_matrices_decay(model):
+def test_rates_follow_components_and_only_matrices_decay(model):
     config = TrainConfig(learning_rate=RATES, weight_decay=0.1)
     freeze(model, config.learning_rate)
     optimizer = build_optimizer(model, config)
@@ -61,7 +63,7 @@ def test_each_parameter_learns_at_its_component_s_rate_and_only_matrices_decay(m
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
 
 
-def test_what_is_frozen_is_not_optimized(model):
+def test_frozen_parameters_are_not_optimized(model):
     config = TrainConfig(learning_rate=LearningRates(projector=1e-3, v2v=0))
     freeze(model, config.learning_rate)
     assert {g["component"] for g in build_optimizer(model, config).param_groups} == {"projector"}
@@ -70,18 +72,18 @@ def test_what_is_frozen_is_not_optimized(model):
 @pytest.mark.parametrize(
     ("step", "factor"), [(0, 0.1), (4, 0.5), (9, 1), (10, 1), (60, 0.6), (109, 0.2002), (110, 0.2), (500, 0.2)]
 )
-def test_the_rate_warms_up_and_follows_a_cosine_to_its_floor(step, factor):
+def test_warm_up_then_cosine_to_the_floor(step, factor):
     config = TrainConfig(warmup_steps=10, final_learning_rate_share=0.2)
     assert learning_rate_factor(step, 110, config) == pytest.approx(factor, abs=1e-4)
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(0, 1), (5, 5), (9, 3)])
-def test_short_runs_have_a_rate_too(warmup, total):
+def test_short_runs_have_a_positive_rate(warmup, total):
     config = TrainConfig(warmup_steps=warmup)
     assert all(0 < learning_rate_factor(step, total, config) <= 1 for step in range(total))
 
 
-def test_the_schedule_is_set_on_every_group_from_its_own_peak(model):
+def test_the_schedule_scales_each_group_from_its_peak(model):
     config = TrainConfig(learning_rate=RATES, warmup_steps=4)
     optimizer = build_optimizer(model, config)
     for step, factor in [(3, 1), (1, 0.5), (1, 0.5)]:

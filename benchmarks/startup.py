@@ -1,6 +1,6 @@
-"""Where the seconds go from a command to its first step, seen from outside: when each process came, and what it used.
+"""Startup time of a run from command to first step, by part, and CPU time by role, observed from outside.
 
-A part of `python -m benchmarks.train`; alone, `python -m benchmarks.startup` prints the parts of one start.
+Part of `python -m benchmarks.train`; `python -m benchmarks.startup` prints the parts of one start.
 """
 
 import json
@@ -18,7 +18,8 @@ import psutil
 
 from crosslmm.data.samples.shapes import write_sample_set
 
-LOOK_EVERY_S = 0.1
+POLL_S = 0.1
+"""Interval at which processes are listed [s]."""
 PARTS = {
     "driver: imports until Ray starts": ("gcs_server", None),
     "Ray's processes, the driver's checks, the record": ("TrainController", None),
@@ -27,7 +28,7 @@ PARTS = {
     "workers: imports, process group": ("SplitCoordinator", None),
     "model built, first batch": (None, None),
 }
-"""What goes on until a process comes, or until its title names a method."""
+"""Parts of the start. Each ends when the last process with this word in its title starts, or runs this method."""
 ROLES = {
     "jobs/train.py": "driver",
     "TrainController": "controller",
@@ -38,31 +39,31 @@ ROLES = {
     "DatasetManager": "data",
     "multiprocessing": "data",
 }
-"""Whose CPU time a process's is, by a word in its titles; all others are Ray's."""
+"""Role of a process, by a word in its titles; all other processes count as Ray's."""
 
 
 @dataclass
 class Process:
     """One process of a run."""
 
-    came_s: float
-    """After the command."""
+    started_s: float
+    """Time since the command [s]."""
     titles: dict[str, float]
-    """Each that it had, and when first [s]."""
+    """Titles that it had, and when each was first seen [s]."""
     cpu: list[tuple[float, float]]
-    """When, and how much CPU time it had used by then [s]."""
+    """(time, CPU time used until then) [s]."""
 
     def role(self) -> str:
-        """Whose CPU time its is."""
+        """Return the role that its CPU time counts for."""
         return next((role for word, role in ROLES.items() if any(word in title for title in self.titles)), "Ray")
 
     def used(self, until: float) -> float:
-        """CPU time until then [s]."""
+        """Return its CPU time until the time `until` [s]."""
         return max((cpu for when, cpu in self.cpu if when <= until), default=0.0)
 
 
 def observe(command: list[str], environment: dict[str, str]) -> tuple[float, list[Process]]:
-    """Run a command to its end -> the unix time at which it began, and all processes below it."""
+    """Run a command to its end; return the unix time of its start, and all its processes."""
     began = time.time()
     run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     root, seen = psutil.Process(run.pid), dict[psutil.Process, Process]()
@@ -70,22 +71,22 @@ def observe(command: list[str], environment: dict[str, str]) -> tuple[float, lis
         for process in [root, *root.children(recursive=True)]:
             try:
                 title, times, now = " ".join(process.cmdline()), process.cpu_times(), time.time() - began
-                known = seen.setdefault(process, Process(process.create_time() - began, {}, []))
-            except psutil.Error:  # it has just ended
+                entry = seen.setdefault(process, Process(process.create_time() - began, {}, []))
+            except psutil.Error:  # just ended
                 continue
-            known.titles.setdefault(title, now)
-            known.cpu.append((now, times.user + times.system))
-        time.sleep(LOOK_EVERY_S)
+            entry.titles.setdefault(title, now)
+            entry.cpu.append((now, times.user + times.system))
+        time.sleep(POLL_S)
     if run.returncode:
         raise SystemExit(f"the run failed:\n{run.communicate()[0]}")
     return began, list(seen.values())
 
 
 def start(folder: Path) -> dict[str, Any]:
-    """One run of the `tiny` preset from cold, to its first step: seconds in all, by part, and CPU seconds by role.
+    """Run two steps of the `tiny` preset from cold; return startup time, its parts, and CPU time by role [s].
 
     Args:
-        folder: where sample data is, or will be written.
+        folder: gets sample data, if it has none.
     """
     if not (folder / "sample").exists():
         write_sample_set(str(folder / "sample"), train=64, held_out=16)
@@ -95,33 +96,33 @@ def start(folder: Path) -> dict[str, Any]:
             *("--data.manifest", str(folder / "sample" / "train.jsonl"), "--tracking.uri", f"sqlite:///{runs}/mlflow.db"),
             *("--train.max_steps", "2", "--train.epochs", "1"),
         ]  # fmt: skip
-        hidden = {"RAY_ADDRESS"}  # a cluster of its own
-        began, processes = observe(command, {k: v for k, v in os.environ.items() if k not in hidden})
+        # Without RAY_ADDRESS the run starts a new cluster.
+        began, processes = observe(command, {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"})
         history = min((Path(runs) / "start" / "history").glob("*.jsonl"))
         first = json.loads(history.read_text().splitlines()[0])
-    whole = first["time"] - began
+    startup = first["time"] - began
     ends = [_moment(processes, *until) for until in PARTS.values()]
     step = first["metrics"]["step_s"]
-    ends[-1] = whole - step
+    ends[-1] = startup - step
     parts = {name: end - before for name, before, end in zip(PARTS, [0.0, *ends], ends, strict=False)}
     cpu: dict[str, float] = defaultdict(float)
     for process in processes:
-        cpu[process.role()] += process.used(whole)
-    return {"startup_s": whole, "parts": {**parts, "first step": step}, "cpu_s": dict(cpu)}
+        cpu[process.role()] += process.used(startup)
+    return {"startup_s": startup, "parts": {**parts, "first step": step}, "cpu_s": dict(cpu)}
 
 
 def _moment(processes: list[Process], word: str | None, method: str | None) -> float:
-    """When the last process of a kind came, or had first done something [s]."""
+    """Return when the last process with `word` in its title started, or first ran `method` [s]."""
     if word is None:
         return 0.0
-    found = [process for process in processes if any(word in title for title in process.titles)]
+    matches = [process for process in processes if any(word in title for title in process.titles)]
     if method is None:
-        return max(process.came_s for process in found)
-    return max(when for process in found for title, when in process.titles.items() if method in title)
+        return max(process.started_s for process in matches)
+    return max(when for process in matches for title, when in process.titles.items() if method in title)
 
 
 def main() -> None:
-    """Print one start."""
+    """Measure one start and print it."""
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(start(Path(folder)), indent=2))
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: CUDA's kernels, NCCL, bf16, pinned memory, flash-attn: `make gpu`, where there is one."""
+"""Tests that need a GPU: CUDA kernels, NCCL, bf16, pinned memory, flash-attn. Run them with `make gpu`."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from tests.support.common import ROOT, conversation, open_gates, random_frames
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 with_flash = pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
-# Heads of 64 channels: a common size, so kernels are tried that real models take.
+# Heads of 64 channels, a common size, so that the kernels of real models are used.
 WIDE = ["--model.vision.hidden_size=256", "--model.language.hidden_size=256"]
 
 
@@ -36,7 +36,7 @@ def padded():
     return model.eval(), processor(talks, videos), prompts
 
 
-def said(model, batch, attention, dtype, device):
+def logits_and_gradients(model, batch, attention, dtype, device):
     """Logits at the labelled positions, and every parameter's gradient; float32 on the CPU."""
     model.set_attn_implementation(attention)
     model.to(device, dtype).zero_grad(set_to_none=True)
@@ -47,36 +47,36 @@ def said(model, batch, attention, dtype, device):
     return logits[batch["labels"] != -100].detach().float().cpu(), gradients
 
 
-def differ(ours, theirs):
+def relative_error(ours, theirs):
     """||ours - theirs|| / ||theirs||."""
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def compared(model, batch, attention, dtype):
-    """Beside float32 on the CPU: how the logits differ, and all gradients as one vector."""
-    right, right_gradients = said(model, batch, "eager", torch.float32, "cpu")
-    ours, gradients = said(model, batch, attention, dtype, "cuda")
+def errors_against_cpu(model, batch, attention, dtype):
+    """Relative errors of logits and gradients (as one vector) against float32 on the CPU."""
+    right, right_gradients = logits_and_gradients(model, batch, "eager", torch.float32, "cpu")
+    ours, gradients = logits_and_gradients(model, batch, attention, dtype, "cuda")
     assert ours.isfinite().all()
     flat = [torch.cat([g[name].flatten() for name in right_gradients]) for g in (gradients, right_gradients)]
-    return differ(ours, right), differ(*flat)
+    return relative_error(ours, right), relative_error(*flat)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_float32_says_what_the_cpu_says(padded, attention):
-    logits, gradients = compared(*padded[:2], attention, torch.float32)
+def test_float32_on_the_gpu_equals_the_cpu(padded, attention):
+    logits, gradients = errors_against_cpu(*padded[:2], attention, torch.float32)
     assert logits < 1e-4
     assert gradients < 1e-3
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flash_attention_2", marks=with_flash)])
-def test_bf16_says_what_float32_says_but_for_its_rounding(padded, attention):
-    logits, gradients = compared(*padded[:2], attention, torch.bfloat16)
+def test_bf16_equals_float32_up_to_rounding(padded, attention):
+    logits, gradients = errors_against_cpu(*padded[:2], attention, torch.bfloat16)
     assert logits < 3e-2
     assert gradients < 1e-1
 
 
 @with_flash
-def test_flash_attention_answers_as_sdpa_does(padded):
+def test_flash_attention_generates_like_sdpa(padded):
     """Greedy, with caches, left-padded prompts."""
     model, _, prompts = padded
     given = {name: value.cuda() for name, value in prompts.items()}
@@ -90,11 +90,11 @@ def test_flash_attention_answers_as_sdpa_does(padded):
         first.append(out.logits[0].float())
         second.append(out.logits[1].float())
         chosen.append(out.sequences[:, -2])
-    assert differ(first[1], first[0]) < 3e-2
-    # The second token is asked of the caches; of those who began alike.
+    assert relative_error(first[1], first[0]) < 3e-2
+    # The second token uses the caches; compare the samples whose first token was the same.
     alike = chosen[0] == chosen[1]
     assert alike.any()
-    assert differ(second[1][alike], second[0][alike]) < 3e-2
+    assert relative_error(second[1][alike], second[0][alike]) < 3e-2
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +110,8 @@ def test_training_over_nccl_equals_training_on_the_cpu(on_the_gpu, tmp_path):
         assert values == pytest.approx(cpu[step], rel=1e-3)
 
 
-def test_kill_and_resume_gives_the_losses_and_weights_of_no_kill(on_the_gpu, tmp_path):
-    """But for the last bits: CUDA sums in whatever order its threads come."""
+def test_resume_after_a_kill_equals_an_uninterrupted_run(on_the_gpu, tmp_path):
+    """Up to the last bits: the order of CUDA's sums varies."""
     assert spawn(1, tmp_path / "killed", stop=True, device="cuda") == {}
     resumed = spawn(1, tmp_path / "killed", resume=True, device="cuda")
     assert sorted(resumed) == list(range(STOP_AFTER + 1, STEPS + 1))
@@ -130,11 +130,11 @@ def test_bf16_with_checkpointing_trains(on_the_gpu, tmp_path):
         assert loss == pytest.approx(on_the_gpu[0][step][0], rel=3e-2)
 
 
-def test_what_is_found():
-    found = hardware.detect_local()
-    assert found.gpu == torch.cuda.get_device_name()
-    assert found.bf16 == torch.cuda.is_bf16_supported(including_emulation=False)
-    assert found.nccl.count(".") == 2
+def test_hardware_is_detected():
+    detected = hardware.detect_local()
+    assert detected.gpu == torch.cuda.get_device_name()
+    assert detected.bf16 == torch.cuda.is_bf16_supported(including_emulation=False)
+    assert detected.nccl.count(".") == 2
 
 
 def command(folder, name, *more):
@@ -146,7 +146,7 @@ def command(folder, name, *more):
 
 
 def job(folder, name, *more):
-    """Run to its end -> what it printed."""
+    """Run a job to its end; return its stdout."""
     environment = {**os.environ, "COLUMNS": "200"}
     done = subprocess.run(command(folder, name, *more), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -154,14 +154,14 @@ def job(folder, name, *more):
 
 
 @pytest.mark.timeout(1200)
-def test_a_run_says_what_it_computes_on_stops_goes_on_and_learns(tmp_path):
+def test_run_logs_its_hardware_stops_resumes_and_learns(tmp_path):
     run = ["--name=gpu", "--train.max_steps=200", "--train.validate_every=200"]
     with subprocess.Popen(command(tmp_path, "train", *run), cwd=ROOT, stdout=subprocess.PIPE, text=True) as stopped:
-        said = "".join(itertools.takewhile(lambda line: not line.startswith("step "), stopped.stdout))
+        output = "".join(itertools.takewhile(lambda line: not line.startswith("step "), stopped.stdout))
         stopped.terminate()
         stopped.stdout.read()
     attention = "flash_attention_2" if hardware.detect_local().flash_attn else "sdpa"
-    assert f"{torch.cuda.get_device_name()}, bf16, {attention}, NCCL " in said
+    assert f"{torch.cuda.get_device_name()}, bf16, {attention}, NCCL " in output
     assert stopped.returncode
     printed = job(tmp_path, "train", *run)
     assert "resumed after step " in printed
@@ -171,12 +171,12 @@ def test_a_run_says_what_it_computes_on_stops_goes_on_and_learns(tmp_path):
 
 
 @pytest.mark.timeout(1200)
-def test_the_doctor_finds_the_gpu_and_takes_two_steps(tmp_path):
+def test_doctor_passes_on_the_gpu(tmp_path):
     assert "all is well" in job(tmp_path, "doctor", "--name=gpu")
 
 
 @pytest.mark.timeout(1200)
-def test_features_are_made_and_trained_on(tmp_path):
+def test_training_on_encoded_features(tmp_path):
     frozen = ["--train.learning_rate.vision=0", "--name=features"]
     encoded = json.loads(job(tmp_path, "encode", *frozen).strip().splitlines()[-1])
     printed = job(tmp_path, "train", *frozen, f"--data.features={encoded['folder']}", "--train.max_steps=20")

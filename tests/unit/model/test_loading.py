@@ -1,4 +1,4 @@
-"""Published weights: SmolLM2-135M-Instruct, a real Llama in GGUF form, inside of CrossLMM."""
+"""Pretrained weights: CrossLMM on SmolLM2-135M-Instruct, a real Llama in GGUF form."""
 
 import importlib.util
 from pathlib import Path
@@ -48,13 +48,13 @@ def ask(question, *parts):
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
-def test_the_decoder_is_described_by_its_own_file(config):
+def test_decoder_configuration_is_read_from_the_gguf_file(config):
     text = build_config(config).text_config
     assert (text.model_type, text.num_hidden_layers, text.hidden_size, text.vocab_size) == ("llama", 30, 576, 49152)
 
 
 @torch.no_grad()
-def test_text_alone_gives_exactly_the_bare_models_logits(model, processor, bare):
+def test_text_only_logits_equal_those_of_the_bare_decoder(model, processor, bare):
     batch = processor([ask("What is the capital of France?"), ask("Why?")], [[], []], answer=True)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -64,14 +64,14 @@ def test_text_alone_gives_exactly_the_bare_models_logits(model, processor, bare)
 
 
 @torch.no_grad()
-def test_it_still_knows_the_capital_of_france(model, processor):
+def test_pretrained_decoder_answers_a_question(model, processor):
     prompt = processor([ask("What is the capital of France?")], [[]], answer=True)
     tokens = model.generate(**prompt, max_new_tokens=12, do_sample=False)[:, prompt["input_ids"].shape[1] :]
     assert processor.batch_decode(tokens, skip_special_tokens=True) == ["The capital of France is Paris."]
 
 
 @torch.no_grad()
-def test_with_gates_at_zero_a_video_adds_its_pooled_tokens_and_nothing_else(model, processor, bare):
+def test_gates_at_zero_add_only_pooled_tokens_to_the_bare_decoder(model, processor, bare):
     batch = processor([ask("What is this?", {"type": "video"})], [[random_frames(3)]], answer=True)
     is_video = batch["input_ids"] == processor.video_token_id
     embedded = bare.get_input_embeddings()(batch["input_ids"].masked_fill(is_video, 0))
@@ -80,7 +80,7 @@ def test_with_gates_at_zero_a_video_adds_its_pooled_tokens_and_nothing_else(mode
     assert torch.equal(model(**batch).logits, bare(inputs_embeds=embedded).logits)
 
 
-def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(config, tmp_path):
+def test_broken_weights_file_is_refused(config, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(GGUF.read_bytes()[:5000])
     with pytest.raises(BadConfig, match=r"model\.language_weights: .*broken\.gguf cannot be read"):

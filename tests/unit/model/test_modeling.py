@@ -1,4 +1,4 @@
-"""The model against the classic mistakes: leaks through padding, causal cross-attention, gates that are not neutral."""
+"""The model: gates at zero, padding, caches, attention kernels, gradients, saving, and its error messages."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def samples(processor):
 
 
 def base_logits(model, batch):
-    """What the bare decoder says about [pooled visual tokens; text]."""
+    """Logits of the decoder without cross-attention for [pooled visual tokens; text]."""
     is_video = batch["input_ids"] == model.config.video_token_id
     embedded = model.language_model.get_input_embeddings()(batch["input_ids"].masked_fill(is_video, 0))
     pooled = model.projector(pool(model.encode(batch["pixel_values"]), model.config.pool_stride))
@@ -46,7 +46,7 @@ def without_labels(batch):
 
 
 @torch.no_grad()
-def test_gates_at_zero_are_exactly_the_base_model_on_pooled_tokens(model, processor, samples):
+def test_gates_at_zero_equal_the_base_model_on_pooled_tokens(model, processor, samples):
     batch = without_labels(processor(*samples))
     assert torch.equal(model(**batch).logits, base_logits(model, batch))
     open_gates(model)
@@ -55,9 +55,7 @@ def test_gates_at_zero_are_exactly_the_base_model_on_pooled_tokens(model, proces
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_text_only_sample_is_exactly_the_base_model_with_open_gates_beside_videos(
-    model, processor, samples, attention
-):
+def test_text_only_sample_beside_videos_equals_the_base_model(model, processor, samples, attention):
     model.set_attn_implementation(attention)
     open_gates(model)
     batch = without_labels(processor(*samples))
@@ -74,7 +72,7 @@ def test_a_text_only_sample_is_exactly_the_base_model_with_open_gates_beside_vid
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_padded_batch_equals_its_samples_alone(model, processor, samples, attention):
+def test_padded_batch_equals_its_samples_alone(model, processor, samples, attention):
     model.set_attn_implementation(attention)
     open_gates(model)
     batch = processor(*samples)
@@ -85,7 +83,7 @@ def test_a_padded_batch_equals_its_samples_alone(model, processor, samples, atte
 
 
 @torch.no_grad()
-def test_left_padding_is_invisible_too(model, processor, samples):
+def test_left_padding_does_not_change_generation(model, processor, samples):
     open_gates(model)
     talks, frames = samples
     prompts = [talk[:1] for talk in talks]
@@ -98,32 +96,32 @@ def test_left_padding_is_invisible_too(model, processor, samples):
 @torch.no_grad()
 @pytest.mark.parametrize("branch", ["v2v", "t2v"])
 def test_cross_attention_is_not_causal(model, processor, samples, branch):
-    """The first query of a sample sees the last patch of the last frame."""
+    """The first query of a sample attends to the last patch of the last frame."""
     open_gates(model)
     batch = without_labels(processor(*[s[:1] for s in samples]))
-    seen = {}
+    added = {}
     layer = next(x for x in model.modules() if isinstance(x, DualCrossAttentionLayer))
 
     def first_query(module, inputs, output):
         rows = inputs[1].rows_GQ
-        seen[len(seen)] = (output - inputs[0])[0, rows[0, 0]]
+        added[len(added)] = (output - inputs[0])[0, rows[0, 0]]
 
     getattr(layer, branch).register_forward_hook(first_query)
     model(**batch)
     changed = batch["pixel_values"].clone()
     changed[-1, :, -8:, -8:] = 255 - changed[-1, :, -8:, -8:]
-    # What the text's and the first tokens' own states are does not change: only the last frame's keys do.
+    # The hidden states of the text and the first tokens stay the same: only the keys of the last frame change.
     features = model.encode(batch["pixel_values"])
     last = model.encode(changed)
     assert not torch.equal(pool(features, 3)[-1], pool(last, 3)[-1])
     features[-1] = last[-1]
     model.encode = lambda pixels: features
     model(**batch)
-    assert not torch.allclose(seen[0], seen[1], atol=1e-6)
+    assert not torch.allclose(added[0], added[1], atol=1e-6)
 
 
 @torch.no_grad()
-def test_each_branch_writes_to_its_own_positions_only(model, processor, samples):
+def test_each_branch_writes_only_to_its_positions(model, processor, samples):
     open_gates(model)
     batch = without_labels(processor(*samples))
     is_video = batch["input_ids"] == processor.video_token_id
@@ -146,7 +144,7 @@ def test_each_branch_writes_to_its_own_positions_only(model, processor, samples)
 
 
 @torch.no_grad()
-def test_cached_generation_equals_uncached_and_computes_the_videos_keys_once(model, processor, samples):
+def test_cached_generation_equals_uncached_with_keys_computed_once(model, processor, samples):
     open_gates(model)
     talks, videos = samples
     prompts = processor([talk[:1] for talk in talks], videos, answer=True)
@@ -163,22 +161,22 @@ def test_cached_generation_equals_uncached_and_computes_the_videos_keys_once(mod
 
 @torch.no_grad()
 def test_cached_logits_equal_uncached_logits(model, processor, samples):
-    """Greedy tokens can agree by luck; logits cannot."""
+    """Compares logits, since greedy tokens can agree by chance."""
     open_gates(model)
     batch = without_labels(processor(*[s[:1] for s in samples]))
     ids = batch["input_ids"]
-    whole = model(**batch).logits
+    uncached = model(**batch).logits
     split = ids.shape[1] - 4
     cache = model._new_cache()
     assert isinstance(cache, EncoderDecoderCache)
     start = {"num_frames": batch["num_frames"], "past_key_values": cache, "use_cache": True}
     first = model(input_ids=ids[:, :split], pixel_values=batch["pixel_values"], **start).logits
     later = model(input_ids=ids[:, split:], **start).logits
-    torch.testing.assert_close(torch.cat([first, later], dim=1), whole, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.cat([first, later], dim=1), uncached, atol=2e-5, rtol=1e-4)
 
 
 def test_packed_attention_equals_masked_attention(model, processor, samples):
-    """The variable-length path that flash attention takes, run with a reference kernel that takes the same lengths."""
+    """The variable-length path of flash attention, run with a reference kernel."""
 
     def varlen(module, query, key, value, mask, *, cu_seq_lens_q, cu_seq_lens_k, scaling, is_causal, **_):
         assert not is_causal
@@ -190,8 +188,8 @@ def test_packed_attention_equals_masked_attention(model, processor, samples):
             v = value[:, :, cu_seq_lens_k[i] : cu_seq_lens_k[i + 1]]
             assert q.shape[2]
             assert k.shape[2]
-            seen = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=True)
-            outputs.append(seen.transpose(1, 2))
+            attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=True)
+            outputs.append(attended.transpose(1, 2))
         return torch.cat(outputs, dim=1), None
 
     open_gates(model)
@@ -208,7 +206,7 @@ def test_packed_attention_equals_masked_attention(model, processor, samples):
     packed_loss = model(**batch).loss
     packed_loss.backward()
     torch.testing.assert_close(packed_loss, masked_loss)
-    # A kernel takes no empty sequence: a batch without any video asks one question that does not count.
+    # The kernel takes no empty sequence: a batch without video has one dummy query.
     model(**processor([conversation("Why?", "red", video=False)], [[]])).loss.backward()
     model.zero_grad()
     model(**batch).loss.backward()
@@ -216,7 +214,7 @@ def test_packed_attention_equals_masked_attention(model, processor, samples):
         torch.testing.assert_close(parameter.grad, masked[name], atol=1e-5, rtol=1e-3)
 
 
-def test_every_parameter_learns_and_an_empty_batch_still_reaches_every_one(model, processor):
+def test_every_parameter_gets_a_gradient_even_without_frames(model, processor):
     open_gates(model, 0.5)
     model.train()
     model(**processor([conversation("What is red?", "a colour", video=False)], [[]])).loss.backward()
@@ -239,14 +237,14 @@ def test_checkpointed_layers_give_the_same_gradients(model, processor, samples):
         torch.testing.assert_close(parameter.grad, plain[name])
 
 
-def test_the_loss_is_the_mean_over_the_assistants_tokens(model, processor, samples):
+def test_loss_is_the_mean_over_the_assistant_tokens(model, processor, samples):
     batch = processor(*samples)
     logits = model(**without_labels(batch)).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
     torch.testing.assert_close(model(**batch).loss, expected)
 
 
-def test_the_decoders_own_state_dict_keys_are_kept(model):
+def test_state_dict_keys_of_the_decoder_do_not_change(model):
     bare = AutoModelForCausalLM.from_config(model.config.text_config)
     ours = model.language_model.state_dict().keys()
     assert bare.state_dict().keys() <= ours
@@ -254,7 +252,7 @@ def test_the_decoders_own_state_dict_keys_are_kept(model):
 
 
 @torch.no_grad()
-def test_saved_and_loaded_through_the_auto_classes_gives_the_same_logits(model, processor, samples, tmp_path):
+def test_auto_classes_save_and_load_the_same_logits(model, processor, samples, tmp_path):
     open_gates(model)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -266,7 +264,7 @@ def test_saved_and_loaded_through_the_auto_classes_gives_the_same_logits(model, 
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_published_weights_of_llama_shaped_decoders_are_taken_over(config, processor, tmp_path, family):
+def test_pretrained_decoder_weights_are_loaded(config, processor, tmp_path, family):
     language = config.model.language | {"model_type": family, "head_dim": 32}
     if family != "qwen3":
         language.pop("head_dim")
@@ -280,7 +278,7 @@ def test_published_weights_of_llama_shaped_decoders_are_taken_over(config, proce
     assert torch.equal(built(input_ids=ids).logits, published.eval()(input_ids=ids).logits)
 
 
-def test_one_clear_line_for_what_does_not_fit(config, model, processor, tmp_path):
+def test_bad_configuration_weights_and_inputs_are_refused(config, model, processor, tmp_path):
     with pytest.raises(BadConfig, match=r"model: .*pool_stride is 7; a 6 x 6 grid takes 1 to 6"):
         build_model(config.model.model_copy(update={"pool_stride": 7}), processor, 0)
     with pytest.raises(BadConfig, match=r"cross_attention_every is 5; a decoder of 4 layers takes 1 to 4"):
@@ -311,20 +309,20 @@ def test_one_clear_line_for_what_does_not_fit(config, model, processor, tmp_path
             model.generate(**batch, **options)
 
 
-def test_a_checkpoint_with_more_than_the_configuration_has_a_place_for_is_refused(config, processor, tmp_path):
-    whole = build_model(config.model, processor, 0)
-    whole.save_pretrained(tmp_path / "whole")
-    whole.language_model.save_pretrained(tmp_path / "decoder")
-    start = {"init_from": str(tmp_path / "whole")}
+def test_weights_that_are_missing_or_left_over_are_refused(config, processor, tmp_path):
+    trained = build_model(config.model, processor, 0)
+    trained.save_pretrained(tmp_path / "trained")
+    trained.language_model.save_pretrained(tmp_path / "decoder")
+    start = {"init_from": str(tmp_path / "trained")}
     shallow = {"language": config.model.language | {"num_hidden_layers": 3}}
     for changes in (
         start | {"v2v": False},
         start | {"cross_attention_every": 3},
         start | shallow,
-        shallow | {"cross_attention_every": 0, "language_weights": str(tmp_path / "whole")},
+        shallow | {"cross_attention_every": 0, "language_weights": str(tmp_path / "trained")},
     ):
         with pytest.raises(BadConfig, match=r"it has \d+ weights|it lacks \d+ weights|cannot be loaded"):
             build_model(config.model.model_copy(update=changes), processor, 0)
-    # A stage may begin with a branch that the one before it had nowhere.
+    # A stage may add a branch that the stage before did not have.
     build_model(config.model.model_copy(update={"v2v": False}), processor, 0).save_pretrained(tmp_path / "t2v")
     build_model(config.model.model_copy(update={"init_from": str(tmp_path / "t2v")}), processor, 0)

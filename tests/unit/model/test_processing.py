@@ -37,7 +37,7 @@ def spell(processor, ids):
     return processor.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def test_a_conversation_is_spelled_as_qwen_spells_it(processor):
+def test_chat_template_matches_qwen(processor):
     batch = processor([TALK], [[clip(1)]])
     assert spell(processor, batch["input_ids"][0]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
@@ -48,13 +48,13 @@ def test_a_conversation_is_spelled_as_qwen_spells_it(processor):
     )
 
 
-def test_the_loss_is_taken_of_the_assistant_s_words_and_their_end(processor):
+def test_labels_cover_the_assistant_answers_and_end_tokens(processor):
     batch = processor([TALK, WORDS], [[clip(2)], []])
-    said = [["square", "a bluish grün"], ["up"]]
-    for ids, labels, answers in zip(batch["input_ids"], batch["labels"], said, strict=True):
-        wanted = labels != IGNORED
-        assert torch.equal(ids[wanted], labels[wanted])
-        runs = [list(run) for is_target, run in groupby(range(len(ids)), wanted.tolist().__getitem__) if is_target]
+    answers_of_samples = [["square", "a bluish grün"], ["up"]]
+    for ids, labels, answers in zip(batch["input_ids"], batch["labels"], answers_of_samples, strict=True):
+        labelled = labels != IGNORED
+        assert torch.equal(ids[labelled], labels[labelled])
+        runs = [list(run) for is_target, run in groupby(range(len(ids)), labelled.tolist().__getitem__) if is_target]
         assert [spell(processor, ids[run]) for run in runs] == [f"{answer}<|im_end|>" for answer in answers]
         assert all(spell(processor, ids[: run[0]]).endswith("<|im_start|>assistant\n") for run in runs)
 
@@ -66,7 +66,7 @@ def test_every_frame_has_its_placeholders(processor, frames):
     assert batch["num_frames"].tolist() == [[frames]]
 
 
-def test_frames_of_a_batch_lie_one_behind_the_other_untouched(processor):
+def test_frames_of_a_batch_are_concatenated_unchanged(processor):
     video = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
     batch = processor([TALK, WORDS, TALK], [[video], [], [clip(1, 7)]])
     assert batch["num_frames"].tolist() == [[2], [0], [1]]
@@ -75,7 +75,7 @@ def test_frames_of_a_batch_lie_one_behind_the_other_untouched(processor):
     assert np.array_equal(batch["pixel_values"].numpy(), expected)
 
 
-def test_training_is_padded_on_the_right_and_padding_teaches_nothing(processor):
+def test_training_pads_on_the_right_without_labels(processor):
     batch = processor([WORDS, TALK], [[], [clip(1)]])
     length = int(batch["attention_mask"][0].sum())
     assert length < batch["input_ids"].shape[1] == int(batch["attention_mask"][1].sum())
@@ -85,7 +85,7 @@ def test_training_is_padded_on_the_right_and_padding_teaches_nothing(processor):
     assert torch.equal(batch["input_ids"][0, :length], alone["input_ids"][0])
 
 
-def test_an_answer_is_begun_and_padded_on_the_left(processor):
+def test_generation_prompts_are_padded_on_the_left(processor):
     batch = processor([WORDS[:1], TALK[:2]], [[], [clip(1)]], answer=True)
     assert "labels" not in batch
     assert batch["attention_mask"][0].tolist() == sorted(batch["attention_mask"][0].tolist())
@@ -94,7 +94,7 @@ def test_an_answer_is_begun_and_padded_on_the_left(processor):
         assert spell(processor, ids[mask.bool()]).endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_a_sample_without_weight_teaches_nothing_and_changes_nothing_else(processor):
+def test_weight_zero_masks_only_the_labels_of_that_sample(processor):
     weighed, plain = (
         processor([TALK, WORDS], [[clip(1)], []], weights=[0, 1]),
         processor([TALK, WORDS], [[clip(1)], []]),
@@ -104,24 +104,24 @@ def test_a_sample_without_weight_teaches_nothing_and_changes_nothing_else(proces
     assert torch.equal(weighed["input_ids"], plain["input_ids"])
 
 
-def test_text_alone_has_no_frames_but_their_shape(processor):
+def test_text_only_batch_has_an_empty_tensor_of_frames(processor):
     batch = processor([WORDS], [[]])
     assert batch["pixel_values"].shape == (0, 3, SIDE, SIDE)
     assert int((batch["input_ids"] == processor.video_token_id).sum()) == 0
 
 
-def test_words_beyond_the_context_are_cut_off_and_frames_are_not(processor):
+def test_long_text_is_truncated_and_frames_are_not(processor):
     short = type(processor)(processor.tokenizer, image_size=SIDE, tokens_per_frame=PER_FRAME, max_length=30)
-    whole, cut = (p([TALK], [[clip(1)]]) for p in (processor, short))
-    assert cut["input_ids"].shape == (1, 30) < whole["input_ids"].shape
-    assert torch.equal(cut["input_ids"], whole["input_ids"][:, :30])
-    assert torch.equal(cut["labels"], whole["labels"][:, :30])
+    full, cut = (p([TALK], [[clip(1)]]) for p in (processor, short))
+    assert cut["input_ids"].shape == (1, 30) < full["input_ids"].shape
+    assert torch.equal(cut["input_ids"], full["input_ids"][:, :30])
+    assert torch.equal(cut["labels"], full["labels"][:, :30])
     many = short([TALK], [[clip(20)]])
     assert int((many["input_ids"] == processor.video_token_id).sum()) == 20 * PER_FRAME
 
 
 @pytest.mark.parametrize(
-    ("conversation", "videos", "says"),
+    ("conversation", "videos", "message"),
     [
         (
             [{"role": "user", "content": f"what is {VIDEO_TOKEN}?"}],
@@ -136,30 +136,30 @@ def test_words_beyond_the_context_are_cut_off_and_frames_are_not(processor):
         (TALK, [clip(0)], "a video has no frames"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(processor, conversation, videos, says):
-    with pytest.raises(ValueError, match=says):
+def test_mismatched_conversation_and_videos_are_refused(processor, conversation, videos, message):
+    with pytest.raises(ValueError, match=message):
         processor([conversation], [videos])
 
 
-def test_the_tiny_tokenizer_spells_any_text():
+def test_tiny_tokenizer_encodes_any_text():
     tokenizer = tiny_tokenizer()
     for words in ("What colour is the shape?", "Größe: 漢字 🎬\n\t", "  two  spaces , isn 't it ?", "\u0000\u202e"):
         assert tokenizer.decode(tokenizer(words)["input_ids"]) == words
 
 
-def test_the_tiny_tokenizer_knows_the_sample_set_s_answers_as_one_token():
+def test_tiny_tokenizer_has_one_token_per_sample_answer():
     tokenizer = tiny_tokenizer()
     for word in ("red", "magenta", "circle", "triangle", "cross", "left", "down"):
         assert len(tokenizer(word)["input_ids"]) == 1, word
 
 
-def test_the_tiny_tokenizer_is_always_the_same_and_fits_the_preset():
+def test_tiny_tokenizer_is_deterministic_and_fits_the_preset():
     first, second = tiny_tokenizer(), tiny_tokenizer()
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
     assert len(first) <= 512
 
 
-def test_the_processor_is_saved_and_loaded(processor, tmp_path):
+def test_processor_is_saved_and_loaded(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = CrossLMMProcessor.from_pretrained(tmp_path)
     assert (loaded.image_size, loaded.tokens_per_frame) == (SIDE, PER_FRAME)

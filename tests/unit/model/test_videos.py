@@ -1,4 +1,4 @@
-"""Several videos and images in one conversation, long videos, and what the paper leaves open."""
+"""Several videos and images in one conversation, long videos, and the options that the paper leaves open."""
 
 import numpy as np
 import pytest
@@ -24,13 +24,13 @@ def user(*parts):
     return {"role": "user", "content": list(parts)}
 
 
-def said(words):
+def assistant(words):
     return {"role": "assistant", "content": words}
 
 
 MIXED = [
     user(text("Look: "), VIDEO, text(" and "), IMAGE, text(" What is red?")),
-    said("a circle"),
+    assistant("a circle"),
     user(text("And here? "), VIDEO, text("Which way?")),
 ]
 MIXED_VIDEOS = [random_frames(3, 1), random_frames(1, 2), random_frames(2, 3)]
@@ -61,7 +61,7 @@ SETTINGS = [{}, {"v2v_scope": "frame"}, {"cross_attention_rotary": True}, {"atte
 
 @torch.no_grad()
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_a_batch_of_mixed_conversations_equals_each_alone(variant, processor, settings):
+def test_batch_of_mixed_conversations_equals_each_alone(variant, processor, settings):
     model = variant(**settings)
     talks = [(MIXED, MIXED_VIDEOS), (PLAIN, [random_frames(2, 4)]), (WORDS, [])]
     together = model(**inputs(processor, *talks)).logits
@@ -84,17 +84,17 @@ def test_cached_equals_uncached_token_by_token(variant, processor, settings):
 
 
 @torch.no_grad()
-def test_words_see_the_videos_before_them_and_none_that_comes_later(variant, processor):
+def test_text_attends_to_earlier_videos_only(variant, processor):
     model = variant()
     batch = inputs(processor, (MIXED, MIXED_VIDEOS))
     starts = (batch["input_ids"][0] == processor.video_token_id).int().diff().eq(1).nonzero()[:, 0] + 1
     assert len(starts) == 3
-    whole = model(**batch).logits[0]
+    reference = model(**batch).logits[0]
     for video, start in enumerate(starts.tolist()):
         changed = [random_frames(len(v), 9) if i == video else v for i, v in enumerate(MIXED_VIDEOS)]
         logits = model(**inputs(processor, (MIXED, changed))).logits[0]
-        assert torch.equal(logits[:start], whole[:start])
-        assert not torch.allclose(logits[-1], whole[-1], atol=1e-3)
+        assert torch.equal(logits[:start], reference[:start])
+        assert not torch.allclose(logits[-1], reference[-1], atol=1e-3)
 
 
 def v2v_of_first_layer(model, batch, features=None):
@@ -107,8 +107,8 @@ def v2v_of_first_layer(model, batch, features=None):
     projector = model.projector.forward
 
     def replace(x):
-        kept = next(calls)
-        return projector(x if x.shape[1] != kept.shape[1] else kept)
+        features = next(calls)
+        return projector(x if x.shape[1] != features.shape[1] else features)
 
     model.projector.forward = replace
     try:
@@ -120,7 +120,7 @@ def v2v_of_first_layer(model, batch, features=None):
 
 
 @torch.no_grad()
-def test_frame_scope_sees_its_own_frame_alone_and_video_scope_its_own_video_alone(variant, processor):
+def test_v2v_scope_limits_attention_to_the_frame_or_the_video(variant, processor):
     talk = [user(VIDEO, VIDEO, text("What?"))]
     batch = inputs(processor, (talk, [random_frames(2, 1), random_frames(1, 2)]))
     for scope, reached in {"video": [True, True, False], "frame": [True, False, False]}.items():
@@ -133,7 +133,7 @@ def test_frame_scope_sees_its_own_frame_alone_and_video_scope_its_own_video_alon
 
 
 @torch.no_grad()
-def test_time_is_seen_with_rotary_positions_and_not_without(variant, processor):
+def test_frame_order_matters_only_with_rotary_positions(variant, processor):
     batch = inputs(processor, (PLAIN, [random_frames(3, 1)]))
     for rotary in (False, True):
         model = variant(cross_attention_rotary=rotary)
@@ -143,7 +143,7 @@ def test_time_is_seen_with_rotary_positions_and_not_without(variant, processor):
         assert torch.allclose(before, after, atol=1e-5) is not rotary
 
 
-def test_rotary_products_depend_on_the_distance_in_frames_alone():
+def test_rotary_products_depend_only_on_the_frame_distance():
     query, key = torch.randn(2, 1, 2, 1, 8, generator=torch.manual_seed(0)).unbind()
     at = [
         [(_rotate(query, torch.tensor([[q]])) * _rotate(key, torch.tensor([[k]]))).sum() for k in range(9)]
@@ -155,7 +155,7 @@ def test_rotary_products_depend_on_the_distance_in_frames_alone():
 
 
 class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest float tensor that any operation returns."""
+    """Records the number of elements of the largest float tensor that any operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -170,23 +170,23 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("frames", [(80,), (80, 47)], ids=str)
-def test_no_tensor_of_queries_times_keys_is_ever_made(variant, processor, frames):
-    """80 frames: 320 questions to 2,880 patches would be 921,600 scores a head; forward and backward, ragged too."""
+def test_no_tensor_has_queries_times_keys_elements(variant, processor, frames):
+    """80 frames: 320 queries on 2,880 patches would be 921,600 scores a head; forward and backward, ragged too."""
     model = variant(encoder_chunk=4).train()
     model.activation_checkpointing_enable({"use_reentrant": False})
-    talks = [[*PLAIN, said("red")]] * len(frames)
+    talks = [[*PLAIN, assistant("red")]] * len(frames)
     batch = processor(talks, [[random_frames(n, i)] for i, n in enumerate(frames)])
     with Largest() as largest:
         model(**batch).loss.backward()
-    # What is largest are the pixels, or a hidden state of all patches.
+    # The largest tensors are the pixels or a hidden state of all patches.
     padded = max(frames) * len(frames) * model.config.patches_per_frame
     allowed = max(batch["pixel_values"].numel(), padded * model.config.text_config.hidden_size)
     assert largest.elements <= allowed < padded * 320
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_encoder_in_chunks_is_the_encoder_at_once(variant, processor, checkpointing):
-    batch = processor([[*PLAIN, said("red")]], [[random_frames(7, 1)]])
+def test_encoder_in_chunks_equals_the_encoder_at_once(variant, processor, checkpointing):
+    batch = processor([[*PLAIN, assistant("red")]], [[random_frames(7, 1)]])
     gradients = []
     for chunk in (32, 3):
         model = variant(encoder_chunk=chunk).train()
@@ -198,7 +198,7 @@ def test_the_encoder_in_chunks_is_the_encoder_at_once(variant, processor, checkp
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_without_gradients_the_encoder_holds_intermediates_of_one_chunk(variant):
+def test_encoder_without_gradients_allocates_one_chunk(variant):
     model = variant(encoder_chunk=2)
     frames = torch.from_numpy(random_frames(40)).permute(0, 3, 1, 2).contiguous()
     for parameter in model.vision_tower.parameters():
@@ -207,30 +207,30 @@ def test_without_gradients_the_encoder_holds_intermediates_of_one_chunk(variant)
         features = model.encode(frames)
     assert not features.requires_grad
     assert largest.elements == features.numel()
-    whole = variant(encoder_chunk=40).encode(frames)
-    torch.testing.assert_close(features, whole)
+    reference = variant(encoder_chunk=40).encode(frames)
+    torch.testing.assert_close(features, reference)
 
 
-def test_the_loss_in_chunks_is_the_loss_at_once_and_never_holds_all_logits(variant, processor, monkeypatch):
-    long_answer = [*PLAIN, said("red circle " * 100)]
+def test_loss_in_chunks_equals_the_loss_at_once_in_less_memory(variant, processor, monkeypatch):
+    long_answer = [*PLAIN, assistant("red circle " * 100)]
     batch = processor([long_answer], [[random_frames(1)]])
     labelled = int((batch["labels"] != -100).sum())
     results, largest = [], []
     for chunk in (1024, 16):
         monkeypatch.setattr(modeling, "LOSS_CHUNK", chunk)
         model = variant().train()
-        with Largest() as seen:
+        with Largest() as record:
             loss = model(**batch).loss
             loss.backward()
         results.append((loss.detach(), model.get_output_embeddings().weight.grad))
-        largest.append(seen.elements)
+        largest.append(record.elements)
     assert labelled > 100
     torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-4)
     assert largest[1] < labelled * 512 <= largest[0]
 
 
 @torch.no_grad()
-def test_stride_one_without_cross_attention_is_llava(variant, processor):
+def test_stride_one_without_cross_attention_equals_llava(variant, processor):
     """Transformers' own Llava, with the same weights, on every patch."""
     model = variant(pool_stride=1, v2v=False, t2v=False)
     processor_of_all = type(processor)(processor.tokenizer, image_size=48, tokens_per_frame=36)
@@ -259,7 +259,7 @@ def test_stride_one_without_cross_attention_is_llava(variant, processor):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_the_layers_that_look_back_can_be_listed(variant):
+def test_cross_attention_layers_can_be_listed(variant):
     model = variant(cross_attention_layers=[1, 2])
     dual = [i for i, x in enumerate(model.language_model.model.layers) if isinstance(x, DualCrossAttentionLayer)]
     assert dual == [1, 2]
@@ -267,15 +267,16 @@ def test_the_layers_that_look_back_can_be_listed(variant):
 
 
 @torch.no_grad()
-def test_a_further_question_reuses_the_video_and_the_talk_so_far(variant, processor, config, tmp_path, monkeypatch):
+def test_second_question_reuses_the_cached_video_and_talk(variant, processor, config, tmp_path, monkeypatch):
     from crosslmm.data.samples.clips import encode_clip
-    from crosslmm.inference.answerer import CONFIG, Answerer
+    from crosslmm.inference.answerer import Answerer
+    from crosslmm.run_folder import MODEL_CONFIG_FILE
 
     model = variant()
     model.generation_config.max_length = None
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    (tmp_path / CONFIG).write_text(to_yaml(config))
+    (tmp_path / MODEL_CONFIG_FILE).write_text(to_yaml(config))
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(encode_clip(np.repeat(random_frames(1, 5), 8, axis=0)))
     answerer = Answerer(tmp_path, device="cpu")
@@ -285,18 +286,18 @@ def test_a_further_question_reuses_the_video_and_the_talk_so_far(variant, proces
     first = talk.ask("Which shape is it?", max_new_tokens=6)
     assert first == answerer([str(clip)], ["Which shape is it?"], max_new_tokens=6)[0]
     encoded.clear()
-    # Whoever asks may mend what was said: what is cached of it is taken back.
+    # The caller may edit an earlier answer; the cached part after the edit is dropped.
     talk.messages[-1]["content"] = "a square"
     second = talk.ask("What colour is it?", max_new_tokens=6)
     assert encoded == []
     prompt = processor([talk.messages[:3]], [[talk.video]], answer=True)
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
-    afresh = answerer.model.generate(**prompt, **options)
-    said_afresh = processor.batch_decode(afresh.sequences[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert second == said_afresh[0].strip()
-    # The same words may be luck; the decoder's whole memory of the talk is not.
+    uncached = answerer.model.generate(**prompt, **options)
+    expected = processor.batch_decode(uncached.sequences[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert second == expected[0].strip()
+    # Equal words may be chance; compare the decoder's cache of the talk as well.
     for ours, theirs in zip(
-        talk._cache.self_attention_cache.layers, afresh.past_key_values.self_attention_cache.layers, strict=True
+        talk._cache.self_attention_cache.layers, uncached.past_key_values.self_attention_cache.layers, strict=True
     ):
         torch.testing.assert_close(ours.keys, theirs.keys, atol=2e-5, rtol=1e-4)
 
@@ -304,7 +305,7 @@ def test_a_further_question_reuses_the_video_and_the_talk_so_far(variant, proces
 @torch.no_grad()
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("branch", ["v2v", "t2v"])
-def test_a_branch_is_what_its_docstring_says_position_by_position(variant, processor, branch, rotary):
+def test_branch_equals_a_loop_over_positions(variant, processor, branch, rotary):
     """x + tanh(gate) * Attention, written out for each position with loops, for two videos of different lengths."""
     model = variant(cross_attention_rotary=rotary)
     open_gates(model, 0.7)
@@ -336,13 +337,13 @@ def test_a_branch_is_what_its_docstring_says_position_by_position(variant, proce
             query = _rotate(query, torch.tensor([[time]]))
             key = _rotate(key, torch.arange(len(keys_SD))[None] // 36)
         scores = (query @ key.repeat_interleave(groups, dim=1).transpose(2, 3)) * module.head_dim**-0.5
-        seen = (scores.softmax(-1) @ value.repeat_interleave(groups, dim=1)).flatten()
-        expected[position] = x_D + torch.tanh(module.gate) * module.o_proj(seen)
+        attended = (scores.softmax(-1) @ value.repeat_interleave(groups, dim=1)).flatten()
+        expected[position] = x_D + torch.tanh(module.gate) * module.o_proj(attended)
     assert not torch.equal(expected, x_LD)
     torch.testing.assert_close(out_LD, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_what_cannot_be_is_refused_in_one_line(variant, processor):
+def test_impossible_inputs_and_layers_are_refused(variant, processor):
     model = variant()
     batch = inputs(processor, (PLAIN, [random_frames(2, 1)]))
     cache = model(**batch, use_cache=True).past_key_values

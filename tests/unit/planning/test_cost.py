@@ -1,4 +1,4 @@
-"""What the planner counts, against the built model, torch's own counter and the paper's tables."""
+"""The planner's counts, compared with the built model, torch's FLOP counter and the paper's tables."""
 
 import contextlib
 import dataclasses
@@ -48,24 +48,24 @@ def changed(config, section, **values):
     return config.model_copy(update={section: part.model_copy(update=values)})
 
 
-# What is counted
+# Counts
 
 
-def test_parameters_are_those_of_the_built_model(config, model):
+def test_parameter_counts_match_the_built_model(config, model):
     counts = cost.parameters(cost.empty_model(config.model))
     for component, count in counts.items():
         assert count == sum(p.numel() for name, p in model.named_parameters() if component_of(name) == component)
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
 
 
-def test_trainable_are_the_components_with_a_rate():
+def test_components_with_a_learning_rate_are_trainable():
     counts = {"vision": 1, "projector": 10, "v2v": 100, "t2v": 1000, "decoder": 10000}
     assert cost.trainable(counts, LearningRates(projector=1e-3, v2v=1e-3)) == 110
     assert cost.trainable(counts, LearningRates(vision=1, projector=0, v2v=0, t2v=1, decoder=1)) == 11001
 
 
 @torch.no_grad()
-def test_macs_are_half_of_the_flops_that_torch_counts_in_a_real_prefill(config, model, processor):
+def test_macs_are_half_the_flops_torch_counts_in_a_prefill(config, model, processor):
     frames, text_tokens = 5, 7
     macs = cost.macs(cost.empty_model(config.model), frames, text_tokens)
     pooled = frames * model.config.tokens_per_frame
@@ -79,16 +79,16 @@ def test_macs_are_half_of_the_flops_that_torch_counts_in_a_real_prefill(config, 
         )
     flops = counter.get_flop_counts()
     aten = torch.ops.aten
-    found = dict.fromkeys(("encoder", "projector", "decoder", "cross_attention", "attention_products"), 0)
+    result = dict.fromkeys(("encoder", "projector", "decoder", "cross_attention", "attention_products"), 0)
     for name, module in model.named_modules():
         operators = flops.get(f"{type(model).__name__}.{name}", {})
         if isinstance(module, nn.Linear | nn.Conv2d):
             part = {"vision": "encoder", "v2v": "cross_attention", "t2v": "cross_attention"}
             part = part.get(component_of(name), component_of(name))
-            found[part] += sum(operators.get(f, 0) for f in (aten.mm, aten.addmm, aten.convolution)) // 2
+            result[part] += sum(operators.get(f, 0) for f in (aten.mm, aten.addmm, aten.convolution)) // 2
         if name.endswith((".self_attn", ".v2v", ".t2v")):
-            found["attention_products"] += operators[aten.bmm] // 2
-    assert found == dataclasses.asdict(macs)
+            result["attention_products"] += operators[aten.bmm] // 2
+    assert result == dataclasses.asdict(macs)
 
 
 @pytest.mark.parametrize(
@@ -98,21 +98,21 @@ def test_macs_are_half_of_the_flops_that_torch_counts_in_a_real_prefill(config, 
         ("paper-7b", (13.17, 25.92, 51.43, 102.42), (13.57, 26.71, 52.98, 105.52)),  # Figure 4
     ],
 )
-def test_linear_macs_are_the_paper_s_within_5_percent(preset, paper, derived):
+def test_linear_macs_match_the_paper_within_5_percent(preset, paper, derived):
     model = cost.empty_model(parse_run(["--config", preset], "").model)
-    found = [cost.macs(model, frames, 60).linear / 1e12 for frames in FRAMES]
-    assert found == pytest.approx(paper, rel=0.05)
-    assert found == pytest.approx(derived, abs=0.005)
+    result = [cost.macs(model, frames, 60).linear / 1e12 for frames in FRAMES]
+    assert result == pytest.approx(paper, rel=0.05)
+    assert result == pytest.approx(derived, abs=0.005)
 
 
-def test_attention_products_of_the_2b_make_the_rest():
+def test_macs_with_attention_products_of_the_2b():
     model = cost.empty_model(parse_run(["--config", "paper-2b"], "").model)
     macs = [cost.macs(model, frames, 60) for frames in FRAMES]
-    whole = [(m.linear + m.attention_products) / 1e12 for m in macs]
-    assert whole == pytest.approx((11.7, 23.6, 48.3, 101.3), abs=0.05)
+    total = [(m.linear + m.attention_products) / 1e12 for m in macs]
+    assert total == pytest.approx((11.7, 23.6, 48.3, 101.3), abs=0.05)
 
 
-def test_the_paper_s_parameters_and_what_each_stage_trains():
+def test_parameters_and_trainable_parameters_match_the_paper():
     config = parse_run(["--config", "paper-2b"], "")
     parameters = plan(config, [1], Assumptions()).parameters
     assert parameters.total == pytest.approx(2.04e9, rel=0.005)
@@ -120,26 +120,26 @@ def test_the_paper_s_parameters_and_what_each_stage_trains():
     assert parameters.trainable["stage-2"] == parameters.total
 
 
-# What is traced
+# Traces and memory
 
 
-def test_a_trace_counts_what_is_held_to_the_byte():
+def test_trace_is_exact_to_the_byte():
     with torch.device("meta"):
         layers = nn.Sequential(nn.Linear(10, 100, bias=False), nn.ReLU(), nn.Linear(100, 7, bias=False))
         x = torch.empty(50, 10)
     traced = trace(lambda: layers(x).sum().backward(), list(layers.parameters()), [x], vocabulary=7, fused_norm=False)
     hidden, logits, scalars = 50 * 100 * 4, 50 * 7 * 4, 8
-    # Highest where ReLU's gradient is taken: its result (which both neighbours keep), the gradient that comes, the one
-    # that goes; the loss and its gradient; by then the second layer has its own. The logits are gone.
+    # The peak is in ReLU's backward: its output (saved by both neighbours), its output gradient and input gradient; the
+    # loss and its gradient. By then the second layer has its gradient, and the logits are freed.
     highest = traced.peak(with_kept=True)
     assert sum(highest) == x.nbytes + 3 * hidden + scalars + 100 * 7 * 4
     assert (highest.kept, highest.logits) == (100 * 7 * 4, logits)
     assert sum(traced.peak(with_kept=False)) == x.nbytes + 3 * hidden + scalars
     assert traced.kept_bytes == (10 * 100 + 100 * 7) * 4
-    assert traced.flops == 2 * 50 * (2 * (10 * 100 + 100 * 7) + 100 * 7)  # nobody asks for the gradient of x
+    assert traced.flops == 2 * 50 * (2 * (10 * 100 + 100 * 7) + 100 * 7)  # x needs no gradient
 
 
-def test_the_traced_prefill_computes_what_is_counted():
+def test_traced_prefill_flops_match_the_counted_macs():
     config = parse_run(["--config", "paper-2b"], "")
     model = cost.empty_model(config.model)
     macs = cost.macs(model, 32, 60)
@@ -149,7 +149,7 @@ def test_the_traced_prefill_computes_what_is_counted():
     assert traced.flops / 2 == pytest.approx(macs.linear + macs.attention_products, rel=0.002)
 
 
-def test_no_tensor_of_queries_times_keys_is_held(measured):
+def test_flash_attention_stores_no_queries_times_keys(measured):
     frames = 48
     with_flash = memory(measured, frames).activations
     eager = memory(changed(measured, "model", attention="eager"), frames).activations
@@ -158,22 +158,22 @@ def test_no_tensor_of_queries_times_keys_is_held(measured):
     assert memory(measured, 2 * frames).activations < 2.1 * with_flash
 
 
-def test_checkpointing_holds_less_and_computes_more(measured):
-    plain, thrifty = (
+def test_checkpointing_saves_memory_and_adds_compute(measured):
+    plain, checkpointed = (
         cost.training_trace(changed(measured, "train", activation_checkpointing=on), 16, 40) for on in (False, True)
     )
-    assert sum(thrifty.peak(with_kept=False)) < 0.7 * sum(plain.peak(with_kept=False))
-    assert 1.2 * plain.flops < thrifty.flops < 1.4 * plain.flops
+    assert sum(checkpointed.peak(with_kept=False)) < 0.7 * sum(plain.peak(with_kept=False))
+    assert 1.2 * plain.flops < checkpointed.flops < 1.4 * plain.flops
 
 
-def test_what_is_frozen_has_neither_gradients_nor_moments(measured):
+def test_frozen_components_have_no_gradients_or_moments(measured):
     rates = LearningRates(projector=1e-3, v2v=0, t2v=0, decoder=0, vision=0)
     config = changed(measured, "train", learning_rate=rates)
     projector = cost.parameters(cost.empty_model(config.model))["projector"]
-    found = memory(config, sharded=False)
-    assert found.gradients <= 4 * projector
-    assert 8 * projector <= found.optimizer <= 12 * projector
-    assert found.activations < memory(measured, sharded=False).activations
+    result = memory(config, sharded=False)
+    assert result.gradients <= 4 * projector
+    assert 8 * projector <= result.optimizer <= 12 * projector
+    assert result.activations < memory(measured, sharded=False).activations
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_parallelize_shards_exactly_the_fsdp_units(measured, one_process_group):
     assert sharded == layers | {""}
 
 
-def test_shards_are_halved_by_twice_the_workers(measured):
+def test_twice_the_workers_halve_the_shards(measured):
     def shards(workers):
         config = changed(changed(measured, "scaling", num_workers=workers), "train", global_batch_size=workers)
         return memory(config)
@@ -209,32 +209,32 @@ def test_shards_are_halved_by_twice_the_workers(measured):
     assert two.activations == four.activations
 
 
-def test_more_micro_batches_take_no_more_memory(measured):
+def test_more_micro_batches_need_no_more_memory(measured):
     assert memory(changed(measured, "train", global_batch_size=8)) == memory(measured)
 
 
 def test_bf16_halves_activations_and_keeps_float32_moments(measured):
     half = memory(changed(measured, "train", precision="bf16"))
-    whole = memory(measured)
-    assert half.activations < 0.75 * whole.activations
-    assert half.optimizer == whole.optimizer
+    full = memory(measured)
+    assert half.activations < 0.75 * full.activations
+    assert half.optimizer == full.optimizer
 
 
-def test_answering_keeps_the_decoder_s_and_the_video_s_keys_and_values(measured):
-    found = cost.answering_memory(measured, frames=8, text_tokens=40)
+def test_answering_counts_the_caches_of_decoder_and_video(measured):
+    result = cost.answering_memory(measured, frames=8, text_tokens=40)
     positions, originals, kv_width, layers = 8 * 16 + 40, 8 * 64, 2 * 32, 4
-    assert found.kv_caches >= 2 * 4 * kv_width * (layers * positions + 2 * originals)
-    assert found.gradients == found.optimizer == 0
+    assert result.kv_caches >= 2 * 4 * kv_width * (layers * positions + 2 * originals)
+    assert result.gradients == result.optimizer == 0
 
 
-# What is planned
+# Plans and the job
 
 
-def test_every_gpu_can_be_asked_for():
+def test_every_gpu_is_a_choice_of_the_argument():
     assert set(Assumptions.model_json_schema()["properties"]["gpu"]["enum"]) == set(GPUS)
 
 
-def test_the_nearest_setting_that_fits_is_named_and_fits(measured, monkeypatch):
+def test_nearest_setting_that_fits_is_reported(measured, monkeypatch):
     config = changed(measured, "train", micro_batch_size=8, global_batch_size=16)
     needed = [memory(changed(config, "train", micro_batch_size=size), 4, 60).total for size in (8, 4, 2)]
     monkeypatch.setitem(planning.GPUS, "l4", GPUS["l4"]._replace(memory_bytes=(needed[0] + needed[1]) / 2))
@@ -243,7 +243,7 @@ def test_the_nearest_setting_that_fits_is_named_and_fits(measured, monkeypatch):
     assert row.nearest_fit == Fit("--train.micro_batch_size 4", needed[1])
 
 
-def test_time_price_and_supply_follow_from_the_assumptions(measured):
+def test_time_price_and_bandwidth_follow_from_the_assumptions(measured):
     assumed = Assumptions(gpu="h100", price=2.0, utilisation=0.5, samples=1000, video_seconds=31, bitrate=8e6)
     (row,) = plan(measured, [4], assumed).rows
     seconds = row.training_flops_per_sample / (0.5 * GPUS["h100"].flops["fp32"])
@@ -258,18 +258,18 @@ def test_time_price_and_supply_follow_from_the_assumptions(measured):
 
 @pytest.fixture
 def run_job(monkeypatch, capsys):
-    """The script in this process -> its status, what it printed, what it complained of."""
+    """Run the script in this process; return exit status, stdout and stderr."""
 
     def run(*argv):
         monkeypatch.setattr(sys, "argv", [str(JOB), *argv])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             runpy.run_path(str(JOB), run_name="__main__")
-        return left.value.code, *capsys.readouterr()
+        return exit_info.value.code, *capsys.readouterr()
 
     return run
 
 
-def test_the_job_prints_plain_counts_as_json_and_nothing_else():
+def test_job_prints_only_json_with_json_flag():
     argv = ["--config=tiny", "--frames=2,4", "--gpus=4", "--train.micro_batch_size=2", "--json"]
     done = subprocess.run([sys.executable, JOB, *argv], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -284,7 +284,7 @@ def test_the_job_prints_plain_counts_as_json_and_nothing_else():
     assert out["parameters"]["trainable"]["stage-1"] < out["parameters"]["total"]
 
 
-def test_the_job_prints_a_table_and_what_it_assumed(run_job):
+def test_job_prints_a_table_and_the_assumptions(run_job):
     status, out, _ = run_job("--config", "tiny")
     assert status == 0
     for words in ("attention products", "KV caches", "--utilisation 0.2", "--decode_speed 62.0", "fits"):
@@ -303,14 +303,14 @@ def test_the_job_prints_a_table_and_what_it_assumed(run_job):
         (["--utilization", "0.5"], "unrecognized"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(run_job, argv, words):
-    status, out, complaint = run_job(*argv)
+def test_bad_arguments_give_one_line_and_status_2(run_job, argv, words):
+    status, out, error = run_job(*argv)
     assert (status, out) == (2, "")
-    assert len(complaint.splitlines()) == 1
-    assert words in complaint
+    assert len(error.splitlines()) == 1
+    assert words in error
 
 
-def test_no_frames_and_no_text_are_refused(config):
+def test_zero_frames_or_text_tokens_are_refused(config):
     model = cost.empty_model(config.model)
     for frames, text_tokens in ((0, 5), (5, 0)):
         with pytest.raises(BadConfig, match="at least 1"):
@@ -318,7 +318,7 @@ def test_no_frames_and_no_text_are_refused(config):
 
 
 @pytest.mark.parametrize("names", ["paper-2b", "paper-2b stage-2"])
-def test_layers_that_are_run_once_cost_what_all_of_them_do(names, monkeypatch):
+def test_running_identical_layers_once_gives_the_same_trace(names, monkeypatch):
     config = parse_run([f"--config={name}" for name in names.split()], "")
     once = cost.training_trace(config, 12, 20), cost.answering_memory(config, 12, 20)
     monkeypatch.setattr(meta_trace, "_run_once", lambda *_: contextlib.nullcontext())

@@ -1,4 +1,4 @@
-"""Side-by-side measurements. Each is a command that prints a table, its limits beside its results."""
+"""Side-by-side measurements. Each is a command that prints a table with limits next to the results."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def report(benchmark: str, table: Table, figures: dict[str, float], detail: Any, as_json: bool) -> None:
-    """Print the table for people and, where asked, one last line of JSON for programs."""
+    """Print the table and, with `as_json`, one JSON object as the last line."""
     Console(width=None if os.isatty(1) else 190).print(table)
     if as_json:
         machine = {

@@ -1,16 +1,16 @@
-"""Which library decodes: right frames first, then CPU time and bytes read.
+"""Compare video decoders: correct frames first, then CPU time and bytes read.
 
     python -m benchmarks.decoders --json
 
-Each backend of `data.decoder` is asked for 16 frames of each kind of file (H.264 with B-frames, 640x360, half a minute
-at 10 frames/s, grain over numbers that are read back from the decoded frames):
+Each backend of `data.decoder` decodes 16 frames of each kind of file (H.264 with B-frames, 640x360, half a minute at
+10 frames/s; each frame shows its number, under grain, which is read back from the decoded frame):
 
-`right`: frames that are the ones on screen at the wanted moments / such frames that the file holds; `wrong`: others.
-`cpu_over_pyav`: CPU time over PyAV's, one thread, in turns, median of the rounds' ratios; only where both are right,
-    and give as many.
-`read_over_size`: bytes asked of the file / its size.
+`right`: decoded frames that are on screen at the requested times / such frames in the file; `wrong`: all others.
+`cpu_over_pyav`: CPU time over that of PyAV, one thread, alternating, median of the ratios; only if both are right
+    and return equally many frames.
+`read_over_size`: bytes read from the file / its size.
 
-A backend that does not load here is named and left out.
+A backend that cannot be loaded is reported and skipped.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from benchmarks import report
 from benchmarks.data import cpu_s, in_turns, median_ratio
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data.video.decode_pool import BACKENDS, Decoder, Unreadable, require_backend
-from tests.corrupt import zoo
+from tests.support import zoo
 
 FRAMES, SIDE, SIZE = 16, 384, (640, 360)
 SECONDS = 30
@@ -40,14 +40,14 @@ NAMES = ("pyav", "decord", "torchcodec")
 
 @dataclass(frozen=True)
 class Kind:
-    """A file, and what is to be seen in it.
+    """A test file and the frames it shows.
 
     Attributes:
         content: its bytes.
-        times: when its frames appear [s], those apart that were cut off; the first of them reads `first`.
-        ends: when the video ends [s]. Several, all of them right: where the file leaves open how long its last frame
-            lasts, and where a cut one's frames may be spread over what it was or over what is left.
-        turns: quarters by which a decoded frame must be turned back for reading.
+        times: when its frames appear [s], without truncated ones; the first one shows the number `first`.
+        ends: when the video ends [s]. Several if all are correct: the file does not say how long its last frame lasts,
+            or it is truncated and frames may be sampled over its original or its remaining length.
+        turns: quarter turns that bring a decoded frame upright.
     """
 
     content: bytes
@@ -57,18 +57,18 @@ class Kind:
     turns: int = 0
 
     def expected(self, end: float) -> list[int]:
-        """Numbers on screen in the middles of equal parts of [0, end), as far as the file goes."""
+        """Return the numbers on screen in the middle of equal parts of [0, end), up to the last frame of the file."""
         moments = (np.arange(FRAMES) + 0.5) * end / FRAMES + 1e-6
         shown = np.searchsorted(self.times, moments[moments < max(self.times) + 1 / zoo.FPS], side="right") - 1
         return [int(number) for number in self.first + np.unique(shown)]
 
-    def seen(self, found: np.ndarray) -> list[int | None]:
-        """Numbers in decoded frames (frames, side, side, 3)."""
-        return [zoo.read(frame) for frame in np.rot90(found, self.turns, axes=(1, 2))]
+    def numbers(self, frames: np.ndarray) -> list[int | None]:
+        """Read the numbers shown in decoded frames, uint8 (frames, side, side, 3)."""
+        return [zoo.read(frame) for frame in np.rot90(frames, self.turns, axes=(1, 2))]
 
 
 def grainy(number: int, width: int, height: int) -> np.ndarray:
-    """A numbered frame with moving grain, as costly to decode as a real one: uint8 (height, width, 3)."""
+    """Draw a numbered frame with moving grain, as expensive to decode as a real one: uint8 (height, width, 3)."""
     x, y = number * 5 % 64, number * 3 % 64
     image = zoo.draw(number, width, height) + GRAIN[y : y + height, x : x + width]
     return image.clip(0, 255).astype(np.uint8)
@@ -78,43 +78,43 @@ GRAIN = np.random.default_rng(0).integers(-30, 30, (112, 176, 3)).repeat(4, 0).r
 
 
 def make_kinds() -> dict[str, Kind]:
-    """The files, by name."""
+    """Return the test files by name."""
     even = np.arange(SECONDS * zoo.FPS) / zoo.FPS
     uneven = np.cumsum(np.tile([0.1, 0.3, 0.05, 0.15, 0.05, 0.05, 0.2, 0.1], SECONDS)) - 0.1
     make = partial(zoo.video, frames=len(even), size=SIZE, picture=grainy, preset="veryfast", crf="23")
-    # No keyframes but the regular ones.
+    # Only regular keyframes.
     short, long = (make(g=str(gop), sc_threshold="0", container={"movflags": "faststart"}) for gop in (10, 75))
     varied = make(frames=len(uneven), times=uneven, g="10", sc_threshold="0")
     with av.open(io.BytesIO(short)) as container:
         frame = container.streams.video[0].index_entries[240]
         cut = short[: frame.pos + frame.size // 2]
-    whole = (float(SECONDS),)
+    full = (float(SECONDS),)
     return {
-        "long groups (8 keyframes a minute)": Kind(long, even, whole),
-        "short groups (60)": Kind(short, even, whole),
+        "long groups (8 keyframes a minute)": Kind(long, even, full),
+        "short groups (60)": Kind(short, even, full),
         "edit list from a keyframe": Kind(zoo.edited(short, 100, 200), even[:200], (20.0,), first=100),
         "edit list between keyframes": Kind(zoo.edited(short, 103, 197), even[:197], (19.7,), first=103),
         "variable frame rate": Kind(varied, uneven, (uneven[-1] + 0.1, uneven[-1] + 0.05)),
-        "a quarter turned": Kind(zoo.turned(short, (0, 1, -1, 0)), even, whole, turns=1),
-        "cut after 80 % of its frames": Kind(cut, even[:240], (*whole, 24.0, 24.1)),
-        "transport stream": Kind(make("mpegts", g="10", sc_threshold="0"), even, whole),
+        "a quarter turned": Kind(zoo.turned(short, (0, 1, -1, 0)), even, full, turns=1),
+        "cut after 80 % of its frames": Kind(cut, even[:240], (*full, 24.0, 24.1)),
+        "transport stream": Kind(make("mpegts", g="10", sc_threshold="0"), even, full),
     }
 
 
 class Counted(io.FileIO):
-    """A file that counts the bytes that are read of it."""
+    """A file that counts the bytes read from it."""
 
     count = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As any file."""
+        """Read like any file, and count the bytes."""
         piece = super().read(-1 if size is None else size) or b""
         self.count += len(piece)
         return piece
 
 
 def run(backend: str, path: Path, read: dict[str, int]) -> None:
-    """Decode in this process; notes the bytes read."""
+    """Decode in this process; store the number of bytes read in `read`."""
     with Counted(str(path)) as file:
         form = "mpegts" if file.read(1) == b"G" else "mov"
         file.seek(0)
@@ -124,7 +124,7 @@ def run(backend: str, path: Path, read: dict[str, int]) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the comparison."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoders", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--rounds", type=int, default=3)
@@ -138,31 +138,31 @@ def main() -> None:
             missing[name] = str(error)
     figures: dict[str, float] = {}
     detail: dict[str, Any] = {"missing": missing, "frames": FRAMES, "side_px": SIDE}
-    table = Table("file", "decoder", "right", "wrong", "CPU s", "over PyAV", "read / size", "says", title="decoders")
+    table = Table("file", "decoder", "right", "wrong", "CPU s", "over PyAV", "read / size", "error", title="decoders")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         decoders = {name: stack.enter_context(in_a_child(name)) for name in loaded}
         for kind_name, kind in make_kinds().items():
             path = Path(folder) / "clip.mp4"
             path.write_bytes(kind.content)
-            found = {name: decoder([str(path)])[0] for name, decoder in decoders.items()}
-            judged = {name: judge(kind, one) for name, one in found.items()}
-            good = [name for name, (right, wrong, wanted) in judged.items() if right == wanted and not wrong]
+            results = {name: decoder([str(path)])[0] for name, decoder in decoders.items()}
+            judged = {name: judge(kind, one) for name, one in results.items()}
+            good = [name for name, (right, wrong, expected) in judged.items() if right == expected and not wrong]
             read: dict[str, int] = {}
             arms = {name: partial(cpu_s, partial(run, name, path, read)) for name in good}
             measured = in_turns(arguments.rounds, **arms)
             detail[kind_name] = {name: statistics.median(values) for name, values in measured.items()}
             for name in loaded:
-                right, wrong, wanted = judged[name]
-                row = [f"{right} of {wanted}", f"{wrong}"]
+                right, wrong, expected = judged[name]
+                row = [f"{right} of {expected}", f"{wrong}"]
                 key = f"{name}/{kind_name}"
-                figures |= {f"{key}/right": right / wanted, f"{key}/wrong": wrong}
+                figures |= {f"{key}/right": right / expected, f"{key}/wrong": wrong}
                 if name in good:
                     same = judged[name] == judged["pyav"]
                     over = median_ratio(measured, name, "pyav") if same else None
                     share = read[name] / len(kind.content)
                     row += [f"{detail[kind_name][name]:.2f}", f"{over:.2f}" if over else "", f"{share:.2f}"]
                     figures |= {f"{key}/read_over_size": share} | ({f"{key}/cpu_over_pyav": over} if over else {})
-                elif isinstance(one := found[name], Unreadable):
+                elif isinstance(one := results[name], Unreadable):
                     row += ["", "", "", one.reason[-60:]]
                 table.add_row(kind_name if name == loaded[0] else "", name, *row)
     for name, why in missing.items():
@@ -170,16 +170,16 @@ def main() -> None:
     report("decoders", table, figures, detail, arguments.json)
 
 
-def judge(kind: Kind, found: np.ndarray | Unreadable) -> tuple[int, int, int]:
-    """Right frames, wrong ones, and how many there should be, for the end that fits best."""
-    seen = [] if isinstance(found, Unreadable) else kind.seen(found)
-    expected = max((kind.expected(end) for end in kind.ends), key=lambda numbers: len(set(numbers) & set(seen)))
-    right = len(set(expected) & set(seen))
-    return right, len(seen) - right, len(expected)
+def judge(kind: Kind, result: np.ndarray | Unreadable) -> tuple[int, int, int]:
+    """Return the numbers of right, wrong and expected frames, for the end of the video that fits best."""
+    numbers = [] if isinstance(result, Unreadable) else kind.numbers(result)
+    expected = max((kind.expected(end) for end in kind.ends), key=lambda shown: len(set(shown) & set(numbers)))
+    right = len(set(expected) & set(numbers))
+    return right, len(numbers) - right, len(expected)
 
 
 def in_a_child(backend: str) -> Decoder:
-    """A decoder that may spin or crash."""
+    """Return a decoder that runs in a child process, since backends may hang or crash."""
     return Decoder(DataConfig(num_frames=FRAMES, decoder=backend, decode_timeout_s=5), SIDE)  # type: ignore[arg-type]
 
 

@@ -1,14 +1,14 @@
-"""What a GPU says of it all, at the paper's sizes: python -m benchmarks.gpu [--json].
+"""Measure training and prefill on a GPU at the paper's sizes: python -m benchmarks.gpu [--json].
 
-(a) Training steps of the presets on one GPU, through `crosslmm.train`: NCCL, FSDP, bf16, checkpointed activations. The
-    most memory they take, against `jobs/plan.py`'s (`ratio_...`, limit 0.8 to 1.2), and the share of the GPU's dense
-    FLOP/s that they reach, recomputation counted as work: the `utilisation` that the planner assumes.
-(b) CrossLMM's prefill beside Transformers' own LLaVA-OneVision in bf16, in turns: seconds, and peak memory above the
-    weights, with the logits of every position and of the last one; reductions averaged over the frames, as the paper
-    has them for the 7B.
-(c) Training steps with flash-attn, where it is installed, over those with SDPA (`flash_over_sdpa`).
+(a) Training steps of the presets on one GPU, through `crosslmm.train`: NCCL, FSDP, bf16, checkpointed activations. Peak
+    memory compared with the prediction of `jobs/plan.py` (`ratio_...`, limit 0.8 to 1.2), and the share of the GPU's
+    dense FLOP/s, counting recomputation as work: the `utilisation` that the planner assumes.
+(b) Prefill of CrossLMM and of the LLaVA-OneVision of Transformers in bf16, alternating: time, and peak memory above the
+    weights, with logits of every position or the last one; reductions averaged over the numbers of frames, as in the
+    paper for the 7B.
+(c) Training steps with flash-attn, if installed, relative to SDPA (`flash_over_sdpa`).
 
-Random weights: neither time nor memory knows. An arm or a setting that does not fit into the GPU's memory is left out.
+Weights are random, which affects neither time nor memory. What does not fit the GPU's memory is left out.
 """
 
 import argparse
@@ -44,18 +44,18 @@ from crosslmm.train.parallel import parallelize
 FRAMES = (32, 64, 128, 256)
 ROUNDS = 5
 STEPS, WARM = 8, 3
-"""Of training; the first ones are not timed."""
+"""Training steps, and how many of them are warm-up and not timed."""
 TEXT_TOKENS = Assumptions().text_tokens
 PICKS: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
     "prefill_time_reduction": lambda row: row["prefill_s"],
     "memory_reduction": lambda row: row["memory_bytes"]["all_logits"],
     "memory_reduction_last_logit": lambda row: row["memory_bytes"]["last_logit"],
 }
-"""Of a row of prefills: the figure, and what of it is compared."""
+"""Name of each figure, and the values of a prefill row that it compares."""
 
 
 class Setting(NamedTuple):
-    """A training run."""
+    """Settings of a training run."""
 
     model: str
     stage: str
@@ -65,7 +65,7 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As the figure is called."""
+        """Name of the setting in the figures."""
         kernels = "" if self.attention == "sdpa" else "_flash"
         return f"{self.model}_{self.stage}_frames{self.frames}x{self.micro_batch}{kernels}".replace("-", "")
 
@@ -79,8 +79,8 @@ SETTINGS = [
 WITH_FLASH = [setting._replace(attention="flash_attention_2") for setting in SETTINGS[:3]]
 
 
-def configured(setting: Setting) -> RunConfig:
-    """One rank, one micro-batch a step."""
+def build_run(setting: Setting) -> RunConfig:
+    """Return the configuration with one rank and one micro-batch per step."""
     return parse_run(
         [
             f"--config={setting.model}", f"--config={setting.stage}", f"--data.num_frames={setting.frames}",
@@ -92,7 +92,7 @@ def configured(setting: Setting) -> RunConfig:
 
 
 def batch(config: RunConfig, side: int, tokens_per_frame: int) -> BatchFeature:
-    """Videos of noise, each with its text, all of it labelled."""
+    """Return a micro-batch of noise videos with text, all of it labelled."""
     frames, size = config.data.num_frames, config.train.micro_batch_size
     input_ids = torch.tensor([[VIDEO] * frames * tokens_per_frame + [TEXT] * TEXT_TOKENS] * size)
     return BatchFeature({
@@ -105,19 +105,19 @@ def batch(config: RunConfig, side: int, tokens_per_frame: int) -> BatchFeature:
 
 
 class Seconds(Callbacks):
-    """Of every step."""
+    """Collects the time of every step [s]."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Takes the step's own."""
+        """Store the time of the step."""
         self.steps.append(metrics["step_s"])
 
 
 def trained(setting: Setting) -> dict[str, float]:
-    """Seconds of a step, and the most bytes allocated and reserved since the model stood."""
-    config, device = configured(setting), torch.device("cuda")
+    """Train; return the time per step [s], and peak memory allocated and reserved after building the model [bytes]."""
+    config, device = build_run(setting), torch.device("cuda")
 
     def build(weights: bool) -> CrossLMMForConditionalGeneration:
         model_config = build_config(config.model, video_token_id=VIDEO)
@@ -126,21 +126,23 @@ def trained(setting: Setting) -> dict[str, float]:
             return CrossLMMForConditionalGeneration(model_config)
 
     model: Any = parallelize(build, config.train, device)
-    emptied()
+    reset_memory()
     optimizer = build_optimizer(model, config.train)
     made = batch(config, model.config.vision_config.image_size, model.config.tokens_per_frame)
-    around = Seconds()
+    callbacks = Seconds()
     # Each step copies its batch to the GPU, as in a run.
-    train(config, model, optimizer, (StepBatch([pinned(made, device)], []) for _ in range(STEPS)), range(STEPS), around)
+    train(
+        config, model, optimizer, (StepBatch([pinned(made, device)], []) for _ in range(STEPS)), range(STEPS), callbacks
+    )
     return {
-        "step_s": statistics.median(around.steps[WARM:]),
+        "step_s": statistics.median(callbacks.steps[WARM:]),
         "allocated_bytes": torch.cuda.max_memory_allocated(),
         "reserved_bytes": torch.cuda.max_memory_reserved(),
     }
 
 
 def training(settings: list[Setting]) -> Iterator[dict[str, Any]]:
-    """What each takes, and what the planner says of it."""
+    """Yield measurement and prediction of each setting."""
     peak = next((gpu.flops["bf16"] for name, gpu in GPUS.items() if name in _words(torch.cuda.get_device_name())), None)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     for setting in settings:
@@ -149,7 +151,7 @@ def training(settings: list[Setting]) -> Iterator[dict[str, Any]]:
             row |= trained(setting)
         except torch.OutOfMemoryError:
             row["step_s"] = None
-        emptied()
+        reset_memory()
         if row["step_s"] is not None:
             row["predicted_bytes"], row["flops"] = planned(setting._replace(attention="sdpa"))
             row["utilisation"] = peak and row["flops"] / row["step_s"] / peak
@@ -158,28 +160,28 @@ def training(settings: list[Setting]) -> Iterator[dict[str, Any]]:
 
 
 def _words(device: str) -> set[str]:
-    """NVIDIA A100-SXM4-80GB -> a100-80 and the words themselves; NVIDIA GeForce RTX 4090 -> rtx-4090, ..."""
+    """Return possible keys of `GPUS` for a device name, such as a100-80 for NVIDIA A100-SXM4-80GB."""
     words = device.lower().replace("-", " ").replace("gb", "").split()
     return {*words, *("-".join((a, b)) for a, b in itertools.permutations(words, 2))}
 
 
 @functools.cache
 def planned(setting: Setting) -> tuple[int, int]:
-    """Bytes and floating-point operations of a step, as `jobs/plan.py` has them."""
-    config = configured(setting)
+    """Return memory [bytes] and FLOPs of a step as predicted by `jobs/plan.py`."""
+    config = build_run(setting)
     traced = training_trace(config, setting.frames, TEXT_TOKENS)
     return training_memory(config, traced).total, traced.flops
 
 
-def emptied() -> None:
-    """Garbage goes, and the most memory is counted anew."""
+def reset_memory() -> None:
+    """Collect garbage, empty the GPU's cache and reset the peak memory."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
 
-def said(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows, each printed as it comes: minutes lie between them."""
+def printed(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the rows, printing each as soon as it is measured: that takes minutes per row."""
     for row in rows:
         print(row, file=sys.stderr, flush=True)
         yield row
@@ -187,16 +189,16 @@ def said(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def prefills(preset: str) -> list[dict[str, Any]]:
-    """One row a frame count, of both; an arm that does not fit is missing in it."""
+    """Return one row per number of frames; a model that does not fit the memory is missing from it."""
     chunk = parse_run([f"--config={preset}"], "").model.encoder_chunk
     with _in_bf16_on_the_gpu():
         arms: dict[str, Ours | Theirs] = {"ours": Ours(preset, encoder_chunk=chunk), "theirs": Theirs(preset)}
-    return list(said(_prefill_row(arms, frames) for frames in FRAMES))
+    return list(printed(_prefill_row(arms, frames) for frames in FRAMES))
 
 
 @contextlib.contextmanager
 def _in_bf16_on_the_gpu() -> Iterator[None]:
-    """What is made in it. Nothing is timed in it: every call would go through the mode that chooses the device."""
+    """Create tensors in bf16 on the GPU. Time nothing inside: the mode intercepts every call."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -212,20 +214,20 @@ def _prefill_row(arms: dict[str, Ours | Theirs], frames: int) -> dict[str, Any]:
     peaks: dict[str, dict[str, int]] = {"all_logits": {}, "last_logit": {}}
     for kind, keep in (("all_logits", 0), ("last_logit", 1)):
         for name, arm in arms.items():
-            emptied()
+            reset_memory()
             before = torch.cuda.memory_allocated()
             with contextlib.suppress(torch.OutOfMemoryError):
                 prefill(arm, inputs[name], keep)
-                # The pixels count, as the paper has them.
+                # Include the pixels, as the paper does.
                 pixels = next(value for key, value in inputs[name].items() if "pixel" in key)
                 peaks[kind][name] = torch.cuda.max_memory_allocated() - before + pixels.nbytes
-    emptied()
+    reset_memory()
     timed = {name: functools.partial(prefill, arms[name], inputs[name]) for name in peaks["last_logit"]}
     return {"frames": frames, "memory_bytes": peaks, "prefill_s": in_turns(timed)}
 
 
 def in_turns(works: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-    """Median seconds on the GPU of each, one after the other, round by round; the first round is not counted."""
+    """Return the median GPU time of each [s], alternating in every round; the first round is warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(ROUNDS + 1):
         for name, work in works.items():
@@ -239,26 +241,26 @@ def in_turns(works: Mapping[str, Callable[[], None]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("there is no GPU here; python -m benchmarks.model and benchmarks.memory run on CPUs")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as crosslmm.preflight.hardware has it
+        parser.error("no GPU found; python -m benchmarks.model and benchmarks.memory run on CPUs")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as crosslmm.preflight.hardware sets it
     flash = WITH_FLASH if is_flash_attn_2_available() else []
-    rows = list(said(training([*SETTINGS, *flash])))
-    beside = {preset: prefills(preset) for preset in ("paper-2b", "paper-7b")}
+    rows = list(printed(training([*SETTINGS, *flash])))
+    prefill_rows = {preset: prefills(preset) for preset in ("paper-2b", "paper-7b")}
     figures: dict[str, float] = {}
     for row in rows:
         if row["step_s"] is not None:
             figures[f"ratio_{row['setting']}"] = row["predicted_bytes"] / row["allocated_bytes"]
             if row["utilisation"] is not None:
                 figures[f"utilisation_{row['setting']}"] = row["utilisation"]
-    for preset, of_one in beside.items():
+    for preset, preset_rows in prefill_rows.items():
         size = preset.removeprefix("paper-")
         for figure, pick in PICKS.items():
-            if both := [row for row in of_one if len(pick(row)) == 2]:
+            if both := [row for row in preset_rows if len(pick(row)) == 2]:
                 figures[f"{figure}_{size}"] = reduction(both, pick)
     by_name = {row["setting"]: row["step_s"] for row in rows}
     for setting in flash:
@@ -267,7 +269,13 @@ def main() -> None:
             figures[f"flash_over_sdpa_{setting.name}"] = packed / sdpa
     table = _training_table(rows)
     report("gpu training", table, {}, None, False)
-    report("gpu", _prefill_table(beside, figures), figures, {"training": rows, "prefill": beside}, arguments.json)
+    report(
+        "gpu",
+        _prefill_table(prefill_rows, figures),
+        figures,
+        {"training": rows, "prefill": prefill_rows},
+        arguments.json,
+    )
 
 
 def _training_table(rows: list[dict[str, Any]]) -> Table:
@@ -287,16 +295,18 @@ def _training_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _prefill_table(beside: dict[str, list[dict[str, Any]]], figures: dict[str, float]) -> Table:
+def _prefill_table(prefill_rows: dict[str, list[dict[str, Any]]], figures: dict[str, float]) -> Table:
     table = Table(title="prefill, CrossLMM / LLaVA-OneVision, bf16: less is better")
     for heading in ("preset", "frames", "prefill [s]", "all logits [GB]", "last logit [GB]"):
         table.add_column(heading, justify="right")
 
     def pair(values: dict[str, float], unit: float, digits: int) -> str:
-        return " / ".join(f"{values[a] / unit:.{digits}f}" if a in values else "too much" for a in ("ours", "theirs"))
+        return " / ".join(
+            f"{values[a] / unit:.{digits}f}" if a in values else "out of memory" for a in ("ours", "theirs")
+        )
 
-    for preset, of_one in beside.items():
-        for row in of_one:
+    for preset, preset_rows in prefill_rows.items():
+        for row in preset_rows:
             memory = (pair(row["memory_bytes"][kind], 1e9, 2) for kind in ("all_logits", "last_logit"))
             table.add_row(preset, str(row["frames"]), pair(row["prefill_s"], 1, 3), *memory)
     table.caption = "\n".join(

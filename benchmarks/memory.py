@@ -1,7 +1,7 @@
-"""The planner's memory against what training processes really use: python -m benchmarks.memory [--json].
+"""Compare the memory that the planner predicts with that of training processes: python -m benchmarks.memory [--json].
 
-Each setting runs in processes of its own, which take two training steps on CPU: forward, backward, AdamW. Their peak
-resident memory above what the imports take is held against `crosslmm.planning.cost`. Linux only; about five minutes.
+Each setting runs in new processes that take two training steps on the CPU: forward, backward, AdamW. Their peak
+resident memory, less that after the imports, is compared with `crosslmm.planning.cost`. Linux only; five minutes.
 """
 
 import argparse
@@ -17,24 +17,25 @@ from benchmarks import report
 from crosslmm.config import RunConfig, validate_run
 
 LIMIT = 0.20
-"""How far predicted / measured may lie from 1."""
+"""Largest allowed difference of predicted / measured from 1."""
 TEXT_TOKENS = 64
+"""Text per sample [tokens]."""
 
 
 class Setting(NamedTuple):
-    """What is varied."""
+    """Settings of one measurement."""
 
     frames: int
     pool_stride: int
     checkpointing: bool
     workers: int = 0
-    """FSDP workers; 0 is one process without FSDP."""
+    """Number of FSDP workers; 0 for one process without FSDP."""
     precision: str = "fp32"
     accumulation: int = 1
 
     @property
     def name(self) -> str:
-        """As the figure is called."""
+        """Name of the setting in the figures."""
         return "_".join([
             f"frames{self.frames}", f"stride{self.pool_stride}",
             *(["checkpointing"] if self.checkpointing else []),
@@ -60,12 +61,12 @@ SETTINGS = [
 
 
 def main() -> None:
-    """Measure, predict, print."""
+    """Measure and predict each setting; print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--only", type=int, metavar="N", help="the N-th setting alone, from 0")
+    parser.add_argument("--only", type=int, metavar="N", help="run the N-th setting only, counted from 0")
     arguments = parser.parse_args()
-    # Freed blocks go back to the system at once, so that resident memory is what tensors hold.
+    # Return freed blocks to the system at once, so that resident memory is that of the tensors.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
     from crosslmm.planning.cost import training_memory, training_trace
 
@@ -75,7 +76,7 @@ def main() -> None:
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     figures, detail = {}, {}
     for setting in SETTINGS if arguments.only is None else [SETTINGS[arguments.only]]:
-        config = configured(setting)
+        config = build_run(setting)
         traced = training_trace(config, setting.frames, TEXT_TOKENS)
         memory = training_memory(config, traced, sharded=setting.workers > 0)
         measured = measure(setting)
@@ -92,8 +93,8 @@ def main() -> None:
     report("memory", table, figures, detail, arguments.json)
 
 
-def configured(setting: Setting) -> RunConfig:
-    """A model of 36 M parameters on a 16 x 16 grid, everything learning."""
+def build_run(setting: Setting) -> RunConfig:
+    """Return the configuration: a model of 36 M parameters on a 16 x 16 grid, with every component trainable."""
     rates = dict.fromkeys(("vision", "projector", "v2v", "t2v", "decoder"), 1e-3)
     workers = max(setting.workers, 1)
     return validate_run({
@@ -113,14 +114,14 @@ def configured(setting: Setting) -> RunConfig:
 
 
 def measure(setting: Setting) -> int:
-    """Peak bytes above the imports: of the worker that takes most."""
+    """Return the peak memory of the largest worker, without that of the imports [bytes]."""
     workers = max(setting.workers, 1)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         return max(pool.map(_train, [setting] * workers, range(workers), [os.getpid()] * workers))
 
 
 def _train(setting: Setting, rank: int, port: int) -> int:
-    """Two steps in this process."""
+    """Take two steps in this process; return its peak memory without that of the imports [bytes]."""
     import torch
     from transformers import BatchFeature
 
@@ -130,7 +131,7 @@ def _train(setting: Setting, rank: int, port: int) -> int:
     from crosslmm.train.parallel import parallelize
 
     torch.set_num_threads(1)
-    config = configured(setting)
+    config = build_run(setting)
     before = _resident("VmRSS")
 
     def build(weights: bool) -> CrossLMMForConditionalGeneration:
@@ -166,7 +167,7 @@ def _train(setting: Setting, rank: int, port: int) -> int:
 
 
 def _resident(field: str) -> int:
-    """VmRSS, what this process has in memory, or VmHWM, the most it ever had."""
+    """Return VmRSS, the resident memory of this process, or VmHWM, its peak [bytes]."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024

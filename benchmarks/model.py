@@ -1,11 +1,12 @@
-"""CrossLMM beside Transformers' own LLaVA-OneVision: python -m benchmarks.model [--json].
+"""Compare CrossLMM with the LLaVA-OneVision of Transformers: python -m benchmarks.model [--json].
 
-The same encoder (27 x 27 patches), the same decoder, the same frames, in turns within one run: prefill time with and
-without the encoder, training step time, peak memory above the weights, and multiply-accumulates as the paper counts
-them (linear layers, counted by torch on both models as they run). Two proportions of encoder to decoder: that of the 7B
-(a frame costs the encoder 51 times what a token costs the decoder) and of the 2B (254). Then, of CrossLMM alone: the
-time per generated token with the videos' keys and values cached or made anew, and how prefill time grows with frames.
-Random weights: neither time nor memory knows. About fifteen minutes on one core.
+Both have the same encoder (27 x 27 patches), decoder and frames, and alternate within one run. Measured are prefill
+time with and without the encoder, training step time, peak memory above the weights, and multiply-accumulates as the
+paper counts them (linear layers, counted by torch on the running models). There are two ratios of encoder to decoder:
+that of the 7B (a frame in the encoder costs 51 times a token in the decoder) and that of the 2B (254). Then, for
+CrossLMM alone: the time per generated token with cached or recomputed keys and values of the videos, and the growth of
+prefill time with the number of frames. Weights are random, which affects neither time nor memory. Fifteen minutes on
+one core.
 """
 
 import argparse
@@ -38,20 +39,20 @@ GROWTH_FRAMES = (16, 32, 64, 128, 256)
 ROUNDS = 3
 TEXT = 60
 PAPER = {"prefill_time_reduction": 0.487, "memory_reduction": 0.792, "macs_reduction": 0.748}
-"""The paper's averages over 32 to 256 frames, 7B: what is to be beaten."""
+"""Averages of the paper over 32 to 256 frames, 7B (Figure 4): the limits to reach."""
 SIDE, PATCH, GRID = 378, 14, 27
 VISION = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIDE, "patch_size": PATCH}
 
 
 class Proportion(NamedTuple):
-    """A decoder, and how many times its cost a token the encoder costs a frame."""
+    """A decoder, and the cost of a frame in the encoder relative to a token in this decoder."""
 
     ratio: int
     width: int
     heads: int
     intermediate: int
     vocabulary: int
-    """In Qwen's proportion to the width."""
+    """Vocabulary size, in the same ratio to the width as in Qwen."""
 
 
 PROPORTIONS = {
@@ -62,20 +63,20 @@ LAYERS, KV_HEADS = 8, 1
 
 
 def decoder_macs(size: Proportion) -> int:
-    """Multiply-accumulates of one token in the decoder's layers."""
+    """Count the multiply-accumulates of one token in the layers of the decoder."""
     kv = KV_HEADS * size.width // size.heads
     return LAYERS * (2 * size.width**2 + 2 * size.width * kv + 3 * size.width * size.intermediate)
 
 
 def encoder_intermediate(size: Proportion) -> int:
-    """The encoder's feed-forward width that gives the proportion, score and value products included."""
+    """Return the feed-forward width of the encoder that gives the ratio, including score and value products."""
     width, layers, patches = int(VISION["hidden_size"]), int(VISION["num_hidden_layers"]), GRID**2
     per_layer = size.ratio * decoder_macs(size) / layers
     return round((per_layer - 4 * patches * width**2 - 2 * patches**2 * width) / (2 * patches * width))
 
 
 def configurations(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Vision and text fields, of both models alike: of a proportion, or a preset's."""
+    """Return the vision and text configuration of both models, for a proportion or a preset."""
     if name not in PROPORTIONS:
         model = parse_run([f"--config={name}"], "").model
         assert model.vision is not None
@@ -91,7 +92,7 @@ def configurations(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class Ours:
-    """CrossLMM, 9 tokens a frame, K = 4."""
+    """CrossLMM with 9 tokens per frame and K = 4."""
 
     name = "CrossLMM"
 
@@ -108,21 +109,21 @@ class Ours:
                     parameter.fill_(0.5)
 
     def inputs(self, frames: int) -> dict[str, Tensor]:
-        """A video and 60 words."""
+        """Return the inputs for one video and 60 text tokens."""
         ids = torch.full((1, frames * self.model.config.tokens_per_frame + TEXT), 7)
         ids[:, :-TEXT] = self.model.config.video_token_id
         pixels = torch.zeros(frames, 3, SIDE, SIDE, dtype=torch.uint8)
         return {"input_ids": ids, "pixel_values": pixels, "num_frames": torch.tensor([[frames]])}
 
     def without_encoder(self, inputs: dict[str, Tensor]) -> Callable[[], None]:
-        """Encode now; from now on the encoder costs nothing. -> how to take that back."""
+        """Encode once and reuse the result, so that the encoder costs nothing; return a function that undoes this."""
         features = self.model.encode(inputs["pixel_values"])
         self.model.encode = lambda pixels: features
         return lambda: self.model.__dict__.pop("encode")
 
 
 class Theirs:
-    """Transformers' LLaVA-OneVision, its 196 tokens a frame."""
+    """LLaVA-OneVision of Transformers with its 196 tokens per frame."""
 
     name = "LLaVA-OneVision"
 
@@ -137,13 +138,13 @@ class Theirs:
         self.model = LlavaOnevisionForConditionalGeneration(config).eval()
 
     def inputs(self, frames: int) -> dict[str, Tensor]:
-        """The same; LLaVA takes normalised float pixels, and one more token that ends the video."""
+        """Return the same inputs; LLaVA takes normalised float pixels, and one more token at the end of the video."""
         ids = torch.full((1, frames * 196 + 1 + TEXT), 7)
         ids[:, :-TEXT] = self.model.config.video_token_id
         return {"input_ids": ids, "pixel_values_videos": torch.zeros(1, frames, 3, SIDE, SIDE)}
 
     def without_encoder(self, inputs: dict[str, Tensor]) -> Callable[[], None]:
-        """As above."""
+        """See `Ours.without_encoder`."""
         tower = self.model.model.vision_tower
         features = tower(inputs["pixel_values_videos"][0], output_hidden_states=True)
         tower.forward = lambda *_, **__: features
@@ -151,12 +152,12 @@ class Theirs:
 
 
 def prefill(arm: Ours | Theirs, inputs: dict[str, Tensor], logits_to_keep: int = 1) -> None:
-    """What generation does before the first token."""
+    """Run what generation computes before the first token."""
     arm.model(**inputs, use_cache=True, logits_to_keep=logits_to_keep)
 
 
 def step(arm: Ours | Theirs, inputs: dict[str, Tensor]) -> None:
-    """Forward and backward, everything learning, the words labelled."""
+    """Run forward and backward with every parameter trainable and the text labelled."""
     labels = inputs["input_ids"].clone()
     labels[:, :-TEXT] = -100
     arm.model(**inputs, labels=labels, use_cache=False).loss.backward()
@@ -164,7 +165,7 @@ def step(arm: Ours | Theirs, inputs: dict[str, Tensor]) -> None:
 
 
 def in_turns(works: Mapping[str, Callable[[], None]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of each, measured one after the other, round by round."""
+    """Return the median time of each [s], alternating in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
@@ -175,16 +176,16 @@ def in_turns(works: Mapping[str, Callable[[], None]], rounds: int = ROUNDS) -> d
 
 
 def linear_macs(arm: Ours | Theirs, inputs: dict[str, Tensor]) -> int:
-    """Of a prefill; torch counts the products of linear layers and the patch convolution, as the paper does."""
+    """Count the MACs of a prefill in linear layers and the patch convolution, as the paper does."""
     with FlopCounterMode(display=False) as counter:
         prefill(arm, inputs)
     return counter.get_total_flops() // 2
 
 
 def attention_products(ours: Ours, theirs: Theirs, frames: int) -> dict[str, int]:
-    """Multiply-accumulates of all score and value products, which the paper leaves out; LLaVA's causal ones by half.
+    """Count the MACs of all score and value products, which the paper omits; half of LLaVA's, which are causal.
 
-    Those of our own decoder are whole squares, under one in a hundred of ours.
+    Those of the decoder of CrossLMM are counted in full; they are less than 1 % of its total.
     """
     config = theirs.model.config
     vision, text = config.vision_config, config.text_config
@@ -195,13 +196,13 @@ def attention_products(ours: Ours, theirs: Theirs, frames: int) -> dict[str, int
 
 
 def peak_memory(arm_name: str, proportion: str, frames: int, last_only: bool) -> int:
-    """Peak resident bytes of a prefill above the model, pixels included as the paper has them. In its own process."""
+    """Return the peak memory of a prefill above the model, pixels included [bytes]. Run it in a new process."""
     torch.set_num_threads(1)
     arm = (Ours if arm_name == "ours" else Theirs)(proportion)
     keep = 1 if last_only else 0
     with torch.no_grad():
-        prefill(arm, arm.inputs(1), keep)  # what the libraries allocate once
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        prefill(arm, arm.inputs(1), keep)  # allocations that libraries make once
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = _status("VmRSS")
         prefill(arm, arm.inputs(frames), keep)
     return _status("VmHWM") - before
@@ -214,10 +215,10 @@ def _status(key: str) -> int:
 
 @torch.no_grad()
 def compare(proportion: str) -> list[dict[str, Any]]:
-    """One row a frame count: times, memory and multiply-accumulates of both."""
+    """Return one row per number of frames: times, memory and multiply-accumulates of both models."""
     ours, theirs = Ours(proportion), Theirs(proportion)
     for arm in (ours, theirs):
-        prefill(arm, arm.inputs(1))  # what is done once
+        prefill(arm, arm.inputs(1))  # warm-up
     rows = []
     for frames in FRAMES:
         row: dict[str, Any] = {"frames": frames}
@@ -232,8 +233,8 @@ def compare(proportion: str) -> list[dict[str, Any]]:
         row["macs_with_products"] = {arm: row["macs"][arm] + products[arm] for arm in products}
         undo = [ours.without_encoder(inputs["ours"]), theirs.without_encoder(inputs["theirs"])]
         row["prefill_without_encoder_s"] = in_turns(works)
-        for take_back in undo:
-            take_back()
+        for restore in undo:
+            restore()
         if frames in STEP_FRAMES:
             with torch.enable_grad():
                 steps = {
@@ -256,7 +257,7 @@ def _in_own_process(*arguments: Any) -> int:
 
 @torch.no_grad()
 def token_times() -> list[dict[str, float]]:
-    """Seconds per generated token, the video's keys and values cached, and made anew of the projected tokens."""
+    """Return the time per generated token [s] with keys and values of the video cached, and recomputed."""
     arm = Ours("7b")
     model, rows = arm.model, []
     for frames in TOKEN_FRAMES:
@@ -264,37 +265,37 @@ def token_times() -> list[dict[str, float]]:
         cache = model._new_cache()
         model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         tokens_FPD = model.projector(model.encode(inputs["pixel_values"]))
-        word = {"input_ids": torch.tensor([[7]]), "num_frames": inputs["num_frames"]}
+        token = {"input_ids": torch.tensor([[7]]), "num_frames": inputs["num_frames"]}
 
         works = {
-            "cached": functools.partial(_word, model, cache, word),
-            "recomputed": functools.partial(_word_anew, model, cache, word, tokens_FPD),
+            "cached": functools.partial(_token, model, cache, token),
+            "recomputed": functools.partial(_token_recomputed, model, cache, token, tokens_FPD),
         }
         rows.append({"frames": frames, **in_turns(works, rounds=15)})
     return rows
 
 
-def _word(model: CrossLMMForConditionalGeneration, cache: EncoderDecoderCache, word: dict[str, Tensor]) -> None:
-    model(**word, past_key_values=cache, use_cache=True)
+def _token(model: CrossLMMForConditionalGeneration, cache: EncoderDecoderCache, token: dict[str, Tensor]) -> None:
+    model(**token, past_key_values=cache, use_cache=True)
     cache.self_attention_cache.crop(-1)
 
 
-def _word_anew(
-    model: CrossLMMForConditionalGeneration, cache: EncoderDecoderCache, word: dict[str, Tensor], tokens_FPD: Tensor
+def _token_recomputed(
+    model: CrossLMMForConditionalGeneration, cache: EncoderDecoderCache, token: dict[str, Tensor], tokens_FPD: Tensor
 ) -> None:
-    """The same with an empty cache of keys and values: they are projected again."""
+    """Generate a token after emptying the cache of the video's keys and values, so that they are projected again."""
     cache.is_updated = dict.fromkeys(cache.is_updated, False)
     for layer in cache.cross_attention_cache.layers:
         layer.is_initialized = False  # type: ignore[union-attr]
     build = type(model)._visual_context
-    model._visual_context = lambda *given: replace(build(model, *given), tokens_FPD=tokens_FPD)  # type: ignore[method-assign]
-    _word(model, cache, word)
+    model._visual_context = lambda *arguments: replace(build(model, *arguments), tokens_FPD=tokens_FPD)  # type: ignore[method-assign]
+    _token(model, cache, token)
     del model.__dict__["_visual_context"]
 
 
 @torch.no_grad()
 def growth() -> dict[str, dict[str, Any]]:
-    """Prefill seconds at rising frame counts, by the scope of V2V, and the exponent that fits all of them best."""
+    """Return prefill times [s] by `v2v_scope` at rising numbers of frames, and the exponent that fits them best."""
     arms = {scope: Ours("7b", v2v_scope=scope) for scope in ("video", "frame")}
     seconds: dict[str, list[float]] = {scope: [] for scope in arms}
     for frames in GROWTH_FRAMES:
@@ -313,44 +314,46 @@ def growth() -> dict[str, dict[str, Any]]:
 
 
 def _slope(x: Tensor, y: Tensor) -> float:
-    """Of the least-squares line."""
+    """Return the slope of the least-squares line."""
     return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
 
 
 def reduction(rows: list[dict[str, Any]], pick: Callable[[dict[str, Any]], dict[str, float]]) -> float:
-    """1 - ours / theirs, averaged over the frame counts."""
+    """Return 1 - ours / theirs, averaged over the numbers of frames."""
     return statistics.mean(1 - pick(row)["ours"] / pick(row)["theirs"] for row in rows)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     arguments = parser.parse_args()
-    # Freed blocks go back to the system at once, so that resident memory is what tensors hold. For the child processes:
-    # here the allocator has read its environment already.
+    # Return freed blocks to the system at once, so that resident memory is that of the tensors. Only child processes
+    # are affected: the allocator of this one has already read its environment.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
     torch.set_num_threads(1)
     rows = {proportion: compare(proportion) for proportion in PROPORTIONS}
     tokens, grown = token_times(), growth()
     figures: dict[str, float] = {}
-    for proportion, of_one in rows.items():
-        stepped = [row for row in of_one if "step_s" in row]
+    for proportion, measured_rows in rows.items():
+        stepped = [row for row in measured_rows if "step_s" in row]
         measured = {
-            "prefill_time_reduction": reduction(of_one, lambda row: row["prefill_s"]),
-            "prefill_time_reduction_without_encoder": reduction(of_one, lambda row: row["prefill_without_encoder_s"]),
-            "memory_reduction": reduction(of_one, lambda row: row["memory_bytes"]["all_logits"]),
-            "memory_reduction_last_logit": reduction(of_one, lambda row: row["memory_bytes"]["last_logit"]),
-            "macs_reduction": reduction(of_one, lambda row: row["macs"]),
+            "prefill_time_reduction": reduction(measured_rows, lambda row: row["prefill_s"]),
+            "prefill_time_reduction_without_encoder": reduction(
+                measured_rows, lambda row: row["prefill_without_encoder_s"]
+            ),
+            "memory_reduction": reduction(measured_rows, lambda row: row["memory_bytes"]["all_logits"]),
+            "memory_reduction_last_logit": reduction(measured_rows, lambda row: row["memory_bytes"]["last_logit"]),
+            "macs_reduction": reduction(measured_rows, lambda row: row["macs"]),
             "step_time_ratio": 1 - reduction(stepped, lambda row: row["step_s"]),
         }
         measured["measured_over_analytic"] = (1 - measured["prefill_time_reduction"]) / (1 - measured["macs_reduction"])
-        with_products = reduction(of_one, lambda row: row["macs_with_products"])
+        with_products = reduction(measured_rows, lambda row: row["macs_with_products"])
         measured["measured_over_analytic_with_products"] = (1 - measured["prefill_time_reduction"]) / (
             1 - with_products
         )
         figures |= {name if proportion == "7b" else f"{name}_{proportion}": value for name, value in measured.items()}
-    # At the most frames.
+    # At the largest number of frames.
     figures["token_time_cached_over_recomputed"] = tokens[-1]["cached"] / tokens[-1]["recomputed"]
     figures["growth_exponent_global"] = grown["video"]["exponent"]
     figures["growth_exponent_frame"] = grown["frame"]["exponent"]
@@ -366,8 +369,8 @@ def _table(rows: dict[str, list[dict[str, Any]]], figures: dict[str, float]) -> 
     def pair(values: dict[str, float] | None, unit: float, digits: int) -> str:
         return f"{values['ours'] / unit:.{digits}f} / {values['theirs'] / unit:.{digits}f}" if values else ""
 
-    for proportion, of_one in rows.items():
-        for row in of_one:
+    for proportion, measured_rows in rows.items():
+        for row in measured_rows:
             memory = row["memory_bytes"]
             table.add_row(
                 f"{PROPORTIONS[proportion].ratio} : 1 ({proportion})", str(row["frames"]), pair(row["prefill_s"], 1, 2),

@@ -1,8 +1,8 @@
-"""Where a training step's time goes: python -m benchmarks.profile_step [--config NAME ...] [--json].
+"""Profile a training step: python -m benchmarks.profile_step [--config NAME ...] [--json].
 
 One process without FSDP, one thread, float32 on CPU, a batch of the configuration's own shape with random frames:
-forward, backward, clipping, AdamW. The table has the operators that take most, and each part's own share. The middle
-size, beside `tiny`:
+forward, backward, clipping, AdamW. The table lists the time of each part, and the operators with the largest share of
+the time. Besides `tiny`, a middle size:
 
   python -m benchmarks.profile_step --config tiny --data.num_frames 16 --model.pool_stride 9
       --model.vision '{hidden_size: 384, intermediate_size: 1152, num_hidden_layers: 6, num_attention_heads: 6,
@@ -32,12 +32,13 @@ from crosslmm.model.param_groups import component_of, freeze
 from crosslmm.train.optim import build_optimizer
 
 STEPS = 5
+"""Steps of each measurement."""
 QUESTION, ANSWER = "Which way does it move, and what colour is it?", "right, red"
-"""About as long as the sample set's."""
+"""About as long as those of the sample set."""
 
 
 class Step:
-    """A training step that can be taken again and again."""
+    """A training step on a fixed batch, which can be repeated."""
 
     def __init__(self, config: RunConfig) -> None:
         processor = build_processor(config.model)
@@ -50,19 +51,19 @@ class Step:
         side, frames = processor.image_size, config.data.num_frames
         random = np.random.default_rng(0)
         videos = [[random.integers(0, 256, (frames, side, side, 3), dtype=np.uint8)]] * config.train.micro_batch_size
-        asked = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}
-        talk: list[dict[str, Any]] = [asked, {"role": "assistant", "content": ANSWER}]
+        question = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}
+        talk: list[dict[str, Any]] = [question, {"role": "assistant", "content": ANSWER}]
         self.batch = processor([talk] * len(videos), videos)
 
     def __call__(self) -> None:
-        """Forward, backward, update."""
+        """Run forward, backward and the optimizer step."""
         self.model(**self.batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def seconds(self) -> float:
-        """Median of a few."""
+        """Return the median time of `STEPS` steps [s]."""
         taken = []
         for _ in range(STEPS):
             began = time.perf_counter()
@@ -71,16 +72,16 @@ class Step:
         return statistics.median(taken)
 
     def operators(self) -> dict[str, float]:
-        """Each operator's own share of the time, the largest first."""
+        """Return the share of each operator in the time (without the operators it calls), the largest first."""
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             for _ in range(STEPS):
                 self()
         times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
-        whole = sum(times.values())
-        return {name: t / whole for name, t in sorted(times.items(), key=lambda item: -item[1])}
+        total = sum(times.values())
+        return {name: t / total for name, t in sorted(times.items(), key=lambda item: -item[1])}
 
     def parts(self) -> dict[str, float]:
-        """Forward seconds of each component, by hooks around the modules that belong to one alone."""
+        """Return the time of each component in the forward pass, and of the backward pass and the update [s]."""
         seconds: dict[str, float] = defaultdict(float)
         began: dict[int, float] = {}
         hooks = []
@@ -109,7 +110,7 @@ class Step:
 
 
 def _outermost(model: CrossLMMForConditionalGeneration) -> list[tuple[str, torch.nn.Module]]:
-    """Component and module, for modules whose time is one component's."""
+    """Return (component, module) for the modules that belong to a single component."""
     chosen = [*model.vision_tower.encoder.layers, model.vision_tower.embeddings, model.projector]
     for layer in model.language_model.model.layers:
         chosen += [module for name, module in layer.named_children() if name in ("self_attn", "mlp", "v2v", "t2v")]
@@ -118,7 +119,7 @@ def _outermost(model: CrossLMMForConditionalGeneration) -> list[tuple[str, torch
 
 
 def main() -> None:
-    """Profile and print."""
+    """Profile and print the result."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
     try:
         config = parse_run(arguments, description=str(__doc__))
@@ -130,7 +131,7 @@ def main() -> None:
     seconds, parts, operators = step.seconds(), step.parts(), step.operators()
     figures = {"step_s": seconds, **{f"part {name}": s for name, s in parts.items()}}
     table = Table(title=f"a training step: {seconds * 1e3:.0f} ms")
-    for heading in ("part", "ms", "operator", "own share"):
+    for heading in ("part", "ms", "operator", "self time"):
         table.add_column(heading, justify="left" if heading in ("part", "operator") else "right")
     left = [(name, f"{s * 1e3:.1f}") for name, s in parts.items()]
     right = [(name, f"{share:.1%}") for name, share in list(operators.items())[:14]]

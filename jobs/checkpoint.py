@@ -70,8 +70,12 @@ def repair(run: str) -> int:
 
 def export(run: str, folder: str, step: int | None) -> int:
     """Write a `from_pretrained` folder of the newest intact checkpoint, or of a given step."""
-    from crosslmm.train import checkpoint  # imports torch, which the other commands need not wait for
+    # These import torch, which the other commands need not wait for.
+    from transformers.utils import logging as transformers_logging
 
+    from crosslmm.train import checkpoint
+
+    transformers_logging.disable_progress_bar()
     if not storage.is_empty(folder):
         raise BadConfig(f"{folder}: is not empty; give another folder, or empty it")
     for one in checkpoint_store.select(run, step):

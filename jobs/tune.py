@@ -44,6 +44,8 @@ def main() -> int:
         space = load(space_name, SPACES, config)
     except BadConfig as error:
         fail(error)
+    import optuna
+
     from crosslmm.data.manifest import BadManifest
     from crosslmm.encode.run import EncodingFailed
     from crosslmm.storage import BadLocation, Unavailable
@@ -52,6 +54,7 @@ def main() -> int:
     from crosslmm.tracking import quiet_mlflow
 
     quiet_mlflow()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         result = run_sweep(config, settings, space_name, space)
     except (BadConfig, BadManifest, BadLocation) as error:

@@ -1,1 +1,1 @@
-"""What to search: dotted paths of the configuration -> Tune domains. `python jobs/tune.py --space NAME` takes one."""
+"""Search spaces for `python jobs/tune.py --space NAME`: dotted configuration keys -> Tune domains."""

@@ -1,4 +1,5 @@
-"""Table 2b (none, K = 1, 2, 4, 8, with both branches) and, at the configuration's own K, Table 2a (T2V, V2V alone)."""
+"""Tables 2b and 2a of the paper as one grid: no cross-attention or K = 1, 2, 4, 8; at the configured K, single
+branches."""
 
 from ray import tune
 
@@ -10,21 +11,23 @@ SEEDS = (0, 1, 2)
 
 
 def space(config: RunConfig) -> Space:
-    """Grids; three seeds where the encoder has weights, for without them a seed would change it too."""
-    own = config.model.cross_attention_every
-    if not (own and config.model.v2v and config.model.t2v):
-        raise BadConfig("--space ablation: the configuration has to have both branches, V2V and T2V, to take one away")
-    fixed = config.model.vision_weights or config.model.init_from
+    """Return grids; three seeds if the encoder has published weights, since a seed would change a random encoder."""
+    configured = config.model.cross_attention_every
+    if not (configured and config.model.v2v and config.model.t2v):
+        raise BadConfig(
+            "--space ablation: needs model.v2v true, model.t2v true and model.cross_attention_every of at least 1"
+        )
+    has_weights = config.model.vision_weights or config.model.init_from
     return {
-        "model.cross_attention_every": tune.grid_search(sorted({*depth.depths(config), own})),
+        "model.cross_attention_every": tune.grid_search(sorted({*depth.depths(config), configured})),
         "model.v2v": OnlyIf(
-            lambda values: values["model.cross_attention_every"] == own, tune.grid_search([True, False]), True
+            lambda values: values["model.cross_attention_every"] == configured, tune.grid_search([True, False]), True
         ),
-        # Without either it would be K = 0 again.
+        # Without both branches it would be K = 0 again.
         "model.t2v": OnlyIf(
-            lambda values: values["model.cross_attention_every"] == own and values["model.v2v"],
+            lambda values: values["model.cross_attention_every"] == configured and values["model.v2v"],
             tune.grid_search([True, False]),
             True,
         ),
-        "seed": tune.grid_search(list(SEEDS) if fixed else [config.seed]),
+        "seed": tune.grid_search(list(SEEDS) if has_weights else [config.seed]),
     }

@@ -1,4 +1,4 @@
-"""How often do the tokens have to look back? Cross-attention in every K-th decoder layer, K as in Table 2b."""
+"""Cross-attention depth: every K-th decoder layer, K as in Table 2b of the paper."""
 
 from ray import tune
 
@@ -8,13 +8,17 @@ from crosslmm.sweep.space import Space
 
 
 def space(config: RunConfig) -> Space:
-    """A grid over K; 0 is none."""
+    """Return a grid over K; 0 is no cross-attention."""
     return {"model.cross_attention_every": tune.grid_search(depths(config))}
 
 
 def depths(config: RunConfig) -> list[int]:
-    """0, 1, 2, 4, 8 as far as the decoder has so many layers."""
+    """Return 0, 1, 2, 4, 8, up to the number of decoder layers.
+
+    Raises:
+        BadConfig: the configuration lists its layers, which makes K meaningless.
+    """
     if config.model.cross_attention_layers is not None:
-        raise BadConfig("--space: model.cross_attention_layers is given, beside which K says nothing; make it null")
+        raise BadConfig("--space: model.cross_attention_layers is given, so K has no effect; set it to null")
     layers = build_config(config.model).text_config.num_hidden_layers
     return [every for every in (0, 1, 2, 4, 8) if every <= layers]

@@ -1,4 +1,4 @@
-"""How few tokens, with cross-attention how often, at which learning rates: all three at once."""
+"""Tokens per frame, cross-attention depth and learning rates together."""
 
 from ray import tune
 
@@ -8,7 +8,7 @@ from tune_spaces import depth, learning_rate, pooling
 
 
 def space(config: RunConfig) -> Space:
-    """Drawn, not walked: a grid of all would be too many."""
+    """Return distributions: a grid over all three would be too large."""
     return {
         "model.pool_stride": tune.choice(pooling.strides(config)),
         "model.cross_attention_every": tune.choice(depth.depths(config)),

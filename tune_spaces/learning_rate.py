@@ -1,4 +1,4 @@
-"""At which learning rates? Each part that the configuration trains, from a fifth of its rate to five times it."""
+"""Learning rates: for each trained component, a fifth of the configured rate to five times it."""
 
 from ray import tune
 
@@ -7,7 +7,7 @@ from crosslmm.sweep.space import OnlyIf, Space
 
 
 def space(config: RunConfig) -> Space:
-    """Log-uniform rates; those of the cross-attentions only where there are any."""
+    """Return log-uniform rates; those of the cross-attentions only if the model has any."""
     rates = {part: rate for part, rate in config.train.learning_rate.model_dump().items() if rate and part != "vision"}
     domains: Space = {
         f"train.learning_rate.{part}": tune.loguniform(rate / 5, rate * 5) for part, rate in rates.items()

@@ -1,4 +1,4 @@
-"""How few visual tokens are enough? Every number of tokens that the encoder's grid can be pooled to."""
+"""Tokens per frame: every number that the encoder's grid can be pooled to."""
 
 from ray import tune
 
@@ -8,12 +8,12 @@ from crosslmm.sweep.space import Space
 
 
 def space(config: RunConfig) -> Space:
-    """A grid over the pooling stride."""
+    """Return a grid over the pooling stride."""
     return {"model.pool_stride": tune.grid_search(strides(config))}
 
 
 def strides(config: RunConfig) -> list[int]:
-    """The smallest stride for each number of tokens, from one token a frame to all; 256 tokens or more only once."""
+    """Return the smallest stride for each number of tokens per frame below 256, and 1 for all tokens."""
     grid = build_config(config.model).grid_size
     smallest = {-(-grid // stride): stride for stride in range(grid, 0, -1)}
     few = [stride for side, stride in sorted(smallest.items()) if side**2 < 256]

@@ -1,1 +1,1 @@
-"""Search what lies behind the frozen encoder: spaces, trials, Tune, and the report of what few tokens cost and give."""
+"""Sweeps: search spaces, trials under Ray Tune, and the report of accuracy against compute."""

@@ -1,4 +1,4 @@
-"""A sweep's trials -> plotly figures, Optuna's own where it has one; a sentence instead of what cannot be drawn."""
+"""Plotly figures of a sweep's trials, Optuna's own where it has one; a sentence where a figure cannot be drawn."""
 
 import html
 import json
@@ -13,13 +13,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import TrialState, create_trial
 
-from crosslmm.sweep import trials as kept
+from crosslmm.sweep import trials as selection
 from crosslmm.sweep.trials import State, Trial
 
 Distributions = Mapping[str, BaseDistribution]
-"""Dotted path -> what was drawn from."""
+"""Dotted key -> distribution."""
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# The palette of Okabe and Ito, distinguishable for the colour-blind.
 COLOURS: dict[State, str] = {
     "finished": "#0072B2",
     "stopped early": "#E69F00",
@@ -28,15 +28,15 @@ COLOURS: dict[State, str] = {
     "running": "#009E73",
 }
 BEST, KNEE = "#D55E00", "#009E73"
-FROM_WORST_TO_BEST = ["#9ecae1", "#4292c6", "#08306b"]
-"""One hue that gets darker: the best stand out on white, the worst can still be seen."""
+ACCURACY_SCALE = ["#9ecae1", "#4292c6", "#08306b"]
+"""One hue, darker for higher accuracy; the lightest is still visible on white."""
 INK, GRID = "#222222", "#e3e3e3"
-ENOUGH = 4
-"""Fewest finished trials of which an importance is told."""
+MIN_IMPORTANCE_TRIALS = 4
+"""Finished trials that an importance needs at least."""
 
 
 def draw(distributions: Distributions, trials: Sequence[Trial]) -> dict[str, go.Figure | str]:
-    """The figures by name, in the order of a page; a sentence says why one cannot be drawn."""
+    """Draw all figures -> figure, or the reason why it cannot be drawn, by name in the order of the page."""
     study = _study(distributions, trials)
     return {
         "front": front(trials),
@@ -47,11 +47,11 @@ def draw(distributions: Distributions, trials: Sequence[Trial]) -> dict[str, go.
 
 
 def front(trials: Sequence[Trial]) -> go.Figure | str:
-    """Accuracy against prefill MACs behind the encoder, with the Pareto front, its best and its knee."""
-    done = kept.finished(trials)
+    """Draw accuracy against prefill MACs without the encoder, with the Pareto front, its best trial and its knee."""
+    done = selection.finished(trials)
     if not done:
         return "No trial has finished, so there is no front."
-    on_front, best, knee = kept.front(trials), kept.best(trials), kept.knee(trials)
+    pareto, best, knee = selection.front(trials), selection.best(trials), selection.knee(trials)
     early = [trial for trial in trials if trial.state == "stopped early" and trial.last]
     figure = go.Figure()
     if early:
@@ -60,18 +60,18 @@ def front(trials: Sequence[Trial]) -> go.Figure | str:
     blue = COLOURS["finished"]
     figure.add_trace(_points("finished", done, mode="markers", marker={"size": 8, "color": blue}, opacity=0.55))
     line = {"color": blue, "width": 2}
-    figure.add_trace(_points("front", on_front, mode="lines+markers", line=line, marker={"size": 9, "color": blue}))
+    figure.add_trace(_points("front", pareto, mode="lines+markers", line=line, marker={"size": 9, "color": blue}))
     if knee and knee is not best:
         figure.add_trace(_named("knee", knee, KNEE, "diamond", "bottom right"))
     if best:
         figure.add_trace(_named("best and knee" if knee is best else "best", best, BEST, "star", "top center"))
     macs = [math.log10(trial.macs) for trial in [*done, *early]]
-    # As much as a name takes at the right end of a narrow page.
+    # Room for a label at the right end of a narrow page.
     room = 0.12 * (max(macs) - min(macs)) + 0.08
     low, high = min(macs) - room, max(macs) + room
     ticks = _round_numbers(low, high)
     figure.update_xaxes(
-        title="prefill compute [MACs a sample]",
+        title="prefill compute [MACs per sample]",
         type="log",
         range=[low, high],
         tickvals=ticks,
@@ -80,30 +80,30 @@ def front(trials: Sequence[Trial]) -> go.Figure | str:
     accuracies = [trial.last.accuracy for trial in [*done, *early] if trial.last]
     room = 0.12 * (max(accuracies) - min(accuracies)) or 0.05
     figure.update_yaxes(title="accuracy (exact match)", range=[min(accuracies) - room, max(accuracies) + 1.3 * room])
-    return _dressed(figure, 460)
+    return _styled(figure, 460)
 
 
 def importance(study: optuna.Study, distributions: Distributions, trials: Sequence[Trial]) -> go.Figure | str:
-    """What each dimension has to do with being among the most accurate: PED-ANOVA, as a share of 1."""
-    done = kept.finished(trials)
+    """Draw how much each setting has to do with high accuracy, as shares of 1 (PED-ANOVA)."""
+    done = selection.finished(trials)
     if len(distributions) < 2:
-        return "One dimension was searched, so whatever differs between the trials is its own."
-    if len(done) < ENOUGH:
-        return f"An importance takes {ENOUGH} finished trials; so far there are fewer: {len(done)}."
+        return "Only one setting was searched, so it explains all differences between the trials."
+    if len(done) < MIN_IMPORTANCE_TRIALS:
+        return f"Importances need {MIN_IMPORTANCE_TRIALS} finished trials; this sweep has {len(done)}."
     accuracies = sorted((trial.last.accuracy for trial in done if trial.last), reverse=True)
-    # The evaluator compares the best with all. A tenth is its default, and five trials what it asks for at least.
+    # The evaluator compares the best trials with all. A tenth is its default, and it needs at least five trials.
     share = max(0.1, min(0.5, 5 / len(done)))
     if accuracies[math.ceil(share * len(done)) - 1] == accuracies[-1]:
-        return "The best trials are as accurate as the others, so there is nothing for the dimensions to explain."
-    # One trial with, or without, a dimension is too little for the evaluator.
+        return "The best trials are no more accurate than the others, so there is nothing to explain."
+    # The evaluator needs at least two trials with a setting, and not just one without it.
     having = {path: sum(path in trial.point for trial in done) for path in distributions}
-    told = [path for path, count in having.items() if count >= 2 and len(done) - count != 1]
+    explained = [path for path, count in having.items() if count >= 2 and len(done) - count != 1]
     evaluator = PedAnovaImportanceEvaluator(target_quantile=share)
-    shares = get_param_importances(study, evaluator=evaluator, params=told)
-    # Where it finds nothing, all are equal.
+    shares = get_param_importances(study, evaluator=evaluator, params=explained)
+    # The evaluator returns equal shares when it detects nothing.
     if len(set(shares.values())) < 2:
-        return "The finished trials do not tell the dimensions' importances apart."
-    figure = optuna.visualization.plot_param_importances(study, evaluator, told, target_name="accuracy")
+        return "The finished trials do not distinguish the importances of the settings."
+    figure = optuna.visualization.plot_param_importances(study, evaluator, explained, target_name="accuracy")
     figure.update_traces(
         y=[_label(path) for path in figure.data[0].y],
         hovertemplate="%{y}: %{x:.2f}<extra></extra>",
@@ -111,22 +111,22 @@ def importance(study: optuna.Study, distributions: Distributions, trials: Sequen
     )
     figure.update_xaxes(title="importance [share of 1]", range=[0, 1.12])
     figure.update_yaxes(title=None, showgrid=False)
-    return _dressed(figure, 110 + 46 * len(told))
+    return _styled(figure, 110 + 46 * len(explained))
 
 
 def parallel(study: optuna.Study, trials: Sequence[Trial]) -> go.Figure | str:
-    """Finished trials as lines through accuracy and the dimensions, the darker the more accurate."""
-    done = kept.finished(trials)
+    """Draw finished trials as lines through accuracy and all settings; darker is more accurate."""
+    done = selection.finished(trials)
     paths = sorted({path for trial in done for path in trial.point})
     if not paths:
-        return "No trial has finished, so there are no lines through the dimensions."
+        return "No trial has finished, so there is nothing to draw."
     figure = optuna.visualization.plot_parallel_coordinate(study, target_name="accuracy")
     labels = ["accuracy", *map(_label, paths)]
     for trace in figure.data:
         if trace.customdata is not None:
             trace.line = {"width": 2, "color": _shade(trace.y[0])}
             trace.opacity = 0.8
-            # Optuna cuts long names off.
+            # Optuna truncates long names.
             trace.customdata = [
                 [label.replace("<br>", ""), html.escape(str(text))]
                 for label, (_, text) in zip(labels, trace.customdata, strict=True)
@@ -134,12 +134,14 @@ def parallel(study: optuna.Study, trials: Sequence[Trial]) -> go.Figure | str:
         else:
             trace.marker.colorscale, trace.marker.reversescale = _scale(), False
     figure.update_xaxes(ticktext=labels, side="top", tickangle=0)
-    figure.update_layout(annotations=_apart(figure.layout.annotations), meta={"least_width": 150 * len(labels) + 60})
-    return _dressed(figure, 420).update_layout(margin_b=16)
+    figure.update_layout(
+        annotations=_without_overlap(figure.layout.annotations), meta={"min_width": 150 * len(labels) + 60}
+    )
+    return _styled(figure, 420).update_layout(margin_b=16)
 
 
 def curves(study: optuna.Study, trials: Sequence[Trial]) -> go.Figure | str:
-    """Validation loss over steps, one line per trial, in the colour of its state."""
+    """Draw validation loss over steps, one line per trial, coloured by its state."""
     drawn = [trial for trial in trials if trial.curve]
     if not drawn:
         return "No trial has been validated yet, so there are no learning curves."
@@ -157,12 +159,12 @@ def curves(study: optuna.Study, trials: Sequence[Trial]) -> go.Figure | str:
         )
         seen.add(trial.state)
     figure.update_xaxes(title="optimizer steps", rangemode="tozero")
-    figure.update_yaxes(title="validation loss [nats a token]")
-    return _dressed(figure, 420)
+    figure.update_yaxes(title="validation loss [nats per token]")
+    return _styled(figure, 420)
 
 
 def quantity(value: float) -> str:
-    """A count for people, three digits: 1.3 M.
+    """Format a count with three digits: 1.3 M.
 
     >>> quantity(1_300_000)
     '1.3 M'
@@ -174,19 +176,19 @@ def quantity(value: float) -> str:
 
 
 def _study(distributions: Distributions, trials: Sequence[Trial]) -> optuna.Study:
-    """The trials as Optuna knows them, in their order."""
-    drawn_from = {path: _plain_choices(drawn) for path, drawn in distributions.items()}
-    done = {trial.number for trial in kept.finished(trials)}
+    """Return the trials as an Optuna study, in the same order."""
+    plain = {path: _plain_choices(drawn) for path, drawn in distributions.items()}
+    done = {trial.number for trial in selection.finished(trials)}
     study = optuna.create_study(direction="maximize")
     for trial in trials:
-        known = {path: value for path, value in trial.point.items() if path in drawn_from}
+        known = {path: value for path, value in trial.point.items() if path in plain}
         study.add_trial(
             create_trial(
-                # Whatever did not finish counts as pruned: Optuna draws no curve of what failed.
+                # Unfinished trials count as pruned: Optuna draws no curve for failed ones.
                 state=TrialState.COMPLETE if trial.number in done else TrialState.PRUNED,
                 value=trial.last.accuracy if trial.last and trial.number in done else None,
                 params={path: _plain(value) for path, value in known.items()},
-                distributions={path: drawn_from[path] for path in known},
+                distributions={path: plain[path] for path in known},
                 intermediate_values={rung.step: rung.loss for rung in trial.curve},
             )
         )
@@ -194,7 +196,7 @@ def _study(distributions: Distributions, trials: Sequence[Trial]) -> optuna.Stud
 
 
 def _plain(value: Any) -> Any:
-    """What Optuna takes as a choice: lists come as text."""
+    """Return a value that Optuna accepts as a choice; lists become text."""
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
@@ -229,23 +231,23 @@ def _named(name: str, trial: Trial, colour: str, symbol: str, where: str) -> go.
 
 
 def tokens(count: int) -> str:
-    """Of a frame, in words."""
+    """Return a number of tokens in words."""
     return f"{count} token{'' if count == 1 else 's'}"
 
 
 def _hover(trial: Trial) -> str:
-    lines = [f"trial {trial.number}, {trial.state}", f"{tokens(trial.tokens_per_frame)} a frame"]
+    lines = [f"trial {trial.number}, {trial.state}", f"{tokens(trial.tokens_per_frame)} per frame"]
     lines += [f"{quantity(trial.macs)} MACs, accuracy {trial.last.accuracy:.3f}"] if trial.last else []
     return "<br>".join(lines + [html.escape(f"{path} = {number(value)}") for path, value in trial.point.items()])
 
 
 def number(value: Any) -> str:
-    """A value of a point, for people."""
+    """Format a value of a point."""
     return f"{value:.3g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
 def _label(path: str) -> str:
-    """A dotted path, in lines that are not wider than its longest part."""
+    """Break a dotted key into short lines."""
     lines = [""]
     for part in html.escape(path).replace(".", ".\n").split("\n"):
         if lines[-1] and len(lines[-1]) + len(part) > 22:
@@ -260,11 +262,11 @@ def _shade(share: float) -> str:
 
 
 def _scale() -> list[list[Any]]:
-    return [[i / (len(FROM_WORST_TO_BEST) - 1), colour] for i, colour in enumerate(FROM_WORST_TO_BEST)]
+    return [[i / (len(ACCURACY_SCALE) - 1), colour] for i, colour in enumerate(ACCURACY_SCALE)]
 
 
-def _apart(annotations: Sequence[Any]) -> list[Any]:
-    """Tick labels of the axes, less those that would lie on one another; the ends of an axis stay."""
+def _without_overlap(annotations: Sequence[Any]) -> list[Any]:
+    """Return the axes' tick labels without those that would overlap; the ends of an axis stay."""
     clear: list[Any] = []
     for label in sorted(annotations, key=lambda a: (a.x, -abs(a.y - 0.5))):
         if all(label.x != other.x or abs(label.y - other.y) >= 0.05 for other in clear):
@@ -276,7 +278,7 @@ def _apart(annotations: Sequence[Any]) -> list[Any]:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... between two logarithms, or finer where that gives too few and coarser where too many."""
+    """Return round ticks between two logarithms: 1, 2, 5, 10, ..., finer if these are too few, coarser if too many."""
     ticks: list[float] = []
     for digits in ([1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 5, 7], [d / 10 for d in range(10, 100)]):
         decades = range(math.floor(low), math.ceil(high))
@@ -286,8 +288,8 @@ def _round_numbers(low: float, high: float) -> list[float]:
     return ticks[:: -(-len(ticks) // 7)]
 
 
-def _dressed(figure: go.Figure, height: int) -> go.Figure:
-    """In the page's style; height in px."""
+def _styled(figure: go.Figure, height: int) -> go.Figure:
+    """Apply the page's style; height in px."""
     figure.update_layout(
         template="plotly_white",
         title=None,

@@ -1,4 +1,4 @@
-"""Tables 2a and 2b of the paper, laid out for a sweep over the same: which branches, and in which layers."""
+"""Tables 2a and 2b of the paper beside a sweep over the same settings: which branches, and in which layers."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -7,31 +7,31 @@ from typing import NamedTuple
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from crosslmm.sweep import trials as kept
+from crosslmm.sweep import trials as selection
 from crosslmm.sweep.trials import Trial
 
 EVERY, V2V, T2V = "model.cross_attention_every", "model.v2v", "model.t2v"
 
 BRANCHES = {"none": (47.2, 47.5), "T2V": (47.3, 47.7), "V2V": (48.4, 48.9), "both": (48.7, 49.9)}
-"""Table 2a: VideoMME and MVBench, one token a frame."""
+"""Table 2a: VideoMME and MVBench [%], one token per frame."""
 LAYERS = {0: 47.2, 1: 48.5, 2: 48.5, 4: 48.7, 8: 47.7}
-"""Table 2b: VideoMME by K; 0 is none."""
+"""Table 2b: K -> VideoMME [%]; 0 is no cross-attention."""
 
 ABSENT = "\u2013"
-"""What stands where there is no value."""
+"""Placeholder of a missing value."""
 
 
 class Arm(NamedTuple):
-    """What a trial has of the cross-attentions."""
+    """The cross-attentions of a trial."""
 
     branches: str
     """none, T2V, V2V or both."""
     every: int | None
-    """K, 0 for none; None where the sweep did not vary it."""
+    """K, 0 for none; None if the sweep did not vary it."""
 
 
 def arm(trial: Trial) -> Arm:
-    """What a trial has of the cross-attentions, as far as the sweep varied it."""
+    """Return a trial's cross-attentions, as far as the sweep varied them."""
     every, v2v, t2v = (trial.settings.get(path, default) for path, default in ((EVERY, None), (V2V, True), (T2V, True)))
     if every == 0 or not (v2v or t2v):
         return Arm("none", 0)
@@ -39,15 +39,16 @@ def arm(trial: Trial) -> Arm:
 
 
 def tables(distributions: Mapping[str, BaseDistribution], trials: Sequence[Trial]) -> str:
-    """Both tables as HTML, as far as a grid over nothing else, but seeds, varied what they compare; else nothing."""
+    """Return both tables as HTML if the sweep is a grid over what they compare, and seeds at most; else an empty
+    string."""
     if set(distributions) - {EVERY, V2V, T2V, "seed"} or not all(
-        isinstance(drawn, CategoricalDistribution) for drawn in distributions.values()
+        isinstance(searched, CategoricalDistribution) for searched in distributions.values()
     ):
         return ""
-    done = [(arm(trial), trial) for trial in kept.finished(trials)]
-    made = ""
+    done = [(arm(trial), trial) for trial in selection.finished(trials)]
+    tables_html = ""
     if {V2V, T2V} & set(distributions):
-        # A branch alone was tried with one K; both branches are shown with the same.
+        # Single branches ran with one K; compare both branches at the same K.
         alone = [of.every for of, _ in done if of.branches in ("V2V", "T2V")]
         every = max(alone, key=alone.count, default=None)
         rows = [
@@ -55,7 +56,7 @@ def tables(distributions: Mapping[str, BaseDistribution], trials: Sequence[Trial
             for name, figures in BRANCHES.items()
         ]
         here = f", cross-attention in every layer (K = {every})" if every == 1 else f", K = {every}" if every else ""
-        made += _table(f"Table 2a: which branches{here}", "branches", rows, ["VideoMME", "MVBench"])
+        tables_html += _table(f"Table 2a: which branches{here}", "branches", rows, ["VideoMME", "MVBench"])
     if EVERY in distributions:
         depths = [every for every, _ in LAYERS.items()]
         depths += sorted({of.every for of, _ in done if of.every is not None} - set(depths))
@@ -67,8 +68,8 @@ def tables(distributions: Mapping[str, BaseDistribution], trials: Sequence[Trial
             )
             for every in depths
         ]
-        made += _table("Table 2b: both branches in every K-th layer", "layers", rows, ["VideoMME"])
-    return made
+        tables_html += _table("Table 2b: both branches in every K-th layer", "layers", rows, ["VideoMME"])
+    return tables_html
 
 
 def _row(name: str, trials: Sequence[Trial], figures: Sequence[float | None]) -> str:
@@ -87,10 +88,10 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _table(title: str, first: str, rows: Sequence[str], benchmarks: Sequence[str]) -> str:
-    heads = [first, "accuracy", "loss [nats a token]", "trials", *(f"paper: {name} [%]" for name in benchmarks)]
+    heads = [first, "accuracy", "loss [nats per token]", "trials", *(f"paper: {name} [%]" for name in benchmarks)]
     header = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
     return f"""<section><h2>{html.escape(title)}</h2>
-<p>Mean over the seeds that finished, lowest to highest in brackets. The paper's figures are
-those of other data and other questions: compare the order, not the height.</p>
+<p>Mean over the seeds that finished, range in brackets. The paper measured other data and other questions: compare the
+order, not the values.</p>
 <div class="box"><table class="paper"><thead><tr>{header}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>
 </section>"""

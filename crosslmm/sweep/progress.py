@@ -1,12 +1,13 @@
-"""Sees what becomes of the trials: keeps their files and their record, and shows them live."""
+"""Tune's callback: writes the trials' files and MLflow runs, and shows the trials live."""
 
+import logging
 import time
 from types import TracebackType
 from typing import Any, Self
 
+import rich
 from ray.tune import Callback
 from rich import box
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
@@ -16,111 +17,108 @@ from crosslmm.sweep.search import Search
 from crosslmm.sweep.trials import Rung, State, Trial
 from crosslmm.tracking import MlflowRun
 
+log = logging.getLogger(__name__)
+
 STATUS: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED"}
-"""MLflow's word for how a trial ended; KILLED for the others."""
+"""MLflow status of a trial's state; KILLED for the others."""
 STYLE: dict[State, str] = {
     "running": "bold", "finished": "green", "stopped early": "yellow", "failed": "red", "out of budget": "magenta",
 }  # fmt: skip
-SHOWN = 30
-"""Rows of the live table; the newest ones where there are more."""
+LIVE_ROWS = 30
+"""Rows of the live table, which shows the newest trials."""
 
 
 class SweepProgress(Callback):
-    """Tune's callback. As a context it shows a live table at a terminal; a log file gets a line for each event.
+    """Tune's callback. As a context, it shows a live table at a terminal; elsewhere it logs a line per event.
 
     Args:
-        folder: of the sweep.
-        search: knows the trials.
-        record: of the sweep.
-        total_steps: of a trial [steps].
-        workers: of a trial.
-        console: to show them on.
+        folder: folder of the sweep.
+        search: the searcher, which has the trials.
+        record: MLflow run of the sweep.
+        total_steps: steps of a trial.
+        workers: training workers of a trial.
     """
 
-    def __init__(
-        self, folder: str, search: Search, record: MlflowRun, total_steps: int, workers: int, console: Console
-    ) -> None:
+    def __init__(self, folder: str, search: Search, record: MlflowRun, total_steps: int, workers: int) -> None:
         self.folder, self.search, self.record = folder, search, record
-        self.total_steps, self.workers, self.console = total_steps, workers, console
+        self.total_steps, self.workers, self._console = total_steps, workers, rich.get_console()
         self.out_of_budget = False
         self._since: dict[int, float] = {}
-        """When running trials were last looked at, by number."""
-        self._live = Live(console=console, get_renderable=self.table, refresh_per_second=1, transient=True)
+        """Number of each running trial -> when its time was last counted [s, monotonic]."""
+        self._live = Live(console=self._console, get_renderable=self.table, refresh_per_second=1, transient=True)
 
     def __enter__(self) -> Self:
-        if self.console.is_terminal:
+        if self._console.is_terminal:
             self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self.console.is_terminal:
+        if self._console.is_terminal:
             self._live.stop()
         for trial in self.search.by_id.values():
-            # Broken off, or out of budget, of which Tune tells nobody: it goes on when the sweep does.
+            # Interrupted or out of budget, which Tune reports to nobody: it resumes with the sweep.
             if trial.state == "running":
                 trial.state = "out of budget" if self.out_of_budget else "running"
                 self._end(trial)
-        self.console.print(self.table(everything=True))
+        self._console.print(self.table(everything=True))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Its process starts."""
-        mine = self.search.by_id[trial.trial_id]
-        self._since[mine.number] = time.monotonic()
-        self._keep(mine)
-        self._say(mine, f"starts  {_words(mine)}")
+        """Record that a trial's process starts."""
+        own = self.search.by_id[trial.trial_id]
+        self._since[own.number] = time.monotonic()
+        self._write(own)
+        self._log(own, f"starts  {_point(own)}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """It was validated, ended, or says why it failed."""
-        mine = self.search.by_id[trial.trial_id]
+        """Record a validation, the end, or the cause of a failure."""
+        own = self.search.by_id[trial.trial_id]
         if "error" in result:
-            mine.error = result["error"]
+            own.error = result["error"]
         elif "finished" in result:
-            mine.state, mine.train_s = "finished", result["train_s"]
-        elif not mine.last or result["step"] > mine.last.step:
-            mine.curve.append(Rung(int(result["step"]), float(result["loss"]), float(result["accuracy"])))
-            rung = mine.curve[-1]
-            self._say(mine, f"step {rung.step}/{self.total_steps}  loss {rung.loss:.3f}  accuracy {rung.accuracy:.3f}")
-        self._keep(mine)
+            own.state, own.train_s = "finished", result["train_s"]
+        elif not own.last or result["step"] > own.last.step:
+            own.curve.append(Rung(int(result["step"]), float(result["loss"]), float(result["accuracy"])))
+            rung = own.curve[-1]
+            self._log(own, f"step {rung.step}/{self.total_steps}  loss {rung.loss:.3f}  accuracy {rung.accuracy:.3f}")
+        self._write(own)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Its function returned, or it was stopped."""
-        mine = self.search.by_id[trial.trial_id]
-        if mine.state == "running":
-            mine.state = "out of budget" if self.out_of_budget else "stopped early"
-        self._end(mine)
+        """Record that a trial ended or was stopped."""
+        own = self.search.by_id[trial.trial_id]
+        if own.state == "running":
+            own.state = "out of budget" if self.out_of_budget else "stopped early"
+        self._end(own)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """It raised, or its process died."""
-        mine = self.search.by_id[trial.trial_id]
-        if mine.state == "finished":
-            return  # what came after is Tune's own affair
-        mine.state = "failed"
-        if mine.error is None:
+        """Record that a trial raised or its process died."""
+        own = self.search.by_id[trial.trial_id]
+        if own.state == "finished":
+            return  # errors after the end concern only Tune
+        own.state = "failed"
+        if own.error is None:
             cause = trial.get_pickled_error()
-            mine.error = (
-                f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}" if cause else "its process died"
-            )
-        self._end(mine)
+            own.error = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}" if cause else "its process died"
+        self._end(own)
 
     def worker_seconds(self) -> float:
-        """What all trials have held workers for, this moment included [s]."""
+        """Return the worker time of all trials up to now [s]."""
         for number in self._since:
             self._count(self.search.trials[number])
         return sum(trial.seconds for trial in self.search.trials) * self.workers
 
     def table(self, everything: bool = False) -> Table:
-        """The trials, a row each."""
-        shown = self.search.trials if everything else self.search.trials[-SHOWN:]
+        """Return the trials as a table, one row each."""
+        rows = self.search.trials if everything else self.search.trials[-LIVE_ROWS:]
         table = Table(
             title=f"{len(self.search.trials)} trials", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
         for heading in ("trial", "tokens", "MACs", "step", "loss", "accuracy", "s"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("state", no_wrap=True)
-        table.add_column("what was searched")
-        for trial in shown:
+        table.add_column("point")
+        for trial in rows:
             last = trial.last
             table.add_row(
                 str(trial.number),
@@ -129,24 +127,24 @@ class SweepProgress(Callback):
                 *((str(last.step), f"{last.loss:.3f}", f"{last.accuracy:.3f}") if last else ("", "", "")),
                 f"{trial.seconds:.0f}",
                 trial.state,
-                _words(trial),
+                _point(trial),
                 style=STYLE[trial.state],
             )
         return table
 
     def _end(self, trial: Trial) -> None:
-        self._keep(trial)
+        self._write(trial)
         self._since.pop(trial.number, None)
-        self._say(trial, f"{trial.state}{': ' + trial.error if trial.error else ''}  after {trial.seconds:.0f} s")
+        self._log(trial, f"{trial.state}{': ' + trial.error if trial.error else ''}  after {trial.seconds:.0f} s")
         try:
             child = MlflowRun(self.record.tracking, str(trial.run_id))
             child.log_values({"cost/seconds": trial.seconds}, {"state": trial.state})
-            if trial.state != "finished":  # a finished one has said so itself
+            if trial.state != "finished":  # a finished one has written its status itself
                 child.finish(STATUS.get(trial.state, "KILLED"))
-        except Exception as error:  # a record that is away fails no trial
-            self.console.print(f"trial {trial.number}  its end is not in the record: {type(error).__name__}")
+        except Exception as error:  # an MLflow outage fails no trial
+            log.warning("trial %s  its end is not in MLflow: %s", trial.number, type(error).__name__)
 
-    def _keep(self, trial: Trial) -> None:
+    def _write(self, trial: Trial) -> None:
         self._count(trial)
         trials.write(self.folder, trial)
 
@@ -156,16 +154,16 @@ class SweepProgress(Callback):
             trial.seconds += now - self._since[trial.number]
             self._since[trial.number] = now
 
-    def _say(self, trial: Trial, news: str) -> None:
-        if not self.console.is_terminal:
-            self.console.print(f"trial {trial.number}  {news}", markup=False)
+    def _log(self, trial: Trial, message: str) -> None:
+        if not self._console.is_terminal:  # the live table shows it there
+            log.info("trial %s  %s", trial.number, message)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles it; nothing of that is read again
+        return {}  # Tune pickles this object, and nothing reads it again
 
 
-def _words(trial: Trial) -> str:
-    """A point in few words: "pool_stride 4  v2v 0.000123"; the whole path where its end says too little."""
+def _point(trial: Trial) -> str:
+    """Return a point in few words, "pool_stride 4  v2v 0.000123"; the whole key where its last part is ambiguous."""
     ends = [path.rpartition(".")[2] for path in trial.point]
     return "  ".join(
         f"{end if ends.count(end) == 1 else path} {value:.3g}" if isinstance(value, float) else f"{end} {value}"

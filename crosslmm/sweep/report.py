@@ -1,4 +1,4 @@
-"""A sweep's trials -> one self-contained HTML page and its plots as PNG: how few visual tokens are enough?"""
+"""Writes a sweep's report, one self-contained HTML page: how few visual tokens are enough?"""
 
 import html
 from collections.abc import Sequence
@@ -10,77 +10,67 @@ import plotly.io
 import plotly.offline
 from optuna.distributions import BaseDistribution
 
-from crosslmm.sweep import figures, paper, png
-from crosslmm.sweep import trials as kept
+from crosslmm.run_folder import REPORT_FILE
+from crosslmm.sweep import figures, paper
+from crosslmm.sweep import trials as selection
 from crosslmm.sweep.figures import number, quantity, tokens
 from crosslmm.sweep.paper import ABSENT
 from crosslmm.sweep.trials import Trial
 
-PAGE = "report.html"
-
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a report says of a sweep beside its trials."""
+    """What a report shows besides the trials."""
 
     name: str
     space: str
-    """Name of the space that was searched."""
+    """Name of the search space."""
     facts: dict[str, str]
     """Shown at the top: label -> value."""
     distributions: dict[str, BaseDistribution]
-    """Dotted path -> what was drawn from; a trial's point may lack those that a condition leaves out."""
+    """Dotted key -> distribution; a trial's point lacks keys that a condition excludes."""
 
 
-def write(folder: Path, sweep: Sweep, trials: Sequence[Trial]) -> list[Path]:
-    """Write the page, and a PNG of each plot that can be drawn.
-
-    Returns:
-        The files: report.html, then those of front.png, importance.png, parallel.png and curves.png that there are.
-    """
+def write(folder: Path, sweep: Sweep, trials: Sequence[Trial]) -> Path:
+    """Write the page into a folder -> its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = figures.draw(sweep.distributions, trials)
-    page = folder / PAGE
-    page.write_text(_page(sweep, trials, drawn), encoding="utf-8")
-    files = [page]
-    for name, figure in drawn.items():
-        file = folder / f"{name}.png"
-        # That of an earlier report.
-        file.unlink(missing_ok=True)
-        if isinstance(figure, go.Figure):
-            png.write(figure, file)
-            files.append(file)
-    return files
+    page = folder / REPORT_FILE
+    page.write_text(_page(sweep, trials, figures.draw(sweep.distributions, trials)), encoding="utf-8")
+    return page
 
 
 def headline(sweep: Sweep, trials: Sequence[Trial]) -> str:
-    """How few tokens are enough, as far as the trials tell, in two or three sentences."""
-    best, knee, on_front = kept.best(trials), kept.knee(trials), kept.front(trials)
-    done = kept.finished(trials)
+    """Answer "how few tokens are enough?" in two or three sentences, as far as the trials allow."""
+    best, knee, front = selection.best(trials), selection.knee(trials), selection.front(trials)
+    done = selection.finished(trials)
     if not (best and best.last and knee and knee.last):
-        return f"No trial has finished ({_states(trials)}), so nothing can be said about how few tokens are enough."
+        return f"No trial has finished ({_states(trials)}), so how few tokens are enough is open."
     accuracy = best.last.accuracy
     if len(done) == 1:
         answer = (
-            f"The one finished trial, with {tokens(best.tokens_per_frame)} a frame, reaches accuracy {accuracy:.3f}."
+            f"The only finished trial, with {tokens(best.tokens_per_frame)} per frame, reaches accuracy {accuracy:.3f}."
         )
-        return f"{answer} How few are enough takes more trials."
-    answer = f"{tokens(best.tokens_per_frame)} a frame {_reach(best)} accuracy {accuracy:.3f}"
-    # Where the curve does not bend, the cheapest of the front says what less costs.
-    other = knee if knee is not best else on_front[0]
+        return f"{answer} How few are enough needs more trials."
+    answer = f"{tokens(best.tokens_per_frame)} per frame {_reach(best)} accuracy {accuracy:.3f}"
+    # Without a knee, the cheapest trial of the front shows what less compute costs.
+    other = knee if knee is not best else front[0]
     if other is not best and other.last:
         if other.tokens_per_frame == best.tokens_per_frame:
-            answer += "; as many, set otherwise, reach"
+            answer += "; the same number with other settings reaches"
         else:
             answer += f"; {tokens(other.tokens_per_frame)} {_reach(other)}"
-        answer += f" {other.last.accuracy:.3f} at {other.macs / best.macs:.2g} of the compute behind the encoder."
+        answer += (
+            f" {other.last.accuracy:.3f} at {other.macs / best.macs:.2g} of the compute (vision encoder not counted)."
+        )
     else:
-        answer += ", and none that cost more was more accurate."
+        answer += ", and no trial with more compute was more accurate."
     if len({trial.tokens_per_frame for trial in done}) == 1:
-        answer += " All finished trials send equally many tokens, so this sweep does not say how few are enough."
+        answer += (
+            " All finished trials have the same number of tokens, so this sweep does not answer how few are enough."
+        )
     seeds = sweep.distributions.get("seed")
-    once = "the best of each setting's seeds counting" if seeds and not seeds.single() else "each setting trained once"
-    return f"{answer} So say {len(done)} finished trials of {len(trials)} on this data, {once}."
+    seeds_used = "the best seed of each setting counts" if seeds and not seeds.single() else "one seed per setting"
+    return f"{answer} Based on {len(done)} finished of {len(trials)} trials on this data; {seeds_used}."
 
 
 def _reach(trial: Trial) -> str:
@@ -95,7 +85,7 @@ def _states(trials: Sequence[Trial]) -> str:
 def _page(sweep: Sweep, trials: Sequence[Trial], drawn: dict[str, go.Figure | str]) -> str:
     facts = {"Sweep": sweep.name, "Space": sweep.space, "Trials": f"{len(trials)}: {_states(trials)}"} | sweep.facts
     facts_html = "".join(f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd></div>" for label, value in facts.items())
-    # Two of Plotly's own places are on the network; neither is asked for, and the policy holds it to that.
+    # Plotly can load two things from the network. The page needs neither, and its policy forbids it.
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -113,8 +103,8 @@ def _page(sweep: Sweep, trials: Sequence[Trial], drawn: dict[str, go.Figure | st
 <p class="answer">{_text(headline(sweep, trials))}</p>
 <dl>{facts_html}</dl>
 {_section("Accuracy and compute", FRONT_NOTE, "front", drawn["front"])}
-{_section("Which dimensions matter", IMPORTANCE_NOTE, "importance", drawn["importance"])}
-{_section("Through all dimensions", PARALLEL_NOTE, "parallel", drawn["parallel"])}
+{_section("Which settings matter", IMPORTANCE_NOTE, "importance", drawn["importance"])}
+{_section("All settings at once", PARALLEL_NOTE, "parallel", drawn["parallel"])}
 {_section("Learning curves", CURVES_NOTE, "curves", drawn["curves"])}
 {paper.tables(sweep.distributions, trials)}
 {_all_trials(sweep, trials)}
@@ -136,29 +126,29 @@ def _section(title: str, note: str, name: str, drawn: go.Figure | str) -> str:
         default_height=f"{drawn.layout.height}px",
         div_id=name,
     )
-    least = f' style="min-width:{drawn.layout.meta["least_width"]}px"' if drawn.layout.meta else ""
-    return f'<section><h2>{title}</h2><p>{note}</p><div class="box"><div{least}>{plot}</div></div></section>'
+    min_width = f' style="min-width:{drawn.layout.meta["min_width"]}px"' if drawn.layout.meta else ""
+    return f'<section><h2>{title}</h2><p>{note}</p><div class="box"><div{min_width}>{plot}</div></div></section>'
 
 
 def _all_trials(sweep: Sweep, trials: Sequence[Trial]) -> str:
-    # A space may have grown since; what a trial was given is shown all the same.
+    # The space may have changed since a trial ran; its values are shown all the same.
     paths = list(dict.fromkeys([*sweep.distributions, *(path for trial in trials for path in trial.point)]))
-    units = ["tokens a frame", "MACs behind the encoder", "memory a worker", "steps", "loss", "accuracy", "time"]
+    units = ["tokens per frame", "prefill MACs", "memory per worker", "steps", "loss", "accuracy", "time"]
     header = "".join(
         f'<th><button type="button">{_text(name)}</button></th>' for name in ["trial", "state", *paths, *units]
     )
-    special = {id(kept.best(trials)): "best", id(kept.knee(trials)): "knee"}
+    special = {id(selection.best(trials)): "best", id(selection.knee(trials)): "knee"}
     rows = "".join(_row(trial, paths, special.get(id(trial), "")) for trial in trials)
     return f"""<section><h2>All trials</h2>
-<p>A click on a column's head sorts by it. Memory is the planner's, a worker's peak; loss and accuracy are those of the
-last validation, which early-stopped trials had sooner than the others.</p>
+<p>Click a column's heading to sort by it. Memory is the peak per worker that the planner predicts. Loss and accuracy
+are those of the last validation, which came earlier for trials that were stopped early.</p>
 <div class="box"><table id="trials"><thead><tr>{header}<th>error</th></tr></thead><tbody>{rows}</tbody></table></div>
 </section>"""
 
 
 def _row(trial: Trial, paths: Sequence[str], special: str) -> str:
     last = trial.last
-    # Shown, and what it is sorted by.
+    # Text, and the value that the column sorts by.
     cells: list[tuple[str, object]] = [(f"{trial.number} {special}".strip(), trial.number), (trial.state, trial.state)]
     for path in paths:
         value = trial.point.get(path)
@@ -172,7 +162,7 @@ def _row(trial: Trial, paths: Sequence[str], special: str) -> str:
         (f"{last.accuracy:.3f}", last.accuracy) if last else (ABSENT, ""),
         (duration(trial.seconds), trial.seconds),
     ]
-    tds = "".join(f'<td data-by="{_text(by)}">{_text(shown)}</td>' for shown, by in cells)
+    tds = "".join(f'<td data-by="{_text(by)}">{_text(text)}</td>' for text, by in cells)
     mark = f'<span class="state" style="background:{figures.COLOURS[trial.state]}"></span>'
     tds = tds.replace(f">{trial.state}</td>", f">{mark}{trial.state}</td>", 1)
     faint = "" if trial.state == "finished" else ' class="unfinished"'
@@ -180,7 +170,7 @@ def _row(trial: Trial, paths: Sequence[str], special: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For people.
+    """Format a duration for people.
 
     >>> duration(4000)
     '1 h 07 min'
@@ -195,15 +185,14 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-FRONT_NOTE = """Each point is a trial. The line joins those that no other finished trial beats in both accuracy and
-compute; behind the knee more compute pays less. Compute is one sample's prefill behind the vision
-encoder, which is not counted. Early-stopped trials (hollow) were measured after fewer steps."""
-IMPORTANCE_NOTE = """How far the best finished trials lie elsewhere along a dimension than all of them do. With few
-trials this is a hint, and chance has its share in it. A dimension that only one of them has, or only one lacks, is
-left out. By Optuna's PED-ANOVA."""
-PARALLEL_NOTE = """Each line is a finished trial, the darker the more accurate; None where a condition left the
-dimension out."""
-CURVES_NOTE = "Validation loss of every trial, in the colour of what became of it."
+FRONT_NOTE = """Each point is a trial. The line is the Pareto front: trials that no other finished trial beats in both
+accuracy and compute. To the right of the knee, more compute buys less accuracy. Compute is the prefill of one sample
+without the vision encoder, which all trials share. Hollow points were stopped early, after fewer steps."""
+IMPORTANCE_NOTE = """How much the best finished trials differ from all finished ones in a setting (Optuna's PED-ANOVA).
+With few trials this is a hint that chance can produce. A setting that only one trial has, or only one lacks, is left
+out."""
+PARALLEL_NOTE = """Each line is a finished trial; darker is more accurate. None: a condition excluded the setting."""
+CURVES_NOTE = "Validation loss of every trial; the colour shows how the trial ended."
 
 STYLE = """
 *{box-sizing:border-box}

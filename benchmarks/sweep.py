@@ -48,7 +48,7 @@ from crosslmm.data.feature_format import from_bf16
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.samples import shapes
 from crosslmm.encode import recipe
-from crosslmm.run_folder import SWEEP
+from crosslmm.run_folder import SWEEP_FILE
 from crosslmm.sweep import trials
 from crosslmm.sweep.candidates import prefill
 from crosslmm.sweep.trials import Trial
@@ -155,7 +155,7 @@ def run_sweep(folder: Path, arm: str) -> dict[str, Any]:
         raise SystemExit(f"error: the sweep from {arm} ended with status {status}")
     client, sweep = MlflowClient(places["tracking.uri"]), folder / "runs" / places["name"]
     done = trials.read(str(sweep))
-    settled = json.loads((sweep / SWEEP).read_text())
+    settled = json.loads((sweep / SWEEP_FILE).read_text())
     return {
         "wall_s": time.perf_counter() - began,
         "encoding_s": client.get_run(settled["run_id"]).data.metrics.get("cost/encoding_s", 0.0),

@@ -1,14 +1,31 @@
-"""What a run's folder in storage says of it. It is the truth, from which the MLflow run is made:
+"""The folder of a run in storage: every file name in it, and reading and writing the run's own files.
 
-run.json            what the MLflow run is made from; while the run goes on, its driver alone writes it
-config.yaml         the configuration that the run was begun with
-history/*.jsonl     {"step": int, "time": unix seconds, "metrics": {name: float}}, a line for each step
-quarantine.jsonl    what could not be read
-model/              what was exported
-sweep.json          in a sweep's folder, above those of its trials: what must not change when it goes on
+The folder is the source of truth; MLflow's run is made from it and can be made again (jobs/track.py replay).
+
+    STORAGE/NAME/                       a run
+    ├── run.json                        what the MLflow run is made from; written by the run's driver alone
+    ├── config.yaml                     the configuration that the run started with
+    ├── history/*.jsonl                 {"step": int, "time": unix seconds, "metrics": {name: float}}, a line per step
+    ├── quarantine.jsonl                samples that could not be read, a line per sample
+    ├── step-XXXXXXXX-ATTEMPT/          a checkpoint: shards of torch.distributed.checkpoint, and
+    │   ├── config.yaml                     the configuration that it was written with
+    │   ├── seal.json                       written last, lists the files; without it the checkpoint does not count
+    │   └── broken-seal.json                in place of seal.json once damage was detected; says which
+    ├── stacks/*.txt                    stack traces of ranks that the watchdog stopped
+    ├── not_finite/step-XXXXXXXX.json   sample ids of a step whose gradient was not finite
+    ├── ray/                            Ray Train's own state; nothing is read from it
+    └── model/                          the exported model, in the format of Transformers, and
+        └── run.yaml                        the configuration that it was trained with
+
+    STORAGE/SWEEP/                      a sweep
+    ├── sweep.json                      settings that must not change when the sweep resumes
+    ├── trials/NNN.json                 state of each trial
+    ├── report.html                     the report, beside its figures
+    └── TRIAL/                          the run of a trial, as above
 """
 
 import json
+import re
 import subprocess
 import time
 import uuid
@@ -20,60 +37,87 @@ from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, to_yaml, tracking_uri
 from crosslmm.text import without_password
 
-BEGUN, CONFIG, HISTORY, LEDGER, MODEL = "run.json", "config.yaml", "history", "quarantine.jsonl", "model"
-SWEEP = "sweep.json"
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+HISTORY_FOLDER = "history"
+QUARANTINE_FILE = "quarantine.jsonl"
+CHECKPOINT_FOLDER = re.compile(r"step-\d{8}-\w+")
+SEAL_FILE, BROKEN_SEAL_FILE = "seal.json", "broken-seal.json"
+STACKS_FOLDER = "stacks"
+NON_FINITE_FOLDER = "not_finite"
+RAY_FOLDER = "ray"
+RAY_SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
+"""Ray Train's own list of checkpoints."""
+MODEL_FOLDER = "model"
+MODEL_CONFIG_FILE = "run.yaml"
+SWEEP_FILE = "sweep.json"
+TRIALS_FOLDER = "trials"
+REPORT_FILE = "report.html"
 
 StepRecord = tuple[int, float, dict[str, float]]
-"""Number, unix time [s], metrics."""
+"""Step number, unix time [s], metrics."""
 
 
-def begin(
+def begin_run(
     config: RunConfig,
     folder: str,
     order: dict[str, Any],
     datasets: list[dict[str, Any]],
     run_id: str | None = None,
 ) -> None:
-    """Write down what the record of a run will be made from. A run that goes on stays the one that was begun.
+    """Write run.json and config.yaml. A run that resumes keeps its key, MLflow run, start time and config.yaml.
 
     Args:
-        config: the run.
-        folder: of the run.
-        order: what fixes the samples and their order, for those who resume.
-        datasets: what `Copy.log_dataset` takes.
-        run_id: of an MLflow run that was made for it.
+        config: the run's configuration.
+        folder: the run's folder.
+        order: what determines the samples and their order; a resume compares it.
+        datasets: arguments of `RunSync.log_dataset`, one dict per manifest.
+        run_id: the MLflow run that a sweep made for this run.
     """
     first = {
         "key": uuid.uuid4().hex,
         "run_id": run_id,
         "name": str(config.name),
         "start_time": time.time(),
-        "tags": {"mlflow.source.name": "jobs/train.py", **revision()},
+        "tags": {"mlflow.source.name": "jobs/train.py", **git_revision()},
         "datasets": datasets,
     }
-    begun = first | (read(folder) if storage.exists(storage.join(folder, BEGUN)) else {})
-    # Where the record is, may change; but no password is written down.
+    run = first | (read_run(folder) if has_run(folder) else {})
+    # A resume may use another MLflow server. Its password, if the URI has one, is never written.
     tracking = config.tracking.model_copy(update={"uri": without_password(tracking_uri(config.tracking))})
-    begun |= {"order": order, "tracking": tracking.model_dump(), "status": None, "end_time": None, "lineage": None}
-    if not storage.exists(storage.join(folder, CONFIG)):
-        storage.write_bytes(storage.join(folder, CONFIG), to_yaml(config).encode())
-    write(folder, begun)
+    run |= {"order": order, "tracking": tracking.model_dump(), "status": None, "end_time": None, "lineage": None}
+    if not storage.exists(storage.join(folder, CONFIG_FILE)):
+        storage.write_bytes(storage.join(folder, CONFIG_FILE), to_yaml(config).encode())
+    write_run(folder, run)
 
 
-def read(folder: str) -> dict[str, Any]:
-    """Its run.json."""
-    return json.loads(storage.read_bytes(storage.join(folder, BEGUN)))
+def has_run(folder: str) -> bool:
+    """Return whether a run was begun in this folder."""
+    return storage.exists(storage.join(folder, RUN_FILE))
 
 
-def write(folder: str, begun: dict[str, Any]) -> None:
-    """Write its run.json."""
-    storage.write_bytes(storage.join(folder, BEGUN), json.dumps(begun).encode())
+def read_run(folder: str) -> dict[str, Any]:
+    """Read the run.json of a run's folder."""
+    return json.loads(storage.read_bytes(storage.join(folder, RUN_FILE)))
+
+
+def write_run(folder: str, run: dict[str, Any]) -> None:
+    """Write the run.json of a run's folder."""
+    storage.write_bytes(storage.join(folder, RUN_FILE), json.dumps(run).encode())
+
+
+def checkpoint_folder(step: int, attempt: str) -> str:
+    """Return the name of a checkpoint's folder."""
+    return f"step-{step:08d}-{attempt}"
 
 
 def steps_after(folder: str, last: int) -> Iterable[StepRecord]:
-    """Steps of a run's folder. Names of workers' files end with their last step; drivers' come before them, since what
-    a driver could not deliver is older than what a later start did instead."""
-    folder = storage.join(folder, HISTORY)
+    """Yield the steps in a run's history, leaving out files that end at or before step `last`.
+
+    Workers' files are named after their last step. A driver's files come before them in the order of names, as they
+    should: steps that a driver could not deliver are older than what a later start did instead.
+    """
+    folder = storage.join(folder, HISTORY_FOLDER)
     for name in storage.names_in(folder):
         if name.startswith("step-") and int(Path(name).stem.split("-")[1]) <= last:
             continue
@@ -83,46 +127,48 @@ def steps_after(folder: str, last: int) -> Iterable[StepRecord]:
 
 
 def validations_after(folder: str, last: int) -> list[tuple[int, dict[str, float]]]:
-    """Steps of a run's folder behind `last` that were validated, and their metrics, in order. Of a step that was walked
-    twice the first walk counts, as in the record."""
-    found: dict[int, dict[str, float]] = {}
+    """Return (step, metrics) of the validated steps after step `last`, ascending.
+
+    Of a step that a resume repeated the first execution counts, as in MLflow.
+    """
+    validations: dict[int, dict[str, float]] = {}
     for step, _, metrics in steps_after(folder, last):
         if step > last and "validation/loss" in metrics:
-            found.setdefault(step, metrics)
-    return sorted(found.items())
+            validations.setdefault(step, metrics)
+    return sorted(validations.items())
 
 
-def runs(storage_folder: str, names: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Name and folder of runs, in the order in which they began.
+def list_runs(storage_folder: str, names: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Return (name, folder) of runs, oldest first.
 
     Args:
-        storage_folder: of all runs.
-        names: of those that are wanted, NAME or SWEEP/TRIAL; none for all.
+        storage_folder: the folder of all runs.
+        names: the runs to list, NAME or SWEEP/TRIAL; all when empty.
 
     Raises:
-        BadConfig: there is no such run.
+        BadConfig: no such run.
     """
     root = storage.absolute(storage_folder)
-    found = {}
-    for name in names or _below(root):
+    start_times: dict[str, float] = {}
+    for name in names or _run_names(root):
         folder = storage.join(root, name)
-        if not storage.exists(storage.join(folder, BEGUN)):
-            raise BadConfig(f"--name {name}: there is no {BEGUN} in {folder}, so no run was begun there")
-        found[name] = read(folder).get("start_time", 0.0), folder
-    if not found:
+        if not has_run(folder):
+            raise BadConfig(f"--name {name}: there is no {RUN_FILE} in {folder}, so no run was begun there")
+        start_times[name] = read_run(folder).get("start_time", 0.0)
+    if not start_times:
         raise BadConfig(f"--storage {root}: there are no runs in it")
-    return [(name, found[name][1]) for name in sorted(found, key=lambda name: found[name][0])]
+    return [(name, storage.join(root, name)) for name in sorted(start_times, key=start_times.__getitem__)]
 
 
-def _below(root: str) -> list[str]:
-    """Names of all runs, those of a sweep's trials with the sweep's in front."""
+def _run_names(root: str) -> list[str]:
+    """Return the names of all runs, and SWEEP/TRIAL of the trials of sweeps."""
     names = storage.folders_in(root)
     trials = [f"{name}/{trial}" for name in names for trial in storage.folders_in(storage.join(root, name))]
-    return [name for name in names + trials if storage.exists(storage.join(storage.join(root, name), BEGUN))]
+    return [name for name in names + trials if has_run(storage.join(root, name))]
 
 
-def revision() -> dict[str, str]:
-    """The revision of the code, where it is a checkout."""
+def git_revision() -> dict[str, str]:
+    """Return MLflow's tag for the commit of the code; empty where the code is not a git checkout."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10

@@ -31,7 +31,7 @@ def replay(storage: str, names: list[str], uri: str | None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=True)
     table = Table("run", "MLflow run", "points sent", "status", "model")
     missing = []
-    for name, folder in run_folder.runs(storage, names):
+    for name, folder in run_folder.list_runs(storage, names):
         try:
             done = tracking.replay(folder, uri)
         except Exception as error:  # the next one may have another server, or stores its artifacts elsewhere

@@ -20,8 +20,7 @@ from benchmarks.faults.lab import (
     NotSurvived,
     fault,
 )
-from crosslmm import storage
-from crosslmm.train import checkpoint_store
+from crosslmm import run_folder, storage
 
 
 @fault("rank SIGKILLed in the middle of a step")
@@ -65,7 +64,7 @@ def killed_in_upload(lab: Lab, name: str) -> tuple[list[Attempt], float]:
 @fault("rank SIGKILLed between upload and commit")
 def killed_before_the_seal(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """Kill a rank when all shards are in the store, but not the seal."""
-    return _kill_during_upload(lab, name, checkpoint_store.SEAL, None)
+    return _kill_during_upload(lab, name, run_folder.SEAL_FILE, None)
 
 
 @fault("decode actor SIGKILLed, as for its memory")

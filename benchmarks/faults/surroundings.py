@@ -15,7 +15,7 @@ from typing import Literal, Self
 
 from benchmarks.faults import ROOT
 from benchmarks.faults.lab import BATCH, DEADLINE_S, EVERY, FAULT_AFTER, RANK, Attempt, Lab, NotSurvived, fault
-from crosslmm import storage
+from crosslmm import run_folder, storage
 from tests.support.flaky_store import READS, Mode
 
 AWAY_S = 60.0
@@ -157,7 +157,9 @@ def nan(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     (lab.orders / "nan").touch()
     at = lab.release()
     run.wait(status=1)
-    (report,) = [file for file in storage.names_in(lab.folder_of(name)) if file.startswith("not_finite/")]
+    (report,) = [
+        file for file in storage.names_in(lab.folder_of(name)) if file.startswith(f"{run_folder.NON_FINITE_FOLDER}/")
+    ]
     ids = json.loads(storage.read_bytes(f"{lab.folder_of(name)}/{report}"))["ids"]
     if len(ids) != BATCH:
         raise NotSurvived(f"{report} lists {ids}")

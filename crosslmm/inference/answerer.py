@@ -1,101 +1,105 @@
-"""An exported model -> answers about videos."""
+"""Answer questions about videos with an exported model, and score a model on a manifest."""
 
+import contextlib
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 import yaml
-from rich.progress import track
 from transformers import AutoModelForImageTextToText, AutoProcessor, EncoderDecoderCache
+from transformers.utils import logging as transformers_logging
 
 import crosslmm.model  # noqa: F401  registers the model with the Auto classes
 from crosslmm.config import validate_run
 from crosslmm.data.manifest import Manifest
-from crosslmm.data.video.decode_pool import Decoder, Unreadable
+from crosslmm.data.video.decode import VideoFailure
+from crosslmm.data.video.decode_pool import Decoder
+from crosslmm.progress import Progress
+from crosslmm.run_folder import MODEL_CONFIG_FILE
 
-transformers.logging.disable_progress_bar()
-
-CONFIG = "run.yaml"
-"""Beside the weights: the configuration that they were trained with, frames per video included."""
+log = logging.getLogger(__name__)
 
 
 class Answerer:
-    """Loads a folder that `crosslmm.train.checkpoint.export` wrote, and answers questions about videos.
+    """An exported model that answers questions about videos.
 
     Args:
-        folder: local folder with weights, processor and `run.yaml`.
-        device: where to compute; default a GPU if there is one.
+        folder: local folder with weights, processor and `run.yaml`, as `crosslmm.train.checkpoint.export` writes it.
+        device: device to compute on; default: a GPU if there is one, else the CPU.
     """
 
     def __init__(self, folder: str | Path, device: str | None = None) -> None:
-        self.config = validate_run(yaml.safe_load((Path(folder) / CONFIG).read_text()))
+        self.config = validate_run(yaml.safe_load((Path(folder) / MODEL_CONFIG_FILE).read_text()))
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.processor = AutoProcessor.from_pretrained(folder)
-        # Flash attention is a matter of the machine that trained, not of the one that answers.
         half = self.device.startswith("cuda") and self.config.train.precision == "bf16"
-        dtype = torch.bfloat16 if half else torch.float32
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, attn_implementation="sdpa", dtype=dtype, use_safetensors=True
-        )
+        with _no_progress_bar():
+            # SDPA whatever the training used: flash-attn may be missing on this machine.
+            model = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                attn_implementation="sdpa",
+                dtype=torch.bfloat16 if half else torch.float32,
+                use_safetensors=True,
+            )
         self.model: Any = model.eval().to(self.device)
-        # Its roots were those of the training's manifests.
+        # The roots in the configuration restrict manifests of the training; here the caller names each video.
         self.decoder = Decoder(self.config.data.model_copy(update={"roots": []}), self.processor.image_size)
 
     def __call__(self, videos: Sequence[str], questions: Sequence[str], max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers, one for each pair of video (path or s3:// URI) and question.
+        """Return the greedy answer to each pair of video (path or s3:// URI) and question.
 
         Raises:
-            ValueError: a video that cannot be read; the message names it and says why.
+            ValueError: a video is unreadable; the message names it and the reason.
         """
-        shown = [[self._frames(uri)] for uri in videos]
-        asked = [[_question(question, first=True)] for question in questions]
-        prompts = self.processor(asked, shown, answer=True).to(self.device)
+        frames = [[self._decode(uri)] for uri in videos]
+        messages = [[_user_message(question, with_video=True)] for question in questions]
+        prompts = self.processor(messages, frames, answer=True).to(self.device)
         tokens = self.model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
         new = tokens[:, prompts["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def talk(self, video: str) -> "Talk":
-        """Begin a conversation about one video or image.
+    def start_conversation(self, video: str) -> "Conversation":
+        """Start a conversation about one video or image.
 
         Raises:
-            ValueError: it cannot be read; the message names it and says why.
+            ValueError: the video is unreadable; the message names it and the reason.
         """
-        return Talk(self, self._frames(video))
+        return Conversation(self, self._decode(video))
 
-    def _frames(self, uri: str) -> np.ndarray:
+    def _decode(self, uri: str) -> np.ndarray:
         (video,) = self.decoder([uri])
-        if isinstance(video, Unreadable):
+        if isinstance(video, VideoFailure):
             raise ValueError(f"{uri}: {video.reason}")
         return video
 
 
-class Talk:
-    """Several questions about one video: it is encoded once, and its keys and values serve every turn."""
+class Conversation:
+    """Several questions about one video, which is encoded once: its keys and values are reused in every turn."""
 
     def __init__(self, answerer: Answerer, video: np.ndarray) -> None:
         self.answerer = answerer
         self.video = video
         self.messages: list[dict[str, Any]] = []
         self._cache: EncoderDecoderCache | None = None
-        self._cached = torch.empty(0, dtype=torch.int64)
+        self._cached_ids = torch.empty(0, dtype=torch.int64)
 
     def ask(self, question: str, max_new_tokens: int = 64) -> str:
-        """The greedy answer to a question that may refer to those before."""
+        """Return the greedy answer to a question, which may refer to earlier turns."""
         processor, model = self.answerer.processor, self.answerer.model
-        messages = [*self.messages, _question(question, first=not self.messages)]
+        messages = [*self.messages, _user_message(question, with_video=not self.messages)]
         prompt = processor([messages], [[self.video]], answer=True).to(self.answerer.device)
         ids = prompt["input_ids"][0]
         if self._cache is not None:
-            # What was said may be spelled in other tokens when it is read again: keep what still holds.
-            shared = min(len(ids), len(self._cached))
-            same = int((ids[:shared] == self._cached[:shared]).cumprod(0).sum())
-            self._cache.self_attention_cache.crop(same - len(self._cached))
-            self._cached = self._cached[:same]
+            # Tokenised again, earlier turns may give other tokens than were generated: reuse the common prefix only.
+            length = min(len(ids), len(self._cached_ids))
+            prefix = int((ids[:length] == self._cached_ids[:length]).cumprod(0).sum())
+            self._cache.self_attention_cache.crop(prefix - len(self._cached_ids))
+            self._cached_ids = self._cached_ids[:prefix]
         out = model.generate(
             **prompt,
             past_key_values=self._cache,
@@ -104,50 +108,75 @@ class Talk:
             return_dict_in_generate=True,
         )
         self._cache = out.past_key_values
-        self._cached = out.sequences[0, : out.past_key_values.get_seq_length()]
-        (said,) = processor.batch_decode(out.sequences[:, len(ids) :], skip_special_tokens=True)
-        self.messages = [*messages, {"role": "assistant", "content": said.strip()}]
-        return said.strip()
+        self._cached_ids = out.sequences[0, : out.past_key_values.get_seq_length()]
+        (answer,) = processor.batch_decode(out.sequences[:, len(ids) :], skip_special_tokens=True)
+        self.messages = [*messages, {"role": "assistant", "content": answer.strip()}]
+        return answer.strip()
 
 
-def _question(question: str, first: bool) -> dict[str, Any]:
-    return {"role": "user", "content": [{"type": "video"}] * first + [{"type": "text", "text": question}]}
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Hide the weight-loading bar of Transformers, then restore the setting of the host program."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _user_message(question: str, with_video: bool) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "video"}] * with_video + [{"type": "text", "text": question}]}
 
 
 @dataclass(frozen=True)
 class Score:
-    """How a model did on a manifest."""
+    """Exact-match accuracy of a model on a manifest."""
 
     accuracy: float
-    """Share of rows whose greedy answer matches exactly."""
+    """Share of rows whose greedy answer equals the expected one."""
     accuracy_by_kind: dict[str, float]
-    asked: list[tuple[str, str, str, str]]
-    """(video, question, answer, expected) of every row."""
+    """The same for each `kind` of row."""
+    predictions: list[tuple[str, str, str, str]]
+    """(video, question, answer, expected answer) of every row."""
 
 
 def score(predict: Callable[[list[str], list[str]], list[str]], manifest: Manifest, batch_size: int = 16) -> Score:
-    """Ask each row's first question and compare with its answer. Rows without exactly one video are left out."""
+    """Ask the first question of each row and compare the answer with the expected one.
+
+    Args:
+        predict: takes videos and questions, returns an answer for each pair.
+        manifest: rows to score; those without exactly one video are skipped.
+        batch_size: rows per call of `predict`.
+
+    Raises:
+        ValueError: no row has exactly one video.
+    """
     rows = [row for row in manifest.rows if len(row["videos"]) == 1]
     if not rows:
         raise ValueError(f"{manifest.uri}: no row has exactly one video, so there is nothing to ask")
     questions, expected = zip(*(first_turn(row["messages"]) for row in rows), strict=True)
-    videos, answers = [row["videos"][0] for row in rows], []
-    for start in track(range(0, len(rows), batch_size), description="asking", transient=True):
-        part = slice(start, start + batch_size)
-        answers += predict(videos[part], list(questions[part]))
-    right = [said == wanted for said, wanted in zip(answers, expected, strict=True)]
-    by_kind: dict[str, list[bool]] = defaultdict(list)
-    for row, is_right in zip(rows, right, strict=True):
-        by_kind[row["kind"] or "all"].append(is_right)
+    videos = [row["videos"][0] for row in rows]
+    answers: list[str] = []
+    with Progress(log, "answering", len(rows), "question") as progress:
+        for start in range(0, len(rows), batch_size):
+            batch = slice(start, start + batch_size)
+            answers += predict(videos[batch], list(questions[batch]))
+            progress.update(len(answers))
+    matches = [answer == right for answer, right in zip(answers, expected, strict=True)]
+    matches_by_kind: dict[str, list[bool]] = defaultdict(list)
+    for row, match in zip(rows, matches, strict=True):
+        matches_by_kind[row["kind"] or "all"].append(match)
     return Score(
-        accuracy=sum(right) / len(right),
-        accuracy_by_kind={kind: sum(r) / len(r) for kind, r in sorted(by_kind.items())},
-        asked=list(zip(videos, questions, answers, expected, strict=True)),
+        accuracy=sum(matches) / len(matches),
+        accuracy_by_kind={kind: sum(m) / len(m) for kind, m in sorted(matches_by_kind.items())},
+        predictions=list(zip(videos, questions, answers, expected, strict=True)),
     )
 
 
 def first_turn(messages: list[dict[str, Any]]) -> tuple[str, str]:
-    """The first question of a conversation, its videos left out, and the first answer."""
+    """Return the first question of a conversation, without its videos, and the first answer."""
     content = next(m["content"] for m in messages if m["role"] == "user")
     question = content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
     return question, next(m["content"] for m in messages if m["role"] == "assistant").strip()

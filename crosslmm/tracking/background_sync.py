@@ -10,7 +10,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
-from crosslmm.run_folder import HISTORY, StepRecord, read, write
+from crosslmm.run_folder import HISTORY_FOLDER, StepRecord, read_run, write_run
 from crosslmm.text import redacted
 from crosslmm.tracking.client import RETRY_S, refuses, why
 from crosslmm.tracking.sync import RunSync
@@ -47,7 +47,7 @@ class BackgroundSync:
         self.run_id: str | None = None
         self.delivered = False
         self.model_uri: str | None = None
-        self._begun = read(folder)
+        self._begun = read_run(folder)
         self._waiting: list[StepRecord] = []
         self._ended = self._away = self._given_up = self._registering = False
         self._changed = threading.Condition()
@@ -123,12 +123,12 @@ class BackgroundSync:
             steps = list(self._waiting)
         if steps:
             lines = (json.dumps({"step": step, "time": when, "metrics": values}) for step, when, values in steps)
-            uri = storage.join(storage.join(self.folder, HISTORY), f"driver-{time.time_ns()}.jsonl")
+            uri = storage.join(storage.join(self.folder, HISTORY_FOLDER), f"driver-{time.time_ns()}.jsonl")
             storage.write_bytes(uri, "".join(f"{line}\n" for line in lines).encode())
 
     def _write_begun(self) -> None:
         with self._file:
-            write(self.folder, self._begun)
+            write_run(self.folder, self._begun)
 
     def _deliver(self) -> None:
         """The thread."""

@@ -22,7 +22,7 @@ from mlflow.tracking import MlflowClient
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, TrackingConfig, flatten, tracking_uri
-from crosslmm.run_folder import BEGUN, CONFIG, SWEEP, read, runs
+from crosslmm.run_folder import CONFIG_FILE, RUN_FILE, SWEEP_FILE, has_run, list_runs, read_run
 from crosslmm.text import redacted
 from crosslmm.tracking.client import refuses, why
 from crosslmm.tracking.run import KEY
@@ -193,10 +193,10 @@ class Retention:
         """Runs in storage that are not in MLflow, where they wait for a replay, say, and what they name."""
         known, found = {tree.folder for tree in self.trees}, []
         with suppress(BadConfig):  # there are none at all
-            found = runs(self.root)
+            found = list_runs(self.root)
         for name, folder in found:
             if storage.join(self.root, name.split("/")[0]) not in known:
-                values = flatten(yaml.safe_load(storage.read_bytes(storage.join(folder, CONFIG)))).values()
+                values = flatten(yaml.safe_load(storage.read_bytes(storage.join(folder, CONFIG_FILE)))).values()
                 yield name, {value for value in values if isinstance(value, str)}
 
     def _versions(self, run: Run) -> Iterator[ModelVersion]:
@@ -216,11 +216,11 @@ class Retention:
     def _remove_folder(self, tree: Tree) -> None:
         """Unless it is gone, or another run's that was begun under the name since."""
         top = tree.runs[0]
-        begun, settled = _begun(tree.folder), storage.join(tree.folder, SWEEP)
+        begun, settled = _begun(tree.folder), storage.join(tree.folder, SWEEP_FILE)
         if begun and begun.get("key") == top.data.tags.get(KEY, ""):
-            mark = BEGUN
+            mark = RUN_FILE
         elif storage.exists(settled) and json.loads(storage.read_bytes(settled))["run_id"] == top.info.run_id:
-            mark = SWEEP
+            mark = SWEEP_FILE
         else:
             return
         for name in storage.folders_in(tree.folder):
@@ -244,7 +244,7 @@ def _pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
 
 
 def _begun(folder: str) -> dict[str, Any] | None:
-    return read(folder) if storage.exists(storage.join(folder, BEGUN)) else None
+    return read_run(folder) if has_run(folder) else None
 
 
 def _stands_on(named: Iterable[str], other: Tree) -> bool:

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, TrackingConfig, flatten, tracking_uri
-from crosslmm.run_folder import revision
+from crosslmm.run_folder import git_revision
 from crosslmm.text import redacted
 from crosslmm.tracking.client import Patient
 
@@ -43,7 +43,7 @@ class MlflowRun:
     @classmethod
     def create(cls, tracking: TrackingConfig, name: str, source: str, parent: str | None = None) -> Self:
         """A new run, below another one if that is given."""
-        tags = {"mlflow.runName": name, "mlflow.source.name": source, **revision()}
+        tags = {"mlflow.runName": name, "mlflow.source.name": source, **git_revision()}
         if parent:
             tags["mlflow.parentRunId"] = parent
         client = Patient(tracking_uri(tracking))

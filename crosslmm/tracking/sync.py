@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
-from crosslmm.run_folder import BEGUN, CONFIG, LEDGER, MODEL, StepRecord, read, steps_after
+from crosslmm.run_folder import CONFIG_FILE, MODEL_FOLDER, QUARANTINE_FILE, RUN_FILE, StepRecord, read_run, steps_after
 from crosslmm.text import redacted
 from crosslmm.tracking.client import refuses, why
 from crosslmm.tracking.registry import register
@@ -47,7 +47,7 @@ class RunSync(MlflowRun):
         super().__init__(tracking, run_id)
         self.client = client
         self.folder = folder
-        self.log_params(without_places(yaml.safe_load(storage.read_bytes(storage.join(folder, CONFIG)))))
+        self.log_params(without_places(yaml.safe_load(storage.read_bytes(storage.join(folder, CONFIG_FILE)))))
         for dataset in begun["datasets"]:
             self.log_dataset(**dataset)
         # Steps that a resume walks again are already there.
@@ -102,9 +102,9 @@ class RunSync(MlflowRun):
 
     def end(self, begun: dict[str, Any]) -> None:
         """Write how the run ended, if it has, and its ledger. `begun` is its run.json."""
-        ledger = storage.join(self.folder, LEDGER)
+        ledger = storage.join(self.folder, QUARANTINE_FILE)
         if storage.exists(ledger):
-            self.log_text(LEDGER, storage.read_bytes(ledger).decode())
+            self.log_text(QUARANTINE_FILE, storage.read_bytes(ledger).decode())
         if begun["status"]:
             self.client.set_terminated(self.run_id, begun["status"], int(begun["end_time"] * 1000))
 
@@ -117,7 +117,7 @@ class RunSync(MlflowRun):
         if self.client.get_run(self.run_id).data.tags.get(REGISTERED) == end:
             return f"models:/{self.tracking.registered_model}@{self.tracking.alias}"
         try:
-            registered = register(self, storage.join(self.folder, MODEL), begun["lineage"])
+            registered = register(self, storage.join(self.folder, MODEL_FOLDER), begun["lineage"])
         finally:
             self.end(begun)  # MLflow starts and ends a run that a model is logged to
         self.client.log_batch(self.run_id, tags=[RunTag(REGISTERED, end)])
@@ -147,9 +147,9 @@ def replay(folder: str, uri: str | None = None) -> Delivered:
         BadConfig: the server refuses, or the MLflow run was deleted.
         ConnectionError: the server is away.
     """
-    begun = read(folder)
+    begun = read_run(folder)
     if "key" not in begun:
-        raise BadConfig(f"{folder}: its {BEGUN} was written by an earlier version; resume the run once")
+        raise BadConfig(f"{folder}: its {RUN_FILE} was written by an earlier version; resume the run once")
     tracking = TrackingConfig(**begun["tracking"])
     tracking = tracking.model_copy(update={"uri": uri or tracking.uri})
     try:

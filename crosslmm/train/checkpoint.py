@@ -35,11 +35,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, to_yaml, validate_run
-from crosslmm.inference import answerer
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.loading import build_model, build_processor
+from crosslmm.run_folder import CONFIG_FILE, MODEL_CONFIG_FILE, checkpoint_folder
 from crosslmm.train import checkpoint_store
-from crosslmm.train.checkpoint_store import CONFIG, Checkpoint
+from crosslmm.train.checkpoint_store import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class Saver:
 
     def _write(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> None:
         """Write all files, then the seal; runs in the saver's thread."""
-        uri = storage.join(self.run, f"step-{step:08d}-{self.attempt}")
+        uri = storage.join(self.run, checkpoint_folder(step, self.attempt))
         remote = storage.scheme_of(uri) == "s3"
         folder = (_scratch(self.run) if remote else Path(storage.local_path(self.run))) / Path(uri).name
         try:
@@ -228,8 +228,8 @@ class Saver:
         rank = dist.get_rank()
         paths = list(folder.glob(f"__{rank}_*"))
         if rank == 0:
-            (folder / CONFIG).write_text(to_yaml(self.config))
-            paths += [folder / CONFIG, folder / ".metadata"]
+            (folder / CONFIG_FILE).write_text(to_yaml(self.config))
+            paths += [folder / CONFIG_FILE, folder / ".metadata"]
         files = {}
         for path in paths:
             with path.open("rb") as file:
@@ -282,14 +282,14 @@ def export_sealed(checkpoint: Checkpoint, folder: str) -> list[str]:
         if damage := checkpoint_store.verify(checkpoint, files if remote else None):
             return damage
         _export_files(files, Path(exported))
-        (Path(exported) / answerer.CONFIG).write_bytes((files / CONFIG).read_bytes())
+        (Path(exported) / MODEL_CONFIG_FILE).write_bytes((files / CONFIG_FILE).read_bytes())
         storage.upload(exported, folder)
     return []
 
 
 def _export_files(files: Path, folder: Path) -> None:
     """Write the `from_pretrained` folder of a checkpoint's local files, without a process group."""
-    config = validate_run(yaml.safe_load((files / CONFIG).read_text()))
+    config = validate_run(yaml.safe_load((files / CONFIG_FILE).read_text()))
     # Flash attention depends on the machine that trained.
     model_config = config.model.model_copy(update={"attention": "sdpa"})
     processor = build_processor(model_config)
@@ -300,7 +300,7 @@ def _export_files(files: Path, folder: Path) -> None:
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as intended
             state_dict_loader.load({"model": model.state_dict()}, checkpoint_id=files, no_dist=True)
     except CheckpointException as error:
-        raise BadConfig(f"{files}: its weights do not fit its {CONFIG}: {_last_line(error)}") from error
+        raise BadConfig(f"{files}: its weights do not fit its {CONFIG_FILE}: {_last_line(error)}") from error
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

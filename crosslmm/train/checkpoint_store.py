@@ -12,7 +12,6 @@ import errno
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,15 +19,18 @@ from pathlib import Path
 from crosslmm import storage
 from crosslmm.config import BadConfig, TrainConfig
 from crosslmm.progress import Progress
+from crosslmm.run_folder import (
+    BROKEN_SEAL_FILE,
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    RAY_SNAPSHOT_FILE,
+    RUN_FILE,
+    SEAL_FILE,
+)
 
 log = logging.getLogger(__name__)
 
-SEAL, BROKEN_SEAL, CONFIG = "seal.json", "broken-seal.json", "config.yaml"
-FOLDER_NAME = re.compile(r"step-\d{8}-\w+")
-"""Name of a checkpoint's folder: step, and the attempt that wrote it."""
-RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's own list of checkpoints; nothing reads it."""
-RUN_FILES = {"run.json", CONFIG, RAY_SNAPSHOT}
+RUN_FILES = {RUN_FILE, CONFIG_FILE, RAY_SNAPSHOT_FILE}
 """Files that identify a run's folder before its first checkpoint."""
 BAD_FILE_ERRNOS = {errno.EIO, errno.EISDIR, errno.ENOTDIR}
 """Errors that concern one file; all others (no space, no permission) do not mean that a checkpoint is damaged."""
@@ -65,9 +67,9 @@ def list_sealed(run: str) -> list[Checkpoint]:
     checkpoints = []
     for name, files in _list_folders(run).items():
         uri = storage.join(run, name)
-        if SEAL in files:
+        if SEAL_FILE in files:
             try:
-                seal = json.loads(storage.read_bytes(storage.join(uri, SEAL)))
+                seal = json.loads(storage.read_bytes(storage.join(uri, SEAL_FILE)))
                 seal["files"] = {file: (int(size), str(digest)) for file, (size, digest) in seal["files"].items()}
                 checkpoints.append(Checkpoint(uri=uri, **seal))
             except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
@@ -84,7 +86,9 @@ def list_unsealed(run: str, sealed: list[Checkpoint]) -> list[str]:
 def _list_folders(run: str) -> dict[str, set[str]]:
     """Return the names of a run's checkpoint folders, and of the files in each."""
     # A checkpoint whose writer was killed before the first file is a folder too.
-    folders: dict[str, set[str]] = {name: set() for name in storage.folders_in(run) if FOLDER_NAME.fullmatch(name)}
+    folders: dict[str, set[str]] = {
+        name: set() for name in storage.folders_in(run) if CHECKPOINT_FOLDER.fullmatch(name)
+    }
     for name in storage.names_in(run) if folders else []:
         folder, _, file = name.partition("/")
         if folder in folders:
@@ -94,14 +98,14 @@ def _list_folders(run: str) -> dict[str, set[str]]:
 
 def unsealed_reason(uri: str) -> str | None:
     """Return why a folder of `list_unsealed` is not trusted; None if it was never finished."""
-    if storage.exists(storage.join(uri, SEAL)):
-        return f"its {SEAL} cannot be read"
+    if storage.exists(storage.join(uri, SEAL_FILE)):
+        return f"its {SEAL_FILE} cannot be read"
     try:
-        return str(json.loads(storage.read_bytes(storage.join(uri, BROKEN_SEAL)))["damage"])
+        return str(json.loads(storage.read_bytes(storage.join(uri, BROKEN_SEAL_FILE)))["damage"])
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError):
-        return f"its {BROKEN_SEAL} cannot be read"
+        return f"its {BROKEN_SEAL_FILE} cannot be read"
 
 
 def latest_step(run: str) -> int:
@@ -168,20 +172,20 @@ def write_seal(checkpoint: Checkpoint) -> None:
     """Write the seal that makes a folder a checkpoint. All its files are in storage already."""
     seal = asdict(checkpoint)
     del seal["uri"]
-    storage.write_bytes(storage.join(checkpoint.uri, SEAL), json.dumps(seal).encode())
+    storage.write_bytes(storage.join(checkpoint.uri, SEAL_FILE), json.dumps(seal).encode())
 
 
 def break_seal(checkpoint: Checkpoint, reason: str) -> None:
     """Mark a damaged checkpoint as untrusted. It is removed when the next checkpoint is sealed."""
     broken = json.dumps(asdict(checkpoint) | {"damage": reason})
-    storage.write_bytes(storage.join(checkpoint.uri, BROKEN_SEAL), broken.encode())
-    storage.remove([storage.join(checkpoint.uri, SEAL)])
+    storage.write_bytes(storage.join(checkpoint.uri, BROKEN_SEAL_FILE), broken.encode())
+    storage.remove([storage.join(checkpoint.uri, SEAL_FILE)])
 
 
 def remove(uri: str) -> None:
     """Remove a checkpoint. The seal goes first, so that a partly removed checkpoint is never trusted."""
     names = storage.names_in(uri)
-    storage.remove([storage.join(uri, name) for name in sorted(names, key=lambda name: name != SEAL)])
+    storage.remove([storage.join(uri, name) for name in sorted(names, key=lambda name: name != SEAL_FILE)])
     storage.remove_folder(uri)
 
 
@@ -215,7 +219,7 @@ def repair(run: str) -> Iterator[str]:
         else:
             yield f"{uri} stays until the next checkpoint is sealed, and is not used: {reason}"
     for name in storage.names_in(run):
-        if Path(name).name == RAY_SNAPSHOT:
+        if Path(name).name == RAY_SNAPSHOT_FILE:
             uri = storage.join(run, name)
             yield f"{uri} is removed; nothing reads it"
             storage.remove([uri])
@@ -246,5 +250,5 @@ def no_checkpoint(run: str) -> BadConfig:
 def require_run_folder(run: str) -> None:
     """Raise BadConfig unless `run` is the folder of one run; `repair` removes files in it."""
     is_run = any(storage.exists(storage.join(run, name)) for name in RUN_FILES)
-    if not is_run and not any(FOLDER_NAME.fullmatch(name) for name in storage.folders_in(run)):
+    if not is_run and not any(CHECKPOINT_FOLDER.fullmatch(name) for name in storage.folders_in(run)):
         raise BadConfig(f"{run}: no such run; give a run's folder, which is --storage/--name of its training")

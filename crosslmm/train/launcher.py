@@ -22,6 +22,7 @@ from crosslmm.data.manifest import BadManifest
 from crosslmm.data.quarantine import TooManyUnreadable
 from crosslmm.preflight import hardware, placement
 from crosslmm.ray_runtime import QUIET_ENVIRONMENT, worker_group_errors
+from crosslmm.run_folder import RAY_FOLDER
 from crosslmm.train import checkpoint_store, worker
 from crosslmm.train.job import TRAIN, VALIDATION, DeferredDatasets, Job, placeholder_dataset
 from crosslmm.train.worker import Stopped
@@ -49,9 +50,6 @@ MAX_PAUSE_S = 30.0
 NO_ROOM, WORKER_DIED = worker_group_errors()
 _NO_RETRIES = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)  # type: ignore[call-arg]
 """Turns off Ray Train's retries: `fit` counts attempts that brought no new checkpoint."""
-RAY_FOLDER = "ray"
-"""Ray Train's own files, in the run's folder, new for each attempt. Nothing is read from them: checkpoints are known by
-their seals, which neither a broken snapshot nor a missing folder can hide."""
 
 
 class TrainingFailed(Exception):
@@ -153,6 +151,8 @@ def _trainer(job: Job) -> TorchTrainer:
     """Build the trainer of one attempt."""
     config = job.config
     scaling = config.scaling
+    # Ray Train's own files, new for each attempt. Nothing is read from them: checkpoints are recognised by their seals,
+    # which neither a broken snapshot nor a missing folder can hide.
     filesystem, path = storage.arrow_filesystem(storage.join(job.folder, RAY_FOLDER))
     return TorchTrainer(
         worker.train,

@@ -13,7 +13,7 @@ import ray
 
 from crosslmm import storage, tracking
 from crosslmm.progress import Progress
-from crosslmm.run_folder import LEDGER
+from crosslmm.run_folder import QUARANTINE_FILE
 from crosslmm.train.job import Job
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class TrainingMonitor:
         self.train_s = 0.0
         self.stopped = False
         self._began: float | None = None
-        self._ledger_uri = storage.join(job.folder, LEDGER)
+        self._ledger_uri = storage.join(job.folder, QUARANTINE_FILE)
         self._ledger_outdated = False
         # A resumed run extends its ledger.
         ledger = storage.read_bytes(self._ledger_uri) if storage.exists(self._ledger_uri) else b""
@@ -76,7 +76,9 @@ class TrainingMonitor:
         self._thread.join()
         self._progress.__exit__(kind, error, tb)
         if self._unreadable:
-            log.warning("%s rows could not be read; %s in the run's folder lists them", len(self._unreadable), LEDGER)
+            log.warning(
+                "%s rows could not be read; %s in the run's folder lists them", len(self._unreadable), QUARANTINE_FILE
+            )
 
     def _follow(self) -> None:
         """Handle events until the run ends; runs in the monitor's thread."""
@@ -170,7 +172,7 @@ class TrainingMonitor:
                 storage.write_bytes(self._ledger_uri, "".join(lines).encode())
                 self._ledger_outdated = False
             except OSError as error:
-                log.warning("%s cannot be written now: %s; it is written later", LEDGER, type(error).__name__)
+                log.warning("%s cannot be written now: %s; it is written later", QUARANTINE_FILE, type(error).__name__)
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str, int]:

@@ -1,6 +1,5 @@
 """Decide whether a run may resume what an earlier start under its name left."""
 
-import json
 from typing import Any
 
 import yaml
@@ -23,17 +22,16 @@ def require_resumable(config: RunConfig, folder: str, order: dict[str, Any]) -> 
         BadConfig: samples or order have changed, so that a resume would skip, repeat or alter samples; or other keys
             have changed that are not free to change.
     """
-    uri = storage.join(folder, run_folder.BEGUN)
-    if not storage.exists(uri):
+    if not run_folder.has_run(folder):
         return
-    old_order = json.loads(storage.read_bytes(uri))["order"]
+    old_order = run_folder.read_run(folder)["order"]
     for key, value in order.items():
         if old_order.get(key) != value:
             raise BadConfig(
                 f"name: run {config.name} was begun with {key} {old_order.get(key)}, and this is {value}; "
                 "change it back, or give another --name"
             )
-    config_uri = storage.join(folder, run_folder.CONFIG)
+    config_uri = storage.join(folder, run_folder.CONFIG_FILE)
     if not storage.exists(config_uri):
         raise BadConfig(
             f"name: run {config.name} was begun by an earlier version, whose checkpoints have no seal; finish it with "

@@ -1,6 +1,5 @@
 """A training run as its driver sees it: check the request, start the workers, follow them, register the model."""
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from crosslmm.data.frame_sampling import FrameSampling
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.encode.recipe import open_features
-from crosslmm.inference.answerer import CONFIG
 from crosslmm.model.loading import build_config, build_processor
 from crosslmm.preflight import checks, connect, hardware, placement
 from crosslmm.preflight.resolve import resolve_config
@@ -87,7 +85,7 @@ def run_training(config: RunConfig, trial: TrialContext | None = None) -> Traini
     require_resumable(config, job.folder, order)
     datasets = [_describe(manifest, "training") for manifest in manifests]
     datasets += [_describe(validation, "validation")] if validation else []
-    run_folder.begin(config, job.folder, order, datasets, trial.run_id if trial else None)
+    run_folder.begin_run(config, job.folder, order, datasets, trial.run_id if trial else None)
     record = tracking.BackgroundSync(job.folder, config.tracking, log.warning)
     _log_summary(job, manifests, record, hardware.describe(config, detected))
 
@@ -97,7 +95,7 @@ def run_training(config: RunConfig, trial: TrialContext | None = None) -> Traini
     return TrainingResult(
         name=str(config.name),
         run_id=record.run_id,
-        model_uri=record.model_uri or storage.join(job.folder, run_folder.MODEL),
+        model_uri=record.model_uri or storage.join(job.folder, run_folder.MODEL_FOLDER),
         steps=job.total_steps,
         samples=job.total_steps * config.train.global_batch_size,
         train_s=monitor.train_s,
@@ -136,8 +134,9 @@ def lineage(folder: str) -> dict[str, str]:
     Args:
         folder: of the run.
     """
-    order = json.loads(storage.read_bytes(storage.join(folder, run_folder.BEGUN)))["order"]
-    configuration = storage.read_bytes(storage.join(storage.join(folder, run_folder.MODEL), CONFIG))
+    order = run_folder.read_run(folder)["order"]
+    model = storage.join(folder, run_folder.MODEL_FOLDER)
+    configuration = storage.read_bytes(storage.join(model, run_folder.MODEL_CONFIG_FILE))
     return {"data_sha256": " ".join(order["manifest"]), "configuration": configuration.decode()}
 
 

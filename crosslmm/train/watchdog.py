@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from crosslmm.config import WatchdogConfig
+from crosslmm.run_folder import STACKS_FOLDER
 from crosslmm.train.loop import Phase
 
 GRACE_S = 5.0
@@ -107,4 +108,4 @@ class Watchdog:
 
 def stacks_name(attempt: str, phase: str, rank: int) -> str:
     """Return the name of a rank's stacks in the run's folder."""
-    return str(Path("stacks") / f"{attempt}-{phase}-rank-{rank}.txt")
+    return str(Path(STACKS_FOLDER) / f"{attempt}-{phase}-rank-{rank}.txt")

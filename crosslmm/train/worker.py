@@ -29,9 +29,9 @@ from crosslmm.data.collate import Sample, collate, collate_for_validation, mask_
 from crosslmm.data.dataset import BlockLayout, prefetch, unpack_block
 from crosslmm.data.quarantine import ErrorBudget
 from crosslmm.encode.recipe import require_encoder
-from crosslmm.inference.answerer import CONFIG
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.loading import build_model, build_processor
+from crosslmm.run_folder import MODEL_CONFIG_FILE, MODEL_FOLDER, NON_FINITE_FOLDER
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.checkpoint import Saver
 from crosslmm.train.events import forward_logs
@@ -108,8 +108,8 @@ def train(train_loop_config: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.export(Path(folder), model, processor)
         if rank == 0:
-            (Path(folder) / CONFIG).write_text(to_yaml(config))
-            storage.upload(folder, storage.join(job.folder, "model"))
+            (Path(folder) / MODEL_CONFIG_FILE).write_text(to_yaml(config))
+            storage.upload(folder, storage.join(job.folder, MODEL_FOLDER))
     dist.barrier(group)
     watchdog.close()
 
@@ -206,7 +206,7 @@ class _WorkerCallbacks(loop.Callbacks):
 
     def not_finite(self, step: int, ids: list[str], grad_norm: float) -> None:
         if self.rank == 0:
-            name = f"not_finite/step-{step:08d}.json"
+            name = f"{NON_FINITE_FOLDER}/step-{step:08d}.json"
             report = {"step": step, "grad_norm": str(grad_norm), "ids": ids}
             storage.write_bytes(storage.join(self.job.folder, name), json.dumps(report).encode())
             log.error(

@@ -17,9 +17,9 @@ from crosslmm.data.dataset import BlockLayout, ReadSamples, unpack_block
 from crosslmm.data.manifest import BadManifest, Manifest, Rows
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples.clips import encode_clip
-from crosslmm.data.video.decode_pool import Unreadable, decode_video
+from crosslmm.data.video.decode import VideoFailure, decode_video
 from crosslmm.model.loading import build_model
-from crosslmm.run_folder import begin
+from crosslmm.run_folder import begin_run
 from crosslmm.tracking import BackgroundSync, MlflowRun
 from tests.support.common import ROOT, conversation
 
@@ -74,7 +74,7 @@ def test_an_odd_name_is_a_name_in_the_folder(tmp_path, video):
     manifest = Manifest(write(tmp_path / "rows.jsonl", row("a", video)))
     assert manifest.rows[0]["videos"] == [f"{tmp_path}/{video}"]
     found = decode_video(f"{tmp_path}/{video}", DataConfig(roots=manifest.roots), SIDE)
-    assert found == Unreadable("no such file", "read")
+    assert found == VideoFailure("no such file", "read")
 
 
 def test_a_root_lets_its_own_in_and_no_other(tmp_path):
@@ -266,7 +266,7 @@ def test_nothing_that_a_run_leaves_holds_the_environment_s_credentials(tmp_path,
     config = parse_run(
         [f"--tracking.uri=sqlite:///{tmp_path}/record.db", f"--tracking.artifacts={tmp_path}/artifacts", "--name=x"], ""
     )
-    begin(config, str(tmp_path / "x"), {}, [])
+    begin_run(config, str(tmp_path / "x"), {}, [])
     run = BackgroundSync(str(tmp_path / "x"), config.tracking, print)
     run.log([(1, 1e9, {"loss": 1.0})])
     run.finish("FINISHED")

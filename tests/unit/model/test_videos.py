@@ -282,22 +282,24 @@ def test_second_question_reuses_the_cached_video_and_talk(variant, processor, co
     answerer = Answerer(tmp_path, device="cpu")
     encoded = []
     answerer.model.vision_tower.post_layernorm.register_forward_hook(lambda *_: encoded.append(1))
-    talk = answerer.talk(str(clip))
-    first = talk.ask("Which shape is it?", max_new_tokens=6)
+    conversation = answerer.start_conversation(str(clip))
+    first = conversation.ask("Which shape is it?", max_new_tokens=6)
     assert first == answerer([str(clip)], ["Which shape is it?"], max_new_tokens=6)[0]
     encoded.clear()
     # The caller may edit an earlier answer; the cached part after the edit is dropped.
-    talk.messages[-1]["content"] = "a square"
-    second = talk.ask("What colour is it?", max_new_tokens=6)
+    conversation.messages[-1]["content"] = "a square"
+    second = conversation.ask("What colour is it?", max_new_tokens=6)
     assert encoded == []
-    prompt = processor([talk.messages[:3]], [[talk.video]], answer=True)
+    prompt = processor([conversation.messages[:3]], [[conversation.video]], answer=True)
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
     uncached = answerer.model.generate(**prompt, **options)
     expected = processor.batch_decode(uncached.sequences[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert second == expected[0].strip()
-    # Equal words may be chance; compare the decoder's cache of the talk as well.
+    # Equal words may be chance; compare the decoder's cache of the conversation as well.
     for ours, theirs in zip(
-        talk._cache.self_attention_cache.layers, uncached.past_key_values.self_attention_cache.layers, strict=True
+        conversation._cache.self_attention_cache.layers,
+        uncached.past_key_values.self_attention_cache.layers,
+        strict=True,
     ):
         torch.testing.assert_close(ours.keys, theirs.keys, atol=2e-5, rtol=1e-4)
 

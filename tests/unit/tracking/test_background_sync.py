@@ -101,7 +101,7 @@ def begin(one_server, tmp_path):
     def begin(name):
         config = parse_run([f"--tracking.uri={one_server.uri}", f"--name={name}"], "a test")
         folder, said = tmp_path / name, []
-        run_folder.begin(config, str(folder), {}, [DATASET])
+        run_folder.begin_run(config, str(folder), {}, [DATASET])
         return tracking.BackgroundSync(str(folder), config.tracking, said.append), folder, said
 
     return begin
@@ -247,7 +247,7 @@ def test_a_driver_that_was_killed_is_resumed_with_each_step_once(server, client,
         from crosslmm import tracking
         from crosslmm.cli import parse_run
         config = parse_run(["--tracking.uri={server.uri}", "--name=killed"], "a test")
-        run_folder.begin(config, "{tmp_path}/killed", {{}}, [])
+        run_folder.begin_run(config, "{tmp_path}/killed", {{}}, [])
         run = tracking.BackgroundSync("{tmp_path}/killed", config.tracking, print)
         run.log([(step, 1e9 + step, {{"loss": 1 / step, "lr": 0.1}}) for step in (1, 2, 3, 4)])
         run.settle(60)

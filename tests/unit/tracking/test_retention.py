@@ -9,7 +9,6 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from crosslmm import run_folder, storage, tracking
-from crosslmm import run_folder as folders
 from crosslmm.cli import parse_run
 from crosslmm.tracking import retention
 from crosslmm.tracking.retention import DAY_S
@@ -36,19 +35,19 @@ class Laboratory:
     def run(self, name: str, days: float, *more: str, status: str | None = "FINISHED", model: bool = False) -> str:
         """One that ended so long ago -> the MLflow run."""
         config, folder = self.config(name, *more), str(self.runs / name)
-        run_folder.begin(config, folder, {"manifest": []}, [])
+        run_folder.begin_run(config, folder, {"manifest": []}, [])
         (Path(folder) / "step-00000001-x").mkdir()
         (Path(folder) / "step-00000001-x" / "weights").write_text("0")
         (Path(folder) / "quarantine.jsonl").write_text("{}\n")
-        begun = folders.read(folder)
+        begun = run_folder.read_run(folder)
         ended = time.time() - days * DAY_S
         begun |= {"start_time": ended - 60, "status": status, "end_time": ended}
         if model:
             storage.write_bytes(f"{folder}/model/weights.safetensors", b"0")
             begun["lineage"] = {"data_sha256": "0"}
-        folders.write(folder, begun)
+        run_folder.write_run(folder, begun)
         done = tracking.replay(folder)
-        folders.write(folder, begun | {"run_id": done.run_id})
+        run_folder.write_run(folder, begun | {"run_id": done.run_id})
         return done.run_id
 
     def verdicts(self, older_than: float = 30, keep: int = 0) -> dict[str, tuple[bool, str]]:
@@ -91,7 +90,7 @@ def test_what_is_old_goes_and_the_rest_says_why_it_stays(lab):
     lab.run("young", 20, f"--model.init_from={lab.runs}/grown/model")
     lab.run("killed", 60, status=None)
     lab.run("resumed", 70)
-    run_folder.begin(lab.config("resumed"), str(lab.runs / "resumed"), {}, [])
+    run_folder.begin_run(lab.config("resumed"), str(lab.runs / "resumed"), {}, [])
     assert lab.verdicts() == {
         "young": (False, "younger than 30 days"),
         "grown": (False, "young was made from it"),
@@ -114,7 +113,7 @@ def test_whatever_way_weights_are_named_they_stay(lab, way):
 def test_a_run_that_mlflow_has_not_been_told_of_keeps_its_weights(lab):
     lab.run("base", 50)
     config = lab.config("waits", f"--model.init_from={lab.runs}/base/model")
-    run_folder.begin(config, str(lab.runs / "waits"), {}, [])
+    run_folder.begin_run(config, str(lab.runs / "waits"), {}, [])
     assert lab.verdicts() == {"base": (False, "waits, of which MLflow has not been told, was made from it")}
 
 
@@ -172,7 +171,7 @@ def test_a_run_that_begins_again_meanwhile_stays(lab):
     retention = tracking.Retention(str(lab.runs), lab.config("x").tracking)
     (verdict,) = retention.verdicts(30, 0)
     assert verdict.goes
-    run_folder.begin(lab.config("old"), str(lab.runs / "old"), {}, [])
+    run_folder.begin_run(lab.config("old"), str(lab.runs / "old"), {}, [])
     assert not retention.remove(verdict.tree)
     assert (lab.runs / "old" / "step-00000001-x" / "weights").exists()
 

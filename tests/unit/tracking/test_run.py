@@ -22,7 +22,7 @@ def steps(*numbers, began=1e9):
 
 
 def start(folder, config, run_id=None):
-    run_folder.begin(config, str(folder), {"seed": config.seed}, [DATASET], run_id)
+    run_folder.begin_run(config, str(folder), {"seed": config.seed}, [DATASET], run_id)
     return BackgroundSync(str(folder), config.tracking, print)
 
 
@@ -219,7 +219,7 @@ def test_where_no_server_can_be_is_refused_at_once(uri, config, tmp_path):
 
 def test_no_password_is_written_down(config, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@tracker:5000")
-    run_folder.begin(config.model_copy(update={"tracking": TrackingConfig()}), str(tmp_path), {}, [])
+    run_folder.begin_run(config.model_copy(update={"tracking": TrackingConfig()}), str(tmp_path), {}, [])
     assert begun(tmp_path)["tracking"]["uri"] == "http://tracker:5000"
     assert not [path for path in tmp_path.iterdir() if "secret" in path.read_text()]
 

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from crosslmm import run_folder
 from crosslmm.cli import parse_run
 from crosslmm.config import to_yaml
-from crosslmm.inference.answerer import CONFIG
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import checkpoint, checkpoint_store
 from crosslmm.train.optim import build_optimizer
@@ -99,7 +99,7 @@ def save(rank: int, folder: Path) -> None:
         for orphan in ORPHANS:
             (folder / "orphans" / orphan).mkdir(parents=True)
         (folder / "orphans" / ORPHANS[0] / "__0_0.distcp").write_bytes(b"half")
-        (folder / "orphans" / ORPHANS[2] / checkpoint_store.BROKEN_SEAL).write_text('{"damage": "x"}')
+        (folder / "orphans" / ORPHANS[2] / run_folder.BROKEN_SEAL_FILE).write_text('{"damage": "x"}')
         # Blocks the folder of all ranks, and then one file of the other rank.
         (folder / "blocked").mkdir()
         (folder / "blocked" / "step-00000001-test").touch()
@@ -122,7 +122,7 @@ def save(rank: int, folder: Path) -> None:
         flip_a_bit(Path(damaged.uri) / "__1_0.distcp")
         for unfinished in ("step-00000004-test", "step-00000005-test"):
             (folder / "damaged" / unfinished).mkdir()
-        (folder / "damaged" / "step-00000004-test" / checkpoint_store.SEAL).touch()
+        (folder / "damaged" / "step-00000004-test" / run_folder.SEAL_FILE).touch()
     dist.barrier()
     ours.messages.clear()
     ours.learn()
@@ -177,10 +177,10 @@ def test_a_seal_names_every_file_and_the_world_size(saved):
     folder = Path(newest.uri)
     assert (newest.step, newest.world_size) == (3, RANKS)
     assert newest.metrics == {"validation/loss": 0.7, "validation/accuracy": 0.7}
-    assert newest.files.keys() == {path.name for path in folder.iterdir()} - {checkpoint_store.SEAL}
-    assert newest.files.keys() >= {"__0_0.distcp", "__1_0.distcp", ".metadata", checkpoint_store.CONFIG}
-    assert newest.size == sum(path.stat().st_size for path in folder.iterdir() if path.name != checkpoint_store.SEAL)
-    assert (folder / checkpoint_store.CONFIG).read_text() == to_yaml(run_config())
+    assert newest.files.keys() == {path.name for path in folder.iterdir()} - {run_folder.SEAL_FILE}
+    assert newest.files.keys() >= {"__0_0.distcp", "__1_0.distcp", ".metadata", run_folder.CONFIG_FILE}
+    assert newest.size == sum(path.stat().st_size for path in folder.iterdir() if path.name != run_folder.SEAL_FILE)
+    assert (folder / run_folder.CONFIG_FILE).read_text() == to_yaml(run_config())
     assert [checkpoint_store.verify_file(newest, name) for name in newest.files] == [None] * len(newest.files)
     history = sorted((saved / "run" / "history").iterdir())
     assert [path.read_text() for path in history] == ["1\n", "2\n", "3\n"]
@@ -267,7 +267,7 @@ def test_a_failed_write_costs_only_that_checkpoint(saved, facts):
 
 def test_an_unreadable_seal_seals_nothing(run):
     uri = run / "step-00000003-test"
-    (uri / checkpoint_store.SEAL).write_text("{")
+    (uri / run_folder.SEAL_FILE).write_text("{")
     assert steps(run) == [2, 1]
     assert checkpoint_store.list_unsealed(str(run), checkpoint_store.list_sealed(str(run))) == [str(uri)]
     assert checkpoint_store.unsealed_reason(str(uri)) == "its seal.json cannot be read"
@@ -304,7 +304,7 @@ def test_help_names_every_command(job):
 
 
 def test_list_shows_what_is_sealed_and_what_is_not(job, run):
-    (run / "step-00000001-test" / checkpoint_store.SEAL).unlink()
+    (run / "step-00000001-test" / run_folder.SEAL_FILE).unlink()
     checkpoint_store.break_seal(checkpoint_store.list_sealed(str(run))[0], "it was dropped")
     status, out, err = job("list", run)
     assert (status, err) == (0, "")
@@ -353,7 +353,7 @@ def test_repair_leaves_what_a_run_resumes_from(job, run):
     assert out.endswith("the run will resume from step 2\n")
     assert steps(run) == [2, 1]
     assert not (run / "step-00000009-killed").exists()
-    assert (run / "step-00000003-test" / checkpoint_store.BROKEN_SEAL).exists()
+    assert (run / "step-00000003-test" / run_folder.BROKEN_SEAL_FILE).exists()
     assert not any(path.exists() for path in snapshots)
 
     status, out, _ = job("repair", run)
@@ -374,7 +374,7 @@ def test_export_equals_the_run_s_own_byte_for_byte(job, run, tmp_path):
     status, out, err = job("export", run, tmp_path / "made")
     assert (status, out, err) == (0, f"{tmp_path}/made: the model after step 3\n", "")
     made = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
-    assert made.pop(CONFIG) == (run / "step-00000003-test" / checkpoint_store.CONFIG).read_bytes()
+    assert made.pop(run_folder.MODEL_CONFIG_FILE) == (run / "step-00000003-test" / run_folder.CONFIG_FILE).read_bytes()
     theirs = {path.name: path.read_bytes() for path in (run / "model").iterdir()}
     assert "model.safetensors" in theirs
     assert made == theirs

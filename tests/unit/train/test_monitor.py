@@ -7,7 +7,7 @@ import pytest
 import ray
 from ray.exceptions import RayError
 
-from crosslmm.run_folder import LEDGER
+from crosslmm.run_folder import QUARANTINE_FILE
 from crosslmm.train.monitor import TrainingMonitor
 
 METRICS = {"samples_per_s": 1.0, "frames_per_s": 4.0, "data_wait_share": 0.0, "loss": 2.0}
@@ -110,7 +110,7 @@ def test_an_error_in_one_kind_of_event_does_not_lose_the_others(tmp_path, caplog
         while running.job.events.batches:
             pass
     assert record.calls == [[2]]
-    assert (tmp_path / LEDGER).exists()
+    assert (tmp_path / QUARANTINE_FILE).exists()
     assert "left out: m line 3 (x): empty" in caplog.messages
     assert "events of kind 'step' could not be handled; the run goes on" in caplog.messages
 

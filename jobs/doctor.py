@@ -18,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from crosslmm.cli import fail, parse_run
-from crosslmm.config import BadConfig, redacted
+from crosslmm.config import BadConfig
 from crosslmm.progress import set_up_logging
+from crosslmm.text import redacted
 
 if TYPE_CHECKING:
     from crosslmm.preflight.findings import Finding

@@ -35,7 +35,7 @@ from crosslmm.config import DataConfig, RunConfig
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples import digits, shapes
-from crosslmm.data.video.decode_pool import decode_video
+from crosslmm.data.video.decode import decode_video
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.model.param_groups import freeze

@@ -45,7 +45,8 @@ from crosslmm.data import frame_sampling
 from crosslmm.data.dataset import BlockLayout, build_dataset, rows_per_block, unpack_block
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.sampler import DeterministicSampler
-from crosslmm.data.video.decode_pool import Decoder, Unreadable, decode_video
+from crosslmm.data.video.decode import VideoFailure, decode_video
+from crosslmm.data.video.decode_pool import Decoder
 from tests.support.object_store import running_object_store
 from tests.support.wire import Wire
 
@@ -147,7 +148,7 @@ def median_ratio(measured: dict[str, list[float]], over: str, under: str) -> flo
     return statistics.median(a / b for a, b in zip(measured[over], measured[under], strict=True))
 
 
-def assert_same(ours: np.ndarray | Unreadable, theirs: np.ndarray) -> None:
+def assert_same(ours: np.ndarray | VideoFailure, theirs: np.ndarray) -> None:
     """Check that two variants decode the same frames."""
     assert isinstance(ours, np.ndarray), ours
     assert np.array_equal(ours, theirs), "the variants decode different frames"

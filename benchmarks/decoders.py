@@ -30,7 +30,8 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.data import cpu_s, in_turns, median_ratio
 from crosslmm.config import BadConfig, DataConfig
-from crosslmm.data.video.decode_pool import BACKENDS, Decoder, Unreadable, require_backend
+from crosslmm.data.video.decode import BACKENDS, VideoFailure, require_backend
+from crosslmm.data.video.decode_pool import Decoder
 from tests.support import zoo
 
 FRAMES, SIDE, SIZE = 16, 384, (640, 360)
@@ -162,7 +163,7 @@ def main() -> None:
                     share = read[name] / len(kind.content)
                     row += [f"{detail[kind_name][name]:.2f}", f"{over:.2f}" if over else "", f"{share:.2f}"]
                     figures |= {f"{key}/read_over_size": share} | ({f"{key}/cpu_over_pyav": over} if over else {})
-                elif isinstance(one := results[name], Unreadable):
+                elif isinstance(one := results[name], VideoFailure):
                     row += ["", "", "", one.reason[-60:]]
                 table.add_row(kind_name if name == loaded[0] else "", name, *row)
     for name, why in missing.items():
@@ -170,9 +171,9 @@ def main() -> None:
     report("decoders", table, figures, detail, arguments.json)
 
 
-def judge(kind: Kind, result: np.ndarray | Unreadable) -> tuple[int, int, int]:
+def judge(kind: Kind, result: np.ndarray | VideoFailure) -> tuple[int, int, int]:
     """Return the numbers of right, wrong and expected frames, for the end of the video that fits best."""
-    numbers = [] if isinstance(result, Unreadable) else kind.numbers(result)
+    numbers = [] if isinstance(result, VideoFailure) else kind.numbers(result)
     expected = max((kind.expected(end) for end in kind.ends), key=lambda shown: len(set(shown) & set(numbers)))
     right = len(set(expected) & set(numbers))
     return right, len(numbers) - right, len(expected)

@@ -22,7 +22,7 @@ from crosslmm.data.feature_format import DType, from_bf16, pack, to_bf16, unpack
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples import shapes
-from crosslmm.data.video.decode_pool import decode_video
+from crosslmm.data.video.decode import decode_video
 from crosslmm.model.loading import build_encoder, build_model, build_processor
 from crosslmm.model.param_groups import freeze
 from crosslmm.model.vision_encoder import encode

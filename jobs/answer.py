@@ -1,75 +1,94 @@
-"""Ask a registered model about a video, or score it on a manifest."""
+"""Ask a registered model about a video, or score it on a manifest.
 
-import dataclasses
+    python jobs/answer.py --video clip.mp4 --question "Which shape is it?"
+    python jobs/answer.py --video clip.mp4                        a conversation: one question per line of stdin
+    python jobs/answer.py --manifest runs/sample/held_out.jsonl   exact match per kind of question, and JSON
+
+Exit status: 0 done, 2 bad request (no such model, unreadable video or manifest).
+"""
+
+import argparse
 import json
 import sys
 
-from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
+from jsonargparse import ArgumentParser
+
+from crosslmm.cli import fail, start_job
+from crosslmm.config import BadConfig
 
 
-def answer(
-    video: str | None = None,
-    question: str | None = None,
-    manifest: str | None = None,
-    roots: list[str] | None = None,
-    model: str = "models:/crosslmm@candidate",
-    tracking_uri: str | None = None,
-) -> None:
-    """Ask a registered model about a video or image, or score it on a manifest.
-
-    Args:
-        video: path or s3:// URI of a video or image to ask about.
-        question: what to ask about it; without one, questions are read line by line, each turn knowing those before it,
-            and the video is looked at once.
-        manifest: instead of one video, a manifest: the share of its first questions that are answered exactly.
-        roots: folders that the manifest's videos may lie in, besides its own (--data.roots in training).
-        model: MLflow model URI.
-        tracking_uri: MLflow tracking URI; default MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db.
-    """
-    # Only now what takes seconds to import.
+def main() -> None:
+    """Parse, call, print."""
+    arguments = _parser().parse_args()
+    if (arguments.video is None) == (arguments.manifest is None):
+        fail(ValueError("give either --video or --manifest"))
+    try:
+        start_job()
+    except BadConfig as error:
+        fail(error)
+    # Imported late: these take seconds, and --help needs none of them.
     import pandas as pd
+    import rich
     from mlflow.exceptions import MlflowException
+    from rich.table import Table
 
     from crosslmm import storage
-    from crosslmm.cli import fail
     from crosslmm.config import TrackingConfig
     from crosslmm.data.manifest import BadManifest, Manifest
     from crosslmm.inference.answerer import score
     from crosslmm.tracking import load_registered
 
-    if (video is None) == (manifest is None):
-        fail(ValueError("give either --video or --manifest"))
     try:
-        rows = Manifest(manifest, roots or []) if manifest else None
-        loaded = load_registered(model, TrackingConfig(uri=tracking_uri))
-
-        def predict(videos: list[str], questions: list[str]) -> list[str]:
-            return loaded.predict(pd.DataFrame({"video": videos, "question": questions}))
-
-        if rows is None:
-            talk = loaded.unwrap_python_model().answerer.talk(storage.absolute(str(video)))
-            for asked in [question] if question else iter(_read_question, ""):
-                print(talk.ask(asked), flush=True)
+        manifest = Manifest(arguments.manifest, arguments.roots) if arguments.manifest else None
+        model = load_registered(arguments.model, TrackingConfig(uri=arguments.tracking_uri))
+        if manifest is None:
+            answerer = model.unwrap_python_model().answerer
+            conversation = answerer.start_conversation(storage.absolute(arguments.video))
+            for question in [arguments.question] if arguments.question else iter(_read_question, ""):
+                print(conversation.ask(question), flush=True)
             return
-        scored = score(predict, rows)
+        result = score(lambda v, q: model.predict(pd.DataFrame({"video": v, "question": q})), manifest)
     except (BadManifest, MlflowException, ValueError, OSError) as error:
         fail(error)
-    table = Table("kind", "exact match", title=f"{model} on {manifest}")
-    for kind, share in [*scored.accuracy_by_kind.items(), ("all", scored.accuracy)]:
-        table.add_row(kind, f"{share:.3f}")
-    Console(stderr=True).print(table)
-    json.dump(dataclasses.asdict(scored), sys.stdout)
-    print()
+    table = Table("kind", "exact match", title=f"{arguments.model} on {arguments.manifest}")
+    for kind, accuracy in [*result.accuracy_by_kind.items(), ("all", result.accuracy)]:
+        table.add_row(kind, f"{accuracy:.3f}")
+    rich.get_console().print(table)
+    accuracies = {"accuracy": result.accuracy, "accuracy_by_kind": result.accuracy_by_kind}
+    print(json.dumps({**accuracies, "asked": result.predictions}))
 
 
 def _read_question() -> str:
-    """The next line of a person or a pipe; empty at the end."""
+    """Return the next line of stdin, empty at its end; at a terminal, prompt for it."""
     if sys.stdin.isatty():
         print("? ", end="", flush=True)
     return sys.stdin.readline().strip()
 
 
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--video", help="path or s3:// URI of a video or image to ask about")
+    parser.add_argument(
+        "--question",
+        help="what to ask; without it, questions are read from stdin, one per line, until an empty line; each may "
+        "refer to earlier ones, and the video is encoded once",
+    )
+    parser.add_argument("--manifest", help="instead of --video: manifest whose first questions are asked and scored")
+    parser.add_argument(
+        "--roots",
+        type=list[str],
+        default=[],
+        metavar="[FOLDER, ...]",
+        help="more folders that the manifest's videos may lie in, besides its own (as --data.roots in training)",
+    )
+    parser.add_argument(
+        "--model", default="models:/crosslmm@candidate", metavar="URI", help="MLflow model URI (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tracking_uri", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)"
+    )
+    return parser
+
+
 if __name__ == "__main__":
-    auto_cli(answer)
+    main()

@@ -71,9 +71,9 @@ def _report(training: dict, began: float) -> int:
         table.add_row(kind, f"{accuracy:.3f}", f"{CHANCE[kind]:.3f}")
     table.add_row("all", f"{scored.accuracy:.3f}", "")
     rich.get_console().print(table)
-    for video, question, answer, expected in scored.asked[:EXAMPLES]:
+    for video, question, answer, expected in scored.predictions[:EXAMPLES]:
         print(f"{os.path.relpath(video, ROOT)}  {question}  {answer}  (expected: {expected})")
-    video, question, answer, expected = scored.asked[0]
+    video, question, answer, expected = scored.predictions[0]
     print(f"""
 done in {time.time() - began:.0f} s. Next:
   make ui       MLflow at http://127.0.0.1:5000: the run, its curves, the registered model

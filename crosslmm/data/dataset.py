@@ -27,7 +27,8 @@ from crosslmm.data.feature_format import BF16_BYTES, FeatureRecipe
 from crosslmm.data.manifest import BadManifest, Rows
 from crosslmm.data.quarantine import QuarantineEntry
 from crosslmm.data.sampler import DeterministicSampler
-from crosslmm.data.video.decode_pool import Decoder, Unreadable
+from crosslmm.data.video.decode import VideoFailure
+from crosslmm.data.video.decode_pool import Decoder
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -279,7 +280,7 @@ class ReadSamples:
             videos[number] = []
             for uri in row["videos"]:
                 video = next(decoded)
-                if isinstance(video, Unreadable):
+                if isinstance(video, VideoFailure):
                     self.unreadable[number] = QuarantineEntry.from_row(row, uri, video)
                 else:
                     videos[number].append(video)

@@ -29,7 +29,7 @@ from crosslmm import storage
 from crosslmm.config import BadConfig
 from crosslmm.data.feature_format import FORMAT, DType, FeatureRecipe, from_bf16, pack, unpack
 from crosslmm.data.frame_sampling import split_time_range
-from crosslmm.data.video.decode_pool import Stage, Unreadable
+from crosslmm.data.video.decode import Stage, VideoFailure
 
 RECIPE_FILE, QUARANTINE_FILE = "features.json", "quarantine.jsonl"
 CONCURRENT_READS = 8
@@ -45,7 +45,7 @@ INDEX = pa.schema(
         "offset": pa.int64(),  # in the shard [bytes]
         "size": pa.int64(),  # [bytes]
         "sha256": pa.string(),  # of these bytes, hex
-        "reason": pa.string(),  # this and the next two: why it is unreadable, see `Unreadable`
+        "reason": pa.string(),  # this and the next two: why it is unreadable, see `VideoFailure`
         "stage": pa.string(),
         "attempts": pa.int32(),
     }
@@ -200,7 +200,7 @@ class FeatureCache:
                 f"{REENCODE_HINT}"
             )
 
-    def __call__(self, uris: Sequence[str]) -> list[np.ndarray | Unreadable]:
+    def __call__(self, uris: Sequence[str]) -> list[np.ndarray | VideoFailure]:
         """Read the features of some videos, in order: the bits of bfloat16, uint16 (frames, patches, width) each.
 
         Raises:
@@ -210,10 +210,10 @@ class FeatureCache:
         with ThreadPoolExecutor(CONCURRENT_READS) as threads:
             return list(threads.map(self.read, uris))
 
-    def read(self, uri: str) -> np.ndarray | Unreadable:
+    def read(self, uri: str) -> np.ndarray | VideoFailure:
         """Read the features of one video, by one request for its version and one for its bytes; see `__call__`.
 
-        Returns `Unreadable` if the video could not be encoded.
+        Returns `VideoFailure` if the video could not be encoded.
         """
         entry = self.find(uri)
         if entry is None:
@@ -221,7 +221,7 @@ class FeatureCache:
         if storage.version(split_time_range(uri)[0]) != entry.version:
             raise BadFeatures(f"{uri}: has changed, or gone, since it was encoded into {self.folder}; {REENCODE_HINT}")
         if entry.reason is not None:
-            return Unreadable(entry.reason, entry.stage or "decode", entry.version, entry.attempts)
+            return VideoFailure(entry.reason, entry.stage or "decode", entry.version, entry.attempts)
         shard = storage.join(self.folder, str(entry.shard))
         try:
             data = storage.read_bytes(shard, entry.offset, entry.offset + entry.size)

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from crosslmm.config import DataConfig, Section
-from crosslmm.data.video.decode_pool import BACKENDS
+from crosslmm.data.video.decode import BACKENDS
 
 FORMAT = 1
 """Version of the cache's files; part of the key."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from crosslmm.data.video.decode_pool import Unreadable
+from crosslmm.data.video.decode import VideoFailure
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class QuarantineEntry:
     """How often it was tried."""
 
     @classmethod
-    def from_row(cls, row: dict[str, Any], uri: str, video: Unreadable) -> "QuarantineEntry":
+    def from_row(cls, row: dict[str, Any], uri: str, video: VideoFailure) -> "QuarantineEntry":
         """Make the entry of a manifest's row whose video `uri` is unreadable."""
         manifest, name, video_uri = (to_printable(text) for text in (row["manifest"], row["id"], uri))
         reason = to_printable(video.reason)

@@ -1,1 +1,1 @@
-"""Answers questions about videos with an exported or registered model."""
+"""Answer questions about videos with an exported or registered model."""

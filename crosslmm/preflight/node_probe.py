@@ -160,7 +160,6 @@ def _run_check(name: str, check: Check | None) -> CheckResult | None:
 def _storage(request: dict[str, Any]) -> Check:
     from crosslmm import storage
 
-    _set_retry(request)
     folder = request["folder"]
 
     def check() -> str:
@@ -169,14 +168,18 @@ def _storage(request: dict[str, Any]) -> Check:
             raise NotShared(f"{folder}: the driver's file is missing there")
         return f"written to {storage.parent(folder)}"
 
-    return check
+    return _with_retry_policy(request, check)
 
 
-def _set_retry(request: dict[str, Any]) -> None:
-    from crosslmm.storage import retry
+def _with_retry_policy(request: dict[str, Any], check: Check) -> Check:
+    """Return a check that reports a store out of reach at once, unless the request wants it retried."""
+    from crosslmm import storage
 
-    if not request.get("retry_storage"):
-        retry.PATIENCE_S = 0
+    def without_retries() -> str:
+        with storage.retrying(storage.NO_RETRIES):
+            return check()
+
+    return check if request.get("retry_storage") else without_retries
 
 
 def _manifest(request: dict[str, Any]) -> Check:
@@ -188,11 +191,11 @@ def _manifest(request: dict[str, Any]) -> Check:
                 storage.read_bytes(uri, 0, 1024)
         return ", ".join(request["manifests"])
 
-    return check
+    return _with_retry_policy(request, check)
 
 
 def _decoder(request: dict[str, Any]) -> Check:
-    from crosslmm.data.video.decode_pool import require_backend
+    from crosslmm.data.video.decode import require_backend
 
     def check() -> str:
         require_backend(request["config"]["data"]["decoder"])
@@ -206,7 +209,7 @@ def _video(request: dict[str, Any]) -> Check | None:
         return None
     try:
         from crosslmm.config import DataConfig
-        from crosslmm.data.video.decode_pool import Unreadable, decode_video
+        from crosslmm.data.video.decode import VideoFailure, decode_video
     except ImportError:
         return None  # the decoder's own check reports it
     data = DataConfig.model_validate(request["config"]["data"])
@@ -215,12 +218,12 @@ def _video(request: dict[str, Any]) -> Check | None:
         first_failure = ""
         for uri in request["videos"]:
             frames = decode_video(uri, data, request["image_size"])
-            if not isinstance(frames, Unreadable):
+            if not isinstance(frames, VideoFailure):
                 return f"{len(frames)} frames of {uri}"
             first_failure = first_failure or f"{uri}: {frames.reason}"
         raise ValueError(first_failure)
 
-    return check
+    return _with_retry_policy(request, check)
 
 
 def _mlflow(request: dict[str, Any]) -> Check | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, tracking_uri
 from crosslmm.data.samples import shapes
-from crosslmm.data.video.decode_pool import require_backend
+from crosslmm.data.video.decode import require_backend
 from crosslmm.model.loading import build_config
 
 

@@ -8,7 +8,8 @@ import av
 import pytest
 
 from crosslmm.config import DataConfig
-from crosslmm.data.video.decode_pool import Prober, Unreadable, probe_video
+from crosslmm.data.video.decode import VideoFailure, probe_video
+from crosslmm.data.video.decode_pool import HeaderReader
 from crosslmm.data.video.probe import Probe, probe
 from crosslmm.data.video.pyav import UnreadableVideo
 from tests.corrupt import test_zoo
@@ -56,10 +57,10 @@ def test_the_whole_zoo_is_probed_in_children(tmp_path):
     """What cannot be decoded may have a good header; what can be decoded has one."""
     for i, (content, *_) in enumerate(KINDS.values()):
         (tmp_path / f"{i}.mp4").write_bytes(content)
-    with Prober(DATA) as prober:
+    with HeaderReader(DATA) as prober:
         found = dict(zip(KINDS, prober([f"{tmp_path}/{i}.mp4" for i in range(len(KINDS))]), strict=True))
     for kind, one in found.items():
-        if isinstance(one, Unreadable):
+        if isinstance(one, VideoFailure):
             test_zoo.harmless(one)
             assert kind in test_zoo.BAD, one
             assert one.stage in ("check", "decode")
@@ -69,11 +70,11 @@ def test_the_whole_zoo_is_probed_in_children(tmp_path):
             assert one.codec.isidentifier()
     assert found["edit list that ends early"].seconds == pytest.approx(2)
     for kind in ("empty", "zeros", "text", "sound alone", "mp4 cut before its index", "10,000 x 10,000 pixels"):
-        assert isinstance(found[kind], Unreadable)
+        assert isinstance(found[kind], VideoFailure)
 
 
 def test_a_missing_file_and_a_limit_are_named_as_in_decoding(tmp_path):
-    assert probe_video(str(tmp_path / "none.mp4"), DATA) == Unreadable("no such file", "read")
+    assert probe_video(str(tmp_path / "none.mp4"), DATA) == VideoFailure("no such file", "read")
     (tmp_path / "clip.mp4").write_bytes(zoo.video())
     found = probe_video(str(tmp_path / "clip.mp4"), DataConfig(max_video_s=3.5))
     assert (found.stage, found.reason) == ("check", "it lasts 4 s, and data.max_video_s is 3.5")

@@ -12,7 +12,8 @@ import pytest
 
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data.video import pyav
-from crosslmm.data.video.decode_pool import Decoder, Unreadable, decode_video, require_backend
+from crosslmm.data.video.decode import VideoFailure, decode_video, require_backend
+from crosslmm.data.video.decode_pool import Decoder, VideoPool
 from tests.support import misbehave, zoo
 
 pytestmark = pytest.mark.corrupt
@@ -156,7 +157,7 @@ def numbers(found):
 
 
 def harmless(found):
-    assert isinstance(found, Unreadable), found
+    assert isinstance(found, VideoFailure), found
     assert found.reason.isascii()
     assert found.reason.isprintable()
     return found
@@ -176,7 +177,7 @@ def test_an_odd_file_gives_its_right_frames(decoded, kind):
 def test_the_other_policies_see_their_frames_and_measure_nothing(tmp_path, monkeypatch, form):
     path = tmp_path / "clip.mp4"
     path.write_bytes(zoo.video(form))
-    monkeypatch.setattr(pyav, "_measure", None)
+    monkeypatch.setattr(pyav, "_measure_duration", None)
     for policy, expected in {"fps": [0, 5, 10], "fps_then_uniform": [0, 19, 39]}.items():
         data = DataConfig(num_frames=3, sampling=policy, fps=2)
         assert numbers(decode_video(str(path), data, SIDE)) == expected
@@ -217,7 +218,7 @@ def test_turned_bits_cost_a_file_itself_at_most(decoded, form, part, seed):
     index = data.index(b"moov") if form == "mp4" else len(data) * 4 // 5
     begin, end = {"frames": (60, index), "index": (index, len(data)), "anywhere": (0, len(data))}[part]
     found = decoded(zoo.flipped(data, begin, end, seed=seed))
-    if isinstance(found, Unreadable):
+    if isinstance(found, VideoFailure):
         assert harmless(found).stage in ("check", "decode")
     else:
         assert 1 <= len(found) <= COUNT
@@ -231,7 +232,7 @@ def test_whatever_the_cut_the_frames_are_the_file_s_own(decoded, form, share):
     codec = "mpeg4" if form == "avi" else "libx264"
     data = zoo.video("mp4" if container else form, codec, container=container)
     found = decoded(head(data, share))
-    if isinstance(found, Unreadable):
+    if isinstance(found, VideoFailure):
         assert harmless(found).stage in ("check", "decode")
     else:
         seen = numbers(found)
@@ -297,7 +298,7 @@ def test_no_file_makes_a_decoder_ask_a_server(listener, tmp_path, backend):
             assert harmless(one), name
         assert harmless(link).stage == "check"
         # Its frames lie in the file, whatever it says.
-        assert isinstance(elsewhere, Unreadable) or numbers(elsewhere) == WHOLE
+        assert isinstance(elsewhere, VideoFailure) or numbers(elsewhere) == WHOLE
         http_uri = decoder([f"{url}/clip.mp4"])[0]
     assert "only local paths" in harmless(http_uri).reason
     assert asked == []
@@ -327,8 +328,7 @@ def test_decord_survives_the_zoo_or_is_replaced(tmp_path):
 def test_a_decoder_that_misbehaves_in_native_code_costs_its_own_video_alone(tmp_path, misbehaves, stage):
     good = str(tmp_path / "good.mp4")
     (tmp_path / "good.mp4").write_bytes(MP4)
-    with Decoder(DataConfig(num_frames=COUNT, decode_timeout_s=2, decode_memory_gib=1), SIDE) as decoder:
-        decoder._decode = misbehaves
+    with VideoPool(DataConfig(num_frames=COUNT, decode_timeout_s=2, decode_memory_gib=1), misbehaves) as decoder:
         began = time.monotonic()
         before, bad, after = decoder([good, "bad", good])
         assert time.monotonic() - began < 15

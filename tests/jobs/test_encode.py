@@ -19,7 +19,7 @@ from crosslmm.data.feature_cache import FeatureCache
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples.shapes import write_sample_set
-from crosslmm.data.video.decode_pool import decode_video
+from crosslmm.data.video.decode import decode_video
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import loop
 from crosslmm.train.optim import build_optimizer

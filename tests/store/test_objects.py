@@ -16,8 +16,8 @@ from crosslmm.config import DataConfig
 from crosslmm.data.feature_cache import BadFeatures, FeatureCache, create_feature_folder, write_index, write_shard
 from crosslmm.data.feature_format import FeatureRecipe
 from crosslmm.data.samples.clips import encode_clip
-from crosslmm.data.video import decode_pool
-from crosslmm.data.video.decode_pool import Decoder, Unreadable, decode_video
+from crosslmm.data.video.decode import VideoFailure, decode_video
+from crosslmm.data.video.decode_pool import Decoder
 from crosslmm.storage import retry
 from tests.support.common import ROOT
 from tests.support.object_store import REGION, USER, running_object_store
@@ -60,8 +60,7 @@ def clip(wire):
 @pytest.fixture
 def decoder(wire, monkeypatch):
     monkeypatch.setattr(retry, "PATIENCE_S", 0)
-    monkeypatch.setattr(decode_pool, "ANSWER_WITHIN_S", 2.0)
-    with Decoder(DataConfig(num_frames=2, decode_timeout_s=10), SIDE) as decoder:
+    with Decoder(DataConfig(num_frames=2, decode_timeout_s=10), SIDE, store_timeout_s=2.0) as decoder:
         yield decoder
 
 
@@ -118,7 +117,7 @@ def test_an_object_that_is_missing_or_bad_is_its_own_fault(decoder, clip):
     storage.write_bytes("s3://videos/empty.mp4", b"")
     good, missing, empty = decoder([clip, "s3://videos/missing.mp4", "s3://videos/empty.mp4"])
     assert isinstance(good, np.ndarray)
-    assert missing == Unreadable("no such file", "read")
+    assert missing == VideoFailure("no such file", "read")
     assert (empty.reason, empty.stage) == ("the file is empty", "check")
     assert len(empty.version) >= 32
 
@@ -184,7 +183,7 @@ def test_a_store_that_stops_answering_is_no_slow_video(decoder, wire, clip):
     assert isinstance(decoder([clip])[0], np.ndarray)
     decoder.data = decoder.data.model_copy(update={"decode_timeout_s": 2.0})
     wire.silent = True
-    with pytest.raises(storage.Unavailable, match="has not answered for 2 s"):
+    with pytest.raises(storage.Unavailable, match="did not answer in 2 s"):
         decoder([clip])
 
 

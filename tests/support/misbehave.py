@@ -7,7 +7,7 @@ import signal
 import numpy as np
 
 from crosslmm.config import DataConfig
-from crosslmm.data.video.decode_pool import decode_video
+from crosslmm.data.video.decode import decode_video
 
 
 def spins(uri):

@@ -168,7 +168,7 @@ def test_a_link_that_leads_out_is_not_followed(tmp_path, monkeypatch):
             reader.decoder.__exit__(None, None, None)
 
     write(data / "rows.jsonl", *(row(name, name) for name in names))
-    says = "a link leads outside of the manifest's folder; add where it leads to --data.roots"
+    says = "a link leads outside of the manifest's folder; add its target to --data.roots"
     # The last one is opened as it is named, and not as `..` of where the link leads to, where there is no video.
     (tmp_path / "clip.mp4").write_bytes(b"another")
     assert seen(str(data / "rows.jsonl")) == [None, None, says, says, None]

@@ -23,7 +23,8 @@ from crosslmm.data.ingest.split import Piece
 from crosslmm.data.manifest import BadManifest
 from crosslmm.data.manifest_shards import LENGTH_COLUMNS
 from crosslmm.data.quarantine import QuarantineEntry, to_printable
-from crosslmm.data.video.decode_pool import Decoder, Prober, Unreadable
+from crosslmm.data.video.decode import VideoFailure
+from crosslmm.data.video.decode_pool import Decoder, HeaderReader
 from crosslmm.data.video.probe import Probe
 
 LEDGER_PIECE_BYTES = 256 * 2**10
@@ -125,7 +126,7 @@ def retry_waiting(work: Work, number: int, name: str) -> Retried:
     entries = [json.loads(row.pop("entry")) for row in rows]
     records = [{**row, "videos": [storage.join(work.target, video) for video in row["videos"]]} for row in rows]
     places = list(dict.fromkeys(split_time_range(uri)[0] for record in records for uri in record["videos"]))
-    with Prober(work.data) as prober:
+    with HeaderReader(work.data) as prober:
         known = dict(zip(places, prober(places), strict=True))
     readable, waiting = timed(records, known, work.manifest)
     tried = {entry["line"]: entry["attempts"] for entry in entries}
@@ -169,11 +170,11 @@ def retry_entries(data: DataConfig, piece: Piece) -> Retried:
             except (ValueError, TypeError, KeyError) as error:
                 raise BadManifest(f"{piece.uri}: line {number} is none of a ledger: {type(error).__name__}") from None
             found = decoder([place])[0]
-            if isinstance(found, Unreadable) and found.stage == "read" and "\\" in place:
+            if isinstance(found, VideoFailure) and found.stage == "read" and "\\" in place:
                 # A name that is not plain ASCII stands escaped in the ledger.
                 with contextlib.suppress(ValueError):
                     found = decoder([codecs.decode(place, "unicode_escape")])[0]
-            if isinstance(found, Unreadable):
+            if isinstance(found, VideoFailure):
                 tried = replace(found, attempts=attempts + found.attempts)
                 left.append(
                     json.dumps({**entry, **QuarantineEntry.from_row(row, place, tried).to_dict()}).encode() + b"\n"

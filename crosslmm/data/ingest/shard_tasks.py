@@ -25,9 +25,10 @@ from crosslmm.data.manifest import BadManifest
 from crosslmm.data.manifest_shards import LENGTH_COLUMNS, SCHEMA
 from crosslmm.data.quarantine import QuarantineEntry, to_printable
 from crosslmm.data.row_schema import parse_rows
-from crosslmm.data.video.decode_pool import Prober, Unreadable
+from crosslmm.data.video.decode import VideoFailure
+from crosslmm.data.video.decode_pool import HeaderReader
 from crosslmm.data.video.probe import Probe
-from crosslmm.data.video.pyav import UnreadableVideo, part_of
+from crosslmm.data.video.pyav import UnreadableVideo, clip_bounds
 
 BATCH_ROWS = 4096
 PART_ROWS = 65_536
@@ -158,9 +159,9 @@ def judged(work: Work, piece: Piece) -> Iterator[Batch]:
         storage.Unavailable: the store cannot be used.
     """
     first_line: dict[str, int] = {}
-    known: dict[str, Probe | Unreadable] = {}
+    known: dict[str, Probe | VideoFailure] = {}
     with contextlib.ExitStack() as stack:
-        prober = stack.enter_context(Prober(work.data)) if work.probe else None
+        prober = stack.enter_context(HeaderReader(work.data)) if work.probe else None
         for some in _batches(work, piece):
             records, rejected = parse_rows(some, work.data.roots, first_line)
             batch = Batch(records, [(line, to_printable(reason)) for line, reason in rejected], [], {})
@@ -185,13 +186,13 @@ def _batches(work: Work, piece: Piece) -> Iterator[list[tuple[int, Any]]]:
 
 
 def timed(
-    records: list[dict[str, Any]], known: dict[str, Probe | Unreadable], manifest: str
+    records: list[dict[str, Any]], known: dict[str, Probe | VideoFailure], manifest: str
 ) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], QuarantineEntry]]]:
     """Records with the durations of their videos, and those one of whose videos cannot be read."""
     readable, waiting = [], []
     for record in records:
         seconds = {uri: _seconds(uri, known) for uri in record["videos"]}
-        bad = next(((uri, why) for uri, why in seconds.items() if isinstance(why, Unreadable)), None)
+        bad = next(((uri, why) for uri, why in seconds.items() if isinstance(why, VideoFailure)), None)
         if bad:
             row = {"manifest": manifest, "line": record["line"], "id": record["id"]}
             waiting.append((record, QuarantineEntry.from_row(row, *bad)))
@@ -200,16 +201,16 @@ def timed(
     return readable, waiting
 
 
-def _seconds(uri: str, known: dict[str, Probe | Unreadable]) -> float | Unreadable:
+def _seconds(uri: str, known: dict[str, Probe | VideoFailure]) -> float | VideoFailure:
     """How long what is shown of a video lasts, 0 of an image [s]; or why it cannot be."""
     place, begin, end = split_time_range(uri)
     found = known[place]
-    if isinstance(found, Unreadable):
+    if isinstance(found, VideoFailure):
         return found
     try:
-        first, last = part_of(begin, end, found.seconds) if found.seconds else (0.0, 0.0)
+        first, last = clip_bounds(begin, end, found.seconds) if found.seconds else (0.0, 0.0)
     except UnreadableVideo as error:
-        return Unreadable(str(error), "check", found.version)
+        return VideoFailure(str(error), "check", found.version)
     return last - first
 
 

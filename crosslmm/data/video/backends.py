@@ -1,6 +1,6 @@
-"""The decoders that are not the default, under the contract of `frames.with_pyav`: decord and torchcodec.
+"""Alternative decoders with the contract of `pyav.decode_with_pyav`: decord and torchcodec.
 
-`python -m benchmarks.decoders` has the reasons; neither is imported before it is asked for.
+Neither is imported before it is used. `python -m benchmarks.decoders` compares them with the default.
 """
 
 import ctypes
@@ -12,13 +12,19 @@ from av.video.reformatter import VideoReformatter
 
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import FrameSampling, frames_at
-from crosslmm.data.video.pyav import UnreadableVideo, choose_stream, gap_of, open_container, part_of
+from crosslmm.data.video.pyav import (
+    UnreadableVideo,
+    clip_bounds,
+    frame_interval,
+    open_container,
+    select_video_stream,
+)
 
 
-def with_decord(
-    file: BinaryIO, form: str, data: DataConfig, image_size: int, begin: float = 0.0, end: float | None = None
+def decode_with_decord(
+    file: BinaryIO, format_name: str, data: DataConfig, image_size: int, start: float = 0.0, end: float | None = None
 ) -> np.ndarray:
-    """Decode with decord, which reads the whole file into memory. Like `with_pyav`; errors are decord's own."""
+    """Decode like `decode_with_pyav`, with decord, which reads the whole file into memory and raises its own errors."""
     import decord  # x86_64 only
 
     decord.logging.set_level(decord.logging.QUIET)
@@ -30,16 +36,17 @@ def with_decord(
         )
     times = reader.get_frame_timestamp(range(len(reader)))
     order = np.argsort(times[:, 0])
-    begins = times[order, 0] - times[:, 0].min()
+    starts = times[order, 0] - times[:, 0].min()
     duration = float(times[:, 1].max() - times[:, 0].min())
     if duration > data.max_video_s:
         raise UnreadableVideo(f"it lasts {duration:.0f} s, and data.max_video_s is {data.max_video_s:g}")
-    first, last = part_of(begin, end, duration)
-    latest = float(begins[np.searchsorted(begins, last) - 1])  # of the part's frames
-    wanted = first + FrameSampling(data.num_frames, data.sampling, data.fps).times(last - first, max(latest - first, 0))
-    # decord's own resize fails on some widths (48: "the size must exactly match"), so the same one as above is used.
+    first, last = clip_bounds(start, end, duration)
+    latest = float(starts[np.searchsorted(starts, last) - 1])  # start of the last frame of the clip
+    sampling = FrameSampling(data.num_frames, data.sampling, data.fps)
+    moments = first + sampling.times(last - first, max(latest - first, 0))
+    # decord's own resize fails on some widths (48: "the size must exactly match"), so use the one of the default.
     resize = VideoReformatter()
-    frames = reader.get_batch(order[frames_at(begins, wanted + 1e-6)]).asnumpy()
+    frames = reader.get_batch(order[frames_at(starts, moments + 1e-6)]).asnumpy()
     return np.stack(
         [
             resize.reformat(av.VideoFrame.from_ndarray(f, format="rgb24"), image_size, image_size).to_ndarray()
@@ -48,50 +55,53 @@ def with_decord(
     )
 
 
-def with_torchcodec(
-    file: BinaryIO, form: str, data: DataConfig, image_size: int, begin: float = 0.0, end: float | None = None
+def decode_with_torchcodec(
+    file: BinaryIO, format_name: str, data: DataConfig, image_size: int, start: float = 0.0, end: float | None = None
 ) -> np.ndarray:
-    """Decode with torchcodec, which reads the whole file for its frames' times. Like `with_pyav`; errors are its own.
+    """Decode like `decode_with_pyav`, with torchcodec, which scans the whole file for frame times and raises its own
+    errors.
 
-    Its FFmpeg guesses the container and opens whatever a playlist names; neither can be forbidden. So that FFmpeg is
-    asked first what it would guess, and a file that it takes for anything but `form` is refused. A stream that grows on
-    its way is held by the process's memory alone, not by `max_frame_pixels`.
+    Its FFmpeg guesses the container and opens every file that a playlist names, and neither can be turned off. So this
+    function first asks that FFmpeg for its guess, and refuses a file unless the guess is `format_name`. Frames that
+    become larger within the stream are limited by the memory of the process alone, not by `max_frame_pixels`.
     """
     from torchcodec.decoders import VideoDecoder
     from torchcodec.transforms import Resize
 
-    with open_container(file, form) as container:
-        stream = choose_stream(container, data)
-        number, gap = stream.index, gap_of(stream)
-    guess = _guessed_by_torchcodec(file)
-    if form not in guess.split(","):
-        raise UnreadableVideo(f"it begins as {form}, and torchcodec takes it for {guess or 'nothing that it knows'}")
+    with open_container(file, format_name) as container:
+        stream = select_video_stream(container, data)
+        stream_index, interval = stream.index, frame_interval(stream)
+    guess = _guess_format(file)
+    if format_name not in guess.split(","):
+        raise UnreadableVideo(f"it starts as {format_name}, but torchcodec takes it for {guess or 'no known format'}")
     file.seek(0)
-    decoder = VideoDecoder(  # one thread; it turns a phone's video upright, and resizes by the same filter as above
+    # One thread. torchcodec applies a phone's rotation itself, and resizes with the same filter as `decode_with_pyav`.
+    decoder = VideoDecoder(
         file,
-        stream_index=number,
+        stream_index=stream_index,
         dimension_order="NHWC",
         device="cpu",
         transforms=[Resize((image_size, image_size))],
     )
-    opens, closes = decoder.metadata.begin_stream_seconds, decoder.metadata.end_stream_seconds
+    stream_start, stream_end = decoder.metadata.begin_stream_seconds, decoder.metadata.end_stream_seconds
     if not len(decoder):
         raise UnreadableVideo("the file has no frames that can be decoded")
-    if closes - opens > data.max_video_s:
-        raise UnreadableVideo(f"it lasts {closes - opens:.0f} s, and data.max_video_s is {data.max_video_s:g}")
-    first, last = part_of(begin, end, closes - opens)
-    times = FrameSampling(data.num_frames, data.sampling, data.fps).times(last - first, max(last - first - gap, 0))
-    wanted = np.minimum(opens + first + times + 1e-6, np.nextafter(closes, opens))
-    found = decoder.get_frames_played_at(wanted.tolist())
-    shown = found.pts_seconds.numpy()
-    if (shown > wanted).any():
-        # In transport streams, and before the first keyframe of an edit list, it lands behind and says nothing.
-        raise UnreadableVideo("torchcodec finds no way back to the frames before a keyframe")
-    _, once = np.unique(shown, return_index=True)
-    return np.ascontiguousarray(found.data.numpy()[once])
+    duration = stream_end - stream_start
+    if duration > data.max_video_s:
+        raise UnreadableVideo(f"it lasts {duration:.0f} s, and data.max_video_s is {data.max_video_s:g}")
+    first, last = clip_bounds(start, end, duration)
+    times = FrameSampling(data.num_frames, data.sampling, data.fps).times(last - first, max(last - first - interval, 0))
+    moments = np.minimum(stream_start + first + times + 1e-6, np.nextafter(stream_end, stream_start))
+    batch = decoder.get_frames_played_at(moments.tolist())
+    shown_at = batch.pts_seconds.numpy()
+    if (shown_at > moments).any():
+        # In transport streams, and before the first keyframe of an edit list, it returns a later frame silently.
+        raise UnreadableVideo("torchcodec cannot seek to the frames before a keyframe")
+    _, distinct = np.unique(shown_at, return_index=True)
+    return np.ascontiguousarray(batch.data.numpy()[distinct])
 
 
-class _Probed(ctypes.Structure):
+class _ProbeData(ctypes.Structure):
     """libav's AVProbeData."""
 
     _fields_ = (
@@ -102,24 +112,24 @@ class _Probed(ctypes.Structure):
     )
 
 
-def _guessed_by_torchcodec(file: BinaryIO) -> str:
-    """What torchcodec's FFmpeg takes a file for, as libav names it ("mov,mp4,m4a,..."); empty: it does not know.
+def _guess_format(file: BinaryIO) -> str:
+    """Return the format that torchcodec's FFmpeg guesses, as libav names it ("mov,mp4,m4a,..."); empty if it has none.
 
-    As in libav's own opening, the first guess from 2 KiB or twice, four times, ... as much is taken that is no weak one
-    (AVPROBE_SCORE_RETRY), and any from 1 MiB.
+    Repeats what libav does when it opens a file: from the first 2 KiB, 4 KiB, ... accept a guess unless it is weak
+    (AVPROBE_SCORE_RETRY), and from 1 MiB accept any.
     """
     import torchcodec
 
     guess = ctypes.CDLL(torchcodec.core_library_path).av_probe_input_format2
-    guess.restype = ctypes.POINTER(ctypes.c_char_p)  # AVInputFormat begins with its names
+    guess.restype = ctypes.POINTER(ctypes.c_char_p)  # the first field of AVInputFormat is its name
     file.seek(0)
     head = b""
     for size in (2**power for power in range(11, 21)):
-        while len(head) < size and (piece := file.read(size - len(head))):
-            head += piece
-        probed = _Probed(b"", head + bytes(32), len(head), None)  # AVPROBE_PADDING_SIZE
+        while len(head) < size and (data := file.read(size - len(head))):
+            head += data
+        probe_data = _ProbeData(b"", head + bytes(32), len(head), None)  # 32: AVPROBE_PADDING_SIZE
         score = ctypes.c_int(25 if size < 2**20 else 0)
-        found = guess(ctypes.byref(probed), 1, ctypes.byref(score))
-        if found:
-            return (found.contents.value or b"").decode()
+        result = guess(ctypes.byref(probe_data), 1, ctypes.byref(score))
+        if result:
+            return (result.contents.value or b"").decode()
     return ""

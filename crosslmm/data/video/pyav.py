@@ -1,4 +1,4 @@
-"""An open file -> the frames on screen at the wanted moments, decoding no more groups of pictures than hold them."""
+"""Decode a video with PyAV: the frames on screen at the sampled moments, from as few groups of pictures as possible."""
 
 import contextlib
 import heapq
@@ -17,199 +17,210 @@ from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import FrameSampling
 
-# Demuxers whose index names the keyframes. A transport stream has none, and is decoded from its start.
-INDEXED = ("mov", "matroska", "avi")
-# A moment that rounding has put a hair before its frame belongs to that frame [ticks of the stream's clock].
-ROUNDING = 1e-3
-# H.264 lets so many frames be decoded before one that is shown earlier.
-MOST_REORDERED = 16
+INDEXED_FORMATS = ("mov", "matroska", "avi")
+"""Formats whose index names the keyframes. A transport stream has no index and is decoded from its start."""
+ROUNDING_TICKS = 1e-3
+"""Added to each moment, so that rounding never puts it just before its frame [ticks of the stream's clock]."""
+MAX_REORDERED = 16
+"""Largest number of frames that H.264 decodes before one that is shown earlier [frames]."""
 
 
 class UnreadableVideo(Exception):
     """A video that cannot be decoded; the message is the reason."""
 
 
-def with_pyav(
-    file: BinaryIO, form: str, data: DataConfig, image_size: int, begin: float = 0.0, end: float | None = None
+def decode_with_pyav(
+    file: BinaryIO, format_name: str, data: DataConfig, image_size: int, start: float = 0.0, end: float | None = None
 ) -> np.ndarray:
-    """Decode with PyAV.
+    """Decode the sampled frames of a video with PyAV.
 
     Args:
         file: seekable.
-        form: libav's name of its container. Only that demuxer is used: playlists are never looked for.
-        data: which frames, limits.
+        format_name: libav's name of the container. Only this demuxer is used; libav never looks for playlists.
+        data: frame sampling and limits.
         image_size: side of the square that frames are resized to [px].
-        begin, end: the part of the video that is looked at; None goes to its end [s].
+        start, end: part of the video to sample from; None means the end of the video [s].
 
     Returns:
         uint8 (up to data.num_frames, image_size, image_size, 3), RGB.
 
     Raises:
-        UnreadableVideo: naming what is missing or beyond a limit.
-        av.FFmpegError, OSError: as they come.
+        UnreadableVideo: something is missing from the file, or exceeds a limit.
+        av.FFmpegError, OSError: from libav and the file.
     """
-    with open_container(file, form) as container:
-        stream = choose_stream(container, data)
-        duration = duration_of(container, stream, data)
-        found, reached = _frames_within(container, stream, file, data, part_of(begin, end, duration), image_size)
-        if reached < 0.5 and (measured := _measure(container, stream)) < duration / 2:
-            # The header promises more than twice of what there is.
-            found, _ = _frames_within(container, stream, file, data, part_of(begin, end, measured), image_size)
-    if not found:
+    with open_container(file, format_name) as container:
+        stream = select_video_stream(container, data)
+        duration = video_duration(container, stream, data)
+        frames, progress = _decode_clip(container, stream, file, data, clip_bounds(start, end, duration), image_size)
+        if progress < 0.5 and (measured := _measure_duration(container, stream)) < duration / 2:
+            # The header claims more than twice the real duration: sample again over what the file has.
+            frames, _ = _decode_clip(container, stream, file, data, clip_bounds(start, end, measured), image_size)
+    if not frames:
         raise UnreadableVideo("the file has no frames that can be decoded")
-    return np.ascontiguousarray(np.stack(found))
+    return np.ascontiguousarray(np.stack(frames))
 
 
-def part_of(begin: float, end: float | None, duration: float) -> tuple[float, float]:
-    """The part of a video of this duration that is looked at [s].
+def clip_bounds(start: float, end: float | None, duration: float) -> tuple[float, float]:
+    """Return start and end of the requested part of a video of this duration [s].
 
     Raises:
-        UnreadableVideo: the video ends before it.
+        UnreadableVideo: the video ends before the part starts.
     """
-    if begin >= duration:
-        raise UnreadableVideo(f"it lasts {duration:.1f} s, and the part that is wanted begins at {begin:g} s")
-    return begin, duration if end is None else min(end, duration)
+    if start >= duration:
+        raise UnreadableVideo(f"it lasts {duration:.1f} s, and the requested part starts at {start:g} s")
+    return start, duration if end is None else min(end, duration)
 
 
-def open_container(file: BinaryIO, form: str) -> InputContainer:
-    """Open a file as libav's `form` and as nothing else; playlists are never looked for."""
-    options = {"protocol_whitelist": "none", "format_whitelist": form}
-    return av.open(file, "r", format=form, options=options, metadata_errors="replace")
+def open_container(file: BinaryIO, format_name: str) -> InputContainer:
+    """Open a file as this libav format and no other; libav may not follow playlists or open other URLs."""
+    options = {"protocol_whitelist": "none", "format_whitelist": format_name}
+    return av.open(file, "r", format=format_name, options=options, metadata_errors="replace")
 
 
-def choose_stream(container: InputContainer, data: DataConfig) -> VideoStream:
-    """The first video stream that is no cover picture; no other stream's bytes are read."""
-    videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not videos:
+def select_video_stream(container: InputContainer, data: DataConfig) -> VideoStream:
+    """Return the first video stream that is not a cover picture, and discard the packets of all other streams.
+
+    Raises:
+        UnreadableVideo: there is no such stream, no decoder for its codec, or its frames are too large.
+    """
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
         raise UnreadableVideo("the file has no video stream")
-    stream = videos[0]
-    context = stream.codec_context
+    selected = streams[0]
+    context = selected.codec_context
     if context is None:
         raise UnreadableVideo("no decoder knows its codec")
     if context.width * context.height > data.max_frame_pixels:
         raise UnreadableVideo(
             f"its frames are {context.width} x {context.height}, and data.max_frame_pixels is {data.max_frame_pixels}"
         )
-    for other in container.streams:
-        if other is not stream:
-            other.discard = Discard.all
+    for stream in container.streams:
+        if stream is not selected:
+            stream.discard = Discard.all
     context.thread_count = 1
-    context.options = {"max_pixels": str(data.max_frame_pixels)}  # a stream may change its size
-    return stream
+    context.options = {"max_pixels": str(data.max_frame_pixels)}  # frames may become larger within the stream
+    return selected
 
 
-def duration_of(container: InputContainer, stream: VideoStream, data: DataConfig) -> float:
-    """What the header says, or else what the packets do [s]; the index is read on the way.
+def video_duration(container: InputContainer, stream: VideoStream, data: DataConfig) -> float:
+    """Return the duration that the header states, or else that of the packets [s]; loads the container's index.
 
     Raises:
-        UnreadableVideo: too long, or without a packet.
+        UnreadableVideo: the video is too long, or has no packet.
     """
     if "matroska" in container.format.name:
-        _rewind(container)  # only a seek makes it read its index
-    duration = _claimed_duration(container, stream)
+        _rewind(container)  # libav reads the index of a Matroska file on the first seek only
+    duration = _header_duration(container, stream)
     if not 0 < duration <= data.max_video_s:
-        duration = _measure(container, stream)
+        duration = _measure_duration(container, stream)
     if duration > data.max_video_s:
         raise UnreadableVideo(f"it lasts {duration:.0f} s, and data.max_video_s is {data.max_video_s:g}")
     return duration
 
 
-def _claimed_duration(container: InputContainer, stream: VideoStream) -> float:
-    """What the header says [s]; 0 where it says nothing that can be believed."""
+def frame_interval(stream: VideoStream) -> float:
+    """Return the time between two frames at the stream's average rate [s]; 0 if the rate is unknown."""
+    rate = stream.average_rate or stream.guessed_rate
+    return 1 / float(rate) if rate else 0.0
+
+
+def _header_duration(container: InputContainer, stream: VideoStream) -> float:
+    """Return the duration that the header states [s]; 0 if it states none that can be trusted."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
-    # Matroska's duration counts from zero in a recording that begins later, or does not, as its writer pleases.
-    begins_late = (container.start_time or 0) > av.time_base
-    return 0.0 if begins_late else (container.duration or 0) / av.time_base
+    # In a Matroska file whose recording starts late, writers disagree whether the duration counts from zero.
+    starts_late = (container.start_time or 0) > av.time_base
+    return 0.0 if starts_late else (container.duration or 0) / av.time_base
 
 
-def _rewind(container: InputContainer) -> None:
-    with contextlib.suppress(av.FFmpegError):  # a file without frames has nowhere to go back to
-        container.seek(0)
-
-
-def _jump(container: InputContainer, stream: VideoStream, time: int) -> None:
-    with contextlib.suppress(av.FFmpegError):  # the caller looks where it has landed
-        container.seek(time, stream=stream)
-
-
-def _measure(container: InputContainer, stream: VideoStream) -> float:
-    """Duration of a stream whose container does not say it, or not rightly [s], from its packets."""
+def _measure_duration(container: InputContainer, stream: VideoStream) -> float:
+    """Return the duration of a stream from the timestamps of its packets [s]."""
     _rewind(container)
     times = []
-    with contextlib.suppress(av.error.InvalidDataError):  # what comes before the damage counts
+    with contextlib.suppress(av.error.InvalidDataError):  # packets before the damage count
         for packet in container.demux(stream):
             if packet.pts is not None and packet.size:
                 times.append((packet.pts, packet.pts + (packet.duration or 1)))
     if not times:
         raise UnreadableVideo("the file has no frames that can be decoded")
     _rewind(container)
-    begins, ends = zip(*times, strict=True)
-    return float((max(ends) - min(begins)) * (stream.time_base or 0))
+    starts, ends = zip(*times, strict=True)
+    return float((max(ends) - min(starts)) * (stream.time_base or 0))
 
 
-def _frames_within(
+def _rewind(container: InputContainer) -> None:
+    with contextlib.suppress(av.FFmpegError):  # a file without frames cannot be rewound
+        container.seek(0)
+
+
+def _decode_clip(
     container: InputContainer,
     stream: VideoStream,
     file: BinaryIO,
     data: DataConfig,
-    part: tuple[float, float],
+    clip: tuple[float, float],
     image_size: int,
 ) -> tuple[list[np.ndarray], float]:
-    """Images of the frames that the policy wants of this part [s], and which share of the way to the last wanted one
-    was reached."""
+    """Decode the sampled frames of a part of a video.
+
+    Args:
+        clip: start and end of the part [s].
+
+    Returns:
+        Images, uint8 (image_size, image_size, 3) each; and how far decoding came, as a share of the way from the start
+        of the part to its last sampled moment.
+    """
     base = float(stream.time_base or 1)
-    begin, finish = part
-    start = (stream.start_time or 0) + round(begin / base)
-    duration = finish - begin
-    times = FrameSampling(data.num_frames, data.sampling, data.fps).times(duration, max(duration - gap_of(stream), 0))
-    wanted = start + times / base + ROUNDING
-    visits = _visits(container, stream, wanted)
-    storage.will_read(file, _ranges(container, stream, visits))
+    start = (stream.start_time or 0) + round(clip[0] / base)
+    duration = clip[1] - clip[0]
+    sampling = FrameSampling(data.num_frames, data.sampling, data.fps)
+    moments = start + sampling.times(duration, max(duration - frame_interval(stream), 0)) / base + ROUNDING_TICKS
+    segments = _group_by_keyframe(container, stream, moments)
+    storage.will_read(file, _byte_ranges(stream, segments))
     resize = VideoReformatter()
-    images, last, end = [], None, float(start)
-    for key, moments in visits:
-        for frame, until in _visit(container, stream, key, moments):
-            if frame.pts == last:
+    images, last_pts, reached = [], None, float(start)
+    for keyframe, segment_moments in segments:
+        for frame, end in _frames_at(container, stream, keyframe, segment_moments):
+            if frame.pts == last_pts:
                 continue
-            last, end = frame.pts, until
+            last_pts, reached = frame.pts, end
             image = resize.reformat(frame, image_size, image_size, format="rgb24").to_ndarray()
-            # The phone was held upright: containers store the turn, decoders do not make it.
+            # Containers store how the phone was held; decoders do not apply it.
             images.append(np.rot90(image, frame.rotation // 90))
-    return images, (end - start) / max(wanted[-1] - start, ROUNDING)
+    return images, (reached - start) / max(moments[-1] - start, ROUNDING_TICKS)
 
 
-Visit = tuple[int | None, np.ndarray]
-"""A keyframe's timestamp in the index (None: the file's beginning), and the moments that are decoded from there."""
+Segment = tuple[int | None, np.ndarray]
+"""Timestamp of a keyframe in the index (None: start of the file), and the moments to decode from there [ticks]."""
 
 
-def _visits(container: InputContainer, stream: VideoStream, wanted: np.ndarray) -> list[Visit]:
-    """Share the moments out to the keyframes they are decoded from: a jump only where a later keyframe exists."""
+def _group_by_keyframe(container: InputContainer, stream: VideoStream, moments: np.ndarray) -> list[Segment]:
+    """Assign each moment to the last keyframe before it, so that decoding seeks only past a whole group of pictures."""
     index = stream.index_entries
-    indexed = len(index) and any(name in container.format.name for name in INDEXED)
-    if not indexed or (_untimed(container) and stream.codec_context.has_b_frames):
-        return [(None, wanted)]
-    lag = _lag(stream)
-    keys = [index.search_timestamp(int(moment) - lag) for moment in wanted]
+    has_index = len(index) and any(name in container.format.name for name in INDEXED_FORMATS)
+    if not has_index or (_lacks_pts(container) and stream.codec_context.has_b_frames):
+        return [(None, moments)]
+    delay = _presentation_delay(stream)
+    entries = [index.search_timestamp(int(moment) - delay) for moment in moments]
     return [
-        (index[key].timestamp if key > 0 else None, np.array([moment for _, moment in group]))
-        for key, group in itertools.groupby(zip(keys, wanted, strict=True), key=lambda pair: max(pair[0], 0))
+        (index[entry].timestamp if entry > 0 else None, np.array([moment for _, moment in group]))
+        for entry, group in itertools.groupby(zip(entries, moments, strict=True), key=lambda pair: max(pair[0], 0))
     ]
 
 
-def _lag(stream: VideoStream) -> int:
-    """How far a frame is shown after its time in the index, which in mp4 is the time of its decoding."""
-    shown = next((entry.timestamp for entry in stream.index_entries if not entry.is_discard), None)
-    return 0 if shown is None or stream.start_time is None else max(0, stream.start_time - shown)
+def _presentation_delay(stream: VideoStream) -> int:
+    """Return how long after its time in the index a frame is shown [ticks]; an mp4's index has decoding times."""
+    indexed = next((entry.timestamp for entry in stream.index_entries if not entry.is_discard), None)
+    return 0 if indexed is None or stream.start_time is None else max(0, stream.start_time - indexed)
 
 
-def _ranges(container: InputContainer, stream: VideoStream, visits: list[Visit]) -> list[tuple[int, int]]:
-    """The bytes [start, end) that visits read, where the index tells each frame's place and size."""
+def _byte_ranges(stream: VideoStream, segments: list[Segment]) -> list[tuple[int, int]]:
+    """Return the bytes [start, end) that decoding the segments reads; empty if the index has no positions and sizes."""
     index = stream.index_entries
     ranges = []
-    for key, moments in visits:
-        first = 0 if key is None else index.search_timestamp(key)
-        # One packet further: its time says that the last moment has been passed.
+    for keyframe, moments in segments:
+        first = 0 if keyframe is None else index.search_timestamp(keyframe)
+        # One packet more: its timestamp shows that the last moment has passed.
         last = min(index.search_timestamp(int(moments[-1]), any_frame=True) + 1, len(index) - 1)
         if not 0 <= first <= last or not index[last].size:
             return []
@@ -217,93 +228,115 @@ def _ranges(container: InputContainer, stream: VideoStream, visits: list[Visit])
     return sorted(ranges)
 
 
-def _visit(
-    container: InputContainer, stream: VideoStream, key: int | None, moments: np.ndarray
-) -> Iterator[tuple[av.VideoFrame, float]]:
-    """The frames on screen at these moments, each with its end; a moment in a damaged part has none.
+TimedFrame = tuple[av.VideoFrame, float]
+"""A frame, and the time at which it leaves the screen [ticks]."""
 
-    An index may lie: where its keyframe turns out to be none, or to come too late, the one before it is tried, and then
-    the file's beginning.
-    """
-    for attempt in range(3):
-        if key is not None or attempt:
-            # libav takes the time for one of showing, and finds the keyframe by the time in its index.
-            _jump(container, stream, 0 if key is None else key + _lag(stream))
-        shown = _shown(stream, _decoded(container, stream, moments[-1]))
-        first = next(shown, None)
-        if key is None or first is None or (first[0].key_frame and (first[0].pts or 0) <= moments[0]):
-            break
-        before = stream.index_entries.search_timestamp(key - 1)
-        key = stream.index_entries[before].timestamp if before > 0 and attempt == 0 else None
-    asked = 0
-    for frame, end in itertools.chain([first] if first else [], shown):
-        begin = frame.pts or 0.0
-        if key is None and first is not None and frame is first[0]:
-            begin = -np.inf  # nothing was on screen before it
-        asked = max(asked, int(np.searchsorted(moments, begin, side="left")))
-        due = int(np.searchsorted(moments, end, side="left"))
-        if due > asked:
+
+def _frames_at(
+    container: InputContainer, stream: VideoStream, keyframe: int | None, moments: np.ndarray
+) -> Iterator[TimedFrame]:
+    """Yield the frames on screen at these moments, each once; moments in a damaged part have none."""
+    frames, from_file_start = _decode_from(container, stream, keyframe, moments)
+    pending = 0  # index of the first moment that has no frame yet
+    for number, (frame, end) in enumerate(frames):
+        # Nothing is on screen before the first frame of the file, so it also serves earlier moments.
+        start = -np.inf if from_file_start and number == 0 else frame.pts or 0.0
+        pending = max(pending, int(np.searchsorted(moments, start, side="left")))
+        next_pending = int(np.searchsorted(moments, end, side="left"))
+        if next_pending > pending:
             yield frame, end
-            asked = due
-        if asked >= len(moments):
+            pending = next_pending
+        if pending >= len(moments):
             return
 
 
-def _shown(stream: VideoStream, frames: Iterator[av.VideoFrame | None]) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Frames, each with the time at which it leaves the screen. Before a gap (None) and at the end: by its duration."""
+def _decode_from(
+    container: InputContainer, stream: VideoStream, keyframe: int | None, moments: np.ndarray
+) -> tuple[Iterator[TimedFrame], bool]:
+    """Start decoding at a keyframe -> the frames up to the last moment, and whether they start with the file's first.
+
+    Indexes can be wrong: if the frame at this position is no keyframe, or is shown after the first moment, try the
+    keyframe before, and then the start of the file.
+    """
+    if keyframe is not None:
+        for candidate in (keyframe, _keyframe_before(stream, keyframe)):
+            if candidate is None:
+                break
+            # libav's seek takes a presentation time and compares it with the times in the index.
+            _seek(container, stream, candidate + _presentation_delay(stream))
+            frames = _with_end_times(stream, _decode_until(container, stream, moments[-1]))
+            first = next(frames, None)
+            if first is None:
+                return frames, False
+            if first[0].key_frame and (first[0].pts or 0) <= moments[0]:
+                return itertools.chain([first], frames), False
+        _seek(container, stream, 0)
+    return _with_end_times(stream, _decode_until(container, stream, moments[-1])), True
+
+
+def _keyframe_before(stream: VideoStream, keyframe: int) -> int | None:
+    """Return the timestamp of the previous keyframe in the index; None if that is the start of the file."""
+    entry = stream.index_entries.search_timestamp(keyframe - 1)
+    return stream.index_entries[entry].timestamp if entry > 0 else None
+
+
+def _seek(container: InputContainer, stream: VideoStream, time: int) -> None:
+    with contextlib.suppress(av.FFmpegError):  # the caller checks which frame comes next
+        container.seek(time, stream=stream)
+
+
+def _with_end_times(stream: VideoStream, frames: Iterator[av.VideoFrame | None]) -> Iterator[TimedFrame]:
+    """Pair each frame with the time of the next; before a gap (None) and at the end, with its own duration."""
     base = float(stream.time_base or 1)
-    before: av.VideoFrame | None = None
+    previous: av.VideoFrame | None = None
     for frame in itertools.chain(frames, [None]):
-        if before is not None:
-            assert before.pts is not None
-            lasts = before.duration or gap_of(stream) / base
-            yield before, before.pts + lasts if frame is None or frame.pts is None else frame.pts
-        before = frame if frame is not None and frame.pts is not None else None
+        if previous is not None:
+            assert previous.pts is not None
+            duration = previous.duration or frame_interval(stream) / base
+            yield previous, previous.pts + duration if frame is None or frame.pts is None else frame.pts
+        previous = frame if frame is not None and frame.pts is not None else None
 
 
-def _decoded(container: InputContainer, stream: VideoStream, until: float) -> Iterator[av.VideoFrame | None]:
-    """Frames from here to the one shown at `until`. None stands for a damaged stretch, up to the next keyframe."""
-    broken = False
-    untimed: list[int] | None = None
-    if _untimed(container):
-        untimed, until = [], until + MOST_REORDERED
+def _decode_until(container: InputContainer, stream: VideoStream, until: float) -> Iterator[av.VideoFrame | None]:
+    """Decode from the current position to the frame that is shown at `until`; None stands for a damaged stretch, which
+    ends at the next keyframe."""
+    damaged = False
+    times: list[int] | None = None
+    if _lacks_pts(container):
+        times, until = [], until + MAX_REORDERED
     try:
         for packet in container.demux(stream):
-            # Frames are decoded before they are shown, so all that follow are shown later still.
+            # A frame is decoded before it is shown, so all later packets are shown later, too.
             if packet.dts is not None and packet.dts > until:
                 break
-            broken = broken and not packet.is_keyframe
-            if broken:
+            damaged = damaged and not packet.is_keyframe
+            if damaged:
                 continue
-            if untimed is not None and packet.size and packet.dts is not None:
-                heapq.heappush(untimed, packet.dts)
+            if times is not None and packet.size and packet.dts is not None:
+                heapq.heappush(times, packet.dts)
             try:
                 for frame in packet.decode():
-                    yield _checked(frame, untimed)
+                    yield _intact(frame, times)
             except av.error.InvalidDataError:
-                broken = True
-            if broken or packet.is_corrupt:
-                broken = True
+                damaged = True
+            if damaged or packet.is_corrupt:
+                damaged = True
                 yield None
     except av.error.InvalidDataError:
-        pass  # the file ends here, or might as well
-    with contextlib.suppress(av.error.EOFError, av.error.InvalidDataError):  # the file's end empties the decoder itself
+        pass  # nothing after this position can be demuxed
+    with contextlib.suppress(av.error.EOFError, av.error.InvalidDataError):  # EOF: the demuxer has flushed the decoder
         for frame in stream.codec_context.decode(None):
-            yield _checked(frame, untimed)
+            yield _intact(frame, times)
 
 
-def _checked(frame: av.VideoFrame, untimed: list[int] | None) -> av.VideoFrame | None:
-    if untimed:
-        frame.pts = heapq.heappop(untimed)
+def _intact(frame: av.VideoFrame, times: list[int] | None) -> av.VideoFrame | None:
+    """Return the frame, or None if it is damaged; `times` (a heap) gives it a time where its container has none."""
+    if times:
+        frame.pts = heapq.heappop(times)
     return None if frame.is_corrupt else frame
 
 
-def _untimed(container: InputContainer) -> bool:
-    """AVI stores no times of showing: as they come out, from the file's beginning, frames have the packets', sorted."""
+def _lacks_pts(container: InputContainer) -> bool:
+    """Return whether the container stores no presentation times. AVI does not: the n-th frame that the decoder outputs,
+    counted from the start of the file, has the n-th smallest packet time."""
     return container.format.name == "avi"
-
-
-def gap_of(stream: VideoStream) -> float:
-    """From one frame to the next where they come regularly [s]."""
-    rate = stream.average_rate or stream.guessed_rate
-    return 1 / float(rate) if rate else 0.0

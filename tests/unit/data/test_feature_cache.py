@@ -23,7 +23,7 @@ from crosslmm.data.feature_cache import (
 )
 from crosslmm.data.feature_format import FeatureRecipe, from_bf16, pack, to_bf16, unpack
 from crosslmm.data.manifest import Manifest, Rows
-from crosslmm.data.video.decode_pool import Unreadable
+from crosslmm.data.video.decode import VideoFailure
 from crosslmm.encode.recipe import require_encoder
 from crosslmm.model.loading import build_encoder, build_model
 from crosslmm.model.vision_encoder import digest
@@ -125,7 +125,7 @@ def test_features_are_read_in_any_order_as_they_were_stored(cached, videos, dtyp
         for n, bits in zip(order, read, strict=True):
             assert np.array_equal(bits, unpack(pack(values(n + 1, n), dtype), (n + 1, PATCHES, WIDTH), dtype))
     (gone,) = features([str(Path(videos[0]).parent / "gone.mp4")])
-    assert gone == Unreadable("no such file", "read")
+    assert gone == VideoFailure("no such file", "read")
 
 
 def test_damaged_or_missing_shard_is_refused(cached, videos):

@@ -9,7 +9,7 @@ from crosslmm.config import DataConfig
 from crosslmm.data.dataset import BlockLayout, ReadSamples, unpack_block
 from crosslmm.data.quarantine import ErrorBudget, QuarantineEntry, TooManyUnreadable
 from crosslmm.data.sampler import DeterministicSampler
-from crosslmm.data.video.decode_pool import Unreadable
+from crosslmm.data.video.decode import VideoFailure
 
 ROWS, BAD = 40, {3, 7, 8, 21}
 
@@ -40,7 +40,8 @@ class FakeDecoder:
         numbers = [int(re.search(r"\d+", uri)[0]) for uri in uris]
         self.decoded += numbers
         return [
-            Unreadable("no such file", "read") if n in self.bad else np.full((1, 2, 2, 3), n, np.uint8) for n in numbers
+            VideoFailure("no such file", "read") if n in self.bad else np.full((1, 2, 2, 3), n, np.uint8)
+            for n in numbers
         ]
 
 
@@ -118,7 +119,7 @@ def test_unavailable_store_ends_the_run_with_its_message():
 
 def test_quarantine_entry_is_complete_and_printable():
     row = {"manifest": "m.jsonl\n", "line": 3, "id": "a\x1b[31m\n"}
-    entry = QuarantineEntry.from_row(row, "s3://bucket/\u202e.mp4", Unreadable("empty", "check", "etag", 2)).to_dict()
+    entry = QuarantineEntry.from_row(row, "s3://bucket/\u202e.mp4", VideoFailure("empty", "check", "etag", 2)).to_dict()
     assert entry == {
         "manifest": r"m.jsonl\n",
         "line": 3,
@@ -159,7 +160,7 @@ def test_each_source_has_its_own_budget():
 def test_source_with_non_ascii_name_has_its_own_budget():
     name = "/data/vid\u00e9os/train.jsonl"
     row = {"manifest": name, "line": 1, "id": "a"}
-    bad = [QuarantineEntry.from_row(row, "a.mp4", Unreadable("empty", "check")).to_dict()]
+    bad = [QuarantineEntry.from_row(row, "a.mp4", VideoFailure("empty", "check")).to_dict()]
     budget = ErrorBudget(max_share=0.1, allowed=3)
     for _ in range(30):
         budget.record([name] * 100, bad)

@@ -87,7 +87,7 @@ def test_videos_are_timed_and_what_cannot_be_read_waits(tmp_path, video):
     waiting = read(target, summary.files["waiting"]).to_pylist()
     entries = [json.loads(row["entry"]) for row in waiting]
     assert [(e["id"], e["line"], e["stage"]) for e in entries] == [("gone", 4, "read"), ("late", 5, "check")]
-    assert "lasts 3.0 s, and the part that is wanted begins at 5 s" in entries[1]["reason"]
+    assert "lasts 3.0 s, and the requested part starts at 5 s" in entries[1]["reason"]
     probes = read(target, summary.files["probes"]).to_pylist()
     assert [(p["video"], p["seconds"], p["width"], p["codec"]) for p in probes] == [
         (f"{tmp_path}/clip.mp4", 3.0, 32, "h264"), ("clip.mp4", 3.0, 32, "h264")

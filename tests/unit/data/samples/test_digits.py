@@ -8,7 +8,7 @@ from crosslmm.config import DataConfig
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.samples.digits import CHANCE, PLATES, QUESTION, load_digits, write_digits
 from crosslmm.data.samples.shapes import COLOURS, FRAMES, SIDE
-from crosslmm.data.video.decode_pool import decode_video
+from crosslmm.data.video.decode import decode_video
 
 TRAIN, HELD_OUT = 32, 96
 

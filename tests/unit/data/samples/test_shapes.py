@@ -17,7 +17,7 @@ from crosslmm.data.samples.shapes import (
     sample_manifests,
     write_sample_set,
 )
-from crosslmm.data.video.decode_pool import decode_video
+from crosslmm.data.video.decode import decode_video
 
 TRAIN, HELD_OUT = 240, 48
 

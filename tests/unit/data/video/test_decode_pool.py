@@ -18,8 +18,9 @@ import pytest
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data.samples.clips import FPS, encode_clip
-from crosslmm.data.video.decode_pool import BACKENDS as DECODERS
-from crosslmm.data.video.decode_pool import Decoder, Unreadable, decode_video, require_backend
+from crosslmm.data.video.decode import BACKENDS as DECODERS
+from crosslmm.data.video.decode import VideoFailure, decode_video, require_backend
+from crosslmm.data.video.decode_pool import Decoder, VideoPool
 from crosslmm.preflight.resolve import resolve_config
 
 SIDE = 32
@@ -144,7 +145,7 @@ def test_a_part_beyond_the_end_is_no_video_and_a_fragment_of_another_sort_belong
     path.write_bytes(encode_clip(grey(*LEVELS)))
     assert len(decode_video(str(path), DataConfig(num_frames=3), SIDE)) == 3
     found = decode_video(f"{path}#t=7", DataConfig(num_frames=3), SIDE)
-    assert found == Unreadable("it lasts 5.0 s, and the part that is wanted begins at 7 s", "check")
+    assert found == VideoFailure("it lasts 5.0 s, and the requested part starts at 7 s", "check")
 
 
 @pytest.mark.parametrize(
@@ -265,7 +266,7 @@ def test_what_is_no_video_costs_itself_alone_and_says_why(tmp_path, backend):
         *bad, good = decoder([f"{tmp_path}/{name}.mp4" for name in [*expected, "good"]])
     assert levels(good) == pytest.approx([40, 200], abs=4)
     for (name, says), found in zip(expected.items(), bad, strict=True):
-        assert isinstance(found, Unreadable), name
+        assert isinstance(found, VideoFailure), name
         assert found.reason.isascii(), name
         assert found.reason.isprintable(), name
         assert backend != "pyav" or re.search(says, found.reason), name
@@ -291,13 +292,12 @@ def misbehave(uri):
 def test_a_decoder_that_spins_or_crashes_is_replaced(tmp_path):
     (tmp_path / "good.mp4").write_bytes(encode_clip(grey(40, 200)))
     good = f"{tmp_path}/good.mp4"
-    with Decoder(DataConfig(num_frames=2, decode_timeout_s=1.5), SIDE) as decoder:
-        decoder._decode = misbehave
+    with VideoPool(DataConfig(num_frames=2, decode_timeout_s=1.5), misbehave) as decoder:
         began = time.monotonic()
         first, spun, second, crashed, third = decoder([good, "spins", good, "crashes", good])
         assert time.monotonic() - began < 30
-    assert spun == Unreadable("decoding took over 1.5 s and was killed", "deadline", attempts=2)
-    assert crashed == Unreadable("the decoder died (exit code -11)", "crash", attempts=2)
+    assert spun == VideoFailure("decoding took over 1.5 s and was killed", "deadline", attempts=2)
+    assert crashed == VideoFailure("the decoder died (exit code -11)", "crash", attempts=2)
     assert np.array_equal(first, second)
     assert np.array_equal(first, third)
 
@@ -330,7 +330,7 @@ def test_a_decoder_that_does_not_load_is_refused_before_anything_starts(monkeypa
         raise error("libavutil.so.60: cannot open shared object file\nand a page more")
 
     config = parse_run(["--data.decoder", backend, "--storage", str(tmp_path)], "test")
-    monkeypatch.setattr("crosslmm.data.video.decode_pool.importlib.import_module", refuse)
+    monkeypatch.setattr("crosslmm.data.video.decode.importlib.import_module", refuse)
     with pytest.raises(BadConfig, match=re.escape(remedy)) as raised:
         resolve_config(config)
     assert str(raised.value).startswith(f"data.decoder: {backend} does not load here")
@@ -355,4 +355,4 @@ def test_a_file_that_torchcodec_takes_for_something_else_is_refused(seen):
     lure = b"G\nv=0\ns=-\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n".ljust(188, b"\n")
     stream = lure + b"G".ljust(20 * 188, b"\n") + video(grey(*LEVELS), "mpegts")
     assert len(seen(stream, 4)) == 4
-    assert "begins as mpegts, and torchcodec takes it for sdp" in seen(stream, 4, "torchcodec").reason
+    assert "starts as mpegts, but torchcodec takes it for sdp" in seen(stream, 4, "torchcodec").reason

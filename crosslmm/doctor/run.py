@@ -12,7 +12,6 @@ from crosslmm.doctor import all_reduce, dry_run
 from crosslmm.preflight import cluster_probe, connect, findings, node_probe
 from crosslmm.preflight.findings import Finding
 from crosslmm.preflight.resolve import resolve_config
-from crosslmm.storage import retry
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +28,8 @@ def run_doctor(config: RunConfig) -> list[Finding]:
     Returns:
         Findings, in the order of the checks. The last one is named "training" only if all others are ok.
     """
-    patience_s = retry.PATIENCE_S
-    retry.PATIENCE_S = 0  # report a store that is out of reach instead of waiting for it
-    try:
+    with storage.retrying(storage.NO_RETRIES):  # report a store that is out of reach instead of waiting for it
         return _run_stages(config)
-    finally:
-        retry.PATIENCE_S = patience_s
 
 
 def _run_stages(config: RunConfig) -> list[Finding]:

@@ -28,11 +28,20 @@ from crosslmm.storage.filesystem import (
     write_bytes,
     write_chunks,
 )
-from crosslmm.storage.retry import BadLocation, Refused, Unavailable, patiently, scheme_of
+from crosslmm.storage.retry import (
+    NO_RETRIES,
+    BadLocation,
+    Refused,
+    RetryPolicy,
+    Unavailable,
+    retrying,
+    scheme_of,
+    with_retries,
+)
 
 __all__ = [
-    "BadLocation", "Refused", "Unavailable", "absolute", "arrow_filesystem", "download", "download_file", "exists",
-    "folders_in", "is_empty", "is_folder", "join", "local_path", "names_in", "open_read", "parent", "patiently",
-    "read_bytes", "real", "remove", "remove_folder", "scheme_of", "stamp_of", "upload", "upload_file", "version",
-    "version_of", "will_read", "within", "write_bytes", "write_chunks",
+    "NO_RETRIES", "BadLocation", "Refused", "RetryPolicy", "Unavailable", "absolute", "arrow_filesystem", "download",
+    "download_file", "exists", "folders_in", "is_empty", "is_folder", "join", "local_path", "names_in", "open_read",
+    "parent", "read_bytes", "real", "remove", "remove_folder", "retrying", "scheme_of", "stamp_of", "upload",
+    "upload_file", "version", "version_of", "will_read", "with_retries", "within", "write_bytes", "write_chunks",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A remote object as a file, of which only the pieces that are asked for travel."""
+"""A remote object as a file, of which only the requested ranges are transferred."""
 
 import io
 from bisect import bisect_right
@@ -9,25 +9,33 @@ from typing import Any
 
 import fsspec
 
-from crosslmm.storage.retry import PRECONDITION_FAILED, Unavailable, patiently, status_of, told_apart
+from crosslmm.storage.retry import (
+    PRECONDITION_FAILED,
+    Unavailable,
+    classified_errors,
+    current_policy,
+    http_status,
+    retrying,
+    with_retries,
+)
 
 
 class RangedFile(io.RawIOBase):
     """A remote object, read in ranges.
 
     s3fs' own read-ahead of 50 MiB fetches 182 MB of a 188 MB video for 32 of its frames. Here an announced range is one
-    request (large ones are cut), made while the one before it is in use; elsewhere the file reads ahead half as much as
-    it was asked for in one go, so that a header costs few requests and a jump little waste.
+    request (large ones are split), made while the previous range is in use. Elsewhere the file reads ahead half as much
+    as was read in sequence, so that a header costs few requests and a seek wastes little.
 
     Attributes:
-        size: of the object [bytes].
-        version: its ETag. An object that is replaced while it is read is an error.
+        size: size of the object [bytes].
+        version: ETag of the object. Reading an object that was replaced since it was opened raises `Unavailable`.
     """
 
-    LEAST, MOST = 64 * 2**10, 8 * 2**20
+    MIN_REQUEST, MAX_REQUEST = 64 * 2**10, 8 * 2**20
     """Bounds of one request [bytes]; an announced range may be smaller."""
-    PIECES = 4
-    """Pieces kept: a demuxer jumps between the head, the index and the frames."""
+    CACHED_PIECES = 4
+    """Number of cached pieces: a demuxer jumps between the head, the index and the frames."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
         super().__init__()
@@ -35,104 +43,107 @@ class RangedFile(io.RawIOBase):
         self._file: Any = fs.open(path, "rb", cache_type="none")
         self.size = int(self._file.size)
         self.version = str(self._file.details.get("ETag", "")).strip('"') or None
-        self._pieces: deque[tuple[int, bytes]] = deque(maxlen=self.PIECES)
+        self._pieces: deque[tuple[int, bytes]] = deque(maxlen=self.CACHED_PIECES)
         self._announced: list[tuple[int, int]] = []
-        self._coming: tuple[tuple[int, int], Future[bytes]] | None = None
-        # One thread makes all requests, so one file position is enough.
+        self._pending: tuple[tuple[int, int], Future[bytes]] | None = None
+        # One thread makes all requests, so one file position suffices.
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._position = self._run_start = 0
+        self._policy = current_policy()
+        self._position = self._sequence_start = 0
 
     def will_read(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Announce ranges [start, end), ascending; overlapping ones are joined."""
-        joined: list[tuple[int, int]] = []
+        """Announce the byte ranges [start, end) that will be read, ascending; overlapping ones are merged."""
+        merged: list[tuple[int, int]] = []
         for start, end in ranges:
-            if joined and start <= joined[-1][1]:
-                joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+            if merged and start <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
             else:
-                joined.append((start, min(end, self.size)))
+                merged.append((start, min(end, self.size)))
         self._announced = [
-            (at, min(at + self.MOST, end)) for start, end in joined for at in range(start, end, self.MOST)
+            (at, min(at + self.MAX_REQUEST, end)) for start, end in merged for at in range(start, end, self.MAX_REQUEST)
         ]
         if self._announced:  # a file without an index announces nothing
-            self._ask(0)
+            self._request(0)
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer with what is at hand, one byte at least before the end of the file."""
+        """Fill the buffer from the current piece; return the number of bytes, 0 at the end of the file only."""
         if self._position >= self.size or not len(buffer):
             return 0
         start, data = self._piece()
-        here = data[self._position - start :][: len(buffer)]
-        buffer[: len(here)] = here
-        self._position += len(here)
-        return len(here)
+        part = data[self._position - start :][: len(buffer)]
+        buffer[: len(part)] = part
+        self._position += len(part)
+        return len(part)
 
     def _piece(self) -> tuple[int, bytes]:
-        """The piece that holds the position, fetched if it is not at hand."""
+        """Return (start, bytes) of the piece at the current position, from the cache or the store."""
         for start, data in self._pieces:
             if start <= self._position < start + len(data):
                 return start, data
         number = bisect_right(self._announced, (self._position, self.size)) - 1
         if number >= 0 and self._position < self._announced[number][1]:
-            span, future = self._ask(number)
+            span, future = self._request(number)
             piece = span[0], future.result()
-            self._coming = None
+            self._pending = None
             if number + 1 < len(self._announced):
-                self._ask(number + 1)
+                self._request(number + 1)
         else:
-            end = self._position + min(max((self._position - self._run_start) // 2, self.LEAST), self.MOST)
+            sequence = self._position - self._sequence_start
+            end = self._position + min(max(sequence // 2, self.MIN_REQUEST), self.MAX_REQUEST)
             later = (start for start, _ in self._announced if start > self._position)
             span = self._position, min(end, self.size, next(later, self.size))
             piece = span[0], self._thread.submit(self._fetch, *span).result()
         self._pieces.append(piece)
         return piece
 
-    def _ask(self, number: int) -> tuple[tuple[int, int], "Future[bytes]"]:
-        """Have an announced range fetched, if it is not on its way."""
-        if number < len(self._announced) and (self._coming is None or self._coming[0] != self._announced[number]):
+    def _request(self, number: int) -> tuple[tuple[int, int], "Future[bytes]"]:
+        """Start to fetch announced range `number`, unless its request is pending; return the range and its future."""
+        if number < len(self._announced) and (self._pending is None or self._pending[0] != self._announced[number]):
             span = self._announced[number]
-            self._coming = span, self._thread.submit(self._fetch, *span)
-        assert self._coming is not None
-        return self._coming
+            self._pending = span, self._thread.submit(self._fetch, *span)
+        assert self._pending is not None
+        return self._pending
 
     def _fetch(self, start: int, end: int) -> bytes:
-        def once() -> bytes:
-            with told_apart(self._name):
+        def attempt() -> bytes:
+            with classified_errors(self._name):
                 self._file.seek(start)
                 data = self._file.read(end - start)
             if len(data) != end - start:
-                raise Unavailable(f"{self._name}: {len(data)} bytes came where {end - start} were asked for")
+                raise Unavailable(f"{self._name}: received {len(data)} bytes instead of {end - start}")
             return data
 
         try:
-            return patiently(once)
+            with retrying(self._policy):  # in this file's own thread
+                return with_retries(attempt)
         except OSError as error:
-            if status_of(error) == PRECONDITION_FAILED:  # whoever opens it again gets the new one
+            if http_status(error) == PRECONDITION_FAILED:  # opening it again reads the new object
                 raise Unavailable(f"{self._name}: it expired: another object has taken its place") from error
             raise
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move; a jump ends the reading ahead."""
+        """Set the position; a seek resets the read-ahead."""
         position = max(0, {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence] + offset)
         if position != self._position:
-            self._position = self._run_start = position
+            self._position = self._sequence_start = position
         return position
 
     def tell(self) -> int:
-        """The position [bytes]."""
+        """Return the position [bytes]."""
         return self._position
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def close(self) -> None:
-        """Let go of what was read and of what is on its way."""
+        """Drop cached pieces and pending requests."""
         if not self.closed:
             self._thread.shutdown(wait=False, cancel_futures=True)
             self._pieces.clear()
-            self._coming = None
+            self._pending = None
         super().close()

@@ -1,8 +1,7 @@
-"""A store is asked, again where it cannot serve just now; its errors are told apart from those of one object.
+"""Retry policy of storage: transient errors of a store are retried; store-wide failures differ from per-object ones.
 
-Credentials and the endpoint come from the environment or the machine's role (`AWS_*`), never from configuration. What
-is asked of a store that cannot serve just now is asked again, for some minutes; what asking again cannot mend is said
-at once, in one line.
+Credentials and endpoint come from the environment or the machine's role (`AWS_*`), never from configuration. Requests
+to an unavailable store are repeated for minutes; errors that a retry cannot mend are raised at once, in one line.
 """
 
 import errno
@@ -10,27 +9,52 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import sleep as pause
-from typing import TypeVar
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import fsspec
 
 SCHEMES = ("file", "s3")
 
-WAITS_S = (1, 2, 4, 8, 15)
-"""Pauses before an unavailable store is asked again, the last one again and again [s]."""
-PATIENCE_S = 180.0
-"""From the first failure until a store is given up [s]; 0 asks once."""
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 30
-"""A store that has not let us in, or sent no further byte of an answer, for so long is unavailable [s]."""
 
-# What a file system or a store says when it cannot serve anybody just now.
-OUT_OF_ORDER = {
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long an unavailable store is retried."""
+
+    deadline_s: float = 180.0
+    """Time from the first failure after which no further attempt starts; 0 makes one attempt [s]."""
+    waits_s: tuple[float, ...] = (1, 2, 4, 8, 15)
+    """Pauses before the attempts that follow; the last one repeats [s]."""
+    connect_timeout_s: float = 5
+    """How long a store may take to accept a connection [s]."""
+    read_timeout_s: float = 30
+    """How long a store may take to send the next byte of a response [s]."""
+    write_timeout_s: float = 120
+    """How long a store may take for one part of an object: no client notices that none of it is being read [s]."""
+    sleep: Callable[[float], None] = time.sleep
+    """Waits between two attempts; tests replace it."""
+
+
+DEFAULT_POLICY = RetryPolicy()
+NO_RETRIES = RetryPolicy(deadline_s=0)
+"""One attempt, for callers that retry themselves or report a failure at once."""
+
+# Scoped, and not an argument: a caller that wants another policy (the doctor, the processes that decode) is many calls
+# away from the request, below functions of other packages that have no business with retries.
+_policy: ContextVar[RetryPolicy] = ContextVar("retry_policy", default=DEFAULT_POLICY)
+
+# Codes of a file system or store that can serve nobody at the moment.
+STORE_ERRNOS = {
     errno.EBUSY, errno.EREMOTEIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH,
 }  # fmt: skip
-FULL = {errno.ENOSPC, errno.EDQUOT}
+NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
+PRECONDITION_FAILED, OUT_OF_SPACE = 412, 507
+RETRYABLE_STATUSES = {408, 429, 500, 502, 503, 504}
+CLIENT_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "http")
+"""Packages of the S3 client; their own exceptions mean a store out of reach."""
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 class BadLocation(ValueError):
@@ -38,39 +62,64 @@ class BadLocation(ValueError):
 
 
 class Unavailable(OSError):
-    """The store itself cannot be used: out of reach or out of order. No fault of one object."""
+    """The store itself is out of reach or out of order; no fault of one object."""
 
 
 class Refused(Unavailable):
-    """Nor will it be usable by waiting: there is no such bucket, or it takes none of our credentials."""
+    """The store refuses in a way that waiting does not mend: no such bucket, or no valid credentials."""
 
 
-def patiently(request: Callable[[], Made], despite: tuple[type[Exception], ...] = (Unavailable,)) -> Made:
-    """What `request` returns; while it raises one of `despite`, it is made again, for `PATIENCE_S` after the
-    first failure.
+def current_policy() -> RetryPolicy:
+    """Return the retry policy of this thread."""
+    return _policy.get()
+
+
+@contextmanager
+def retrying(policy: RetryPolicy) -> Iterator[None]:
+    """Context manager: every request to a store in the block, made in this thread, follows `policy`."""
+    token = _policy.set(policy)
+    try:
+        yield
+    finally:
+        _policy.reset(token)
+
+
+def keep_policy(call: Callable[..., T]) -> Callable[..., T]:
+    """Return `call` with the current policy, for use in another thread, which would start with the default."""
+    policy = current_policy()
+
+    def with_policy(*args: Any, **options: Any) -> T:
+        with retrying(policy):
+            return call(*args, **options)
+
+    return with_policy
+
+
+def with_retries(request: Callable[[], T], retry_on: tuple[type[Exception], ...] = (Unavailable,)) -> T:
+    """Return what `request` returns. Repeat it while it raises one of `retry_on`, until the policy's deadline.
 
     Raises:
         Refused: at once.
-        Exception: what `request` raised last, or anything else that it raised.
+        Exception: the last error in `retry_on`, or any other error at once.
     """
-    give_up = None
-    for wait in itertools.chain(WAITS_S, itertools.repeat(WAITS_S[-1])):
+    policy, deadline = current_policy(), None
+    for wait_s in itertools.chain(policy.waits_s, itertools.repeat(policy.waits_s[-1])):
         try:
             return request()
-        except despite as error:
+        except retry_on as error:
             now = time.monotonic()
-            give_up = now + PATIENCE_S if give_up is None else give_up
-            if isinstance(error, Refused) or now + wait > give_up:
+            deadline = now + policy.deadline_s if deadline is None else deadline
+            if isinstance(error, Refused) or now + wait_s > deadline:
                 raise
-        pause(wait)
-    raise AssertionError("pauses have no end")
+        policy.sleep(wait_s)
+    raise AssertionError("unreachable: the waits do not end")
 
 
 def scheme_of(uri: str) -> str:
-    """`file` or `s3`.
+    """Return `file` or `s3`.
 
     Raises:
-        BadLocation: any other scheme, a chain of them, or credentials in it.
+        BadLocation: another scheme, chained schemes, or credentials in the URI.
     """
     scheme, rest = uri.split("://", 1) if "://" in uri else ("file", "")
     if scheme not in SCHEMES or "::" in uri:
@@ -81,67 +130,64 @@ def scheme_of(uri: str) -> str:
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system that a path or URI belongs to, and its path there."""
+    """Return the file system of a path or URI, and the path in it."""
     if scheme_of(uri) == "file":
         return fsspec.url_to_fs(uri)
-    # The client's own few tries are for a request among thousands that is lost; outages are for `patiently`.
-    timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
+    # The client's own few attempts are for one lost request among thousands; `with_retries` is for outages.
+    policy = current_policy()
+    timeouts = {"connect_timeout": policy.connect_timeout_s, "read_timeout": policy.read_timeout_s}
     retries = {"mode": "standard", "total_max_attempts": 3}
     fs, path = fsspec.url_to_fs(uri, config_kwargs={**timeouts, "retries": retries})
     fs.retries = 1
     return fs, path
 
 
-def ask(uri: str, call: Callable[[fsspec.AbstractFileSystem, str], Made]) -> Made:
-    """What a call on the file system and path of a URI returns, patiently."""
+def call_with_retries(uri: str, call: Callable[[fsspec.AbstractFileSystem, str], T]) -> T:
+    """Return what `call` returns for the file system and path of a URI; retry while the store is unavailable."""
 
-    def once() -> Made:
-        with told_apart(uri):
+    def attempt() -> T:
+        with classified_errors(uri):
             fs, path = filesystem(uri)
-            # Another process may have written since this one last looked, and s3fs would believe its listing.
+            # s3fs would answer from its cache of listings, which misses what other processes wrote since.
             fs.invalidate_cache()
             return call(fs, path)
 
-    return patiently(once)
-
-
-PRECONDITION_FAILED, OUT_OF_SPACE = 412, 507
-ASK_AGAIN = {408, 429, 500, 502, 503, 504}
+    return with_retries(attempt)
 
 
 @contextmanager
-def told_apart(uri: str) -> Iterator[None]:
-    """Errors of the store become `Unavailable`; those of one object pass, in words that name it."""
+def classified_errors(uri: str) -> Iterator[None]:
+    """Context manager: turns failures of the store into `Unavailable`; errors of one object pass, and name it."""
     try:
         yield
     except Exception as error:
         remote = scheme_of(uri) == "s3"
-        kind, said = type(error).__name__, " ".join(str(error).split())
+        kind, message = type(error).__name__, " ".join(str(error).split())
         if remote and isinstance(error, FileNotFoundError):
             _require_bucket(uri)
             raise FileNotFoundError(f"{uri}: no such object") from error
         if remote and (isinstance(error, PermissionError) or kind == "NoCredentialsError"):
             raise PermissionError(f"{uri}: permission denied; check AWS_* or the machine's role") from error
         if remote and kind == "ParamValidationError":
-            raise BadLocation(f"{uri}: {said[:100]}") from error
-        if isinstance(error, OSError) and (error.errno in FULL or status_of(error) == OUT_OF_SPACE):
+            raise BadLocation(f"{uri}: {message[:100]}") from error
+        if isinstance(error, OSError) and (error.errno in NO_SPACE_ERRNOS or http_status(error) == OUT_OF_SPACE):
             raise OSError(error.errno, f"no space left for {uri}; free some, or write elsewhere") from error
-        if _is_of_the_store(error):
-            raise Unavailable(f"{uri}: {kind}: {said}") from error
+        if _is_store_wide(error):
+            raise Unavailable(f"{uri}: {kind}: {message}") from error
         raise
 
 
-def _is_of_the_store(error: Exception) -> bool:
-    """Whether it says that nobody can be served; the S3 client has classes of its own for a store out of reach."""
-    if status := status_of(error):
-        return status in ASK_AGAIN
-    client = type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "http")
-    out_of_order = isinstance(error, OSError) and error.errno in OUT_OF_ORDER
-    return client or out_of_order or isinstance(error, ConnectionError | TimeoutError)
+def _is_store_wide(error: Exception) -> bool:
+    """Return whether an error means that the store can serve nobody."""
+    if status := http_status(error):
+        return status in RETRYABLE_STATUSES
+    from_client = type(error).__module__.split(".")[0] in CLIENT_PACKAGES
+    out_of_order = isinstance(error, OSError) and error.errno in STORE_ERRNOS
+    return from_client or out_of_order or isinstance(error, ConnectionError | TimeoutError)
 
 
-def status_of(error: BaseException | None) -> int:
-    """The store's HTTP status, 0 of an error that is no answer of a store."""
+def http_status(error: BaseException | None) -> int:
+    """Return the HTTP status of a store's response, 0 for an error without one."""
     while error is not None:
         if response := getattr(error, "response", None):
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -150,7 +196,7 @@ def status_of(error: BaseException | None) -> int:
 
 
 def _require_bucket(uri: str) -> None:
-    """A store says the same of a missing object and of an object in a missing bucket.
+    """Raise an error if the bucket is missing: a store reports a missing object and a missing bucket alike.
 
     Raises:
         Refused: the bucket is missing.

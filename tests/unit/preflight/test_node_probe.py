@@ -9,7 +9,6 @@ import pytest
 import ray
 
 from crosslmm.preflight import cluster_probe, node_probe
-from crosslmm.storage import retry
 from tests.support.common import ROOT
 
 
@@ -69,8 +68,7 @@ def test_only_nodes_that_run_drivers_check_mlflow(runs_drivers, config):
     assert [row and row[:2] for row in results] == ([("MLflow", "BadConfig")] if runs_drivers else [None])
 
 
-def test_the_probe_checks_storage_manifest_decoder_and_video(tmp_path, monkeypatch, config):
-    monkeypatch.setattr(retry, "PATIENCE_S", retry.PATIENCE_S)  # restores what the probe sets
+def test_the_probe_checks_storage_manifest_decoder_and_video(tmp_path, config):
     folder = tmp_path / "runs" / ".doctor-1"
     (tmp_path / "rows.jsonl").write_text("{}")
     request = {

@@ -1,4 +1,4 @@
-"""A store that is down, slow or cuts connections for a while costs time and nothing else; what is for good is said."""
+"""Outages of an object store: transient ones cost time only, permanent ones are reported at once."""
 
 import shutil
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 
 import boto3
 import numpy as np
@@ -15,7 +16,8 @@ from boto3.s3.transfer import TransferConfig
 from s3fs import S3FileSystem
 
 from crosslmm import storage
-from crosslmm.storage import retry
+from crosslmm.storage import RetryPolicy, retry
+from crosslmm.storage.retry import keep_policy
 from tests.support.common import ROOT
 from tests.support.flaky_store import FlakyStore
 from tests.support.object_store import running_object_store
@@ -24,6 +26,8 @@ pytestmark = pytest.mark.fault
 
 DATA = np.random.default_rng(0).bytes(12_000_000)
 PART = 5 * 2**20
+"""Smallest part that S3 accepts [bytes]."""
+FAST = RetryPolicy(waits_s=(0.2,), read_timeout_s=2, write_timeout_s=2)
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +42,20 @@ def flaky(store, monkeypatch):
     with FlakyStore(int(store.endpoint.rsplit(":", 1)[1])) as flaky:
         for name, value in (store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{flaky.port}"}).items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(retry, "WAITS_S", (0.2,))
-        monkeypatch.setattr(retry, "READ_TIMEOUT_S", 2)
-        monkeypatch.setattr(storage, "PART_BYTES", PART)
         S3FileSystem.clear_instance_cache()
-        yield flaky
+        with storage.retrying(FAST):
+            yield flaky
 
 
-def fails(flaky, seconds, **modes):
-    """The store misbehaves from now on, for so long."""
+def break_store(flaky, seconds, **modes):
+    """Make the store fail from now on for `seconds`; return the time at which it recovers."""
     vars(flaky).update(modes)
     threading.Timer(seconds, lambda: vars(flaky).update(dict.fromkeys(modes))).start()
     return time.monotonic() + seconds
 
 
 @pytest.mark.parametrize("mode", ["503", "reset", 3.0])
-def test_reads_survive_a_store_that_is_down_slow_or_cuts_connections(flaky, tmp_path, mode):
+def test_reads_survive_an_outage(flaky, tmp_path, mode):
     storage.write_bytes("s3://runs/r/a/data", DATA)
     storage.write_bytes("s3://runs/r/b", b"b")
     for read, expected in {
@@ -66,17 +68,16 @@ def test_reads_survive_a_store_that_is_down_slow_or_cuts_connections(flaky, tmp_
         lambda: storage.stamp_of("s3://runs/r/b")[0]: 1,
         lambda: storage.download("s3://runs/r", str(tmp_path / "r")): None,
     }.items():
-        until = fails(flaky, 1.5, reads=mode)
+        recovery = break_store(flaky, 1.5, reads=mode)
         assert read() == expected
-        assert time.monotonic() > until - 0.5
+        assert time.monotonic() > recovery - 0.5
         flaky.reads = None
     assert (tmp_path / "r/a/data").read_bytes() == DATA
     assert (tmp_path / "r/b").read_bytes() == b"b"
 
 
 @pytest.mark.parametrize("mode", ["503", "reset", "lost", 3.0])
-def test_writes_survive_a_store_that_is_down_slow_or_cuts_connections(flaky, tmp_path, monkeypatch, mode):
-    monkeypatch.setattr(storage, "WRITE_TIMEOUT_S", 2)
+def test_writes_survive_an_outage(flaky, tmp_path, mode):
     (tmp_path / "w/x").mkdir(parents=True)
     (tmp_path / "w/x/data").write_bytes(DATA)
     (tmp_path / "w/small").write_bytes(b"small")
@@ -84,74 +85,75 @@ def test_writes_survive_a_store_that_is_down_slow_or_cuts_connections(flaky, tmp
     def chunks():
         for at in range(0, len(DATA), 1_000_000):
             if at == 7_000_000:
-                fails(flaky, 1.5, writes=mode)
+                break_store(flaky, 1.5, writes=mode)
             yield DATA[at : at + 1_000_000]
 
-    storage.write_chunks("s3://runs/w/chunks", chunks())
+    storage.write_chunks("s3://runs/w/chunks", chunks(), PART)
     flaky.writes = None
     assert storage.read_bytes("s3://runs/w/chunks") == DATA
     for name in ("small", "large"):
-        fails(flaky, 1.5, writes=mode)
-        storage.write_bytes(f"s3://runs/w/{name}", b"1" if name == "small" else DATA)
+        break_store(flaky, 1.5, writes=mode)
+        storage.write_bytes(f"s3://runs/w/{name}", b"1" if name == "small" else DATA, PART)
         flaky.writes = None
-    fails(flaky, 1.5, writes=mode)
-    storage.upload(str(tmp_path / "w"), "s3://runs/w/folder")
+    break_store(flaky, 1.5, writes=mode)
+    storage.upload(str(tmp_path / "w"), "s3://runs/w/folder", PART)
     flaky.writes = None
     assert storage.read_bytes("s3://runs/w/small") == b"1"
     assert storage.read_bytes("s3://runs/w/large") == DATA
     assert storage.names_in("s3://runs/w/folder") == ["small", "x/data"]
     assert storage.read_bytes("s3://runs/w/folder/x/data") == DATA
-    fails(flaky, 1.5, writes=mode)
+    break_store(flaky, 1.5, writes=mode)
     storage.remove_folder("s3://runs/w")
     flaky.writes = None
     assert storage.names_in("s3://runs/w") == []
 
 
 @pytest.mark.parametrize("mode", ["503", "reset"])
-def test_arrow_is_as_patient(flaky, mode):
+def test_arrow_survives_an_outage(flaky, mode):
     filesystem, path = storage.arrow_filesystem("s3://runs/arrow")
-    fails(flaky, 3, reads=mode, writes=mode)
+    break_store(flaky, 3, reads=mode, writes=mode)
     with filesystem.open_output_stream(f"{path}/data") as file:
         file.write(DATA)
-    fails(flaky, 3, reads=mode, writes=mode)
+    break_store(flaky, 3, reads=mode, writes=mode)
     with filesystem.open_input_file(f"{path}/data") as file:
         assert file.read() == DATA
-    fails(flaky, 3, reads=mode, writes=mode)
+    break_store(flaky, 3, reads=mode, writes=mode)
     assert [info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path))] == ["data"]
 
 
-def test_a_store_that_stays_down_is_given_up_and_named(flaky, monkeypatch):
-    monkeypatch.setattr(retry, "PATIENCE_S", 2)
+def test_a_store_that_stays_down_is_named_in_the_error(flaky):
     flaky.reads = flaky.writes = "503"
-    for call in (lambda: storage.read_bytes("s3://runs/x"), lambda: storage.write_bytes("s3://runs/x", DATA)):
+    for call in (lambda: storage.read_bytes("s3://runs/x"), lambda: storage.write_bytes("s3://runs/x", DATA, PART)):
         began = time.monotonic()
-        with pytest.raises(storage.Unavailable, match=r"^s3://runs/x: .*(Slow down|Service Unavailable)") as raised:
+        with (
+            storage.retrying(replace(FAST, deadline_s=2)),
+            pytest.raises(storage.Unavailable, match=r"^s3://runs/x: .*(Slow down|Service Unavailable)") as raised,
+        ):
             call()
         assert "\n" not in str(raised.value)
         assert 1 < time.monotonic() - began < 10
 
 
-def test_a_broken_off_write_leaves_what_was_there(flaky, monkeypatch):
+def test_an_interrupted_write_leaves_the_old_object(flaky):
     storage.write_bytes("s3://runs/old", b"old")
-    monkeypatch.setattr(retry, "PATIENCE_S", 0)
     flaky.writes = "reset"
     for data in (b"new", DATA):
-        with pytest.raises(storage.Unavailable):
-            storage.write_bytes("s3://runs/old", data)
+        with storage.retrying(replace(FAST, deadline_s=0)), pytest.raises(storage.Unavailable):
+            storage.write_bytes("s3://runs/old", data, PART)
     flaky.writes = None
 
-    def breaks_off():
+    def interrupted():
         yield DATA
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        storage.write_chunks("s3://runs/old", breaks_off())
+        storage.write_chunks("s3://runs/old", interrupted(), PART)
     assert storage.read_bytes("s3://runs/old") == b"old"
 
 
-def test_an_upload_whose_completion_was_not_heard_of_is_whole(flaky):
+def test_an_upload_whose_last_response_is_lost_is_complete(flaky):
     completing = flaky.hold(lambda method, path: method == "POST" and "uploadId=" in path)
-    thread = threading.Thread(target=storage.write_bytes, args=("s3://runs/unheard", DATA))
+    thread = threading.Thread(target=keep_policy(storage.write_bytes), args=("s3://runs/unheard", DATA, PART))
     thread.start()
     completing.wait(30)
     flaky.writes = "lost"
@@ -163,9 +165,9 @@ def test_an_upload_whose_completion_was_not_heard_of_is_whole(flaky):
     assert storage.read_bytes("s3://runs/unheard") == DATA
 
 
-def test_a_request_is_held_in_the_middle_and_dropped(flaky):
+def test_a_request_that_is_dropped_half_way_is_retried(flaky):
     held = flaky.hold(lambda method, path: method == "PUT" and path.endswith("/held"), after=1000)
-    thread = threading.Thread(target=storage.write_bytes, args=("s3://runs/held", DATA[:PART]))
+    thread = threading.Thread(target=keep_policy(storage.write_bytes), args=("s3://runs/held", DATA[:PART]))
     thread.start()
     assert held.wait(30) == ("PUT", "/runs/held")
     assert not storage.exists("s3://runs/held")
@@ -177,7 +179,7 @@ def test_a_request_is_held_in_the_middle_and_dropped(flaky):
         flaky.hold(lambda method, path: False).wait(0.1)
 
 
-def test_boto_uploads_in_parts_through_it(flaky, store, tmp_path):
+def test_flaky_store_passes_multipart_uploads_of_boto(flaky, store, tmp_path):
     (tmp_path / "data").write_bytes(DATA)
     client = boto3.client("s3")
     client.upload_file(
@@ -190,8 +192,13 @@ def test_boto_uploads_in_parts_through_it(flaky, store, tmp_path):
     assert sum(method == "PUT" for method, _ in flaky.requests) == 3
 
 
-def test_what_waiting_cannot_mend_is_said_at_once(flaky, monkeypatch):
-    monkeypatch.setattr(retry, "pause", lambda seconds: pytest.fail("it waited"))
+@pytest.fixture
+def no_waiting():
+    with storage.retrying(replace(FAST, sleep=lambda seconds: pytest.fail("it waited"))):
+        yield
+
+
+def test_permanent_errors_are_raised_without_a_retry(flaky, no_waiting, monkeypatch):
     wrong = {
         "s3://nowhere/x": (storage.Refused, "there is no bucket nowhere"),
         "s3://runs/missing": (FileNotFoundError, "no such object"),
@@ -203,7 +210,7 @@ def test_what_waiting_cannot_mend_is_said_at_once(flaky, monkeypatch):
         assert "\n" not in str(raised.value)
     for data in (b"", DATA):
         with pytest.raises(storage.Refused, match=r"^s3://nowhere/x: there is no bucket nowhere$"):
-            storage.write_bytes("s3://nowhere/x", data)
+            storage.write_bytes("s3://nowhere/x", data, PART)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     S3FileSystem.clear_instance_cache()
     for call in (storage.read_bytes, storage.exists, lambda uri: storage.write_bytes(uri, b"")):
@@ -213,40 +220,39 @@ def test_what_waiting_cannot_mend_is_said_at_once(flaky, monkeypatch):
             call("s3://runs/x")
 
 
-def test_a_full_disk_is_said_at_once_and_leaves_nothing(tmp_path):
-    """On a file system of 1 MB of its own."""
+def test_a_full_disk_fails_at_once_and_leaves_no_file(tmp_path):
+    """Writes to a file system of 1 MB."""
     code = textwrap.dedent(f"""\
         import os
-        from crosslmm import retry, storage
-        retry.pause = None
-        for write in (storage.write_bytes, lambda uri, data: storage.write_chunks(uri, [data])):
-            try:
-                write("{tmp_path}/folder/big", bytes(2_000_000))
-            except OSError as error:
-                print(error, os.listdir("{tmp_path}/folder"))
+        from crosslmm import storage
+        with storage.retrying(storage.RetryPolicy(sleep=None)):
+            for write in (storage.write_bytes, lambda uri, data: storage.write_chunks(uri, [data])):
+                try:
+                    write("{tmp_path}/folder/big", bytes(2_000_000))
+                except OSError as error:
+                    print(error, os.listdir("{tmp_path}/folder"))
         """)
     mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     script = f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c '{code}'"
     if not shutil.which("unshare") or subprocess.run([*mount, "mount -t tmpfs none /mnt"]).returncode:
-        pytest.skip("this machine mounts nothing for its users")
-    said = subprocess.run([*mount, script], cwd=ROOT, capture_output=True, text=True).stdout
-    assert said == f"[Errno 28] no space left for {tmp_path}/folder/big; free some, or write elsewhere []\n" * 2
+        pytest.skip("users cannot mount file systems on this machine")
+    output = subprocess.run([*mount, script], cwd=ROOT, capture_output=True, text=True).stdout
+    assert output == f"[Errno 28] no space left for {tmp_path}/folder/big; free some, or write elsewhere []\n" * 2
 
 
-@pytest.mark.parametrize("budget_s", [0, 0.25, 180])
-def test_pauses_grow_and_end_with_the_budget(monkeypatch, budget_s):
-    monkeypatch.setattr(retry, "PATIENCE_S", budget_s)
+@pytest.mark.parametrize("deadline_s", [0, 0.25, 180])
+def test_waits_grow_until_the_deadline(monkeypatch, deadline_s):
     now, waits = [0.0], []
 
-    def pause(seconds):
+    def sleep(seconds):
         waits.append(seconds)
         now[0] += seconds
 
-    def ask():
+    def fail():
         raise storage.Unavailable("down")
 
-    monkeypatch.setattr(retry, "pause", pause)
     monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
-    with pytest.raises(storage.Unavailable, match="down"):
-        storage.patiently(ask)
-    assert waits == ([1, 2, 4, 8, *[15] * 11] if budget_s == 180 else [])
+    policy = RetryPolicy(deadline_s=deadline_s, sleep=sleep)
+    with storage.retrying(policy), pytest.raises(storage.Unavailable, match="down"):
+        storage.with_retries(fail)
+    assert waits == ([1, 2, 4, 8, *[15] * 11] if deadline_s == 180 else [])

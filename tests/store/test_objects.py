@@ -1,4 +1,4 @@
-"""Reading from a real object store over HTTP: what travels, and whose fault an error is."""
+"""Reads from a real object store over HTTP: bytes and requests that they cost, and the cause of errors."""
 
 import os
 import socket
@@ -18,7 +18,6 @@ from crosslmm.data.feature_format import FeatureRecipe
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.data.video.decode import VideoFailure, decode_video
 from crosslmm.data.video.decode_pool import Decoder
-from crosslmm.storage import retry
 from tests.support.common import ROOT
 from tests.support.object_store import REGION, USER, running_object_store
 from tests.support.wire import Wire
@@ -58,13 +57,18 @@ def clip(wire):
 
 
 @pytest.fixture
-def decoder(wire, monkeypatch):
-    monkeypatch.setattr(retry, "PATIENCE_S", 0)
+def no_retries():
+    with storage.retrying(storage.NO_RETRIES):
+        yield
+
+
+@pytest.fixture
+def decoder(wire, no_retries):
     with Decoder(DataConfig(num_frames=2, decode_timeout_s=10), SIDE, store_timeout_s=2.0) as decoder:
         yield decoder
 
 
-def test_a_file_reads_as_its_bytes_wherever_one_jumps(wire):
+def test_reads_after_seeks_return_the_right_bytes(wire):
     data = np.random.default_rng(0).bytes(3_000_000)
     storage.write_bytes("s3://videos/bytes", data)
     jumps = np.random.default_rng(1)
@@ -81,7 +85,7 @@ def test_a_file_reads_as_its_bytes_wherever_one_jumps(wire):
         assert file.read() == data
 
 
-def test_an_announced_range_is_one_request_and_nothing_else_travels(wire):
+def test_announced_ranges_cost_one_request_each(wire):
     storage.write_bytes("s3://videos/bytes", bytes(3_000_000))
     with storage.open_read("s3://videos/bytes") as file:
         received, requests = wire.received, wire.requests
@@ -94,7 +98,7 @@ def test_an_announced_range_is_one_request_and_nothing_else_travels(wire):
         assert 1_100_000 <= wire.received - received < 1_110_000
 
 
-def test_a_long_video_costs_about_the_groups_of_pictures_that_it_needs(wire, tmp_path):
+def test_a_long_video_costs_only_the_gops_of_its_frames(wire, tmp_path):
     path = tmp_path / "long.mp4"
     texture = np.random.default_rng(0).integers(0, 255, (240, 1000, 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
@@ -113,7 +117,7 @@ def test_a_long_video_costs_about_the_groups_of_pictures_that_it_needs(wire, tmp
     assert wire.requests - before[1] <= 4 + 6
 
 
-def test_an_object_that_is_missing_or_bad_is_its_own_fault(decoder, clip):
+def test_a_missing_or_bad_object_is_a_video_failure(decoder, clip):
     storage.write_bytes("s3://videos/empty.mp4", b"")
     good, missing, empty = decoder([clip, "s3://videos/missing.mp4", "s3://videos/empty.mp4"])
     assert isinstance(good, np.ndarray)
@@ -122,7 +126,7 @@ def test_an_object_that_is_missing_or_bad_is_its_own_fault(decoder, clip):
     assert len(empty.version) >= 32
 
 
-def test_an_object_that_is_replaced_while_it_is_read_is_no_mixture(wire):
+def test_an_object_replaced_while_read_is_an_error(wire):
     storage.write_bytes("s3://videos/changing", bytes(1_000_000))
     with storage.open_read("s3://videos/changing") as file:
         file.read(10)
@@ -132,14 +136,13 @@ def test_an_object_that_is_replaced_while_it_is_read_is_no_mixture(wire):
             file.read(10)
 
 
-def test_a_missing_bucket_is_no_bad_video(decoder):
+def test_a_missing_bucket_is_no_video_failure(decoder):
     with pytest.raises(storage.Unavailable, match="there is no bucket nowhere"):
         decoder(["s3://nowhere/clip.mp4"])
 
 
-def test_refused_credentials_are_no_bad_video(wire, monkeypatch, clip):
+def test_refused_credentials_are_no_video_failure(wire, no_retries, monkeypatch, clip):
     use(monkeypatch, {"AWS_SECRET_ACCESS_KEY": "wrong"})
-    monkeypatch.setattr(retry, "PATIENCE_S", 0)
     with (
         Decoder(DataConfig(num_frames=2), SIDE) as decoder,
         pytest.raises(storage.Unavailable, match=r"permission denied, as for all of videos; check the credentials"),
@@ -148,11 +151,10 @@ def test_refused_credentials_are_no_bad_video(wire, monkeypatch, clip):
 
 
 @pytest.mark.fault
-def test_a_store_out_of_reach_is_no_bad_video(monkeypatch, store):
+def test_a_store_out_of_reach_is_no_video_failure(monkeypatch, no_retries, store):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     use(monkeypatch, store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_MAX_ATTEMPTS": "1"})
-    monkeypatch.setattr(retry, "PATIENCE_S", 0)
     with (
         Decoder(DataConfig(num_frames=2), SIDE) as decoder,
         pytest.raises(storage.Unavailable, match="Could not connect to the endpoint"),
@@ -161,25 +163,25 @@ def test_a_store_out_of_reach_is_no_bad_video(monkeypatch, store):
 
 
 @pytest.mark.fault
-def test_a_store_that_comes_back_in_time_costs_nothing(monkeypatch, store, clip):
+def test_a_store_that_recovers_in_time_costs_no_video(monkeypatch, store, clip):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     use(monkeypatch, store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_MAX_ATTEMPTS": "1"})
     wires = []
 
-    def wait(seconds):
+    def wait(seconds):  # the store recovers
         wires.append(Wire(int(store.endpoint.rsplit(":", 1)[1]), port=port).__enter__())
         time.sleep(0.1)
 
-    monkeypatch.setattr(retry, "pause", wait)
-    with Decoder(DataConfig(num_frames=2), SIDE) as decoder:
+    policy = storage.RetryPolicy(sleep=wait)
+    with storage.retrying(policy), Decoder(DataConfig(num_frames=2), SIDE) as decoder:
         assert isinstance(decoder([clip])[0], np.ndarray)
     assert len(wires) == 1
     wires[0].__exit__(None, None, None)
 
 
 @pytest.mark.fault
-def test_a_store_that_stops_answering_is_no_slow_video(decoder, wire, clip):
+def test_a_store_that_hangs_is_no_video_failure(decoder, wire, clip):
     assert isinstance(decoder([clip])[0], np.ndarray)
     decoder.data = decoder.data.model_copy(update={"decode_timeout_s": 2.0})
     wire.silent = True
@@ -187,7 +189,7 @@ def test_a_store_that_stops_answering_is_no_slow_video(decoder, wire, clip):
         decoder([clip])
 
 
-def test_children_see_the_environment_as_it_is_now(monkeypatch):
+def test_children_get_the_current_environment(monkeypatch):
     monkeypatch.setenv("CROSSLMM_TEST", "now")
     with Decoder(DataConfig(num_frames=2), SIDE) as decoder:
         assert decoder._schedule(os.getenv, "CROSSLMM_TEST").result() == "now"
@@ -203,7 +205,7 @@ def test_an_image_in_the_store_is_a_video_of_one_frame(decoder):
     assert np.array_equal(frames, np.full((1, SIDE, SIDE, 3), 99, np.uint8))
 
 
-def test_a_videos_features_cost_a_look_at_its_version_and_one_request(wire):
+def test_reading_features_costs_two_requests(wire):
     video = "s3://videos/encoded.mp4"
     storage.write_bytes(video, b"one")
     version = storage.version(video)
@@ -224,20 +226,20 @@ def test_a_videos_features_cost_a_look_at_its_version_and_one_request(wire):
         storage.version("s3://nowhere/x.mp4")
 
 
-def test_a_folder_that_arrow_has_written_into_is_removed_whole(store, monkeypatch):
+def test_remove_folder_removes_what_arrow_wrote(store, monkeypatch):
     use(monkeypatch, store.environment())
     filesystem, path = storage.arrow_filesystem("s3://videos/run")
     filesystem.create_dir(f"{path}/ray/start")
     storage.write_bytes("s3://videos/run/ray/start/state.json", b"{}")
     storage.write_bytes("s3://videos/runner/state.json", b"{}")
-    assert "ray/start/" in storage.names_in("s3://videos/run")  # an object of its own
+    assert "ray/start/" in storage.names_in("s3://videos/run")  # Arrow's object for the folder
     storage.remove_folder("s3://videos/run")
     session = boto3.Session(USER, store.secret, region_name=REGION)
     listed = session.client("s3", endpoint_url=store.endpoint).list_objects_v2(Bucket="videos", Prefix="run")
     assert [one["Key"] for one in listed["Contents"]] == ["runner/state.json"]
 
 
-def test_a_key_that_leads_out_of_its_folder_is_not_copied(store, wire, tmp_path):
+def test_download_refuses_keys_that_leave_the_folder(store, wire, tmp_path):
     session = boto3.Session(USER, store.secret, region_name=REGION)
     session.client("s3", endpoint_url=store.endpoint).put_object(Bucket="videos", Key="weights/a/../../out", Body=b"x")
     storage.write_bytes("s3://videos/weights/a/b", b"b")

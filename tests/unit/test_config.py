@@ -32,12 +32,12 @@ def run_job(*argv):
     return subprocess.run([sys.executable, JOB, *argv], capture_output=True, text=True, timeout=60)
 
 
-def test_the_list_of_whole_runs_covers_every_preset():
+def test_whole_runs_cover_every_preset():
     assert set(" ".join(WHOLE_RUNS).split()) == set(preset_names())
 
 
 @pytest.mark.parametrize("names", WHOLE_RUNS)
-def test_preset_builds_on_the_meta_device_and_accumulates_whole_batches(names):
+def test_presets_build_and_accumulate_whole_batches(names):
     config = layered(names)
     at_once = config.train.micro_batch_size * config.scaling.num_workers
     assert config.accumulation * at_once == config.train.global_batch_size
@@ -48,7 +48,7 @@ def test_preset_builds_on_the_meta_device_and_accumulates_whole_batches(names):
     assert learning <= found
 
 
-def test_paper_2b_has_the_paper_s_parameters():
+def test_paper_2b_has_the_papers_parameter_counts():
     with torch.device("meta"):
         model = CrossLMMForConditionalGeneration(build_config(layered("paper-2b stage-1").model))
     sizes = dict.fromkeys(("vision", "projector", "v2v", "t2v", "decoder"), 0)
@@ -58,7 +58,7 @@ def test_paper_2b_has_the_paper_s_parameters():
     assert sizes["projector"] + sizes["v2v"] == pytest.approx(42.7e6, rel=0.005)
 
 
-def test_stages_train_what_table_3_says():
+def test_stages_train_the_components_of_table_3():
     first, second = (layered(f"paper-2b stage-{stage}").train for stage in (1, 2))
     assert (first.global_batch_size, second.global_batch_size) == (512, 128)
     assert first.learning_rate.model_dump() == {"vision": 0, "projector": 1e-3, "v2v": 1e-3, "t2v": 0, "decoder": 0}
@@ -67,7 +67,7 @@ def test_stages_train_what_table_3_says():
     }  # fmt: skip
 
 
-def test_t2v_learns_in_the_stages_that_table_2c_compares():
+def test_t2v_presets_match_table_2c():
     rates = {names: layered(f"paper-2b {names}").train.learning_rate.t2v for names in STAGES}
     assert rates == {
         "stage-1": 0, "stage-2": 1e-5, "stage-1 stage-1-t2v": 1e-3, "stage-1 without-t2v": 0, "stage-2 without-t2v": 0
@@ -84,7 +84,7 @@ def test_published_weights_are_pinned_to_a_commit(size):
         assert re.fullmatch("[0-9a-f]{40}", revision)
 
 
-def test_overrides_reach_any_depth_and_leave_the_rest():
+def test_overrides_change_one_key_at_any_depth():
     config = parse(
         "--model.pool_stride=5", "--train.learning_rate.decoder=0", "--model.vision.hidden_size=32", "--name", "a"
     )
@@ -95,7 +95,7 @@ def test_overrides_reach_any_depth_and_leave_the_rest():
     assert config.train.learning_rate == tiny.train.learning_rate.model_copy(update={"decoder": 0})
 
 
-def test_the_last_of_several_files_wins_and_an_override_beats_both(tmp_path):
+def test_later_files_and_overrides_win(tmp_path):
     (tmp_path / "mine.yaml").write_text("{seed: 7, train: {epochs: 3}}")
     config = parse("--config=tiny", f"--config={tmp_path}/mine.yaml", "--train.epochs=4")
     assert (config.seed, config.train) == (7, layered("tiny").train.model_copy(update={"epochs": 4}))
@@ -127,13 +127,13 @@ def test_the_last_of_several_files_wins_and_an_override_beats_both(tmp_path):
         ),
     ],
 )
-def test_a_refusal_is_one_line_that_names_the_key(argv, says):
+def test_errors_are_one_line_that_names_the_key(argv, says):
     with pytest.raises(BadConfig, match=says) as refusal:
         parse(*(word.replace("\xa0", " ") for word in argv.split(" ")))
     assert "\n" not in str(refusal.value)
 
 
-def test_an_unknown_key_in_a_file_is_refused_by_its_name(tmp_path):
+def test_unknown_key_in_a_file_is_named(tmp_path):
     (tmp_path / "mine.yaml").write_text("train: {lr: 1}")
     with pytest.raises(BadConfig, match=r"train.*lr"):
         parse("--config=tiny", f"--config={tmp_path}/mine.yaml")
@@ -147,13 +147,13 @@ def test_an_unknown_key_in_a_file_is_refused_by_its_name(tmp_path):
         ("--model.language.model_type=nonesuch", "model.*nonesuch"),
     ],
 )
-def test_what_the_backbones_do_not_allow_is_refused_when_the_model_is_described(model, says):
+def test_values_beyond_the_backbones_are_refused(model, says):
     with pytest.raises(BadConfig, match=says):
         build_config(parse(model).model)
 
 
 @pytest.mark.parametrize("names", WHOLE_RUNS)
-def test_yaml_reads_back_as_the_same_configuration(names, tmp_path):
+def test_yaml_round_trip(names, tmp_path):
     config = parse(*(f"--config={name}" for name in names.split()), "--seed=5", "--train.max_steps=7")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert parse(f"--config={tmp_path}/config.yaml") == config
@@ -197,13 +197,13 @@ def test_help_names_the_file_that_sets_a_default(capsys, tmp_path):
     assert f"--data.num_frames integer [7, {tmp_path}/mine.yaml]" in text
 
 
-def test_the_job_explains_itself():
+def test_the_job_prints_help():
     done = run_job("--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "--model.pool_stride" in done.stdout
 
 
-def test_the_job_prints_a_configuration_that_it_takes(tmp_path):
+def test_printed_configuration_is_accepted_again(tmp_path):
     done = run_job("--config", "tiny", "--model.pool_stride", "5", "--print_config")
     assert (done.returncode, done.stderr) == (0, "")
     assert yaml.safe_load(done.stdout)["model"]["pool_stride"] == 5

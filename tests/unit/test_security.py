@@ -1,4 +1,4 @@
-"""What docs/security.md says of foreign input and of credentials."""
+"""Untrusted input and credentials, as docs/security.md describes them."""
 
 import json
 import os
@@ -56,7 +56,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("video", ESCAPES)
-def test_a_row_that_names_something_outside_is_malformed(tmp_path, video):
+def test_row_with_a_video_outside_the_roots_is_malformed(tmp_path, video):
     inside = row("a", "clips/a.mp4#t=1,2")
     for part in ({"video": video}, {"messages": conversation_of({"type": "image", "image": video})}):
         outside = {key: value for key, value in row("b", None).items() if value is not None} | part
@@ -70,7 +70,7 @@ def conversation_of(part):
 
 
 @pytest.mark.parametrize("video", ["%2e%2e/a.mp4", "file:/etc/passwd", "concat:a|/etc/passwd", "..a.mp4", "a..b/c.mp4"])
-def test_an_odd_name_is_a_name_in_the_folder(tmp_path, video):
+def test_odd_file_names_are_not_decoded(tmp_path, video):
     manifest = Manifest(write(tmp_path / "rows.jsonl", row("a", video)))
     assert manifest.rows[0]["videos"] == [f"{tmp_path}/{video}"]
     found = decode_video(f"{tmp_path}/{video}", DataConfig(roots=manifest.roots), SIDE)
@@ -105,7 +105,7 @@ def test_a_root_lets_its_own_in_and_no_other(tmp_path):
         ("/a/b", [], False),
     ],
 )
-def test_within_goes_by_whole_names(uri, roots, inside):
+def test_within_compares_whole_path_parts(uri, roots, inside):
     assert storage.within(uri, roots) is inside
 
 
@@ -123,7 +123,7 @@ def foreign(tmp_path):
     return folder
 
 
-def test_a_prepared_row_is_checked_when_it_is_taken(foreign):
+def test_prepared_rows_are_checked_when_read(foreign):
     manifest = Manifest(foreign)
     assert [row["id"] for row in manifest.take([0, 1])] == ["0", "1"]
     says = rf"{foreign}: (line|row) 3: '/etc/passwd' lies outside of {foreign}; add its folder to --data\.roots"
@@ -134,7 +134,7 @@ def test_a_prepared_row_is_checked_when_it_is_taken(foreign):
     assert Manifest(foreign, ["/etc"]).take([2])[0]["videos"] == ["/etc/passwd"]
 
 
-def test_a_run_ends_at_a_row_that_leads_out(foreign, monkeypatch):
+def test_run_ends_at_a_row_outside_the_roots(foreign, monkeypatch):
     monkeypatch.setattr(dataset.ray, "get", lambda rows: rows)
     reader = ReadSamples(
         BlockLayout(DeterministicSampler((3,), 3, None), 1, 0, 1, 3), Rows([Manifest(foreign)]), DataConfig(), SIDE
@@ -146,7 +146,7 @@ def test_a_run_ends_at_a_row_that_leads_out(foreign, monkeypatch):
         reader.decoder.__exit__(None, None, None)
 
 
-def test_a_link_that_leads_out_is_not_followed(tmp_path, monkeypatch):
+def test_links_out_of_the_roots_are_not_followed(tmp_path, monkeypatch):
     secret, data = tmp_path / "secret", tmp_path / "data"
     for folder in (secret, data):
         folder.mkdir()
@@ -187,7 +187,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", ".metadata"])
-def test_no_pickle_of_foreign_weights_is_opened(config, processor, tmp_path, name):
+def test_pickled_weights_are_refused(config, processor, tmp_path, name):
     mark, folder = tmp_path / "mark", tmp_path / "weights"
     published = build_model(config.model, processor, seed=7)
     for part, key in ((published.vision_tower, "vision_weights"), (published, "init_from")):
@@ -201,7 +201,7 @@ def test_no_pickle_of_foreign_weights_is_opened(config, processor, tmp_path, nam
     assert mark.exists()  # the trap was one
 
 
-def test_weights_that_torch_would_load_are_refused_as_well(config, processor, tmp_path):
+def test_torch_weights_are_refused(config, processor, tmp_path):
     published = build_model(config.model, processor, seed=7)
     published.vision_tower.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -225,7 +225,7 @@ def test_weights_that_torch_would_load_are_refused_as_well(config, processor, tm
         f"--model.init_from=s3://key:{SECRET}@bucket/model",
     ],
 )
-def test_credentials_in_a_configuration_are_refused_and_not_repeated(argument, capsys):
+def test_credentials_in_a_configuration_are_refused(argument, capsys):
     key = argument.removeprefix("--").split("=")[0]
     with pytest.raises(BadConfig, match=rf"^{key}: holds credentials, .*MLFLOW_TRACKING_PASSWORD.*AWS_") as raised:
         parse_run([argument], "test")
@@ -248,7 +248,7 @@ def test_a_place_without_credentials_is_no_matter(tmp_path):
     assert "s3cr3t" not in str(raised.value)
 
 
-def test_a_password_of_the_environment_is_not_shown(monkeypatch, capsys):
+def test_password_from_the_environment_is_not_shown(monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@127.0.0.1:9")
     record = MlflowRun(TrackingConfig(), "0" * 32)
     assert record.uri == "http://***@127.0.0.1:9"
@@ -260,7 +260,7 @@ def test_a_password_of_the_environment_is_not_shown(monkeypatch, capsys):
     assert "s3cr3t" not in record.uri + capsys.readouterr().err
 
 
-def test_nothing_that_a_run_leaves_holds_the_environment_s_credentials(tmp_path, monkeypatch):
+def test_no_file_of_a_run_holds_credentials(tmp_path, monkeypatch):
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
         monkeypatch.setenv(name, f"s3cr3t-{name}")
     config = parse_run(

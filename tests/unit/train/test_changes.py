@@ -1,4 +1,4 @@
-"""Which changes of its configuration a run that goes on is asked about."""
+"""Which changes of the configuration a resume reports."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def changed(*overrides: str) -> dict:
     return changes(before, now)
 
 
-def test_a_changed_learning_rate_is_named_with_both_values():
+def test_changed_learning_rate_is_named_with_both_values():
     assert changed("--train.learning_rate.decoder=2e-5") == {"train.learning_rate.decoder": (1e-3, 2e-5)}
 
 
@@ -26,7 +26,7 @@ def test_a_changed_learning_rate_is_named_with_both_values():
         ("--train.precision=bf16", "train.precision"),
     ],
 )
-def test_what_is_learnt_is_asked_about(override, key):
+def test_fixed_keys_are_reported(override, key):
     assert list(changed(override)) == [key]
 
 
@@ -45,11 +45,11 @@ def test_what_is_learnt_is_asked_about(override, key):
         "--data.manifest=moved.jsonl",
     ],
 )
-def test_where_and_how_fast_it_runs_may_change(override):
+def test_free_keys_may_change(override):
     assert changed(override) == {}
 
 
-def test_a_key_that_an_older_version_did_not_have_is_named():
+def test_key_missing_in_an_older_version_is_reported():
     now = parse_run([], "").model_dump(mode="json")
     before = now | {"train": {key: value for key, value in now["train"].items() if key != "weight_decay"}}
     assert changes(before, now) == {"train.weight_decay": (None, 0.01)}

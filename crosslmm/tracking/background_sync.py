@@ -1,10 +1,13 @@
-"""The record of a run that goes on: a thread delivers, and no step waits for it."""
+"""Delivery of a running job's metrics to MLflow: a thread sends them, and no training step waits for it."""
 
 import json
+import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -12,113 +15,177 @@ from crosslmm import storage
 from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
 from crosslmm.run_folder import HISTORY_FOLDER, StepRecord, read_run, write_run
 from crosslmm.text import redacted
-from crosslmm.tracking.client import RETRY_S, refuses, why
+from crosslmm.tracking.client import RETRY_S, describe_failure, refuses
 from crosslmm.tracking.sync import RunSync
 
-START_S = 10.0
-"""How long the start of a run waits for the server [s]."""
-END_S, BROKEN_OFF_S = 60.0, 5.0
-"""How long the end of a run waits for it: of one that finished, and of one that somebody may be waiting to stop [s]."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SyncTimeouts:
+    """How long a run waits for its MLflow server."""
+
+    start_s: float = 10.0
+    """At the start of the run [s]."""
+    end_s: float = 60.0
+    """At the end of a run that finished [s]."""
+    stopped_end_s: float = 5.0
+    """At the end of a run that failed or was stopped, when somebody may be waiting [s]."""
+    retry_s: float = RETRY_S
+    """Pause between two attempts to reach the server [s]."""
+
+
+DEFAULT_TIMEOUTS = SyncTimeouts()
+
+
+class State(Enum):
+    """Where the delivery stands."""
+
+    CONNECTING = "the MLflow run is being found or created"
+    LIVE = "steps are delivered as they come"
+    OFFLINE = "the last attempt failed; steps wait"
+    REGISTERING = "the run has ended and its model is being registered"
+    DELIVERED = "MLflow has all of an ended run"
+    GIVEN_UP = "nothing more is sent; jobs/track.py replay can deliver the rest"
+
+
+TRANSITIONS = {
+    State.CONNECTING: {State.LIVE, State.OFFLINE, State.GIVEN_UP},
+    State.LIVE: {State.OFFLINE, State.REGISTERING, State.GIVEN_UP},
+    State.OFFLINE: {State.LIVE, State.GIVEN_UP},
+    State.REGISTERING: {State.DELIVERED, State.OFFLINE, State.GIVEN_UP},
+    State.DELIVERED: set[State](),
+    State.GIVEN_UP: set[State](),
+}
+"""States that may follow each state. The thread moves through them; the constructor and `finish` stop waiting by
+OFFLINE and GIVEN_UP."""
+FINAL = (State.DELIVERED, State.GIVEN_UP)
 
 
 class BackgroundSync:
-    """The record of a training run that goes on. What is logged is delivered by a thread, and nobody waits for it.
+    """Sends the metrics of a running training job to MLflow in a thread.
 
-    While the server is away steps wait; when it comes back, they are delivered in order.
+    While the server does not answer, steps wait; once it does, they are delivered in order.
 
     Args:
-        folder: of the run, which has begun.
-        tracking: where the record is.
-        say: prints a line.
+        folder: the run's folder, in which the run was begun.
+        tracking: the MLflow server and experiment.
+        timeouts: how long to wait for the server.
 
     Attributes:
-        uri: of MLflow.
-        run_id: the MLflow run; None until there is one.
-        delivered: whether MLflow has all of an ended run.
+        uri: the MLflow server, without credentials.
+        run_id: the MLflow run; None until it exists.
         model_uri: `models:/NAME@ALIAS`, once the model is registered.
 
     Raises:
-        BadConfig: the server refuses, or there can be none at that URI.
+        BadConfig: the server refuses, or no server can be at that URI.
     """
 
-    def __init__(self, folder: str, tracking: TrackingConfig, say: Callable[[str], None]) -> None:
-        self.folder, self.tracking, self.say = folder, tracking, say
+    def __init__(self, folder: str, tracking: TrackingConfig, timeouts: SyncTimeouts = DEFAULT_TIMEOUTS) -> None:
+        self.folder, self.tracking, self.timeouts = folder, tracking, timeouts
         self.uri = redacted(tracking_uri(tracking))
         self.run_id: str | None = None
-        self.delivered = False
         self.model_uri: str | None = None
-        self._begun = read_run(folder)
-        self._waiting: list[StepRecord] = []
-        self._ended = self._away = self._given_up = self._registering = False
         self._changed = threading.Condition()
-        """Of all of these."""
+        """Guards the fields up to `_error`."""
+        self._state = State.CONNECTING
+        self._waiting: list[StepRecord] = []
+        self._run = read_run(folder)  # run.json; its status is set once the run has ended
+        self._error: BaseException | None = None
         self._file = threading.Lock()
-        """run.json is written by one at a time."""
-        self._copy: RunSync | None = None
-        self._system: SystemMetricsMonitor | None = None
-        self._error: Exception | None = None
-        self._tried = threading.Event()
-        threading.Thread(target=self._deliver, daemon=True).start()
-        # A file takes seconds to be made, and is never away.
-        is_file = self.uri.startswith("sqlite:")
-        self._tried.wait(None if is_file else START_S)
-        if self._error and (is_file or refuses(self._error)):
-            self._given_up = True
-            raise BadConfig(f"tracking.uri: {why(self.uri, self._error)}") from self._error
-        if self.run_id is None:
-            self._away = True
-            say(f"record: {why(self.uri, self._error)}; the run goes on, and its record waits in {folder}")
+        """Held while run.json is written."""
+        self._sync: RunSync | None = None
+        self._system_metrics: SystemMetricsMonitor | None = None
+        self._first_attempt = threading.Event()
+        threading.Thread(target=self._follow, daemon=True).start()
+        self._require_start()
+
+    @property
+    def delivered(self) -> bool:
+        """Whether MLflow has all of an ended run."""
+        return self._state is State.DELIVERED
 
     def log(self, steps: Iterable[StepRecord]) -> None:
-        """Have the metrics of steps written. Steps that are there already are passed over."""
+        """Queue the metrics of steps; MLflow ignores steps that it already has."""
         with self._changed:
             self._waiting += steps
             self._changed.notify_all()
 
-    def settle(self, seconds: float) -> None:
-        """Wait until all that was logged is written, but no longer than this [s]."""
+    def settle(self, timeout_s: float) -> None:
+        """Wait until all queued steps are delivered, for at most `timeout_s` [s]."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting, seconds)
+            self._changed.wait_for(lambda: not self._waiting, timeout_s)
 
     def finish(self, status: str, lineage: dict[str, str] | None = None) -> None:
-        """End the run, and wait for the server, but not for ever: what it misses then lies in the run's folder.
+        """End the run and wait for the server until the timeout. What it misses is in the run's folder for a replay.
 
         Args:
             status: FINISHED, FAILED or KILLED.
-            lineage: tags of the model that is to be registered; None for no model.
+            lineage: tags of the model to register; None for no model.
         """
         with self._changed:
-            self._begun |= {"status": status, "end_time": time.time(), "lineage": lineage}
-            self._ended = True
+            self._run |= {"status": status, "end_time": time.time(), "lineage": lineage}
             self._changed.notify_all()
         try:
             try:
-                self._wait(RETRY_S)
+                self._wait(self.timeouts.retry_s)
             finally:
-                self._keep()
-            self._wait(END_S if status == "FINISHED" else BROKEN_OFF_S)
+                self._save_waiting_steps()
+            self._wait(self.timeouts.end_s if status == "FINISHED" else self.timeouts.stopped_end_s)
         finally:
-            # Not before: whoever replays a run that has ended registers its model, as we may have been doing.
-            self._write_begun()
-            self._given_up = True
+            # Not earlier: a replay of an ended run registers its model, which this process may have been doing.
+            self._write_run()
+            self._move(State.GIVEN_UP)  # unless delivered
             if not self.delivered:
                 self.run_id = None
-                storage_and_name = f"--storage {storage.parent(self.folder)} --name {self._begun['name']}"
-                reason = why(self.uri, self._error)
+                names = f"--storage {storage.parent(self.folder)} --name {self._run['name']}"
                 later = " and registers the model" if lineage else ""
-                self.say(f"record: {reason}; python jobs/track.py replay {storage_and_name} delivers it{later}")
+                log.warning(
+                    "record: %s; python jobs/track.py replay %s delivers it%s", self._failure(), names, later
+                )  # fmt: skip
 
-    def _wait(self, seconds: float) -> None:
-        """Until all is delivered, but no longer than this while nothing is being registered."""
-        deadline = time.monotonic() + seconds
+    def _require_start(self) -> None:
+        """Wait for the first attempt; raise BadConfig if the server refuses, and go on without it if it is away."""
+        is_file = self.uri.startswith("sqlite:")  # takes seconds to create, and does not come later
+        self._first_attempt.wait(None if is_file else self.timeouts.start_s)
         with self._changed:
-            while not (self.delivered or self._given_up) and time.monotonic() < deadline:
-                self._changed.wait(min(RETRY_S, max(0.0, deadline - time.monotonic())))
-                if self._registering:
-                    deadline = time.monotonic() + seconds
+            error = self._error
+            if error and (is_file or refuses(error)):
+                self._move(State.GIVEN_UP)
+                raise BadConfig(f"tracking.uri: {self._failure()}") from error
+            if self._state is State.CONNECTING:
+                self._move(State.OFFLINE)
+            if self._state is State.OFFLINE:
+                log.warning(
+                    "record: %s; the run goes on, and its record waits in %s", self._failure(), self.folder
+                )  # fmt: skip
 
-    def _keep(self) -> None:
-        """Write the steps that wait into the folder."""
+    def _move(self, state: State) -> bool:
+        """Enter a state if it may follow the current one; return whether it was entered."""
+        with self._changed:
+            allowed = state in TRANSITIONS[self._state]
+            if allowed:
+                self._state = state
+                self._changed.notify_all()
+            return allowed
+
+    def _failure(self) -> str:
+        error = self._error
+        if error is not None and not isinstance(error, Exception):
+            return f"delivery to {self.uri} stopped: {type(error).__name__}: {error}"
+        return describe_failure(self.uri, error)
+
+    def _wait(self, timeout_s: float) -> None:
+        """Wait for a final state; the registration of a model does not count towards the timeout [s]."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while self._state not in FINAL and time.monotonic() < deadline:
+                self._changed.wait(min(self.timeouts.retry_s, max(0.0, deadline - time.monotonic())))
+                if self._state is State.REGISTERING:
+                    deadline = time.monotonic() + timeout_s
+
+    def _save_waiting_steps(self) -> None:
+        """Write the waiting steps into the run's history."""
         with self._changed:
             steps = list(self._waiting)
         if steps:
@@ -126,78 +193,86 @@ class BackgroundSync:
             uri = storage.join(storage.join(self.folder, HISTORY_FOLDER), f"driver-{time.time_ns()}.jsonl")
             storage.write_bytes(uri, "".join(f"{line}\n" for line in lines).encode())
 
-    def _write_begun(self) -> None:
+    def _write_run(self) -> None:
         with self._file:
-            write_run(self.folder, self._begun)
+            write_run(self.folder, self._run)
+
+    # Below: the thread.
+
+    def _follow(self) -> None:
+        """Deliver until a final state. After an exception try again; anything worse ends the delivery with an error."""
+        try:
+            while self._state not in FINAL:
+                try:
+                    self._deliver()
+                except Exception as error:
+                    self._fail(error)
+                    time.sleep(self.timeouts.retry_s)
+                    continue
+                self._first_attempt.set()
+                with self._changed:
+                    self._changed.wait_for(lambda: self._state in FINAL or self._waiting or self._run["status"])
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._move(State.GIVEN_UP)
+            log.exception("record: the thread that delivers to %s stopped", self.uri)
+        finally:
+            self._first_attempt.set()
 
     def _deliver(self) -> None:
-        """The thread."""
-        while not (self.delivered or self._given_up):
-            try:
-                self._bring_up()
-            except Exception as error:
-                self._lost(error)
-                time.sleep(RETRY_S)
-                continue
-            if self._away:
-                self._away, self._error = False, None
-                self.say(f"record: {self.uri} answers; run {self.run_id} has what waited")
-            self._tried.set()
-            with self._changed:
-                self._changed.wait_for(lambda: self.delivered or self._waiting or self._ended)
-
-    def _bring_up(self) -> None:
-        copy = self._copy or self._open()
+        """Send the waiting steps, and everything else once the run has ended."""
+        sync = self._sync or self._open()
         with self._changed:
-            ended, steps = self._ended, list(self._waiting)
-        # At the end also what reached the folder and not this process.
-        copy.log_history(steps) if ended else copy.log(steps)
+            ended, steps = self._run["status"] is not None, list(self._waiting)
+        # At the end, read the folder too: it has steps that did not reach this process.
+        sync.log_history(steps) if ended else sync.log(steps)
         with self._changed:
+            was_offline = self._state is State.OFFLINE
+            self._error = None
+            if self._move(State.LIVE) and was_offline:
+                log.info("record: %s answers; run %s has what waited", self.uri, self.run_id)
             del self._waiting[: len(steps)]
             self._changed.notify_all()
         if ended:
-            if self._system:
-                self._system.finish()
-            copy.end(self._begun)
-            self._registering = True
-            try:
-                self.model_uri = copy.register_once(self._begun)
-            finally:
-                self._registering = False
-            with self._changed:
-                self.delivered = True
-                self._changed.notify_all()
+            if self._system_metrics:
+                self._system_metrics.finish()
+            sync.end(self._run)
+            if self._move(State.REGISTERING):  # unless `finish` has stopped waiting
+                self.model_uri = sync.register_once(self._run)
+                self._move(State.DELIVERED)
 
     def _open(self) -> RunSync:
-        """Find or make the MLflow run, and bring it up to what earlier starts left in the folder."""
-        copy = RunSync(self.folder, self._begun, self.tracking)
-        if self._begun["run_id"] != copy.run_id:
-            self._begun["run_id"] = copy.run_id
-            self._write_begun()
-        copy.client.update_run(copy.run_id, status="RUNNING")
+        """Find or create the MLflow run, and send what earlier starts left in the folder."""
+        sync = RunSync(self.folder, self._run, self.tracking)
+        if self._run["run_id"] != sync.run_id:
+            self._run["run_id"] = sync.run_id
+            self._write_run()
+        sync.client.update_run(sync.run_id, status="RUNNING")
         with self._changed:
             steps = list(self._waiting)
-        copy.log_history(steps)
-        self.run_id, self._copy = copy.run_id, copy
-        self._watch_machine()
-        return copy
+        sync.log_history(steps)
+        self.run_id, self._sync = sync.run_id, sync
+        self._record_system_metrics()
+        return sync
 
-    def _lost(self, error: Exception) -> None:
-        if self.run_id and not self._away:
-            self.say(f"record: {why(self.uri, error)}; steps wait")
-            self._away = True
-        self._copy = None  # somebody may replay meanwhile: how far MLflow came is asked anew
+    def _fail(self, error: Exception) -> None:
+        """Note a failed attempt."""
         with self._changed:
             self._error = error
-            self._given_up |= self._ended and refuses(error)
-            self._changed.notify_all()
-        self._tried.set()
+            self._sync = None  # a replay may run meanwhile: read again how far MLflow has come
+            refused_at_end = self._run["status"] is not None and refuses(error)
+            was_connected = self._state in (State.LIVE, State.REGISTERING)
+            self._move(State.GIVEN_UP if refused_at_end else State.OFFLINE)
+            if was_connected:
+                log.warning("record: %s; steps wait", self._failure())
+        self._first_attempt.set()
 
-    def _watch_machine(self) -> None:
-        """Begin to record what the machine does, if it can be. MLflow's monitor ends when the server is away."""
+    def _record_system_metrics(self) -> None:
+        """Start MLflow's monitor of CPU, memory and GPUs, if it can start; it ends whenever the server is away."""
         with suppress(Exception):
-            if self._system:
-                self._system.finish()
+            if self._system_metrics:
+                self._system_metrics.finish()
             uri = tracking_uri(self.tracking)
-            self._system = SystemMetricsMonitor(str(self.run_id), resume_logging=True, tracking_uri=uri)
-            self._system.start()
+            self._system_metrics = SystemMetricsMonitor(str(self.run_id), resume_logging=True, tracking_uri=uri)
+            self._system_metrics.start()

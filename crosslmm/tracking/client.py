@@ -1,4 +1,4 @@
-"""Which MLflow server, and how it is asked: patiently, and without anybody's password in what is said of it."""
+"""Calls to an MLflow server: with retries, and with errors in one line that holds no password."""
 
 import logging
 import os
@@ -26,12 +26,12 @@ REMEDIES = {
     "error code 401": "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials",
     "Invalid Host header": "call it by a name that its MLFLOW_SERVER_ALLOWED_HOSTS has",
 }
-"""By what a server says that refuses."""
+"""Text in the error of a server that refuses -> remedy."""
 
 RETRY_S = 2.0
-"""Between two calls to a server that is away [s]."""
-PATIENCE_S = 600.0
-"""How long a sweep waits for it in the middle [s]."""
+"""Pause between two calls to a server that does not answer [s]."""
+RETRY_DEADLINE_S = 600.0
+"""How long a running sweep retries a call [s]."""
 
 
 def quiet_mlflow() -> None:
@@ -52,57 +52,61 @@ def quiet_mlflow() -> None:
 
 
 def require_answer(tracking: TrackingConfig) -> None:
-    """Whether there is a server that takes our word.
-
-    Raises:
-        BadConfig: it does not answer, or refuses.
-    """
+    """Raise BadConfig unless the MLflow server answers and accepts the credentials."""
     uri = tracking_uri(tracking)
     try:
         MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:
-        raise BadConfig(f"tracking.uri: {why(without_password(uri), error)}") from error
+        raise BadConfig(f"tracking.uri: {describe_failure(without_password(uri), error)}") from error
 
 
 def refuses(error: Exception) -> bool:
-    """Whether asking again would not help: there is an answer and it is no, or nobody to ask at such a URI."""
+    """Return whether a retry cannot help: the server refuses, or no server can be at that URI."""
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
         return isinstance(error, InvalidUrlException) or (400 <= status < 500 and status not in (408, 429))
     return isinstance(error, BadConfig)
 
 
-def why(uri: str, error: Exception | None) -> str:
-    """One line: "http://... does not answer". None where a call has not come back yet."""
-    said = " ".join(str(error).split())[:300]
+def describe_failure(uri: str, error: Exception | None) -> str:
+    """Return a failed call in one line: "http://... does not answer". `error` is None for a call that still waits."""
+    message = " ".join(str(error).split())[:300]
     if isinstance(error, BadConfig):
-        return said
+        return message
     if error and refuses(error):
-        return "; ".join([f"{uri} refuses: {said}", *(do for sign, do in REMEDIES.items() if sign in said)])
-    silent = error is None or (isinstance(error, MlflowException) and "API request to" in said)
-    return f"{uri} does not answer" + ("" if silent else f": {type(error).__name__}: {said}")
+        return "; ".join(
+            [f"{uri} refuses: {message}", *(remedy for text, remedy in REMEDIES.items() if text in message)]
+        )
+    silent = error is None or (isinstance(error, MlflowException) and "API request to" in message)
+    return f"{uri} does not answer" + ("" if silent else f": {type(error).__name__}: {message}")
 
 
-class Patient:
-    """An MLflow client that asks again while its server is away. All that we call can be done twice."""
+class RetryingClient:
+    """An MLflow client that retries calls while its server does not answer; all calls in use can be repeated.
 
-    def __init__(self, uri: str) -> None:
-        self._uri, self._client = without_password(uri), MlflowClient(uri)
+    Args:
+        uri: the MLflow server.
+        retry_s: pause between two attempts [s].
+    """
+
+    def __init__(self, uri: str, retry_s: float = RETRY_S) -> None:
+        self._uri, self._client, self._retry_s = without_password(uri), MlflowClient(uri), retry_s
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._client, name)
 
-        def patiently(*args: Any, **options: Any) -> Any:
-            deadline, told = time.monotonic() + PATIENCE_S, False
+        def with_retries(*args: Any, **options: Any) -> Any:
+            deadline, reported = time.monotonic() + RETRY_DEADLINE_S, False
             while True:
                 try:
                     return call(*args, **options)
                 except Exception as error:
                     if refuses(error) or time.monotonic() > deadline:
                         raise
-                    if not told:
-                        log.warning("record: %s; asking again for %.0f minutes", why(self._uri, error), PATIENCE_S / 60)
-                    told = True
-                time.sleep(RETRY_S)
+                    if not reported:
+                        failure = describe_failure(self._uri, error)
+                        log.warning("record: %s; retrying for %.0f minutes", failure, RETRY_DEADLINE_S / 60)
+                    reported = True
+                time.sleep(self._retry_s)
 
-        return patiently
+        return with_retries

@@ -24,7 +24,7 @@ from crosslmm import storage
 from crosslmm.config import BadConfig, TrackingConfig, flatten, tracking_uri
 from crosslmm.run_folder import CONFIG_FILE, RUN_FILE, SWEEP_FILE, has_run, list_runs, read_run
 from crosslmm.text import redacted
-from crosslmm.tracking.client import refuses, why
+from crosslmm.tracking.client import describe_failure, refuses
 from crosslmm.tracking.run import KEY
 
 PARENT = "mlflow.parentRunId"
@@ -230,7 +230,7 @@ class Retention:
         storage.remove_folder(tree.folder)
 
     def _told(self, error: MlflowException) -> Exception:
-        reason = f"tracking.uri: {why(redacted(self.uri), error)}"
+        reason = f"tracking.uri: {describe_failure(redacted(self.uri), error)}"
         return BadConfig(reason) if refuses(error) else ConnectionError(reason)
 
 

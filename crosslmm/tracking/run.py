@@ -15,7 +15,7 @@ from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, TrackingConfig, flatten, tracking_uri
 from crosslmm.run_folder import git_revision
 from crosslmm.text import redacted
-from crosslmm.tracking.client import Patient
+from crosslmm.tracking.client import RetryingClient
 
 KEY, MADE = "crosslmm.key", "crosslmm.made"
 """Tags: the run's unique key; when this MLflow run was made for it [ns]."""
@@ -38,7 +38,7 @@ class MlflowRun:
         self.uri = redacted(uri)
         # The registry and the models' loader read the process-wide setting.
         mlflow.set_tracking_uri(uri)
-        self.client: Any = Patient(uri)
+        self.client: Any = RetryingClient(uri)
 
     @classmethod
     def create(cls, tracking: TrackingConfig, name: str, source: str, parent: str | None = None) -> Self:
@@ -46,7 +46,7 @@ class MlflowRun:
         tags = {"mlflow.runName": name, "mlflow.source.name": source, **git_revision()}
         if parent:
             tags["mlflow.parentRunId"] = parent
-        client = Patient(tracking_uri(tracking))
+        client = RetryingClient(tracking_uri(tracking))
         return cls(tracking, find_or_create(client, tracking, uuid.uuid4().hex, tags, time.time()))
 
     def log_params(self, values: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from crosslmm import storage
 from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
 from crosslmm.run_folder import CONFIG_FILE, MODEL_FOLDER, QUARANTINE_FILE, RUN_FILE, StepRecord, read_run, steps_after
 from crosslmm.text import redacted
-from crosslmm.tracking.client import refuses, why
+from crosslmm.tracking.client import describe_failure, refuses
 from crosslmm.tracking.registry import register
 from crosslmm.tracking.run import MlflowRun, find_or_create, known, without_places
 
@@ -158,5 +158,5 @@ def replay(folder: str, uri: str | None = None) -> Delivered:
         copy.end(begun)
         return Delivered(copy.run_id, points, begun["status"], copy.register_once(begun))
     except MlflowException as error:
-        reason = f"tracking.uri: {why(redacted(tracking_uri(tracking)), error)}"
+        reason = f"tracking.uri: {describe_failure(redacted(tracking_uri(tracking)), error)}"
         raise BadConfig(reason) if refuses(error) else ConnectionError(reason) from error

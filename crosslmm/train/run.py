@@ -18,11 +18,11 @@ from crosslmm.encode.recipe import open_features
 from crosslmm.model.loading import build_config, build_processor
 from crosslmm.preflight import checks, connect, hardware, placement
 from crosslmm.preflight.resolve import resolve_config
+from crosslmm.preflight.resume import require_resumable
 from crosslmm.train import launcher
 from crosslmm.train.events import open_channel
 from crosslmm.train.job import Job
 from crosslmm.train.monitor import TrainingMonitor
-from crosslmm.train.resume import require_resumable
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def run_training(config: RunConfig, trial: TrialContext | None = None) -> Traini
     datasets = [_describe(manifest, "training") for manifest in manifests]
     datasets += [_describe(validation, "validation")] if validation else []
     run_folder.begin_run(config, job.folder, order, datasets, trial.run_id if trial else None)
-    record = tracking.BackgroundSync(job.folder, config.tracking, log.warning)
+    record = tracking.BackgroundSync(job.folder, config.tracking)
     _log_summary(job, manifests, record, hardware.describe(config, detected))
 
     monitor = _train(job, record, trial)

@@ -267,7 +267,7 @@ def test_no_file_of_a_run_holds_credentials(tmp_path, monkeypatch):
         [f"--tracking.uri=sqlite:///{tmp_path}/record.db", f"--tracking.artifacts={tmp_path}/artifacts", "--name=x"], ""
     )
     begin_run(config, str(tmp_path / "x"), {}, [])
-    run = BackgroundSync(str(tmp_path / "x"), config.tracking, print)
+    run = BackgroundSync(str(tmp_path / "x"), config.tracking)
     run.log([(1, 1e9, {"loss": 1.0})])
     run.finish("FINISHED")
     assert run.delivered

@@ -1,7 +1,8 @@
-"""A run whose MLflow server is away: at the start, in the middle, at the end, always. Real servers, really killed."""
+"""Runs whose MLflow server is away at the start, in the middle, at the end or always. Servers are real processes."""
 
 import http.server
 import json
+import logging
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -20,8 +22,18 @@ from crosslmm.config import BadConfig
 from tests.support.common import ROOT
 
 pytestmark = pytest.mark.fault
+FAST = tracking.SyncTimeouts(end_s=1.0, stopped_end_s=1.0, retry_s=0.3)
+"""For tests whose server is away: seconds instead of a minute."""
 DATASET = {"uri": "s3://bucket/rows.jsonl", "digest": "0123456789abcdef" * 4, "rows": 7, "context": "training"}
 REPLAY = "python jobs/track.py replay --storage {0} --name {1} delivers it"
+
+
+class Messages(logging.Handler):
+    """Appends the messages of log records to a list."""
+
+    def __init__(self, messages):
+        super().__init__()
+        self.emit = lambda record: messages.append(record.getMessage())
 
 
 class Server:
@@ -82,11 +94,7 @@ def client(one_server):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Seconds instead of a minute."""
-    for module in (tracking.server, tracking.live):
-        monkeypatch.setattr(module, "RETRY_S", 0.3)
-    monkeypatch.setattr(tracking.live, "END_S", 1.0)
-    monkeypatch.setattr(tracking.live, "BROKEN_OFF_S", 1.0)
+    """Make MLflow's client wait for seconds instead of half a minute."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
 
 
@@ -95,16 +103,26 @@ def steps(*numbers, began=1e9):
 
 
 @pytest.fixture
-def begin(one_server, tmp_path):
-    """Begins a run, or goes on with it -> it, its folder, and the lines that it says."""
+def begin(one_server, tmp_path, request):
+    """Begin or resume a run -> its BackgroundSync, its folder, and the messages that it logs from now on."""
+    logger = logging.getLogger("crosslmm.tracking.background_sync")
+    handlers = []
 
-    def begin(name):
+    default = FAST if "impatient" in request.fixturenames else tracking.SyncTimeouts()
+
+    def begin(name, timeouts=default):
         config = parse_run([f"--tracking.uri={one_server.uri}", f"--name={name}"], "a test")
-        folder, said = tmp_path / name, []
+        folder, messages = tmp_path / name, []
         run_folder.begin_run(config, str(folder), {}, [DATASET])
-        return tracking.BackgroundSync(str(folder), config.tracking, said.append), folder, said
+        handlers.append(Messages(messages))
+        logger.addHandler(handlers[-1])
+        return tracking.BackgroundSync(str(folder), config.tracking, timeouts), folder, messages
 
-    return begin
+    logger.setLevel(logging.INFO)
+    yield begin
+    logger.setLevel(logging.NOTSET)
+    for handler in handlers:
+        logger.removeHandler(handler)
 
 
 def recorded(client, run_id):
@@ -121,7 +139,7 @@ def rows(job):
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in job.stdout.splitlines() if "│" in line]
 
 
-def test_away_at_the_start_and_hanging_in_the_middle(one_server, client, begin, impatient, monkeypatch):
+def test_server_away_at_start_and_hanging_later(one_server, client, begin, impatient):
     one_server.kill()
     began = time.monotonic()
     run, folder, said = begin("late")
@@ -143,10 +161,10 @@ def test_away_at_the_start_and_hanging_in_the_middle(one_server, client, begin, 
             began = time.monotonic()
             run.log(steps(number))
             assert time.monotonic() - began < 0.1
-        monkeypatch.setattr(tracking.live, "START_S", 1.0)
         began = time.monotonic()
-        hung, folder, said = begin("hung")
-        assert said == [f"record: {one_server.uri} does not answer; the run goes on, and its record waits in {folder}"]
+        hung, folder, said = begin("hung", replace(FAST, start_s=1.0))
+        waits = f"record: {one_server.uri} does not answer; the run goes on, and its record waits in {folder}"
+        assert [message for message in said if str(folder) in message] == [waits]
         hung.finish("KILLED")
         assert 1 < time.monotonic() - began < 5
         assert not hung.delivered
@@ -154,12 +172,12 @@ def test_away_at_the_start_and_hanging_in_the_middle(one_server, client, begin, 
         one_server.signal(signal.SIGCONT)
     run.settle(60)
     run.finish("FINISHED")
-    assert run.delivered, repr(run._error)  # failed twice beside other work, and left no word
+    assert run.delivered, repr(run._error)  # failed twice on a loaded machine, without a message
     assert recorded(client, run.run_id) == times(*range(1, 104))
     assert client.get_run(run.run_id).info.status == "FINISHED"
 
 
-def test_away_in_the_middle(server, client, begin, impatient):
+def test_server_away_during_the_run(server, client, begin, impatient):
     run, _, said = begin("gap")
     run.log(steps(1, 2))
     run.settle(60)
@@ -179,7 +197,7 @@ def test_away_in_the_middle(server, client, begin, impatient):
     ]
 
 
-def test_away_at_the_end_and_always_then_replayed(server, client, begin, impatient, tmp_path):
+def test_server_away_at_the_end_then_replay(server, client, begin, impatient, tmp_path):
     """The last one has a model, which the replay registers; and its driver never knew the MLflow run."""
     ended, ended_in, said = begin("ended")
     ended.log(steps(1, 2))
@@ -240,15 +258,15 @@ def test_away_at_the_end_and_always_then_replayed(server, client, begin, impatie
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
 
 
-def test_a_driver_that_was_killed_is_resumed_with_each_step_once(server, client, begin, tmp_path):
+def test_resume_after_a_killed_driver_has_each_step_once(server, client, begin, tmp_path):
     """Before that, its MLflow run was made and its folder does not know: as if killed in between."""
     script = f"""if True:
         import os, signal
-        from crosslmm import tracking
+        from crosslmm import run_folder, tracking
         from crosslmm.cli import parse_run
         config = parse_run(["--tracking.uri={server.uri}", "--name=killed"], "a test")
         run_folder.begin_run(config, "{tmp_path}/killed", {{}}, [])
-        run = tracking.BackgroundSync("{tmp_path}/killed", config.tracking, print)
+        run = tracking.BackgroundSync("{tmp_path}/killed", config.tracking)
         run.log([(step, 1e9 + step, {{"loss": 1 / step, "lr": 0.1}}) for step in (1, 2, 3, 4)])
         run.settle(60)
         print(run.run_id, flush=True)
@@ -265,7 +283,7 @@ def test_a_driver_that_was_killed_is_resumed_with_each_step_once(server, client,
     assert recorded(client, run.run_id) == [*times(1, 2, 3, 4), *times(5, began=2e9)]
 
 
-def test_replayed_while_it_goes_on(server, client, begin):
+def test_replays_during_a_run_repeat_no_step(server, client, begin):
     run, folder, _ = begin("both")
     (folder / "history").mkdir()
     lines = [
@@ -285,20 +303,20 @@ def test_replayed_while_it_goes_on(server, client, begin):
     assert recorded(client, run.run_id) == times(*range(1, 401))
 
 
-def test_a_sweeps_own_record_waits_for_the_server(server, client, begin, impatient, caplog):
+def test_a_sweeps_run_retries_while_the_server_is_away(server, client, begin, impatient, caplog):
     config = parse_run([f"--tracking.uri={server.uri}"], "a test").tracking
-    record = tracking.Record.create(config, "sweep", "a test")
+    record = tracking.MlflowRun.create(config, "sweep", "a test")
     server.kill()
     server.start(wait=False)
     record.log_values({"cost/seconds": 1.0}, {"state": "finished"})
     assert client.get_run(record.run_id).data.metrics == {"cost/seconds": 1.0}
     (said,) = [entry.getMessage() for entry in caplog.records if entry.name == "crosslmm.tracking.client"]
-    assert said == f"record: {server.uri} does not answer; asking again for 10 minutes"
+    assert said == f"record: {server.uri} does not answer; retrying for 10 minutes"
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_refused_credentials_are_refused_at_once(status, begin, one_server, monkeypatch):
-    """A proxy before the server asks for a password."""
+def test_refused_credentials_end_the_run_at_its_start(status, begin, one_server, monkeypatch):
+    """A proxy in front of the server requires a password."""
 
     class Proxy(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

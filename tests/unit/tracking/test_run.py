@@ -1,5 +1,8 @@
+"""The MLflow run of a training run, over sqlite: what it contains, on a resume and from a replay."""
+
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from crosslmm import run_folder, tracking
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig, TrackingConfig, flatten, tracking_uri
 from crosslmm.run_folder import validations_after
-from crosslmm.tracking import BackgroundSync
+from crosslmm.tracking import BackgroundSync, RunSync, SyncTimeouts
 from crosslmm.tracking.run import find_or_create
 
 DIGEST = "0123456789abcdef" * 4
@@ -17,13 +20,13 @@ DATASET = {"uri": "s3://bucket/rows.jsonl", "digest": DIGEST, "rows": 7, "contex
 
 
 def steps(*numbers, began=1e9):
-    """MLflow itself keeps one of two equal points; a step that is walked again has another time."""
+    """Return step records. MLflow drops one of two equal points, but a repeated step has another time."""
     return [(step, began + step, {"loss": 1 / step, "lr": 0.1}) for step in numbers]
 
 
-def start(folder, config, run_id=None):
+def start(folder, config, run_id=None, **timeouts):
     run_folder.begin_run(config, str(folder), {"seed": config.seed}, [DATASET], run_id)
-    return BackgroundSync(str(folder), config.tracking, print)
+    return BackgroundSync(str(folder), config.tracking, SyncTimeouts(**timeouts))
 
 
 def begun(folder):
@@ -46,7 +49,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(config, folder):
-    """One run that is written to, broken off and resumed, whose second half walks a step again."""
+    """A run that fails, resumes, and repeats steps."""
     run = start(folder, config)
     run.log(steps(1, 2))
     run.finish("FAILED")
@@ -71,19 +74,19 @@ def record(client, run):
     return client.get_run(run.run_id)
 
 
-def test_a_resumed_run_is_the_same_run(client, run, record):
+def test_a_resume_continues_the_same_mlflow_run(client, run, record):
     (experiment,) = [e for e in client.search_experiments() if e.name == "crosslmm"]
     assert [r.info.run_id for r in client.search_runs([experiment.experiment_id])] == [run.run_id]
     assert (record.info.run_name, record.info.status) == ("first", "FINISHED")
 
 
-def test_parameters_are_the_flattened_configuration_and_a_resume_keeps_them(record, config):
+def test_parameters_are_the_first_starts_configuration(record, config):
     assert record.data.params == {key: str(value) for key, value in flatten(config.model_dump()).items()}
     assert record.data.params["train.learning_rate.v2v"] == str(config.train.learning_rate.v2v)
     assert record.data.params["seed"] == "0"
 
 
-def test_steps_that_are_walked_again_are_recorded_once(client, run):
+def test_repeated_steps_are_recorded_once(client, run):
     history = client.get_metric_history(run.run_id, "loss")
     assert [(m.step, m.value, m.timestamp) for m in history] == [
         (1, 1, 1_000_000_001_000),
@@ -101,35 +104,35 @@ def test_the_manifest_is_an_input_with_its_digest(record):
     assert {tag.key: tag.value for tag in used.tags} == {"mlflow.data.context": "training"}
 
 
-def test_artifacts_lie_where_the_configuration_says(record, config):
+def test_artifacts_are_stored_where_configured(record, config):
     assert record.info.artifact_uri.startswith(config.tracking.artifacts)
     (ledger,) = Path(config.tracking.artifacts).rglob("quarantine.jsonl")
     assert ledger.read_text() == "hello"
 
 
-def test_the_folder_says_what_the_record_is_made_from(run, folder, config):
-    said = begun(folder)
-    assert (said["run_id"], said["name"], said["status"]) == (run.run_id, "first", "FINISHED")
-    assert said["order"] == {"seed": 1}
+def test_run_json_holds_what_a_replay_needs(run, folder, config):
+    content = begun(folder)
+    assert (content["run_id"], content["name"], content["status"]) == (run.run_id, "first", "FINISHED")
+    assert content["order"] == {"seed": 1}
     assert parse_run([f"--config={folder}/config.yaml"], "a test") == config
 
 
-def test_what_is_in_mlflow_is_not_sent_again(client, run, folder):
+def test_a_replay_sends_nothing_twice(client, run, folder):
     before = client.get_run(run.run_id)
     again = tracking.replay(str(folder))
     assert again == tracking.Delivered(run.run_id, 0, "FINISHED", None)
     assert client.get_run(run.run_id).to_dictionary() == before.to_dictionary()
 
 
-def test_validations_that_a_folder_has_behind_a_step(tmp_path):
-    """Steps 2 and 4 were walked twice: a driver that could not deliver them kept its walk, and workers kept theirs."""
+def test_validations_after_a_step(tmp_path):
+    """Steps 2 and 4 are in the folder twice: from a driver that could not deliver them, and from the workers."""
     (tmp_path / "history").mkdir()
-    kept = {
+    histories = {
         "driver-1.jsonl": {1: {"loss": 5.0}, 2: {"validation/loss": 2.0}, 4: {"validation/loss": 4.0}},
         "step-00000002.jsonl": {2: {"validation/loss": 2.5}},
         "step-00000006.jsonl": {3: {"loss": 3.0}, 4: {"validation/loss": 4.5}, 6: {"validation/loss": 6.0}},
     }
-    for name, steps in kept.items():
+    for name, steps in histories.items():
         lines = [json.dumps({"step": step, "time": 0.0, "metrics": metrics}) for step, metrics in steps.items()]
         (tmp_path / "history" / name).write_text("\n".join(lines) + "\n")
     two, four, six = ((step, {"validation/loss": float(step)}) for step in (2, 4, 6))
@@ -139,8 +142,8 @@ def test_validations_that_a_folder_has_behind_a_step(tmp_path):
     assert validations_after(str(tmp_path / "nothing"), 0) == []
 
 
-def test_the_whole_record_can_be_made_elsewhere_from_the_folder(run, folder, client, tmp_path):
-    """Workers write the history; a driver that broke off added steps, which were walked again with other times."""
+def test_a_replay_recreates_the_run_on_another_server(run, folder, client, tmp_path):
+    """The history is by workers and a driver that failed; step 3 was repeated at another time."""
     (folder / "history").mkdir()
     for name, lines in {
         "step-00000002": steps(1, 2),
@@ -165,7 +168,7 @@ def test_the_whole_record_can_be_made_elsewhere_from_the_folder(run, folder, cli
     assert points[0] == points[1]
 
 
-def test_a_step_of_more_metrics_than_mlflow_takes_at_once_arrives_whole(client, config, tmp_path):
+def test_a_step_with_1500_metrics_is_delivered(client, config, tmp_path):
     wide = start(tmp_path, config.model_copy(update={"name": "wide"}))
     wide.log([(step, 1e9, {"loss": 1.0, **{f"k{i}": float(i) for i in range(1500)}}) for step in (1, 2)])
     wide.finish("FINISHED")
@@ -175,8 +178,8 @@ def test_a_step_of_more_metrics_than_mlflow_takes_at_once_arrives_whole(client, 
     client.delete_run(wide.run_id)
 
 
-def test_two_who_make_a_run_at_the_same_time_have_one(client, config, run):
-    """The second one's search came before the first one's call."""
+def test_concurrent_creation_leaves_one_mlflow_run(client, config, run):
+    """The second one searches before the first one has created the run."""
     key = "a" * 32
 
     class Late:
@@ -200,7 +203,7 @@ def test_two_who_make_a_run_at_the_same_time_have_one(client, config, run):
     client.delete_run(late.first)
 
 
-def test_a_deleted_run_is_not_brought_back(client, config, tmp_path):
+def test_a_deleted_mlflow_run_is_not_recreated(client, config, tmp_path):
     config = config.model_copy(update={"name": "unwanted"})
     unwanted = start(tmp_path, config)
     unwanted.finish("FAILED")
@@ -212,12 +215,12 @@ def test_a_deleted_run_is_not_brought_back(client, config, tmp_path):
 
 
 @pytest.mark.parametrize("uri", ["htp://tracker:5000", "http://tracker:99999", "sqlite:////dev/null/x.db"])
-def test_where_no_server_can_be_is_refused_at_once(uri, config, tmp_path):
+def test_a_uri_without_a_server_is_refused_at_once(uri, config, tmp_path):
     with pytest.raises(BadConfig, match=f"tracking.uri: {uri}"):
         start(tmp_path, config.model_copy(update={"tracking": TrackingConfig(uri=uri)}))
 
 
-def test_no_password_is_written_down(config, tmp_path, monkeypatch):
+def test_no_password_is_written_to_the_folder(config, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@tracker:5000")
     run_folder.begin_run(config.model_copy(update={"tracking": TrackingConfig()}), str(tmp_path), {}, [])
     assert begun(tmp_path)["tracking"]["uri"] == "http://tracker:5000"
@@ -230,7 +233,7 @@ def test_the_revision_of_the_code_is_recorded(record):
     assert record.data.tags.get("mlflow.source.git.commit", "") == head.stdout.strip()
 
 
-def test_another_run_of_the_same_experiment_is_another_run(client, config, run, tmp_path):
+def test_another_name_makes_another_mlflow_run(client, config, run, tmp_path):
     other = start(tmp_path, config.model_copy(update={"name": "second"}))
     other.finish("KILLED")
     assert other.run_id != run.run_id
@@ -239,7 +242,53 @@ def test_another_run_of_the_same_experiment_is_another_run(client, config, run, 
     client.delete_run(other.run_id)
 
 
-def test_a_run_that_a_sweep_made_is_taken(client, config, tmp_path):
+class MlflowPanic(BaseException):
+    """Like pyo3's PanicException: no subclass of Exception."""
+
+
+def fail_once(monkeypatch, error):
+    """Make the next delivery of steps raise an error."""
+    log, errors = RunSync.log, [error]
+
+    def failing(self, steps):
+        if self.last_step == 1 and errors:
+            raise errors.pop()
+        return log(self, steps)
+
+    monkeypatch.setattr(RunSync, "log", failing)
+
+
+def test_the_thread_goes_on_after_an_exception(client, config, tmp_path, monkeypatch, caplog):
+    run = start(tmp_path, config.model_copy(update={"name": "unlucky"}), retry_s=0.01)
+    run.log(steps(1))
+    run.settle(30)
+    fail_once(monkeypatch, TypeError("unexpected"))
+    run.log(steps(2))
+    run.settle(30)
+    run.finish("FINISHED")
+    assert run.delivered
+    assert [m.step for m in client.get_metric_history(run.run_id, "loss")] == [1, 2]
+    assert "does not answer: TypeError: unexpected; steps wait" in caplog.text
+    client.delete_run(run.run_id)
+
+
+def test_a_thread_that_cannot_go_on_ends_with_an_error(client, config, tmp_path, monkeypatch, caplog):
+    run = start(tmp_path, config.model_copy(update={"name": "doomed"}))
+    run_id = run.run_id
+    run.log(steps(1))
+    run.settle(30)
+    fail_once(monkeypatch, MlflowPanic("lost its lock"))
+    run.log(steps(2))
+    began = time.monotonic()
+    run.finish("FINISHED")
+    assert time.monotonic() - began < 30
+    assert not run.delivered
+    assert f"delivery to {run.uri} stopped: MlflowPanic: lost its lock; python jobs/track.py replay" in caplog.text
+    assert tracking.replay(str(tmp_path)) == tracking.Delivered(run_id, 2, "FINISHED", None)
+    client.delete_run(run_id)
+
+
+def test_a_trial_uses_the_mlflow_run_of_its_sweep(client, config, tmp_path):
     made = tracking.MlflowRun.create(config.tracking, "trial", "a test")
     trial = start(tmp_path, config.model_copy(update={"name": "trial"}), made.run_id)
     trial.log(steps(1))
@@ -250,7 +299,7 @@ def test_a_run_that_a_sweep_made_is_taken(client, config, tmp_path):
     client.delete_run(made.run_id)
 
 
-def test_the_record_goes_to_the_configuration_then_the_environment_then_here(tmp_path, monkeypatch):
+def test_tracking_uri_configuration_environment_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert tracking_uri(TrackingConfig()) == f"sqlite:///{tmp_path}/mlflow.db"

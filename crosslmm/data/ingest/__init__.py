@@ -1,1 +1,1 @@
-"""The verbs of jobs/prepare.py: split a manifest, check its rows in parallel, write shards, retry unreadable videos."""
+"""The commands of jobs/prepare.py: split a manifest, check its rows in parallel, write it, retry unreadable videos."""

@@ -1,185 +1,191 @@
-"""Another try for what could not be read: the lines of a run's ledger, or the rows that wait in a prepared folder."""
+"""Retry unreadable videos: those in a run's quarantine.jsonl, or of the waiting rows of a prepared folder."""
 
 import codecs
 import contextlib
 import json
+import logging
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data import manifest_shards
 from crosslmm.data.frame_sampling import split_time_range
-from crosslmm.data.ingest import split
-from crosslmm.data.ingest.convert import LEDGER, cut_and_count
-from crosslmm.data.ingest.ray_tasks import IngestProgress, on_ray
-from crosslmm.data.ingest.shard_tasks import PROBES, Work, inside, named, table_of, timed, waiting_of
-from crosslmm.data.ingest.split import Piece
+from crosslmm.data.ingest import ray_tasks, split
+from crosslmm.data.ingest.check_rows import IngestJob, add_durations, manifest_errors
+from crosslmm.data.ingest.plan import QUARANTINE_FILE, split_in_tasks
+from crosslmm.data.ingest.shard_tasks import probes_table, records_table, waiting_table, write_table
+from crosslmm.data.ingest.split import Chunk
 from crosslmm.data.manifest import BadManifest
 from crosslmm.data.manifest_shards import LENGTH_COLUMNS
 from crosslmm.data.quarantine import QuarantineEntry, to_printable
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder, HeaderReader
 from crosslmm.data.video.probe import Probe
+from crosslmm.progress import Progress
 
-LEDGER_PIECE_BYTES = 256 * 2**10
-"""What one task takes of a ledger [bytes]."""
-SIDE = 64
-"""Of the frames that are decoded to see whether a video can be [px]."""
+QUARANTINE_CHUNK_BYTES = 256 * 2**10
+"""Size of the part of a quarantine.jsonl that one task retries [bytes]."""
+IMAGE_SIZE = 64
+"""Side of the frames that are decoded to test a video [px]."""
+MAX_LOGGED_ROWS = 100
+"""Rows that are logged as readable now; the others are only counted [rows]."""
 
-
-def requeue(place: str, data: DataConfig, console: Console) -> dict[str, Any]:
-    """Try again what could not be read -> what is printed last.
-
-    Args:
-        place: a run's ledger, or a prepared folder.
-        data: limits, and frames that are decoded.
-        console: for what people read.
-
-    Raises:
-        BadManifest, BadConfig: it is neither.
-        NotPrepared, storage.Unavailable: it broke off, and no row has changed its place.
-    """
-    uri = storage.absolute(place.rstrip("/"))
-    with named(place):
-        if manifest_shards.is_prepared(uri):
-            readable, left = _requeue_folder(uri, data, console)
-        elif storage.is_folder(uri):
-            raise BadManifest(f"{place}: is a folder that is not prepared; convert finishes it")
-        else:
-            readable, left = _requeue_ledger(uri, data, console)
-    for manifest, line, name in readable[:100]:
-        console.print(f"readable now: {manifest} line {line} ({name})", markup=False)
-    if len(readable) > 100:
-        console.print(f"and {len(readable) - 100} more")
-    return {"requeued": uri, "readable": len(readable), "unreadable": left}
-
-
-def _requeue_ledger(uri: str, data: DataConfig, console: Console) -> tuple[list[tuple[str, int, str]], int]:
-    storage.stamp_of(uri)
-    pieces = cut_and_count(uri, LEDGER_PIECE_BYTES)
-    results: dict[int, Retried] = {}
-    with IngestProgress(console, len(pieces)) as progress:
-        for number, result in on_ray(
-            retry_entries, {n: (data, piece) for n, piece in enumerate(pieces)}, progress.waited
-        ):
-            results[number] = result
-            progress.seen(len(result.readable), 0, result.left)
-    ordered = [results[number] for number in sorted(results)]
-    storage.write_bytes(uri, b"".join(result.entries for result in ordered))
-    return [row for result in ordered for row in result.readable], sum(result.left for result in ordered)
-
-
-def _requeue_folder(target: str, data: DataConfig, console: Console) -> tuple[list[tuple[str, int, str]], int]:
-    table = manifest_shards.PreparedTable(target)
-    about = table.about
-    names: list[str] = about.get("waiting", [])
-    numbers = [int(re.findall(r"\d+", part["name"])[0]) for part in table.parts]
-    work = Work(about["made_from"], target, "", True, data)
-    results: dict[int, Retried] = {}
-    calls = {n: (work, max(numbers, default=0) + 1 + n, name) for n, name in enumerate(names)}
-    with IngestProgress(console, len(names)) as progress:
-        for number, result in on_ray(retry_waiting, calls, progress.waited):
-            results[number] = result
-            progress.seen(len(result.readable), 0, result.left)
-    ordered = [results[number] for number in sorted(results)]
-    left = sum(result.left for result in ordered)
-    new = [part for result in ordered for part in result.parts]
-    if new:
-        lengths = pa.concat_tables([table.lengths(), *(result.lengths for result in ordered if result.lengths)])
-        about = about | {
-            "quarantined": left,
-            "waiting": [result.waiting for result in ordered if result.waiting],
-            "probes": [*about["probes"], *(name for result in ordered for name in result.probes)],
-        }
-        manifest_shards.seal(target, [*table.parts, *new], lengths, about)
-    storage.write_chunks(storage.join(target, LEDGER), (result.entries for result in ordered))
-    return [row for result in ordered for row in result.readable], left
+log = logging.getLogger(__name__)
 
 
 @dataclass
-class Retried:
-    """What came of rows that were tried again."""
+class RetryResult:
+    """Result of retrying some rows."""
 
     readable: list[tuple[str, int, str]] = field(default_factory=list)
-    """Manifest, line and id of those that can be read now."""
+    """Manifest, line and id of rows that can be read now."""
     entries: bytes = b""
-    """Lines of the ledger: those that still cannot."""
-    left: int = 0
-    """How many these are."""
+    """Lines of quarantine.jsonl of rows that still cannot be read."""
+    unreadable: int = 0
+    """Number of these rows."""
     parts: list[dict[str, Any]] = field(default_factory=list)
+    """Descriptions of new parts."""
     lengths: pa.Table | None = None
+    """`LENGTH_COLUMNS` of the rows in new parts."""
     waiting: str | None = None
-    """Name of the rows that still wait, if there are any."""
+    """Name of the file with the rows that still wait, if there are any."""
     probes: list[str] = field(default_factory=list)
+    """Names of new files of probes."""
 
 
-def retry_waiting(work: Work, number: int, name: str) -> Retried:
-    """Probe again the rows of a prepared folder that wait in the file of this name. Those that can be read become part
-    `number`."""
-    rows = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(work.target, name)))).to_pylist()
-    entries = [json.loads(row.pop("entry")) for row in rows]
-    records = [{**row, "videos": [storage.join(work.target, video) for video in row["videos"]]} for row in rows]
-    places = list(dict.fromkeys(split_time_range(uri)[0] for record in records for uri in record["videos"]))
-    with HeaderReader(work.data) as prober:
-        known = dict(zip(places, prober(places), strict=True))
-    readable, waiting = timed(records, known, work.manifest)
-    tried = {entry["line"]: entry["attempts"] for entry in entries}
-    waiting = [(row, replace(entry, attempts=entry.attempts + tried[entry.line])) for row, entry in waiting]
-    result = Retried([(to_printable(work.manifest), record["line"], to_printable(record["id"])) for record in readable])
-    result.left = len(waiting)
-    result.entries = b"".join(json.dumps(entry.to_dict()).encode() + b"\n" for _, entry in waiting)
+def requeue(place: str, data: DataConfig) -> dict[str, Any]:
+    """Retry unreadable videos -> counts, as the job prints them.
+
+    Args:
+        place: quarantine.jsonl of a run, or a prepared folder.
+        data: limits, and how videos are decoded.
+
+    Raises:
+        BadManifest, BadConfig: `place` is neither.
+        IngestError, storage.Unavailable: it stopped; nothing was changed.
+    """
+    uri = storage.absolute(place.rstrip("/"))
+    with manifest_errors(place):
+        if manifest_shards.is_prepared(uri):
+            results = _requeue_folder(uri, data)
+        elif storage.is_folder(uri):
+            raise BadManifest(f"{place}: is a folder that is not prepared; convert finishes it")
+        else:
+            results = _requeue_quarantine(uri, data)
+    readable = [row for result in results for row in result.readable]
+    for manifest, line, name in readable[:MAX_LOGGED_ROWS]:
+        log.info("readable now: %s line %d (%s)", manifest, line, name)
+    if len(readable) > MAX_LOGGED_ROWS:
+        log.info("and %d more", len(readable) - MAX_LOGGED_ROWS)
+    unreadable = sum(result.unreadable for result in results)
+    return {"requeued": uri, "readable": len(readable), "unreadable": unreadable}
+
+
+def _requeue_quarantine(uri: str, data: DataConfig) -> list[RetryResult]:
+    """Decode the videos in a quarantine.jsonl, and remove the lines of those that can be read."""
+    storage.stamp_of(uri)  # raises if it is missing
+    chunks = split_in_tasks(uri, QUARANTINE_CHUNK_BYTES)
+    results = _run_retries(retry_entries, {number: (data, chunk) for number, chunk in enumerate(chunks)})
+    storage.write_bytes(uri, b"".join(result.entries for result in results))
+    return results
+
+
+def _requeue_folder(target: str, data: DataConfig) -> list[RetryResult]:
+    """Probe the videos of a folder's waiting rows, and seal the folder with those that can be read as new parts."""
+    table = manifest_shards.PreparedTable(target)
+    about = table.about
+    numbers = [int(re.findall(r"\d+", part["name"])[0]) for part in table.parts]
+    first = max(numbers, default=0) + 1
+    job = IngestJob(about["made_from"], target, "", True, data)
+    names: list[str] = about.get("waiting", [])
+    results = _run_retries(retry_waiting, {n: (job, first + n, name) for n, name in enumerate(names)})
+    parts = [part for result in results for part in result.parts]
+    if parts:
+        lengths = pa.concat_tables([table.lengths(), *(result.lengths for result in results if result.lengths)])
+        about = about | {
+            "quarantined": sum(result.unreadable for result in results),
+            "waiting": [result.waiting for result in results if result.waiting],
+            "probes": [*about["probes"], *(name for result in results for name in result.probes)],
+        }
+        manifest_shards.seal(target, [*table.parts, *parts], lengths, about)
+    storage.write_chunks(storage.join(target, QUARANTINE_FILE), (result.entries for result in results))
+    return results
+
+
+def _run_retries(function: Any, calls: dict[int, tuple[Any, ...]]) -> list[RetryResult]:
+    """Run `function` over the calls in tasks; return the results in order."""
+    results: dict[int, RetryResult] = {}
+    readable = unreadable = 0
+    with Progress(log, "retrying", len(calls), "chunk") as progress:
+        for number, result in ray_tasks.run_tasks(function, calls):
+            results[number] = result
+            readable, unreadable = readable + len(result.readable), unreadable + result.unreadable
+            progress.update(len(results), f"{readable:,} readable now  {unreadable:,} unreadable")
+    return [results[number] for number in sorted(results)]
+
+
+def retry_waiting(job: IngestJob, number: int, name: str) -> RetryResult:
+    """Probe the videos of the waiting rows in the file `name`, and write rows that can be read as part `number`."""
+    target = job.target
+    rows = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(target, name)))).to_pylist()
+    attempts = {entry["line"]: entry["attempts"] for entry in (json.loads(row.pop("entry")) for row in rows)}
+    records = [{**row, "videos": [storage.join(target, video) for video in row["videos"]]} for row in rows]
+    uris = list(dict.fromkeys(split_time_range(uri)[0] for record in records for uri in record["videos"]))
+    with HeaderReader(job.data) as header_reader:
+        probed = dict(zip(uris, header_reader(uris), strict=True))
+    readable, waiting = add_durations(records, probed, job.manifest)
+    waiting = [(row, replace(entry, attempts=entry.attempts + attempts[entry.line])) for row, entry in waiting]
+    result = RetryResult(
+        readable=[(to_printable(job.manifest), record["line"], to_printable(record["id"])) for record in readable],
+        entries=b"".join(json.dumps(entry.to_dict()).encode() + b"\n" for _, entry in waiting),
+        unreadable=len(waiting),
+    )
     if readable:
-        table = table_of(readable, work.target)
-        result.parts = [manifest_shards.write_part(work.target, number, table)]
+        table = records_table(readable, target)
+        result.parts = [manifest_shards.write_part(target, number, table)]
         result.lengths = table.select(LENGTH_COLUMNS)
-        found = [
-            {"video": inside(place, work.target), **asdict(one)}
-            for place, one in known.items()
-            if isinstance(one, Probe)
-        ]
+        probes = {uri: probe for uri, probe in probed.items() if isinstance(probe, Probe)}
         result.probes = [f"probes-{number:05d}_1.parquet"]
-        data = manifest_shards.to_bytes(pa.Table.from_pylist(found, PROBES))
-        storage.write_bytes(storage.join(work.target, result.probes[0]), data)
+        write_table(target, result.probes[0], probes_table(probes, target))
     if waiting:
-        # Under a new name where rows have left, for the seal that is in force still names the old one.
+        # A new name if rows have left the file, because the current seal still names the old one.
         result.waiting = f"waiting-{number:05d}_2.parquet" if readable else name
-        data = manifest_shards.to_bytes(waiting_of(waiting, work.target))
-        storage.write_bytes(storage.join(work.target, result.waiting), data)
+        write_table(target, result.waiting, waiting_table(waiting, target))
     return result
 
 
-def retry_entries(data: DataConfig, piece: Piece) -> Retried:
-    """Decode again what some lines of a run's ledger name.
+def retry_entries(data: DataConfig, chunk: Chunk) -> RetryResult:
+    """Decode the videos that some lines of a run's quarantine.jsonl name.
 
     Raises:
-        BadManifest: a line is none of a ledger.
+        BadManifest: a line does not belong in a quarantine.jsonl.
     """
-    result, left = Retried(), []
-    with Decoder(data, SIDE) as decoder:
-        for number, line in split.rows_of(piece):
+    result, remaining = RetryResult(), []
+    with Decoder(data, IMAGE_SIZE) as decoder:
+        for number, line in split.read_rows(chunk):
             try:
                 entry = json.loads(line)
                 row = {"manifest": entry["manifest"], "line": entry["line"], "id": entry["id"]}
-                place, attempts = str(entry["uri"]), int(entry["attempts"])
+                uri, attempts = str(entry["uri"]), int(entry["attempts"])
             except (ValueError, TypeError, KeyError) as error:
-                raise BadManifest(f"{piece.uri}: line {number} is none of a ledger: {type(error).__name__}") from None
-            found = decoder([place])[0]
-            if isinstance(found, VideoFailure) and found.stage == "read" and "\\" in place:
-                # A name that is not plain ASCII stands escaped in the ledger.
+                raise BadManifest(
+                    f"{chunk.uri}: line {number} is not a line of a quarantine.jsonl: {type(error).__name__}"
+                ) from None
+            video = decoder([uri])[0]
+            if isinstance(video, VideoFailure) and video.stage == "read" and "\\" in uri:
+                # quarantine.jsonl has names that are not plain ASCII with escapes.
                 with contextlib.suppress(ValueError):
-                    found = decoder([codecs.decode(place, "unicode_escape")])[0]
-            if isinstance(found, VideoFailure):
-                tried = replace(found, attempts=attempts + found.attempts)
-                left.append(
-                    json.dumps({**entry, **QuarantineEntry.from_row(row, place, tried).to_dict()}).encode() + b"\n"
-                )
+                    video = decoder([codecs.decode(uri, "unicode_escape")])[0]
+            if isinstance(video, VideoFailure):
+                failure = replace(video, attempts=attempts + video.attempts)
+                updated = {**entry, **QuarantineEntry.from_row(row, uri, failure).to_dict()}
+                remaining.append(json.dumps(updated).encode() + b"\n")
             else:
                 result.readable.append((to_printable(str(row["manifest"])), row["line"], to_printable(str(row["id"]))))
-    result.entries, result.left = b"".join(left), len(left)
+    result.entries, result.unreadable = b"".join(remaining), len(remaining)
     return result

@@ -1,4 +1,4 @@
-"""A manifest -> pieces of about equal size, each of which any process can read, with the right numbers of its rows."""
+"""Split a manifest into chunks of similar size that any process can read, with the right line numbers."""
 
 import codecs
 import contextlib
@@ -14,23 +14,23 @@ import pyarrow.parquet as pq
 from crosslmm import storage
 from crosslmm.data import formats
 
-WINDOW = 64 * 2**10
-"""So much is read at first to find a line's end [bytes]."""
-LONGEST_LINE = 256 * 2**20
-"""A line that is longer is none [bytes]."""
+SEARCH_BYTES = 64 * 2**10
+"""Size of the first read that searches for the end of a line; it doubles until one is there [bytes]."""
+MAX_LINE_BYTES = 256 * 2**20
+"""Longest line of a manifest [bytes]."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows of a manifest that follow one another.
+class Chunk:
+    """Consecutive rows of a manifest.
 
     Attributes:
-        uri: the file that they stand in.
-        form: "lines" of JSON; row groups of "parquet"; the "whole" of what can only be read so.
-        begin, end: bytes of the file, or row groups, [begin, end).
-        first: number of the first row, blank lines counted, from 1.
-        rows: how many, blank lines counted.
-        sha256: hex, of its bytes.
+        uri: file that holds the rows.
+        form: "lines" of JSON; row groups of "parquet"; "whole": a manifest that can only be read from start to end.
+        begin, end: range [begin, end) of the file in bytes, or in row groups.
+        first: line number of the first row, from 1, blank lines counted.
+        rows: number of rows, blank lines counted.
+        sha256: hash of the chunk's bytes [hex].
     """
 
     uri: str
@@ -42,13 +42,13 @@ class Piece:
     sha256: str = ""
 
 
-def is_whole(uri: str) -> bool:
-    """Whether it can only be read whole, by one process: a JSON list, or a folder of videos with sidecars."""
+def needs_whole_read(uri: str) -> bool:
+    """Return whether one process must read the whole manifest: a JSON list, or a folder of videos with sidecars."""
     return uri.lower().endswith(".json") or formats.is_folder(uri)
 
 
-def stamp(uri: str) -> list[Any]:
-    """What changes when a manifest is replaced: size and ETag or time; of a folder, which has none, nothing.
+def change_stamp(uri: str) -> list[Any]:
+    """Return a value that changes when the manifest is replaced: size, and ETag or time; empty for a folder.
 
     Raises:
         OSError: it cannot be read.
@@ -56,113 +56,130 @@ def stamp(uri: str) -> list[Any]:
     return [] if formats.is_folder(uri) else list(storage.stamp_of(uri))
 
 
-def cut(uri: str, piece_bytes: int) -> list[Piece]:
-    """Cut a manifest of lines, roughly: `settle` each piece and `number` them all. Or one of Parquet, to the end.
+def split_by_bytes(uri: str, chunk_bytes: int) -> list[Chunk]:
+    """Split a manifest of lines or Parquet. Chunks of lines still need `align_to_lines` and `number_rows`.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is not what its name says.
+        OSError, ValueError: it cannot be read, or its content does not match its suffix.
     """
     if uri.lower().endswith(".parquet"):
-        return _cut_parquet(uri, piece_bytes)
+        return _split_parquet(uri, chunk_bytes)
     size, _ = storage.stamp_of(uri)
-    return [Piece(uri, "lines", begin, min(begin + piece_bytes, size)) for begin in range(0, size, piece_bytes)]
+    return [Chunk(uri, "lines", begin, min(begin + chunk_bytes, size)) for begin in range(0, size, chunk_bytes)]
 
 
-def settle(piece: Piece, size: int) -> Piece:
-    """Move both ends of a rough piece of a file of this size to where lines begin, the same for its neighbours, and
-    count its lines."""
-    begin = _line_after(piece.uri, piece.begin - 1, size) if piece.begin else 0
-    end = _line_after(piece.uri, piece.end - 1, size)
-    data = storage.read_bytes(piece.uri, begin, end) if begin < end else b""
-    return replace(piece, begin=begin, end=end, rows=len(data.splitlines()), sha256=hashlib.sha256(data).hexdigest())
+def align_to_lines(
+    chunk: Chunk, size: int, search_bytes: int = SEARCH_BYTES, max_line_bytes: int = MAX_LINE_BYTES
+) -> Chunk:
+    """Move both ends of a chunk to the next start of a line, as for its neighbours, and count its lines.
+
+    Args:
+        chunk: from `split_by_bytes`.
+        size: size of the file [bytes].
+        search_bytes: size of the first read that searches for the end of a line [bytes].
+        max_line_bytes: longest line [bytes].
+
+    Raises:
+        ValueError: a line is too long.
+    """
+
+    def next_line(offset: int) -> int:
+        return _next_line_start(chunk.uri, offset, size, search_bytes, max_line_bytes)
+
+    begin = next_line(chunk.begin - 1) if chunk.begin else 0
+    end = next_line(chunk.end - 1)
+    data = storage.read_bytes(chunk.uri, begin, end) if begin < end else b""
+    return replace(chunk, begin=begin, end=end, rows=len(data.splitlines()), sha256=hashlib.sha256(data).hexdigest())
 
 
-def number(pieces: Iterable[Piece]) -> list[Piece]:
-    """Number the rows of pieces through. Empty ones, which lie in the midst of a line, are left out."""
-    numbered: list[Piece] = []
+def number_rows(chunks: Iterable[Chunk]) -> list[Chunk]:
+    """Give each chunk the number of its first row, and drop empty chunks, which lie within a long line."""
+    numbered: list[Chunk] = []
     first = 1
-    for piece in pieces:
-        if piece.rows:
-            numbered.append(replace(piece, first=first))
-            first += piece.rows
+    for chunk in chunks:
+        if chunk.rows:
+            numbered.append(replace(chunk, first=first))
+            first += chunk.rows
     return numbered
 
 
-def rewrite(uri: str, folder: str, piece_bytes: int) -> list[Piece]:
-    """Read a manifest that can only be read whole, and write it as pieces of lines, a row each, into a folder.
+def split_whole_file(uri: str, folder: str, chunk_bytes: int) -> list[Chunk]:
+    """Read a manifest from start to end, and write its rows into files of lines in `folder`.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is not what its name says.
+        OSError, ValueError: it cannot be read, or its content does not match its suffix.
     """
     data, rows = formats.read_rows(uri)
-    key = f"{hashlib.sha256(data).hexdigest()[:16]}-{piece_bytes}"
-    pieces: list[Piece] = []
+    prefix = f"{hashlib.sha256(data).hexdigest()[:16]}-{chunk_bytes}"
+    chunks: list[Chunk] = []
     lines, size, first = [], 0, 1
     for count, (_, row) in enumerate(rows, start=1):
         lines.append((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n")
         size += len(lines[-1])
-        if size >= piece_bytes:
-            pieces.append(_write(folder, key, len(pieces), lines, first))
+        if size >= chunk_bytes:
+            chunks.append(_write_lines(folder, f"{prefix}-{len(chunks):05d}.jsonl", lines, first))
             lines, size, first = [], 0, count + 1
-    return [*pieces, _write(folder, key, len(pieces), lines, first)] if lines else pieces
+    if lines:
+        chunks.append(_write_lines(folder, f"{prefix}-{len(chunks):05d}.jsonl", lines, first))
+    return chunks
 
 
-def rows_of(piece: Piece) -> Iterator[tuple[int, Any]]:
-    """Its rows as `formats` gives them, with their numbers.
+def read_rows(chunk: Chunk) -> Iterator[tuple[int, Any]]:
+    """Yield the line number and the raw row of each row of a chunk, as `formats.read_rows` does.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is not what its name says.
+        OSError, ValueError: it cannot be read, or its content does not match its suffix.
     """
-    if piece.form == "whole":
-        yield from formats.read_rows(piece.uri)[1]
-    elif piece.form == "parquet":
-        with _parquet(piece.uri) as file:
-            yield from formats.parquet_rows(file, range(piece.begin, piece.end), piece.first)
+    if chunk.form == "whole":
+        yield from formats.read_rows(chunk.uri)[1]
+    elif chunk.form == "parquet":
+        with _open_parquet(chunk.uri) as file:
+            yield from formats.parquet_rows(file, range(chunk.begin, chunk.end), chunk.first)
     else:
-        data = storage.read_bytes(piece.uri, piece.begin, piece.end)
-        yield from formats.numbered_lines(data if piece.begin else data.removeprefix(codecs.BOM_UTF8), piece.first)
+        data = storage.read_bytes(chunk.uri, chunk.begin, chunk.end)
+        yield from formats.numbered_lines(data if chunk.begin else data.removeprefix(codecs.BOM_UTF8), chunk.first)
 
 
-def _line_after(uri: str, place: int, size: int) -> int:
-    """The place behind the first line end at `place` or later; the end of the file if there is none."""
-    window = WINDOW
-    while place < size:
-        if window > LONGEST_LINE:
-            raise ValueError(f"a line has no end within {LONGEST_LINE} bytes")
-        data = storage.read_bytes(uri, place, min(place + window, size))
-        if (found := data.find(b"\n")) >= 0:
-            return place + found + 1
-        place, window = place + window, window * 2
+def _next_line_start(uri: str, offset: int, size: int, search_bytes: int, max_line_bytes: int) -> int:
+    """Return the offset after the first line end at or after `offset`; the size of the file if there is none."""
+    window = search_bytes
+    while offset < size:
+        if window > max_line_bytes:
+            raise ValueError(f"a line has no end within {max_line_bytes} bytes")
+        data = storage.read_bytes(uri, offset, min(offset + window, size))
+        if (position := data.find(b"\n")) >= 0:
+            return offset + position + 1
+        offset, window = offset + window, window * 2
     return size
 
 
-def _cut_parquet(uri: str, piece_bytes: int) -> list[Piece]:
-    """Runs of row groups of about so many bytes, uncompressed."""
-    with _parquet(uri) as file:
+def _split_parquet(uri: str, chunk_bytes: int) -> list[Chunk]:
+    """Return runs of row groups of about `chunk_bytes` uncompressed bytes."""
+    with _open_parquet(uri) as file:
         metadata = file.metadata
-    about = f"{storage.stamp_of(uri)} {metadata.created_by} {metadata.schema}"
-    pieces: list[Piece] = []
+    identity = f"{storage.stamp_of(uri)} {metadata.created_by} {metadata.schema}"
+    chunks: list[Chunk] = []
     begin, size, rows, first = 0, 0, 0, 1
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
         rows += metadata.row_group(group).num_rows
-        if size >= piece_bytes or group + 1 == metadata.num_row_groups:
-            # Nobody has read its content: the file's stamp stands for it.
-            digest = hashlib.sha256(f"{about} {begin}".encode()).hexdigest()
-            pieces.append(Piece(uri, "parquet", begin, group + 1, first, rows, digest))
+        if size >= chunk_bytes or group + 1 == metadata.num_row_groups:
+            # The content is not read here, so the file's stamp stands in for it.
+            digest = hashlib.sha256(f"{identity} {begin}".encode()).hexdigest()
+            chunks.append(Chunk(uri, "parquet", begin, group + 1, first, rows, digest))
             begin, size, rows, first = group + 1, 0, 0, first + rows
-    return pieces
+    return chunks
 
 
 @contextlib.contextmanager
-def _parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    # Arrow takes a short read for the end of the file; a buffer reads on.
+def _open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
+    # Arrow takes a short read for the end of the file; a buffered reader repeats it.
     with io.BufferedReader(storage.open_read(uri), 2**20) as file:  # type: ignore[type-var]
         yield pq.ParquetFile(file)
 
 
-def _write(folder: str, key: str, count: int, lines: list[bytes], first: int) -> Piece:
+def _write_lines(folder: str, name: str, lines: list[bytes], first: int) -> Chunk:
     data = b"".join(lines)
-    uri = storage.join(folder, f"{key}-{count:05d}.jsonl")
+    uri = storage.join(folder, name)
     storage.write_bytes(uri, data)
-    return Piece(uri, "lines", 0, len(data), first, len(lines), hashlib.sha256(data).hexdigest())
+    return Chunk(uri, "lines", 0, len(data), first, len(lines), hashlib.sha256(data).hexdigest())

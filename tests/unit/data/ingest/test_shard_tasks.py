@@ -6,11 +6,13 @@ import pytest
 
 from crosslmm import storage
 from crosslmm.config import DataConfig
-from crosslmm.data.ingest import shard_tasks
-from crosslmm.data.ingest.convert import OURS, _repeated
+from crosslmm.data.ingest.check_rows import IngestJob, check_chunk
+from crosslmm.data.ingest.duplicates import find_duplicates
+from crosslmm.data.ingest.plan import OUTPUT_FILES
 from crosslmm.data.ingest.retry_unreadable import retry_entries, retry_waiting
-from crosslmm.data.ingest.shard_tasks import Summary, Work, check_piece, convert_piece, drop_rows
-from crosslmm.data.ingest.split import Piece
+from crosslmm.data.ingest.shard_tasks import convert_chunk, drop_rows
+from crosslmm.data.ingest.split import Chunk
+from crosslmm.data.ingest.summary import Summary
 from crosslmm.data.samples.clips import encode_clip
 from tests.support.common import conversation
 
@@ -18,20 +20,20 @@ from tests.support.common import conversation
 def jsonl(path, rows):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines))
-    return Piece(str(path), "lines", 0, path.stat().st_size, 1, len(lines))
+    return Chunk(str(path), "lines", 0, path.stat().st_size, 1, len(lines))
 
 
 def text(name):
     return {"id": name, "messages": conversation("?", name, video=False)}
 
 
-def clip(name, place):
-    return {"id": name, "video": place, "messages": conversation("?", name)}
+def clip(name, uri):
+    return {"id": name, "video": uri, "messages": conversation("?", name)}
 
 
-def work(tmp_path, probe=False, **limits):
+def job(tmp_path, probe=False, **limits):
     data = DataConfig(roots=[str(tmp_path)], **limits)
-    return Work(str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), "plan", probe, data)
+    return IngestJob(str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), "plan", probe, data)
 
 
 def read(target, name):
@@ -40,16 +42,14 @@ def read(target, name):
 
 @pytest.fixture
 def video(tmp_path):
-    """3 s."""
+    """A video of 3 s."""
     (tmp_path / "clip.mp4").write_bytes(encode_clip(np.zeros((12, 32, 32, 3), np.uint8)))
     return tmp_path / "clip.mp4"
 
 
-def test_parts_are_bounded_and_hold_the_rows_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_tasks, "PART_ROWS", 7)
-    monkeypatch.setattr(shard_tasks, "BATCH_ROWS", 5)
-    piece = jsonl(tmp_path / "rows.jsonl", [text(f"{i}") for i in range(20)])
-    summary = convert_piece(work(tmp_path), 3, piece)
+def test_parts_have_a_maximum_size_and_keep_the_order(tmp_path):
+    chunk = jsonl(tmp_path / "rows.jsonl", [text(f"{i}") for i in range(20)])
+    summary = convert_chunk(job(tmp_path), 3, chunk, part_rows=7, batch_rows=5)
     assert [part["name"] for part in summary.parts] == [
         "part-03000.parquet",
         "part-03001.parquet",
@@ -62,15 +62,17 @@ def test_parts_are_bounded_and_hold_the_rows_in_order(tmp_path, monkeypatch):
     assert Summary(**written) == summary
 
 
-def test_what_is_written_is_known_as_ours(tmp_path, video):
-    piece = jsonl(tmp_path / "rows.jsonl", [clip("a", "clip.mp4"), clip("b", "gone.mp4"), text("c"), "{"])
-    done = convert_piece(work(tmp_path, probe=True), 0, piece)
-    drop_rows(work(tmp_path), 0, done, [(3, 1)])
-    assert all(OURS.fullmatch(name) for name in storage.names_in(str(tmp_path / "out")))
-    assert not any(OURS.fullmatch(name) for name in ("clip.mp4", "clips/part-1.parquet", "rows.jsonl", "part-.txt"))
+def test_all_output_files_are_recognised(tmp_path, video):
+    chunk = jsonl(tmp_path / "rows.jsonl", [clip("a", "clip.mp4"), clip("b", "gone.mp4"), text("c"), "{"])
+    done = convert_chunk(job(tmp_path, probe=True), 0, chunk)
+    drop_rows(job(tmp_path), 0, done, [(3, 1)])
+    assert all(OUTPUT_FILES.fullmatch(name) for name in storage.names_in(str(tmp_path / "out")))
+    assert not any(
+        OUTPUT_FILES.fullmatch(name) for name in ("clip.mp4", "clips/part-1.parquet", "rows.jsonl", "part-.txt")
+    )
 
 
-def test_videos_are_timed_and_what_cannot_be_read_waits(tmp_path, video):
+def test_durations_are_added_and_unreadable_rows_wait(tmp_path, video):
     rows = [
         clip("whole", "clip.mp4"), clip("part", "clip.mp4#t=1,2.5"), clip("end", "clip.mp4#t=2"),
         clip("gone", "no.mp4"), clip("late", "clip.mp4#t=5,6"), text("words"),
@@ -78,7 +80,7 @@ def test_videos_are_timed_and_what_cannot_be_read_waits(tmp_path, video):
     ]  # fmt: skip
     target = str(tmp_path / "out")
     storage.write_bytes(f"{target}/clip.mp4", video.read_bytes())
-    summary = convert_piece(work(tmp_path, probe=True), 0, jsonl(tmp_path / "rows.jsonl", rows))
+    summary = convert_chunk(job(tmp_path, probe=True), 0, jsonl(tmp_path / "rows.jsonl", rows))
     part = read(target, summary.parts[0]["name"])
     assert part["id"].to_pylist() == ["whole", "part", "end", "words", "inside"]
     assert part["seconds"].to_pylist() == [[3.0], [1.5], [1.0], [], [3.0]]
@@ -97,9 +99,9 @@ def test_videos_are_timed_and_what_cannot_be_read_waits(tmp_path, video):
     assert (summary.rows, summary.quarantined, summary.videos, summary.seconds) == (5, 2, 2, 6.0)
 
 
-def test_reasons_are_counted_by_their_sort(tmp_path):
+def test_reasons_are_counted_by_kind(tmp_path):
     rows = ["{", text("a"), text("a"), text("b"), text("b"), "[", {"id": "\x1b[2J"}]
-    summary, hashes, lines = check_piece(work(tmp_path), jsonl(tmp_path / "rows.jsonl", rows))
+    summary, hashes, lines = check_chunk(job(tmp_path), jsonl(tmp_path / "rows.jsonl", rows))
     assert (summary.rows, summary.rejected) == (2, 5)
     assert lines.tolist() == [2, 4]
     assert len(set(hashes.tolist())) == 2
@@ -107,23 +109,23 @@ def test_reasons_are_counted_by_their_sort(tmp_path):
     assert counted["id 'a' is also on line 2"] == (2, [3, 5])
     assert [line for line, _ in summary.named] == [1, 3, 5, 6, 7]
     assert all(reason.isprintable() for _, reason in summary.named)
-    whole = Summary()
+    total = Summary()
     for _ in range(3):
-        whole.add(summary)
-    assert (whole.rejected, len(whole.named)) == (15, 5)
+        total.add(summary)
+    assert (total.rejected, len(total.named)) == (15, 5)
 
 
-def test_ids_that_come_again_are_found_across_pieces():
+def test_duplicate_ids_are_detected_across_chunks():
     hashes = [np.array([5, 9], np.uint64), np.array([], np.uint64), np.array([9, 2**64 - 1, 5, 9], np.uint64)]
     lines = [np.array([1, 3]), np.array([], int), np.array([10, 11, 12, 13])]
-    assert _repeated(hashes, lines) == {2: [(10, 3), (12, 1), (13, 3)]}
-    assert _repeated([], []) == _repeated(hashes[1:2], lines[1:2]) == {}
+    assert find_duplicates(hashes, lines) == {2: [(10, 3), (12, 1), (13, 3)]}
+    assert find_duplicates([], []) == find_duplicates(hashes[1:2], lines[1:2]) == {}
 
 
-def test_dropped_rows_leave_all_that_names_them(tmp_path, video):
+def test_dropped_rows_are_removed_from_all_files(tmp_path, video):
     rows = [clip("a", "clip.mp4"), clip("gone", "gone.mp4"), "{", text("c")]
-    before = convert_piece(work(tmp_path, probe=True), 0, jsonl(tmp_path / "rows.jsonl", rows))
-    after = drop_rows(work(tmp_path), 0, before, [(1, 0), (2, 0)])
+    before = convert_chunk(job(tmp_path, probe=True), 0, jsonl(tmp_path / "rows.jsonl", rows))
+    after = drop_rows(job(tmp_path), 0, before, [(1, 0), (2, 0)])
     target = str(tmp_path / "out")
     assert (after.rows, after.quarantined, after.rejected) == (1, 0, 3)
     assert read(target, after.parts[0]["name"])["id"].to_pylist() == ["c"]
@@ -131,14 +133,14 @@ def test_dropped_rows_leave_all_that_names_them(tmp_path, video):
     assert "waiting" not in after.files
     lines = storage.read_bytes(storage.join(target, after.files["rejected"])).splitlines()
     assert [json.loads(line)["line"] for line in lines] == [1, 2, 3]
-    # What the old summary names is whole still.
+    # The files of the old summary are unchanged.
     assert read(target, before.parts[0]["name"]).num_rows == 2
 
 
-def test_a_ledger_s_lines_are_decoded_again(tmp_path, video):
+def test_quarantined_videos_are_decoded_again(tmp_path, video):
     def entry(name, uri, **more):
-        where = {"manifest": "m", "line": 1, "id": name, "uri": uri, "version": None, "stage": "read", "reason": "?"}
-        return where | {"attempts": 2, **more}
+        fields = {"manifest": "m", "line": 1, "id": name, "uri": uri, "version": None, "stage": "read", "reason": "?"}
+        return fields | {"attempts": 2, **more}
 
     (tmp_path / "é.mp4").write_bytes(video.read_bytes())
     rows = [
@@ -150,22 +152,22 @@ def test_a_ledger_s_lines_are_decoded_again(tmp_path, video):
     assert [json.loads(line) for line in result.entries.splitlines()] == [
         {**rows[2], "reason": "no such file", "attempts": 3}
     ]
-    with pytest.raises(Exception, match="line 1 is none of a ledger"):
+    with pytest.raises(Exception, match=r"line 1 is not a line of a quarantine\.jsonl"):
         retry_entries(DataConfig(), jsonl(tmp_path / "rows.jsonl", [{"id": "a"}]))
 
 
-def test_rows_that_wait_are_probed_again(tmp_path, video):
+def test_waiting_rows_are_probed_again(tmp_path, video):
     rows = [clip("a", "clip.mp4"), clip("late", "late.mp4"), clip("gone", "gone.mp4")]
-    target, limits = str(tmp_path / "out"), work(tmp_path, probe=True)
-    name = convert_piece(limits, 0, jsonl(tmp_path / "rows.jsonl", rows)).files["waiting"]
-    nothing = retry_waiting(limits, 1, name)
-    assert (nothing.parts, nothing.waiting, nothing.left) == ([], name, 2)
+    target, settings = str(tmp_path / "out"), job(tmp_path, probe=True)
+    name = convert_chunk(settings, 0, jsonl(tmp_path / "rows.jsonl", rows)).files["waiting"]
+    nothing = retry_waiting(settings, 1, name)
+    assert (nothing.parts, nothing.waiting, nothing.unreadable) == ([], name, 2)
     before = storage.read_bytes(storage.join(target, name))
     (tmp_path / "late.mp4").write_bytes(video.read_bytes())
-    some = retry_waiting(limits, 1, name)
+    some = retry_waiting(settings, 1, name)
     assert some.readable == [(f"{tmp_path}/rows.jsonl", 2, "late")]
     assert read(target, some.parts[0]["name"])["seconds"].to_pylist() == some.lengths["seconds"].to_pylist() == [[3.0]]
     assert [(e["id"], e["attempts"]) for e in map(json.loads, some.entries.splitlines())] == [("gone", 3)]
     assert read(target, some.waiting)["id"].to_pylist() == ["gone"]
-    # The seal in force names the old file.
+    # The current seal names the old file.
     assert storage.read_bytes(storage.join(target, name)) == before

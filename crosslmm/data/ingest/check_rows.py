@@ -1,0 +1,182 @@
+"""Check the rows of one chunk, and probe their videos; runs in a task and writes nothing."""
+
+import contextlib
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from crosslmm import storage
+from crosslmm.config import DataConfig
+from crosslmm.data.frame_sampling import split_time_range
+from crosslmm.data.ingest import split
+from crosslmm.data.ingest.split import Chunk
+from crosslmm.data.ingest.summary import Summary
+from crosslmm.data.manifest import BadManifest
+from crosslmm.data.manifest_shards import LENGTH_COLUMNS, SCHEMA
+from crosslmm.data.quarantine import QuarantineEntry, to_printable
+from crosslmm.data.row_schema import parse_rows
+from crosslmm.data.video.decode import VideoFailure
+from crosslmm.data.video.decode_pool import HeaderReader
+from crosslmm.data.video.probe import Probe
+from crosslmm.data.video.pyav import UnreadableVideo, clip_bounds
+
+BATCH_ROWS = 4096
+"""Rows that are checked together [rows]."""
+INDEX = pa.schema(
+    {"id": pa.uint64(), "line": pa.int64(), "kept": pa.bool_()}
+    | {name: SCHEMA.field(name).type for name in LENGTH_COLUMNS}
+)
+"""Columns of a chunk's index: hash of the row's id, its line, whether a part has it, and what its length depends on."""
+
+Waiting = tuple[dict[str, Any], QuarantineEntry]
+"""A row with an unreadable video, and why the video is unreadable. `requeue` tries it again."""
+
+
+@dataclass(frozen=True)
+class IngestJob:
+    """Settings that all tasks of a manifest share."""
+
+    manifest: str
+    """URI of the manifest."""
+    target: str
+    """Folder to write to; empty if rows are only checked."""
+    plan: str
+    """Key of the plan; summaries of other plans are ignored."""
+    probe: bool
+    """Whether to probe videos."""
+    data: DataConfig
+    """Limits of probing, and the roots that videos may lie in, the manifest's folder first."""
+
+
+@dataclass
+class CheckedBatch:
+    """Rows of a chunk after the check."""
+
+    records: list[dict[str, Any]]
+    """Good rows, with the columns of `SCHEMA`."""
+    rejected: list[tuple[int, str]]
+    """(line, reason) of malformed rows."""
+    waiting: list[Waiting]
+    """Rows with an unreadable video."""
+    probes: dict[str, Probe]
+    """Headers of the videos that this batch has and no earlier batch had, by URI."""
+
+
+def check_chunk(job: IngestJob, chunk: Chunk) -> tuple[Summary, np.ndarray, np.ndarray]:
+    """Check a chunk -> counts; hashes of the ids, uint64 (rows,); their lines, int64 (rows,)."""
+    summary, index = Summary(job.plan), [INDEX.empty_table()]
+    for batch in check_batches(job, chunk):
+        count_batch(summary, batch)
+        index.append(index_of(batch))
+    table = pa.concat_tables(index)
+    return summary, table["id"].to_numpy(), table["line"].to_numpy()
+
+
+def check_batches(job: IngestJob, chunk: Chunk, batch_rows: int = BATCH_ROWS) -> Iterator[CheckedBatch]:
+    """Check the rows of a chunk and, if the job says so, probe their videos.
+
+    Raises:
+        BadManifest: the chunk cannot be read.
+        storage.Unavailable: the store cannot be used.
+    """
+    first_line: dict[str, int] = {}
+    probed: dict[str, Probe | VideoFailure] = {}
+    with contextlib.ExitStack() as stack:
+        header_reader = stack.enter_context(HeaderReader(job.data)) if job.probe else None
+        for rows in _row_batches(job, chunk, batch_rows):
+            records, rejected = parse_rows(rows, job.data.roots, first_line)
+            batch = CheckedBatch(records, [(line, to_printable(reason)) for line, reason in rejected], [], {})
+            if header_reader:
+                uris = dict.fromkeys(split_time_range(uri)[0] for record in records for uri in record["videos"])
+                new = [uri for uri in uris if uri not in probed]
+                results = dict(zip(new, header_reader(new), strict=True))
+                probed |= results
+                batch.probes = {uri: result for uri, result in results.items() if isinstance(result, Probe)}
+                batch.records, batch.waiting = add_durations(records, probed, job.manifest)
+            yield batch
+
+
+def _row_batches(job: IngestJob, chunk: Chunk, batch_rows: int) -> Iterator[list[tuple[int, Any]]]:
+    rows = split.read_rows(chunk)
+    while True:
+        with manifest_errors(job.manifest):
+            batch = list(itertools.islice(rows, batch_rows))
+        if not batch:
+            return
+        yield batch
+
+
+def add_durations(
+    records: list[dict[str, Any]], probed: dict[str, Probe | VideoFailure], manifest: str
+) -> tuple[list[dict[str, Any]], list[Waiting]]:
+    """Add the durations of their videos to records -> records, and rows with an unreadable video."""
+    readable, waiting = [], []
+    for record in records:
+        seconds = {uri: _clip_seconds(uri, probed) for uri in record["videos"]}
+        failure = next(((uri, result) for uri, result in seconds.items() if isinstance(result, VideoFailure)), None)
+        if failure:
+            row = {"manifest": manifest, "line": record["line"], "id": record["id"]}
+            waiting.append((record, QuarantineEntry.from_row(row, *failure)))
+        else:
+            readable.append({**record, "seconds": [seconds[uri] for uri in record["videos"]]})
+    return readable, waiting
+
+
+def _clip_seconds(uri: str, probed: dict[str, Probe | VideoFailure]) -> float | VideoFailure:
+    """Return the duration of the part of a video that `uri` names, 0 for an image [s]; or why it is unreadable."""
+    file_uri, start, end = split_time_range(uri)
+    result = probed[file_uri]
+    if isinstance(result, VideoFailure):
+        return result
+    try:
+        first, last = clip_bounds(start, end, result.seconds) if result.seconds else (0.0, 0.0)
+    except UnreadableVideo as error:
+        return VideoFailure(str(error), "check", result.version)
+    return last - first
+
+
+def count_batch(summary: Summary, batch: CheckedBatch) -> None:
+    """Add a batch to the counts of its chunk."""
+    summary.rows += len(batch.records)
+    summary.reject(batch.rejected)
+    summary.quarantined += len(batch.waiting)
+    summary.videos += len(batch.probes)
+    summary.seconds += sum(probe.seconds for probe in batch.probes.values())
+    summary.count("unreadable", Counter(f"{entry.stage}: {entry.reason}" for _, entry in batch.waiting))
+    summary.count("codecs", Counter(probe.codec for probe in batch.probes.values()))
+    summary.count("sizes", Counter(f"{probe.width}x{probe.height}" for probe in batch.probes.values()))
+
+
+def index_of(batch: CheckedBatch) -> pa.Table:
+    """Return the rows of the chunk's index for a batch, ordered by line."""
+    rows = [(record, True) for record in batch.records] + [(record, False) for record, _ in batch.waiting]
+    rows.sort(key=lambda row: row[0]["line"])
+    return pa.Table.from_pylist(
+        [
+            {**{name: row[name] for name in ("line", *LENGTH_COLUMNS)}, "id": _hash_id(row["id"]), "kept": kept}
+            for row, kept in rows
+        ],
+        INDEX,
+    )
+
+
+def _hash_id(name: str) -> int:
+    # The odds that any two of 20 million ids share a hash are 1 : 100,000.
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+@contextlib.contextmanager
+def manifest_errors(manifest: str) -> Iterator[None]:
+    """Context manager: turns errors of reading a manifest into `BadManifest`, which names it."""
+    try:
+        yield
+    except (storage.Unavailable, storage.BadLocation):
+        raise
+    except (OSError, ValueError) as error:
+        raise BadManifest(f"{manifest}: cannot be read: {type(error).__name__}: {error}") from error

@@ -1,0 +1,136 @@
+"""The plan of a conversion: how the manifest is split into chunks. Stored, so that the same command resumes."""
+
+import hashlib
+import json
+import logging
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from crosslmm import storage
+from crosslmm.config import BadConfig
+from crosslmm.data import manifest_shards
+from crosslmm.data.ingest import ray_tasks, split
+from crosslmm.data.ingest.check_rows import manifest_errors
+from crosslmm.data.ingest.shard_tasks import relative_to
+from crosslmm.data.ingest.split import Chunk
+from crosslmm.data.manifest import BadManifest
+
+CHUNK_BYTES, PROBED_CHUNK_BYTES = 32 * 2**20, 4 * 2**20
+"""Default size of a chunk, and the same if its videos are probed, where a row takes much longer [bytes]."""
+
+PLAN_FILE, REJECTED_FILE, QUARANTINE_FILE = "pieces/plan.json", "rejected.jsonl", "quarantine.jsonl"
+OUTPUT_FILES = re.compile(
+    r"_prepared\.json|pieces/.*|(part|probes|waiting|lengths)-\w+\.parquet|(rejected|quarantine)\.jsonl", re.DOTALL
+)
+"""Names of all files that a conversion writes into its folder; no other file is ever removed."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a manifest is split, and what it was at that time."""
+
+    settings: dict[str, Any]
+    """Arguments of the conversion that its output depends on."""
+    stamp: list[Any]
+    """`split.change_stamp` of the manifest."""
+    chunks: list[Chunk]
+    """The whole manifest, in order. Empty in a plan that only claims the folder."""
+
+    @property
+    def key(self) -> str:
+        """Digest of settings and chunks: output of a plan with another key is not reused."""
+        return hashlib.sha256(json.dumps(self._content()).encode()).hexdigest()[:16] if self.chunks else ""
+
+    def _content(self) -> dict[str, Any]:
+        return {"asked": self.settings, "pieces": [asdict(chunk) for chunk in self.chunks]}
+
+    def to_json(self) -> bytes:
+        """Return the content of the plan's file."""
+        return json.dumps({"key": self.key, "stamp": self.stamp, **self._content()}).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Plan":
+        """Parse the content of a plan's file."""
+        content = json.loads(data)
+        return cls(content["asked"], content["stamp"], [Chunk(**chunk) for chunk in content.get("pieces", [])])
+
+
+def default_chunk_bytes(probe: bool) -> int:
+    """Return the default size of a chunk [bytes]."""
+    return PROBED_CHUNK_BYTES if probe else CHUNK_BYTES
+
+
+def read_plan(target: str) -> Plan | None:
+    """Read the plan in a folder; None if no conversion to this folder was started."""
+    uri = storage.join(target, PLAN_FILE)
+    return Plan.from_json(storage.read_bytes(uri)) if storage.exists(uri) else None
+
+
+def make_plan(uri: str, target: str, settings: dict[str, Any], previous: Plan | None) -> Plan:
+    """Split a manifest and store the plan; or return the previous plan if nothing has changed.
+
+    If the manifest or the settings have changed, the output of the previous plan is removed.
+
+    Args:
+        uri: manifest.
+        target: folder of the conversion.
+        settings: arguments that the output depends on.
+        previous: plan of an earlier call.
+
+    Raises:
+        BadManifest: the manifest cannot be read, or is empty.
+        BadConfig: the folder is finished, with other settings.
+    """
+    with manifest_errors(uri):
+        stamp = split.change_stamp(uri)
+        if previous is None:
+            # Claim the folder before anything else is written, so that a call after a kill recognises it.
+            storage.write_bytes(storage.join(target, PLAN_FILE), Plan({}, [], []).to_json())
+        if previous and stamp and (previous.stamp, previous.settings) == (stamp, settings):
+            return previous
+        if split.needs_whole_read(uri):
+            log.info("splitting a manifest that one process has to read from start to end")
+            arguments = (uri, storage.join(target, "pieces"), settings["piece_bytes"])
+            ((_, chunks),) = ray_tasks.run_tasks(split.split_whole_file, {0: arguments})
+        else:
+            log.info("splitting a manifest of %s MB and counting its lines", f"{stamp[0] / 1e6:,.1f}")
+            chunks = split_in_tasks(uri, settings["piece_bytes"])
+    if not chunks:
+        raise BadManifest(f"{uri}: is empty")
+    plan = Plan(settings, stamp, chunks)
+    if previous and previous.key not in ("", plan.key):
+        _remove_output(target, previous, plan)
+    if plan != previous:
+        storage.write_bytes(storage.join(target, PLAN_FILE), plan.to_json())
+    return plan
+
+
+def split_in_tasks(uri: str, chunk_bytes: int) -> list[Chunk]:
+    """Split a manifest of lines or Parquet; tasks find the line ends and count the lines."""
+    chunks = split.split_by_bytes(uri, chunk_bytes)
+    if not chunks or chunks[0].form == "parquet":
+        return chunks
+    calls = {number: (chunk, chunks[-1].end) for number, chunk in enumerate(chunks)}
+    aligned = dict(ray_tasks.run_tasks(split.align_to_lines, calls))
+    return split.number_rows(aligned[number] for number in range(len(chunks)))
+
+
+def _remove_output(target: str, previous: Plan, plan: Plan) -> None:
+    """Remove the files of the previous plan.
+
+    Raises:
+        BadConfig: the folder is finished, with other settings.
+    """
+    same_settings = previous.settings == plan.settings
+    if not same_settings and manifest_shards.is_prepared(target):
+        raise BadConfig(f"{target}: is finished, from another manifest or with other settings; give another folder")
+    changed = "the manifest has" if same_settings else "the manifest or the settings have"
+    log.info("%s changed since %s was started: starting over", changed, target)
+    names = {name for name in storage.names_in(target) if OUTPUT_FILES.fullmatch(name)}
+    names -= {PLAN_FILE, *(relative_to(chunk.uri, target) for chunk in plan.chunks)}
+    # A file goes before the files that it names: first the seal, then the summaries.
+    order = sorted(names, key=lambda name: (name != manifest_shards.SEAL, not name.startswith("pieces/")))
+    storage.remove([storage.join(target, name) for name in order])

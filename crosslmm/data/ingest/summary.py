@@ -1,0 +1,92 @@
+"""Counts of checked rows: of one chunk, or of a whole manifest."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from crosslmm.data.quarantine import to_printable
+
+MAX_EXAMPLES = 5
+"""Malformed rows that a message names; the others are only counted [rows]."""
+MAX_KINDS, OTHER_KINDS = 200, "others"
+"""Kinds of a reason, codec or size that are counted separately, and the name of all others."""
+SPECIFICS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+")
+"""Names and numbers, in which reasons of one kind differ."""
+
+
+@dataclass
+class Summary:
+    """Counts of the rows of one chunk or several, and the files written for one. Stored as JSON for each chunk."""
+
+    plan: str = ""
+    """Key of the plan that the chunk belongs to."""
+    rows: int = 0
+    """Number of good rows."""
+    rejected: int = 0
+    """Number of malformed rows."""
+    quarantined: int = 0
+    """Number of rows with an unreadable video."""
+    videos: int = 0
+    """Number of probed videos; one that appears in several chunks counts in each."""
+    seconds: float = 0.0
+    """Total duration of these videos [s]."""
+    named: list[list[Any]] = field(default_factory=list)
+    """[line, reason] of the first malformed rows."""
+    reasons: dict[str, list[Any]] = field(default_factory=dict)
+    """Malformed rows by kind of reason: [number of rows, first lines, first reason]."""
+    unreadable: dict[str, int] = field(default_factory=dict)
+    """Number of quarantined rows by "stage: reason"."""
+    codecs: dict[str, int] = field(default_factory=dict)
+    """Number of videos by codec."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Number of videos by "WIDTHxHEIGHT" [px]."""
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    """Descriptions of the written parts, as `manifest_shards.write_part` returns them."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Names of the other files of the chunk: "index", "rejected", "probes", "waiting", as far as they exist."""
+
+    def reject(self, lines: Iterable[tuple[int, str]]) -> None:
+        """Count malformed rows, (line, reason) each."""
+        for line, reason in lines:
+            self.rejected += 1
+            self.named = sorted([*self.named, [line, reason]])[:MAX_EXAMPLES]
+            kind = SPECIFICS.sub("...", reason)[:160]
+            kind = kind if kind in self.reasons or len(self.reasons) < MAX_KINDS else OTHER_KINDS
+            entry = self.reasons.setdefault(kind, [0, [], reason])
+            entry[0] += 1
+            entry[1] = sorted([*entry[1], line])[:MAX_EXAMPLES]
+
+    def add(self, other: "Summary") -> None:
+        """Add the counts of another summary, but not its parts and files."""
+        self.rows += other.rows
+        self.rejected += other.rejected
+        self.quarantined += other.quarantined
+        self.videos += other.videos
+        self.seconds += other.seconds
+        self.named = sorted([*self.named, *other.named])[:MAX_EXAMPLES]
+        for kind, (count, lines, reason) in other.reasons.items():
+            entry = self.reasons.setdefault(kind, [0, [], reason])
+            entry[0] += count
+            entry[1] = sorted([*entry[1], *lines])[:MAX_EXAMPLES]
+        for name in ("unreadable", "codecs", "sizes"):
+            self.count(name, getattr(other, name))
+
+    def count(self, name: str, counts: dict[str, int]) -> None:
+        """Add to the counter `name`, which keeps the most frequent kinds and sums up the others."""
+        counter = Counter(getattr(self, name)) + Counter(counts)
+        most = dict(counter.most_common(MAX_KINDS))
+        rest = counter.total() - sum(most.values())
+        setattr(self, name, most | ({OTHER_KINDS: most.get(OTHER_KINDS, 0) + rest} if rest else {}))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row was counted, good or bad."""
+        return not self.rows + self.rejected + self.quarantined
+
+    def describe_malformed(self, manifest: str) -> str:
+        """Return the number of malformed rows and the first of them, in one line."""
+        examples = "; ".join(f"line {line}: {reason}" for line, reason in self.named)
+        more = f"; and {self.rejected - MAX_EXAMPLES} more" if self.rejected > MAX_EXAMPLES else ""
+        return f"{to_printable(manifest)}: {self.rejected} rows are malformed: {examples}{more}"

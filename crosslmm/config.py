@@ -99,7 +99,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The data."""
 
-    # The digests of manifests and features are fixed (train/resume.py), not their addresses.
+    # The digests of manifests and features are fixed (preflight/resume.py), not their addresses.
     manifest: dict[str, Count] | str = setting("sample", FREE, FEATURES)
     """Training manifest: JSONL, LLaVA's JSON, Parquet, a folder of videos, or a folder of jobs/prepare.py (path or
     s3:// URI). A mixture is {manifest: share, ...} with integer shares. "sample" generates a sample set."""

@@ -97,7 +97,7 @@ class BackgroundSync:
         self._sync: RunSync | None = None
         self._system_metrics: SystemMetricsMonitor | None = None
         self._first_attempt = threading.Event()
-        threading.Thread(target=self._follow, daemon=True).start()
+        threading.Thread(target=self._follow, name=f"MLflow sync of {folder}", daemon=True).start()
         self._require_start()
 
     @property

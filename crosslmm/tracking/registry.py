@@ -1,4 +1,4 @@
-"""The model registry: what a run exported becomes a registered version, and comes back as a pyfunc."""
+"""The model registry: register an exported model as a pyfunc, and load it again."""
 
 import tempfile
 from importlib.metadata import version
@@ -16,27 +16,32 @@ from crosslmm.config import TrackingConfig, tracking_uri
 from crosslmm.tracking.run import MlflowRun
 
 UPLOAD_S = 120
-"""How long a server may take to put away one file of a model [s]."""
+"""How long a server may take to store one file of a model [s]."""
 
 SIGNATURE = ModelSignature(
     Schema([ColSpec("string", "video"), ColSpec("string", "question")]), Schema([ColSpec("string")])
 )
 
 
-def register(record: MlflowRun, model_uri: str, tags: dict[str, str]) -> str:
-    """Log an exported model to a run, register it with these tags, and move the alias to it -> `models:/NAME@ALIAS`.
+def register(run: MlflowRun, model_uri: str, tags: dict[str, str]) -> str:
+    """Log an exported model to a run, register it, and move the alias to it; return `models:/NAME@ALIAS`.
 
-    The version is a pyfunc made from code: `crosslmm/registered.py` and the package itself travel with the
-    weights; nothing is pickled.
+    The version is a pyfunc from code: `crosslmm/inference/pyfunc.py` and the package are stored beside the weights;
+    nothing is pickled.
+
+    Args:
+        run: the MLflow run that the model is logged to.
+        model_uri: folder of the exported model, path or URI.
+        tags: tags of the version.
     """
-    name, alias = record.tracking.registered_model, record.tracking.alias
+    name, alias = run.tracking.registered_model, run.tracking.alias
     package = Path(__file__).parent.parent
     timeout = MLFLOW_HTTP_REQUEST_TIMEOUT.get()
     with tempfile.TemporaryDirectory() as folder:
         storage.download(model_uri, folder)
         MLFLOW_HTTP_REQUEST_TIMEOUT.set(max(timeout, UPLOAD_S))
         try:
-            with mlflow.start_run(run_id=record.run_id):
+            with mlflow.start_run(run_id=run.run_id):
                 info = mlflow.pyfunc.log_model(
                     name="model",
                     python_model=str(package / "inference" / "pyfunc.py"),
@@ -50,20 +55,20 @@ def register(record: MlflowRun, model_uri: str, tags: dict[str, str]) -> str:
             MLFLOW_HTTP_REQUEST_TIMEOUT.set(timeout)
     number = str(info.registered_model_version)
     for key, value in tags.items():
-        record.client.set_model_version_tag(name, number, key, value[:5000])
-    record.client.set_registered_model_alias(name, alias, number)
-    record.client.log_batch(record.run_id, tags=[RunTag("registered_model", f"{name}/{number}")])
+        run.client.set_model_version_tag(name, number, key, value[:5000])
+    run.client.set_registered_model_alias(name, alias, number)
+    run.client.log_batch(run.run_id, tags=[RunTag("registered_model", f"{name}/{number}")])
     return f"models:/{name}@{alias}"
 
 
 def load_registered(model_uri: str, config: TrackingConfig) -> Any:
-    """A registered model as a pyfunc: `.predict` takes a table with the columns `video` and `question`."""
+    """Load a registered model as a pyfunc; `.predict` takes a table with the columns `video` and `question`."""
     mlflow.set_tracking_uri(tracking_uri(config))
     return mlflow.pyfunc.load_model(model_uri)
 
 
 def _requirements() -> list[str]:
-    """What the registered model imports, at the versions that wrote it."""
+    """Return the packages that the registered model imports, at the installed versions."""
     return [
         f"{name}=={version(name)}"
         for name in (

@@ -1,8 +1,8 @@
-"""Retention: old runs that nothing stands on are removed, from MLflow, from its artifacts, and from storage.
+"""Retention: remove old runs that no alias and no other run depends on from MLflow, its artifacts and storage.
 
-MLflow alone would keep their artifacts until `mlflow gc`, and never hears of the folders. A run and what is below it (a
-sweep and its trials) stay together or go together. By what it is found, goes last: its folder's own mark in the folder,
-the MLflow run of all. So the next call goes on where one was killed.
+MLflow alone would keep the artifacts until `mlflow gc`, and does not know the folders. A sweep and its trials are kept
+or removed together. The files and entries by which a run is recognised are removed last (run.json or sweep.json in its
+folder, then the MLflow run), so that the next call continues where an interrupted one stopped.
 """
 
 import json
@@ -28,7 +28,7 @@ from crosslmm.tracking.client import describe_failure, refuses
 from crosslmm.tracking.run import KEY
 
 PARENT = "mlflow.parentRunId"
-GOING_ON = ("RUNNING", "SCHEDULED")
+ACTIVE = ("RUNNING", "SCHEDULED")
 DAY_S = 86400.0
 
 
@@ -37,54 +37,54 @@ class Tree:
     """A run, or a sweep with its trials."""
 
     runs: tuple[Run, ...]
-    """The top one first."""
+    """MLflow runs, the parent first."""
     versions: tuple[ModelVersion, ...]
-    """Registered from them."""
+    """Model versions that were registered from them."""
     aliases: tuple[str, ...]
-    """NAME@ALIAS of those."""
+    """NAME@ALIAS of these versions."""
     folder: str
-    """In storage; it may be gone, or be another run's by now."""
+    """Folder in storage; it may be gone, or belong to a newer run of the same name."""
 
     @property
     def run_id(self) -> str:
-        """Of the top one."""
+        """Id of the parent."""
         return str(self.runs[0].info.run_id)
 
     @property
     def name(self) -> str:
-        """Of the run in storage."""
+        """Name of the run in storage."""
         return str(self.runs[0].data.params["name"])
 
     @property
-    def named(self) -> set[str]:
-        """What its configuration names."""
+    def values(self) -> set[str]:
+        """Values of its configuration, among them paths of the weights that it started from."""
         return {value for run in self.runs for value in run.data.params.values()}
 
     @property
     def ended(self) -> float:
-        """Unix time of the last thing that is known of it [s]."""
+        """Unix time at which it ended, or started if its end is unknown [s]."""
         return max(run.info.end_time or run.info.start_time for run in self.runs) / 1000
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What becomes of a tree, and why."""
+class Decision:
+    """Whether retention removes a tree, and the reason."""
 
     tree: Tree
-    goes: bool
-    why: str
+    remove: bool
+    reason: str
 
 
 class Retention:
-    """What an experiment has of the runs in one storage folder.
+    """Lists and removes the runs of one storage folder that an MLflow experiment knows.
 
     Args:
-        storage_folder: of all runs.
-        tracking: where their record is.
+        storage_folder: folder of all runs.
+        tracking: MLflow server and experiment.
 
     Raises:
-        BadConfig: the server refuses, or there is no such experiment.
-        ConnectionError: the server is away.
+        BadConfig: the server refuses, or the experiment does not exist.
+        ConnectionError: the server does not answer.
     """
 
     def __init__(self, storage_folder: str, tracking: TrackingConfig) -> None:
@@ -94,71 +94,75 @@ class Retention:
         try:
             experiment = self.client.get_experiment_by_name(tracking.experiment)
             if experiment is None:
-                raise BadConfig(f"--tracking.experiment {tracking.experiment}: {redacted(self.uri)} has no such one")
+                raise BadConfig(
+                    f"--tracking.experiment {tracking.experiment}: no such experiment on {redacted(self.uri)}"
+                )
             self.experiment = str(experiment.experiment_id)
             self.trees = list(self._trees())
         except MlflowException as error:
-            raise self._told(error) from error
+            raise self._readable(error) from error
 
-    def verdicts(self, older_than_days: float, keep: int) -> list[Verdict]:
-        """What stays and what goes, newest first.
+    def decide(self, older_than_days: float, keep: int) -> list[Decision]:
+        """Decide for each run whether it is removed, newest first.
 
         Args:
-            older_than_days: only what ended so long ago goes [days].
-            keep: the newest so many stay whatever their age.
+            older_than_days: keep runs that ended less than this ago [days].
+            keep: number of newest runs that are kept at any age.
         """
         trees, now = sorted(self.trees, key=lambda tree: -tree.ended), time.time()
         reasons: dict[str, str] = {}
-        for place, tree in enumerate(trees):
-            if going := self.goes_on(tree):
-                reasons[tree.run_id] = going
+        for rank, tree in enumerate(trees):
+            if reason := self.active_reason(tree):
+                reasons[tree.run_id] = reason
             elif tree.aliases:
                 reasons[tree.run_id] = f"its model is {', '.join(tree.aliases)}"
-            elif place < keep:
+            elif rank < keep:
                 reasons[tree.run_id] = f"one of the {keep} newest"
             elif now - tree.ended < older_than_days * DAY_S:
                 reasons[tree.run_id] = f"younger than {older_than_days:g} days"
-        for name, named in self._untold():
+        for name, values in self._runs_unknown_to_mlflow():
             for tree in trees:
-                if tree.run_id not in reasons and _stands_on(named, tree):
-                    reasons[tree.run_id] = f"{name}, of which MLflow has not been told, was made from it"
-        # What stays may have begun with weights of what does not, and that with others'.
-        while found := {
-            other.run_id: f"{tree.name} was made from it"
+                if tree.run_id not in reasons and _depends_on(values, tree):
+                    reasons[tree.run_id] = f"{name}, which MLflow does not have yet, started from it"
+        # Runs that are kept may have started from others, and those from others again.
+        while dependencies := {
+            other.run_id: f"{tree.name} started from it"
             for tree in trees
             if tree.run_id in reasons
             for other in trees
-            if other.run_id not in reasons and _stands_on(tree.named, other)
+            if other.run_id not in reasons and _depends_on(tree.values, other)
         }:
-            reasons |= found
+            reasons |= dependencies
         return [
-            Verdict(tree, tree.run_id not in reasons, reasons.get(tree.run_id, "old, and nothing stands on it"))
+            Decision(tree, tree.run_id not in reasons, reasons.get(tree.run_id, "old, and nothing depends on it"))
             for tree in trees
         ]
 
-    def goes_on(self, tree: Tree) -> str | None:
-        """Who says that it is not at its end: MLflow, or its folder, which knows first; None where it is."""
+    def active_reason(self, tree: Tree) -> str | None:
+        """Return why a tree counts as active, by MLflow or by its folder, which knows first; None if it has ended."""
         for run in tree.runs:
-            if run.info.status in GOING_ON:
+            if run.info.status in ACTIVE:
                 return f"{run.info.run_name} is {run.info.status} in MLflow"
         for folder in [tree.folder, *(storage.join(tree.folder, name) for name in storage.folders_in(tree.folder))]:
-            begun = _begun(folder)
+            run_file = _read_run_if_any(folder)
             keys = {run.data.tags[KEY] for run in tree.runs if KEY in run.data.tags}
-            if begun and begun["status"] is None and begun.get("key") in keys:
-                return f"{begun['name']} is not ended in its folder"
+            if run_file and run_file["status"] is None and run_file.get("key") in keys:
+                return f"{run_file['name']} has not ended according to its folder"
         return None
 
     def remove(self, tree: Tree) -> bool:
-        """Remove all of it, or what an earlier call left -> whether it did; not, if it has begun again.
+        """Remove a tree, or what an interrupted call left of it; return False if it is in use again.
 
         Raises:
-            BadConfig: the server refuses, half-way perhaps.
-            ConnectionError: the server is away, as above.
-            OSError: storage is.
+            BadConfig: the server refuses. Part of the tree may be removed.
+            ConnectionError: the server does not answer. Part of the tree may be removed.
+            OSError: storage fails. Part of the tree may be removed.
         """
         try:
-            now = Tree(tuple(self.client.get_run(run.info.run_id) for run in tree.runs), tree.versions, (), tree.folder)
-            if self.goes_on(now) or any(self._aliases(version) for version in tree.versions):
+            current = Tree(
+                tuple(self.client.get_run(run.info.run_id) for run in tree.runs), tree.versions, (), tree.folder
+            )
+            if self.active_reason(current) or any(self._aliases(version) for version in tree.versions):
                 return False
             for version in tree.versions:
                 self.client.delete_model_version(version.name, version.version)
@@ -172,29 +176,29 @@ class Retention:
                 self.client.delete_run(run.info.run_id)
             return True
         except MlflowException as error:
-            raise self._told(error) from error
+            raise self._readable(error) from error
 
     def _trees(self) -> Iterator[Tree]:
         runs = list(_pages(self.client.search_runs, experiment_ids=[self.experiment], max_results=1000))
-        below: dict[str, list[Run]] = {}
+        children: dict[str, list[Run]] = {}
         for run in runs:
-            below.setdefault(run.data.tags.get(PARENT, ""), []).append(run)
-        for run in below.get("", []):
-            # Without them it is nobody's run of ours, or was only just made.
-            where, name = run.data.params.get("storage"), run.data.params.get("name")
-            if where is None or name is None or where.rstrip("/") != self.root:
+            children.setdefault(run.data.tags.get(PARENT, ""), []).append(run)
+        for run in children.get("", []):
+            # Without these parameters it is not a run of this package, or was created a moment ago.
+            root, name = run.data.params.get("storage"), run.data.params.get("name")
+            if root is None or name is None or root.rstrip("/") != self.root:
                 continue
-            tree = (run, *below.get(run.info.run_id, []))
+            tree = (run, *children.get(run.info.run_id, []))
             versions = [version for one in tree for version in self._versions(one)]
             aliases = [alias for version in versions for alias in self._aliases(version)]
             yield Tree(tree, tuple(versions), tuple(aliases), storage.join(self.root, name))
 
-    def _untold(self) -> Iterator[tuple[str, set[str]]]:
-        """Runs in storage that are not in MLflow, where they wait for a replay, say, and what they name."""
-        known, found = {tree.folder for tree in self.trees}, []
-        with suppress(BadConfig):  # there are none at all
-            found = list_runs(self.root)
-        for name, folder in found:
+    def _runs_unknown_to_mlflow(self) -> Iterator[tuple[str, set[str]]]:
+        """Yield (name, configuration values) of runs in storage that MLflow does not have: they wait for a replay."""
+        known, runs = {tree.folder for tree in self.trees}, []
+        with suppress(BadConfig):  # storage has no runs
+            runs = list_runs(self.root)
+        for name, folder in runs:
             if storage.join(self.root, name.split("/")[0]) not in known:
                 values = flatten(yaml.safe_load(storage.read_bytes(storage.join(folder, CONFIG_FILE)))).values()
                 yield name, {value for value in values if isinstance(value, str)}
@@ -214,22 +218,22 @@ class Retention:
         get_artifact_repository(uri, tracking_uri=self.uri).delete_artifacts()
 
     def _remove_folder(self, tree: Tree) -> None:
-        """Unless it is gone, or another run's that was begun under the name since."""
+        """Remove a tree's folder, unless it is gone or belongs to a newer run of the same name."""
         top = tree.runs[0]
-        begun, settled = _begun(tree.folder), storage.join(tree.folder, SWEEP_FILE)
-        if begun and begun.get("key") == top.data.tags.get(KEY, ""):
-            mark = RUN_FILE
-        elif storage.exists(settled) and json.loads(storage.read_bytes(settled))["run_id"] == top.info.run_id:
-            mark = SWEEP_FILE
+        run, sweep = _read_run_if_any(tree.folder), storage.join(tree.folder, SWEEP_FILE)
+        if run and run.get("key") == top.data.tags.get(KEY, ""):
+            marker = RUN_FILE
+        elif storage.exists(sweep) and json.loads(storage.read_bytes(sweep))["run_id"] == top.info.run_id:
+            marker = SWEEP_FILE
         else:
             return
         for name in storage.folders_in(tree.folder):
             storage.remove_folder(storage.join(tree.folder, name))
-        names = sorted(storage.names_in(tree.folder), key=mark.__eq__)
+        names = sorted(storage.names_in(tree.folder), key=marker.__eq__)
         storage.remove([storage.join(tree.folder, name) for name in names])
         storage.remove_folder(tree.folder)
 
-    def _told(self, error: MlflowException) -> Exception:
+    def _readable(self, error: MlflowException) -> Exception:
         reason = f"tracking.uri: {describe_failure(redacted(self.uri), error)}"
         return BadConfig(reason) if refuses(error) else ConnectionError(reason)
 
@@ -243,18 +247,20 @@ def _pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
             return
 
 
-def _begun(folder: str) -> dict[str, Any] | None:
+def _read_run_if_any(folder: str) -> dict[str, Any] | None:
     return read_run(folder) if has_run(folder) else None
 
 
-def _stands_on(named: Iterable[str], other: Tree) -> bool:
-    """Whether a configuration names what lies in a tree's folder: weights to begin with, say. Of a relative path nobody
-    knows any more where it began; one with the tree's name in it is taken for its."""
-    for value in named:
+def _depends_on(values: Iterable[str], other: Tree) -> bool:
+    """Return whether a configuration names a path in a tree's folder, such as weights to start from.
+
+    The working directory of a relative path is not known any more; one that contains the tree's name counts.
+    """
+    for value in values:
         relative = "://" not in value and not value.startswith("/")
         if relative and "/" in value and other.name in PurePosixPath(value).parts:
             return True
-        with suppress(storage.BadLocation):  # a server's URI
-            if not relative and storage.within(storage.join(value, "it"), [other.folder]):
+        with suppress(storage.BadLocation):  # the URI of a server
+            if not relative and storage.within(storage.join(value, "file"), [other.folder]):
                 return True
     return False

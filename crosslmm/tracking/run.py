@@ -1,4 +1,4 @@
-"""One MLflow run: found by its key or made, and what is written of it."""
+"""An MLflow run: find it by its key or create it, and write to it."""
 
 import json
 import time
@@ -17,19 +17,19 @@ from crosslmm.run_folder import git_revision
 from crosslmm.text import redacted
 from crosslmm.tracking.client import RetryingClient
 
-KEY, MADE = "crosslmm.key", "crosslmm.made"
-"""Tags: the run's unique key; when this MLflow run was made for it [ns]."""
+KEY, CREATED = "crosslmm.key", "crosslmm.made"
+"""Tags: the run's unique key; the time at which the MLflow run was created for it [unix time, ns]."""
 
 
 class MlflowRun:
-    """One MLflow run and what is written of it, by one process at a time. A server that is away is waited for.
+    """An existing MLflow run that one process writes to. Calls are retried while the server does not answer.
 
     Args:
-        tracking: where the record is.
-        run_id: of a run that exists.
+        tracking: MLflow server and experiment.
+        run_id: id of the run.
 
     Attributes:
-        uri: where the record is, for people: without credentials, which the environment may have put in it.
+        uri: the MLflow server, without the credentials that the environment may have put into the URI.
     """
 
     def __init__(self, tracking: TrackingConfig, run_id: str) -> None:
@@ -42,7 +42,7 @@ class MlflowRun:
 
     @classmethod
     def create(cls, tracking: TrackingConfig, name: str, source: str, parent: str | None = None) -> Self:
-        """A new run, below another one if that is given."""
+        """Create a run, as a child of `parent` if given."""
         tags = {"mlflow.runName": name, "mlflow.source.name": source, **git_revision()}
         if parent:
             tags["mlflow.parentRunId"] = parent
@@ -50,18 +50,18 @@ class MlflowRun:
         return cls(tracking, find_or_create(client, tracking, uuid.uuid4().hex, tags, time.time()))
 
     def log_params(self, values: dict[str, Any]) -> None:
-        """Parameters cannot be changed in MLflow: a run that goes on keeps those that it began with."""
+        """Log nested values as dotted parameters. Existing ones keep their values: MLflow cannot change them."""
         known = self.client.get_run(self.run_id).data.params
         items = [Param(key, str(value)[:6000]) for key, value in flatten(values).items() if key not in known]
         for i in range(0, len(items), 100):
             self.client.log_batch(self.run_id, params=items[i : i + 100])
 
     def log_config(self, config: RunConfig) -> None:
-        """The flattened configuration as parameters."""
-        self.log_params(without_places(config.model_dump()))
+        """Log a configuration as parameters."""
+        self.log_params(loggable(config.model_dump()))
 
     def log_values(self, metrics: dict[str, float], tags: dict[str, str]) -> None:
-        """Metrics that belong to no step, and tags."""
+        """Log metrics that belong to no step, and tags."""
         now = int(time.time() * 1000)
         self.client.log_batch(
             self.run_id,
@@ -70,7 +70,7 @@ class MlflowRun:
         )
 
     def log_text(self, name: str, text: str) -> None:
-        """Write an artifact."""
+        """Write a text as an artifact."""
         self.client.log_text(self.run_id, text, name)
 
     def log_file(self, path: Path) -> None:
@@ -83,49 +83,53 @@ class MlflowRun:
 
 
 def find_or_create(client: Any, tracking: TrackingConfig, key: str, tags: dict[str, str], began: float) -> str:
-    """The MLflow run that has this key. It may have been made by a call whose answer never came."""
+    """Return the id of the MLflow run with this key; create it if there is none.
+
+    A run may exist from an earlier call whose response was lost.
+    """
     experiment = _experiment(client, tracking)
 
-    def found() -> list[Any]:
+    def search() -> list[Any]:
         runs = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", ViewType.ALL)
-        return sorted(runs, key=lambda run: (run.data.tags[MADE], run.info.run_id))
+        return sorted(runs, key=lambda run: (run.data.tags[CREATED], run.info.run_id))
 
-    runs = found()
+    runs = search()
     if not runs:
-        tags = {**tags, KEY: key, MADE: str(time.time_ns())}
+        tags = {**tags, KEY: key, CREATED: str(time.time_ns())}
         client.create_run(experiment, int(began * 1000), tags)
-        # Somebody else may have done so at the same time: the first one stays, for both.
-        runs = found()
-        for other in runs[1:]:
-            client.delete_run(other.info.run_id)
-    return _kept(runs[0])
+        # Another process may have created one at the same time: both use the first.
+        runs = search()
+        for duplicate in runs[1:]:
+            client.delete_run(duplicate.info.run_id)
+    return _require_active(runs[0])
 
 
 def _experiment(client: Any, tracking: TrackingConfig) -> str:
-    if found := client.get_experiment_by_name(tracking.experiment):
-        return str(found.experiment_id)
+    if experiment := client.get_experiment_by_name(tracking.experiment):
+        return str(experiment.experiment_id)
     location = storage.absolute(tracking.artifacts) if tracking.artifacts else None
     try:
         return str(client.create_experiment(tracking.experiment, artifact_location=location))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        return _experiment(client, tracking)  # somebody was faster
+        return _experiment(client, tracking)  # another process was faster
 
 
-def known(client: MlflowClient, run_id: str | None) -> str | None:
-    """The run, if this server has it."""
+def find_run(client: MlflowClient, run_id: str | None) -> str | None:
+    """Return the id of a run if this server has it, else None."""
     if run_id is None:
         return None
     try:
-        return _kept(client.get_run(run_id))
+        return _require_active(client.get_run(run_id))
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
 
 
-def _kept(run: Any) -> str:
+def _require_active(run: Any) -> str:
+    """Return the id of an MLflow run; raise BadConfig if it was deleted."""
     if run.info.lifecycle_stage == "deleted":
         raise BadConfig(
             f"name: MLflow run {run.info.run_id} of {run.info.run_name} was deleted; "
@@ -134,8 +138,8 @@ def _kept(run: Any) -> str:
     return str(run.info.run_id)
 
 
-def without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """Places are no names of parameters."""
+def loggable(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration whose mixture of manifests is one value: paths cannot be names of parameters."""
     manifest = config["data"]["manifest"]
     if not isinstance(manifest, dict):
         return config

@@ -1,5 +1,7 @@
-"""MLflow brought up to a run's folder. Doing it again changes nothing, so it is done whenever the server is there: by
-the run's driver while it goes on (`live.Run`), and later by jobs/track.py (`replay`)."""
+"""Bring MLflow up to date with a run's folder; repeating it changes nothing.
+
+The run's driver does so while the run goes on (`BackgroundSync`), jobs/track.py later (`replay`).
+"""
 
 import json
 from collections.abc import Iterable
@@ -17,44 +19,44 @@ from crosslmm.run_folder import CONFIG_FILE, MODEL_FOLDER, QUARANTINE_FILE, RUN_
 from crosslmm.text import redacted
 from crosslmm.tracking.client import describe_failure, refuses
 from crosslmm.tracking.registry import register
-from crosslmm.tracking.run import MlflowRun, find_or_create, known, without_places
+from crosslmm.tracking.run import MlflowRun, find_or_create, find_run, loggable
 
 REGISTERED = "crosslmm.inference.pyfunc"
-"""Tag: which end of the run has a model."""
-AT_ONCE = 1000
-"""MLflow takes so many metrics in one call."""
+"""Tag: end time of the run whose model is registered."""
+MAX_METRICS = 1000
+"""Most metrics that MLflow accepts in one call."""
 
 
 class RunSync(MlflowRun):
-    """What MLflow has of a training run, brought up to what the run's folder has. It finds or makes the MLflow run.
+    """The MLflow run of a training run, found or created, which is brought up to date with the run's folder.
 
     Args:
-        folder: of the run.
-        begun: its run.json.
-        tracking: where the record is.
+        folder: the run's folder.
+        run: its run.json.
+        tracking: MLflow server and experiment.
 
     Raises:
         BadConfig: the MLflow run was deleted.
-        MlflowException: the server refuses, or is away.
+        MlflowException: the server refuses or does not answer.
     """
 
-    def __init__(self, folder: str, begun: dict[str, Any], tracking: TrackingConfig) -> None:
+    def __init__(self, folder: str, run: dict[str, Any], tracking: TrackingConfig) -> None:
         client = MlflowClient(tracking_uri(tracking))
-        run_id = known(client, begun["run_id"])
+        run_id = find_run(client, run["run_id"])
         if run_id is None:
-            tags = {"mlflow.runName": begun["name"], **begun["tags"]}
-            run_id = find_or_create(client, tracking, begun["key"], tags, begun["start_time"])
+            tags = {"mlflow.runName": run["name"], **run["tags"]}
+            run_id = find_or_create(client, tracking, run["key"], tags, run["start_time"])
         super().__init__(tracking, run_id)
         self.client = client
         self.folder = folder
-        self.log_params(without_places(yaml.safe_load(storage.read_bytes(storage.join(folder, CONFIG_FILE)))))
-        for dataset in begun["datasets"]:
+        self.log_params(loggable(yaml.safe_load(storage.read_bytes(storage.join(folder, CONFIG_FILE)))))
+        for dataset in run["datasets"]:
             self.log_dataset(**dataset)
-        # Steps that a resume walks again are already there.
+        # MLflow already has the steps that a resume repeats.
         self.last_step = max((m.step for m in client.get_metric_history(run_id, "loss")), default=0)
 
     def log_dataset(self, uri: str, digest: str, rows: int, context: str) -> None:
-        """Record a manifest as an input. MLflow keeps 36 characters of a digest; the whole one is in the profile."""
+        """Record a manifest as an input. MLflow stores 36 characters of a digest; the profile has all of them."""
         dataset = Dataset(
             name=uri.rsplit("/", 1)[-1],
             digest=digest[:36],
@@ -67,96 +69,96 @@ class RunSync(MlflowRun):
         )
 
     def log(self, steps: Iterable[StepRecord]) -> int:
-        """Write the metrics of steps that are not there yet, in order -> how many points.
+        """Send the metrics of steps that MLflow does not have, in order; return the number of points.
 
-        Of a step that comes twice the first one counts. Two who send the same steps at the same time do no harm: MLflow
-        keeps one of two points that are equal, time included.
+        Of a repeated step the first one counts. Two processes may send the same steps at the same time: MLflow stores
+        one of two points that are equal, including their time.
         """
         new: dict[int, StepRecord] = {}
         for step in steps:
             if step[0] > self.last_step:
                 new.setdefault(step[0], step)
-        due = [new[number] for number in sorted(new)]
-        # Whole steps in one call, and the loss, which tells how far we came, as the last of a step's.
-        together = max(1, AT_ONCE // max((len(values) for _, _, values in due), default=1))
+        pending = [new[number] for number in sorted(new)]
+        # All metrics of a step in one call, the loss last: its history shows which steps are complete.
+        steps_per_call = max(1, MAX_METRICS // max((len(values) for _, _, values in pending), default=1))
         sent = 0
-        for i in range(0, len(due), together):
+        for i in range(0, len(pending), steps_per_call):
             points = [
                 Metric(name, values[name], int(when * 1000), number)
-                for number, when, values in due[i : i + together]
+                for number, when, values in pending[i : i + steps_per_call]
                 for name in sorted(values, key="loss".__eq__)
             ]
-            for j in range(0, len(points), AT_ONCE):
-                self.client.log_batch(self.run_id, metrics=points[j : j + AT_ONCE])
-            self.last_step = due[i : i + together][-1][0]
+            for j in range(0, len(points), MAX_METRICS):
+                self.client.log_batch(self.run_id, metrics=points[j : j + MAX_METRICS])
+            self.last_step = pending[i : i + steps_per_call][-1][0]
             sent += len(points)
         return sent
 
     def log_history(self, more: Iterable[StepRecord] = ()) -> int:
-        """Write what the folder has beyond what is there -> how many points.
+        """Send the steps in the folder that MLflow does not have; return the number of points.
 
         Args:
-            more: later steps, and some of the same, that the folder does not have yet.
+            more: later steps that the folder may not have yet; may overlap with it.
         """
         return self.log([*steps_after(self.folder, self.last_step), *more])
 
-    def end(self, begun: dict[str, Any]) -> None:
-        """Write how the run ended, if it has, and its ledger. `begun` is its run.json."""
-        ledger = storage.join(self.folder, QUARANTINE_FILE)
-        if storage.exists(ledger):
-            self.log_text(QUARANTINE_FILE, storage.read_bytes(ledger).decode())
-        if begun["status"]:
-            self.client.set_terminated(self.run_id, begun["status"], int(begun["end_time"] * 1000))
+    def end(self, run: dict[str, Any]) -> None:
+        """Send the list of unreadable samples and, once the run has ended, its status."""
+        quarantine = storage.join(self.folder, QUARANTINE_FILE)
+        if storage.exists(quarantine):
+            self.log_text(QUARANTINE_FILE, storage.read_bytes(quarantine).decode())
+        if run["status"]:
+            self.client.set_terminated(self.run_id, run["status"], int(run["end_time"] * 1000))
 
-    def register_once(self, begun: dict[str, Any]) -> str | None:
-        """Register the model of a run that finished, unless it is -> `models:/NAME@ALIAS`, if it has one."""
-        if not begun["lineage"]:
+    def register_once(self, run: dict[str, Any]) -> str | None:
+        """Register a finished run's model, if it has one and is not registered; return `models:/NAME@ALIAS`."""
+        if not run["lineage"]:
             return None
-        # A run that goes on after its end has another model at the next one.
-        end = str(begun["end_time"])
+        # A run that is resumed after its end gets another model at its next end.
+        end = str(run["end_time"])
         if self.client.get_run(self.run_id).data.tags.get(REGISTERED) == end:
             return f"models:/{self.tracking.registered_model}@{self.tracking.alias}"
         try:
-            registered = register(self, storage.join(self.folder, MODEL_FOLDER), begun["lineage"])
+            registered = register(self, storage.join(self.folder, MODEL_FOLDER), run["lineage"])
         finally:
-            self.end(begun)  # MLflow starts and ends a run that a model is logged to
+            self.end(run)  # logging a model sets the status of its run
         self.client.log_batch(self.run_id, tags=[RunTag(REGISTERED, end)])
         return registered
 
 
 @dataclass(frozen=True)
 class Delivered:
-    """What a replay found and did."""
+    """Result of a replay."""
 
     run_id: str
     points: int
-    """Sent; those that were there are not counted."""
+    """Number of points sent, without those that MLflow had."""
     status: str | None
-    """FINISHED, FAILED or KILLED; None while the run goes on, or where its driver was killed."""
+    """FINISHED, FAILED or KILLED; None while the run goes on or if its driver was killed."""
     model_uri: str | None
 
 
 def replay(folder: str, uri: str | None = None) -> Delivered:
-    """Bring MLflow up to what a run's folder has; it may be going on.
+    """Bring MLflow up to date with the folder of a run, which may be active.
 
     Args:
-        folder: of the run.
-        uri: of MLflow; None for the one that the run was told.
+        folder: the run's folder.
+        uri: the MLflow server; None for the one in the run's configuration.
 
     Raises:
         BadConfig: the server refuses, or the MLflow run was deleted.
-        ConnectionError: the server is away.
+        ConnectionError: the server does not answer.
     """
-    begun = read_run(folder)
-    if "key" not in begun:
+    run = read_run(folder)
+    if "key" not in run:
         raise BadConfig(f"{folder}: its {RUN_FILE} was written by an earlier version; resume the run once")
-    tracking = TrackingConfig(**begun["tracking"])
+    tracking = TrackingConfig(**run["tracking"])
     tracking = tracking.model_copy(update={"uri": uri or tracking.uri})
     try:
-        copy = RunSync(folder, begun, tracking)
-        points = copy.log_history()
-        copy.end(begun)
-        return Delivered(copy.run_id, points, begun["status"], copy.register_once(begun))
+        sync = RunSync(folder, run, tracking)
+        points = sync.log_history()
+        sync.end(run)
+        return Delivered(sync.run_id, points, run["status"], sync.register_once(run))
     except MlflowException as error:
         reason = f"tracking.uri: {describe_failure(redacted(tracking_uri(tracking)), error)}"
         raise BadConfig(reason) if refuses(error) else ConnectionError(reason) from error

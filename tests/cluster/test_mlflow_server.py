@@ -1,4 +1,4 @@
-"""The tracking server as clusters have it: train, tune, promote, load and prune against it, and who is not let in."""
+"""MLflow server as on clusters: train, tune, promote, load and prune against it; logins that it refuses."""
 
 import base64
 import contextlib
@@ -47,7 +47,7 @@ def server(store):
 
 
 def job(server, *command, status=0, password=None):
-    """A command against the server -> its last line on stdout, and all it said."""
+    """Run a command against the server -> its last line on stdout, and its output."""
     done = subprocess.run(
         [sys.executable, *command],
         env=os.environ | server.login(password),
@@ -90,8 +90,8 @@ def owner(name):
 def test_a_training_is_recorded_and_its_model_registered(server, trained):
     assert trained["model_uri"] == "models:/crosslmm@candidate"
     run = trained["run_id"]
-    assert server.ask(f"SELECT status FROM runs WHERE run_uuid = '{run}'") == [("FINISHED",)]
-    steps = server.ask(f"SELECT step FROM metrics WHERE run_uuid = '{run}' AND key = 'loss' ORDER BY step")
+    assert server.query(f"SELECT status FROM runs WHERE run_uuid = '{run}'") == [("FINISHED",)]
+    steps = server.query(f"SELECT step FROM metrics WHERE run_uuid = '{run}' AND key = 'loss' ORDER BY step")
     assert steps == [(1,), (2,)]
     # Weights lie in the store, brought there by the server.
     assert any(name.endswith("/model.safetensors") for name in objects(ARTIFACTS))
@@ -101,81 +101,81 @@ def test_a_sweep_is_recorded_and_its_best_model_answers(server, swept):
     assert (swept["trials"], swept["finished"]) == (2, 2)
     assert swept["promoted"]["model_uri"] == "models:/crosslmm@candidate"
     assert isinstance(swept["promoted"]["answer"], str)
-    below = f"SELECT count(*) FROM tags WHERE key = 'mlflow.parentRunId' AND value = '{swept['run_id']}'"
-    assert server.ask(below) == [(2,)]
+    children = f"SELECT count(*) FROM tags WHERE key = 'mlflow.parentRunId' AND value = '{swept['run_id']}'"
+    assert server.query(children) == [(2,)]
     versions = "SELECT version, run_id FROM model_versions WHERE current_stage != 'Deleted_Internal' ORDER BY version"
-    assert len(server.ask(versions)) == 2
-    assert server.ask("SELECT alias, version FROM registered_model_aliases") == [("candidate", 2)]
+    assert len(server.query(versions)) == 2
+    assert server.query("SELECT alias, version FROM registered_model_aliases") == [("candidate", 2)]
 
 
-def test_what_is_superseded_goes_without_a_trace_and_the_rest_answers(server, trained, swept):
-    old, kept = trained["run_id"], swept["run_id"]
+def test_prune_leaves_no_trace_and_the_kept_model_answers(server, trained, swept):
+    old, retained = trained["run_id"], swept["run_id"]
     prune = ["jobs/track.py", "prune", f"--storage={RUNS}", "--older_than=0", "--keep=0"]
     before = objects(ARTIFACTS, RUNS)
-    _, said = job(server, *prune)
-    assert "1 of 2 would go" in said
-    assert "its model is crosslmm@candidate" in said
+    _, output = job(server, *prune)
+    assert "1 of 2 would be removed" in output
+    assert "its model is crosslmm@candidate" in output
     assert objects(ARTIFACTS, RUNS) == before
 
-    ((model,),) = server.ask(f"SELECT model_id FROM logged_models WHERE source_run_id = '{old}'")
-    _, said = job(server, *prune, "--delete=true")
-    assert "first is removed" in said
+    ((model,),) = server.query(f"SELECT model_id FROM logged_models WHERE source_run_id = '{old}'")
+    _, output = job(server, *prune, "--delete=true")
+    assert "first is removed" in output
     after = objects(ARTIFACTS, RUNS)
-    # What has gone are whole runs and models, and all that is left belongs to what is left.
-    left = [run for (run,) in server.ask("SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'")]
-    models = [m for (m,) in server.ask("SELECT model_id FROM logged_models WHERE lifecycle_stage = 'active'")]
+    # Runs and models are removed completely, and all remaining objects belong to remaining ones.
+    left = [run for (run,) in server.query("SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'")]
+    models = [m for (m,) in server.query("SELECT model_id FROM logged_models WHERE lifecycle_stage = 'active'")]
     assert len(left) == 3
     assert len(models) == 1
     assert {owner(name) for name in after} <= {*left, *models, "sweep"}
     assert models[0] in {owner(name) for name in after}
-    gone = {owner(name) for name in before - after}
-    assert {model, "first"} <= gone
-    assert not gone & {*left, *models, "sweep"}
+    removed = {owner(name) for name in before - after}
+    assert {model, "first"} <= removed
+    assert not removed & {*left, *models, "sweep"}
 
-    # A week later the nightly job takes the rows.
+    # A week later the nightly job deletes the rows.
     week = 8 * 86400 * 1000
-    server.ask(f"UPDATE runs SET deleted_time = deleted_time - {week} WHERE lifecycle_stage = 'deleted'")
+    server.query(f"UPDATE runs SET deleted_time = deleted_time - {week} WHERE lifecycle_stage = 'deleted'")
     deleted = "lifecycle_stage = 'deleted'"
-    server.ask(
+    server.query(
         f"UPDATE logged_models SET last_updated_timestamp_ms = last_updated_timestamp_ms - {week} WHERE {deleted}"
     )
     assert f"Run with ID {old} has been permanently deleted" in server.run("gc")
     for table in TABLES:
         column = "source_run_id" if table == "logged_models" else "run_uuid"
-        rows = {run for (run,) in server.ask(f"SELECT DISTINCT {column} FROM {table}")}
+        rows = {run for (run,) in server.query(f"SELECT DISTINCT {column} FROM {table}")}
         assert rows, table
         assert rows <= set(left), table
     assert old not in left
-    assert kept in left
-    assert server.ask("SELECT version FROM model_versions WHERE current_stage != 'Deleted_Internal'") == [(2,)]
+    assert retained in left
+    assert server.query("SELECT version FROM model_versions WHERE current_stage != 'Deleted_Internal'") == [(2,)]
     assert objects(ARTIFACTS, RUNS) == after
 
-    # Exit status 0: the model that stays is loaded from the registry, and answers.
+    # Exit status 0: the kept model is loaded from the registry and answers.
     row = json.loads(storage.read_bytes(f"{DATA}/held_out.jsonl").decode().splitlines()[0])
     job(server, "jobs/answer.py", f"--video={DATA}/{row['video']}", "--question=Which shape is it?")
-    _, said = job(server, *prune)
-    assert "0 of 1 would go" in said
+    _, output = job(server, *prune)
+    assert "0 of 1 would be removed" in output
 
 
-def test_a_wrong_password_is_refused_before_anything_starts(server):
-    _, said = job(server, "jobs/train.py", "--config=tiny", "--name=stranger", *SMALL, status=2, password="wrong")
-    (error,) = [line for line in said.splitlines() if line.startswith("error:")]
+def test_a_wrong_password_is_refused_before_the_start(server):
+    _, output = job(server, "jobs/train.py", "--config=tiny", "--name=stranger", *SMALL, status=2, password="wrong")
+    (error,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert error.startswith(f"error: tracking.uri: {server.uri} refuses: ")
     assert "MLFLOW_TRACKING_PASSWORD" in error
-    assert "training" not in said
+    assert "training" not in output
     for command in (
         ["jobs/track.py", "prune", f"--storage={RUNS}"],
         ["jobs/tune.py", "--name=stranger", "--scheduler=none", *SMALL],
     ):
-        _, said = job(server, *command, status=2, password="wrong")
-        assert "refuses: " in said.splitlines()[-1]
+        _, output = job(server, *command, status=2, password="wrong")
+        assert "refuses: " in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("host", "login", "status"),
     [("localhost:{}", False, 401), ("127.0.0.1:{}", True, 403), ("evil.example", True, 403)],
 )
-def test_who_has_no_account_or_calls_it_by_another_name_is_refused(server, host, login, status):
+def test_missing_logins_and_other_host_names_are_refused(server, host, login, status):
     headers = {"Host": host.format(server.port), "Content-Type": "application/json"}
     if login:
         headers["Authorization"] = "Basic " + base64.b64encode(f"admin:{server.password}".encode()).decode()

@@ -62,7 +62,7 @@ class MlflowServer:
             "MLFLOW_TRACKING_PASSWORD": password or self.password,
         }
 
-    def ask(self, sql: str) -> list[Any]:
+    def query(self, sql: str) -> list[Any]:
         """What its database says, or does."""
         given = self.environment
         where = {"host": given["PGHOST"], "port": int(given["PGPORT"]), "user": given["PGUSER"]}

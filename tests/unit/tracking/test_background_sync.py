@@ -19,6 +19,7 @@ from mlflow.tracking import MlflowClient
 from crosslmm import run_folder, tracking
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig
+from crosslmm.tracking.client import MLFLOW_ENVIRONMENT
 from tests.support.common import ROOT
 
 pytestmark = pytest.mark.fault
@@ -29,11 +30,15 @@ REPLAY = "python jobs/track.py replay --storage {0} --name {1} delivers it"
 
 
 class Messages(logging.Handler):
-    """Appends the messages of log records to a list."""
+    """Appends the messages of one run's thread and of the main thread to a list."""
 
-    def __init__(self, messages):
+    def __init__(self, folder, messages):
         super().__init__()
-        self.emit = lambda record: messages.append(record.getMessage())
+        self.threads, self.messages = ("MainThread", f"MLflow sync of {folder}"), messages
+
+    def emit(self, record):
+        if record.threadName in self.threads:
+            self.messages.append(record.getMessage())
 
 
 class Server:
@@ -92,6 +97,13 @@ def client(one_server):
     return MlflowClient(one_server.uri)
 
 
+@pytest.fixture(autouse=True)
+def few_retries(monkeypatch):
+    """Set what `quiet_mlflow` sets in a job."""
+    for name, value in MLFLOW_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     """Make MLflow's client wait for seconds instead of half a minute."""
@@ -114,7 +126,7 @@ def begin(one_server, tmp_path, request):
         config = parse_run([f"--tracking.uri={one_server.uri}", f"--name={name}"], "a test")
         folder, messages = tmp_path / name, []
         run_folder.begin_run(config, str(folder), {}, [DATASET])
-        handlers.append(Messages(messages))
+        handlers.append(Messages(folder, messages))
         logger.addHandler(handlers[-1])
         return tracking.BackgroundSync(str(folder), config.tracking, timeouts), folder, messages
 
@@ -142,9 +154,9 @@ def rows(job):
 def test_server_away_at_start_and_hanging_later(one_server, client, begin, impatient):
     one_server.kill()
     began = time.monotonic()
-    run, folder, said = begin("late")
+    run, folder, messages = begin("late")
     assert time.monotonic() - began < 3
-    assert said == [f"record: {one_server.uri} does not answer; the run goes on, and its record waits in {folder}"]
+    assert messages == [f"record: {one_server.uri} does not answer; the run goes on, and its record waits in {folder}"]
     assert json.loads((folder / "run.json").read_text())["run_id"] is None
     run.log(steps(1, 2))
     run.settle(0.1)
@@ -152,7 +164,7 @@ def test_server_away_at_start_and_hanging_later(one_server, client, begin, impat
     one_server.start()
     run.settle(60)
     assert recorded(client, run.run_id) == times(1, 2, 3)
-    assert said[1:] == [f"record: {one_server.uri} answers; run {run.run_id} has what waited"]
+    assert messages[1:] == [f"record: {one_server.uri} answers; run {run.run_id} has what waited"]
     assert json.loads((folder / "run.json").read_text())["run_id"] == run.run_id
 
     one_server.signal(signal.SIGSTOP)
@@ -162,9 +174,9 @@ def test_server_away_at_start_and_hanging_later(one_server, client, begin, impat
             run.log(steps(number))
             assert time.monotonic() - began < 0.1
         began = time.monotonic()
-        hung, folder, said = begin("hung", replace(FAST, start_s=1.0))
+        hung, folder, messages = begin("hung", replace(FAST, start_s=1.0))
         waits = f"record: {one_server.uri} does not answer; the run goes on, and its record waits in {folder}"
-        assert [message for message in said if str(folder) in message] == [waits]
+        assert messages == [waits]
         hung.finish("KILLED")
         assert 1 < time.monotonic() - began < 5
         assert not hung.delivered
@@ -178,7 +190,7 @@ def test_server_away_at_start_and_hanging_later(one_server, client, begin, impat
 
 
 def test_server_away_during_the_run(server, client, begin, impatient):
-    run, _, said = begin("gap")
+    run, _, messages = begin("gap")
     run.log(steps(1, 2))
     run.settle(60)
     server.kill()
@@ -191,7 +203,7 @@ def test_server_away_during_the_run(server, client, begin, impatient):
     run.settle(60)
     run.finish("FINISHED")
     assert recorded(client, run.run_id) == [*times(1, 2, 3), *times(4, 5, began=2e9)]
-    assert said == [
+    assert messages == [
         f"record: {server.uri} does not answer; steps wait",
         f"record: {server.uri} answers; run {run.run_id} has what waited",
     ]
@@ -199,7 +211,7 @@ def test_server_away_during_the_run(server, client, begin, impatient):
 
 def test_server_away_at_the_end_then_replay(server, client, begin, impatient, tmp_path):
     """The last one has a model, which the replay registers; and its driver never knew the MLflow run."""
-    ended, ended_in, said = begin("ended")
+    ended, ended_in, messages = begin("ended")
     ended.log(steps(1, 2))
     ended.settle(60)
     run_id = ended.run_id
@@ -207,18 +219,18 @@ def test_server_away_at_the_end_then_replay(server, client, begin, impatient, tm
     ended.log(steps(3))
     ended.finish("FAILED")
     assert (ended.delivered, ended.run_id, ended.model_uri) == (False, None, None)
-    assert said[-1] == f"record: {server.uri} does not answer; {REPLAY.format(tmp_path, 'ended')}"
+    assert messages[-1] == f"record: {server.uri} does not answer; {REPLAY.format(tmp_path, 'ended')}"
     (kept,) = (ended_in / "history").iterdir()
     assert json.loads(kept.read_text()) == {"step": 3, "time": 1e9 + 3, "metrics": {"loss": 1 / 3, "lr": 0.1}}
 
-    always, folder, said = begin("always")
+    always, folder, messages = begin("always")
     always.log(steps(1, 2))
     (folder / "model").mkdir()
     (folder / "model" / "weights").write_text("these")
     (folder / "quarantine.jsonl").write_text("that")
     always.finish("FINISHED", {"data_sha256": "abc"})
     assert (always.delivered, always.run_id, always.model_uri) == (False, None, None)
-    assert said[-1].endswith(f"{REPLAY.format(tmp_path, 'always')} and registers the model")
+    assert messages[-1].endswith(f"{REPLAY.format(tmp_path, 'always')} and registers the model")
     end = json.loads((folder / "run.json").read_text())
     assert (end["status"], end["run_id"]) == ("FINISHED", None)
 
@@ -264,6 +276,7 @@ def test_resume_after_a_killed_driver_has_each_step_once(server, client, begin, 
         import os, signal
         from crosslmm import run_folder, tracking
         from crosslmm.cli import parse_run
+        tracking.quiet_mlflow()
         config = parse_run(["--tracking.uri={server.uri}", "--name=killed"], "a test")
         run_folder.begin_run(config, "{tmp_path}/killed", {{}}, [])
         run = tracking.BackgroundSync("{tmp_path}/killed", config.tracking)
@@ -310,8 +323,8 @@ def test_a_sweeps_run_retries_while_the_server_is_away(server, client, begin, im
     server.start(wait=False)
     record.log_values({"cost/seconds": 1.0}, {"state": "finished"})
     assert client.get_run(record.run_id).data.metrics == {"cost/seconds": 1.0}
-    (said,) = [entry.getMessage() for entry in caplog.records if entry.name == "crosslmm.tracking.client"]
-    assert said == f"record: {server.uri} does not answer; retrying for 10 minutes"
+    (messages,) = [entry.getMessage() for entry in caplog.records if entry.name == "crosslmm.tracking.client"]
+    assert messages == f"record: {server.uri} does not answer; retrying for 10 minutes"
 
 
 @pytest.mark.parametrize("status", [401, 403])

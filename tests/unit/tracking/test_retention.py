@@ -1,4 +1,4 @@
-"""Retention, on runs whose records were made as any run's, over sqlite and local folders."""
+"""Retention of runs over sqlite and local folders."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from crosslmm.tracking import retention
 from crosslmm.tracking.retention import DAY_S
 from tests.support.common import ROOT
 
-# MLflow's, of a model that it is told everything of.
+# MLflow's warnings about a model without type hints and input example; it gets a signature.
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*(input example|type hint):UserWarning")
 
 
@@ -33,7 +33,7 @@ class Laboratory:
         )  # fmt: skip
 
     def run(self, name: str, days: float, *more: str, status: str | None = "FINISHED", model: bool = False) -> str:
-        """One that ended so long ago -> the MLflow run."""
+        """Create a run that ended `days` ago -> id of its MLflow run."""
         config, folder = self.config(name, *more), str(self.runs / name)
         run_folder.begin_run(config, folder, {"manifest": []}, [])
         (Path(folder) / "step-00000001-x").mkdir()
@@ -50,16 +50,16 @@ class Laboratory:
         run_folder.write_run(folder, begun | {"run_id": done.run_id})
         return done.run_id
 
-    def verdicts(self, older_than: float = 30, keep: int = 0) -> dict[str, tuple[bool, str]]:
+    def decisions(self, older_than: float = 30, keep: int = 0) -> dict[str, tuple[bool, str]]:
         retention = tracking.Retention(str(self.runs), self.config("x").tracking)
-        return {one.tree.name: (one.goes, one.why) for one in retention.verdicts(older_than, keep)}
+        return {one.tree.name: (one.remove, one.reason) for one in retention.decide(older_than, keep)}
 
     def prune(self) -> list[bool]:
         retention = tracking.Retention(str(self.runs), self.config("x").tracking)
-        return [retention.remove(one.tree) for one in retention.verdicts(30, 0) if one.goes]
+        return [retention.remove(one.tree) for one in retention.decide(30, 0) if one.remove]
 
     def left_of(self, name: str, run_id: str) -> list[str]:
-        """Whatever a run has anywhere."""
+        """List everything that exists of a run, anywhere."""
         experiment = self.client.get_experiment_by_name(self.name).experiment_id
         left = [str(path) for path in self.runs.rglob("*") if path.relative_to(self.runs).parts[0] == name]
         left += [str(path) for path in self.artifacts.rglob("*") if path.is_file() and run_id in path.parts]
@@ -83,7 +83,7 @@ def lab(tmp_path, uri):
     return Laboratory(tmp_path, uri)
 
 
-def test_what_is_old_goes_and_the_rest_says_why_it_stays(lab):
+def test_old_runs_are_removed_and_kept_ones_have_a_reason(lab):
     lab.run("old", 40)
     lab.run("base", 50)
     lab.run("grown", 45, f"--model.init_from={lab.runs}/base/model")
@@ -91,38 +91,43 @@ def test_what_is_old_goes_and_the_rest_says_why_it_stays(lab):
     lab.run("killed", 60, status=None)
     lab.run("resumed", 70)
     run_folder.begin_run(lab.config("resumed"), str(lab.runs / "resumed"), {}, [])
-    assert lab.verdicts() == {
+    assert lab.decisions() == {
         "young": (False, "younger than 30 days"),
-        "grown": (False, "young was made from it"),
-        "base": (False, "grown was made from it"),
-        "old": (True, "old, and nothing stands on it"),
+        "grown": (False, "young started from it"),
+        "base": (False, "grown started from it"),
+        "old": (True, "old, and nothing depends on it"),
         "killed": (False, "killed is RUNNING in MLflow"),
-        "resumed": (False, "resumed is not ended in its folder"),
+        "resumed": (False, "resumed has not ended according to its folder"),
     }
-    assert {name for name, (goes, _) in lab.verdicts(older_than=0).items() if goes} == {"young", "grown", "base", "old"}
-    assert lab.verdicts(keep=4)["old"] == (False, "one of the 4 newest")
+    assert {name for name, (goes, _) in lab.decisions(older_than=0).items() if goes} == {
+        "young",
+        "grown",
+        "base",
+        "old",
+    }
+    assert lab.decisions(keep=4)["old"] == (False, "one of the 4 newest")
 
 
 @pytest.mark.parametrize("way", ["{runs}/base/model", "{runs}//base/model/", "{runs}/base", "runs/base/model"])
-def test_whatever_way_weights_are_named_they_stay(lab, way):
+def test_init_weights_are_kept_however_they_are_named(lab, way):
     lab.run("base", 50)
     lab.run("grown", 20, f"--model.init_from={way.format(runs=lab.runs)}")
-    assert lab.verdicts()["base"] == (False, "grown was made from it")
+    assert lab.decisions()["base"] == (False, "grown started from it")
 
 
-def test_a_run_that_mlflow_has_not_been_told_of_keeps_its_weights(lab):
+def test_runs_unknown_to_mlflow_keep_their_init_weights(lab):
     lab.run("base", 50)
     config = lab.config("waits", f"--model.init_from={lab.runs}/base/model")
     run_folder.begin_run(config, str(lab.runs / "waits"), {}, [])
-    assert lab.verdicts() == {"base": (False, "waits, of which MLflow has not been told, was made from it")}
+    assert lab.decisions() == {"base": (False, "waits, which MLflow does not have yet, started from it")}
 
 
-def test_a_model_with_an_alias_stays_and_one_that_was_superseded_goes(lab):
+def test_only_models_without_an_alias_are_removed(lab):
     first = lab.run("first", 50, model=True)
     second = lab.run("second", 40, model=True)
-    assert lab.verdicts() == {
+    assert lab.decisions() == {
         "second": (False, f"its model is {lab.name}@candidate"),
-        "first": (True, "old, and nothing stands on it"),
+        "first": (True, "old, and nothing depends on it"),
     }
     assert len(lab.left_of("first", first)) > 5
     assert lab.prune() == [True]
@@ -131,15 +136,15 @@ def test_a_model_with_an_alias_stays_and_one_that_was_superseded_goes(lab):
 
 
 @pytest.mark.parametrize("at", ["delete_model_version", "artifacts", "delete_logged_model", "file", "delete_run"])
-def test_what_was_begun_is_finished_by_the_next_call(lab, at, monkeypatch):
+def test_the_next_call_finishes_an_interrupted_removal(lab, at, monkeypatch):
     run_id = lab.run("old", 40, model=True)
     lab.client.delete_registered_model_alias(lab.name, "candidate")
-    kept = lab.run("old-too", 10)
-    there = {"artifacts": (retention.Retention, "_remove_artifacts"), "file": (storage, "remove")}
-    owner, name = there.get(at, (MlflowClient, at))
+    young = lab.run("old-too", 10)
+    places = {"artifacts": (retention.Retention, "_remove_artifacts"), "file": (storage, "remove")}
+    owner, name = places.get(at, (MlflowClient, at))
     real = getattr(owner, name)
 
-    def and_then_it_is_killed(*arguments, **options):
+    def interrupted(*arguments, **options):
         if at == "file":
             real(arguments[0][:1])
         else:
@@ -147,15 +152,15 @@ def test_what_was_begun_is_finished_by_the_next_call(lab, at, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, and_then_it_is_killed)
+        patch.setattr(owner, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             lab.prune()
     assert lab.prune() == ([] if at == "delete_run" else [True])
     assert lab.left_of("old", run_id) == []
-    assert len(lab.left_of("old-too", kept)) > 3
+    assert len(lab.left_of("old-too", young)) > 3
 
 
-def test_a_run_that_was_begun_since_under_the_name_keeps_its_folder(lab):
+def test_a_newer_run_of_the_same_name_keeps_its_folder(lab):
     old = lab.run("again", 40)
     storage.remove_folder(str(lab.runs / "again"))
     new = lab.run("again", 1)
@@ -166,44 +171,44 @@ def test_a_run_that_was_begun_since_under_the_name_keeps_its_folder(lab):
     assert str(lab.runs / "again" / "run.json") in left
 
 
-def test_a_run_that_begins_again_meanwhile_stays(lab):
+def test_a_run_that_resumes_meanwhile_is_kept(lab):
     lab.run("old", 40)
     retention = tracking.Retention(str(lab.runs), lab.config("x").tracking)
-    (verdict,) = retention.verdicts(30, 0)
-    assert verdict.goes
+    (decision,) = retention.decide(30, 0)
+    assert decision.remove
     run_folder.begin_run(lab.config("old"), str(lab.runs / "old"), {}, [])
-    assert not retention.remove(verdict.tree)
+    assert not retention.remove(decision.tree)
     assert (lab.runs / "old" / "step-00000001-x" / "weights").exists()
 
 
-def test_runs_of_another_storage_are_not_looked_at(lab, tmp_path):
+def test_runs_in_another_storage_folder_are_ignored(lab, tmp_path):
     lab.run("old", 40)
     elsewhere = tracking.Retention(str(tmp_path / "elsewhere"), lab.config("x").tracking)
-    assert elsewhere.verdicts(0, 0) == []
+    assert elsewhere.decide(0, 0) == []
 
 
-def test_the_command_says_first_and_removes_when_it_is_told_to(lab):
+def test_prune_lists_runs_and_removes_them_on_delete(lab):
     run_id = lab.run("old", 40)
     lab.run("new", 1)
     command = [sys.executable, "jobs/track.py", "prune", "--storage", str(lab.runs), "--tracking.uri", lab.uri]
     command += ["--keep", "1", "--tracking.experiment"]
 
-    def said(*more, status=0):
+    def output(*more, status=0):
         done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    dry = said(lab.name)
-    assert "1 of 2 would go" in dry
+    dry = output(lab.name)
+    assert "1 of 2 would be removed" in dry
     assert run_id in dry
     assert len(lab.left_of("old", run_id)) > 3
-    assert "old is removed" in said(lab.name, "--delete=true")
+    assert "old is removed" in output(lab.name, "--delete=true")
     assert lab.left_of("old", run_id) == []
-    wrong = said("other", status=2)
-    assert wrong.splitlines() == [f"error: --tracking.experiment other: {lab.uri} has no such one"]
+    wrong = output("other", status=2)
+    assert wrong.splitlines() == [f"error: --tracking.experiment other: no such experiment on {lab.uri}"]
 
 
-def test_a_server_that_is_away_is_one_line(tmp_path):
+def test_a_server_that_is_away_is_a_one_line_error(tmp_path):
     config = parse_run(["--tracking.uri=http://127.0.0.1:9"], "a test")
     with pytest.raises(ConnectionError, match=r"tracking.uri: http://127.0.0.1:9 does not answer"):
         tracking.Retention(str(tmp_path), config.tracking)

@@ -1,0 +1,38 @@
+import json
+
+import pytest
+
+from crosslmm.data.manifest import Manifest
+from crosslmm.inference.answerer import score
+from tests.support.common import conversation
+
+
+def write_manifest(path, rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return Manifest(str(path))
+
+
+def test_score_counts_exact_matches_by_kind(tmp_path):
+    rows = [
+        {"id": "a", "video": "a.mp4", "messages": conversation("Which colour?", "red"), "kind": "colour"},
+        {"id": "b", "video": "b.mp4", "messages": conversation("Which colour?", "blue"), "kind": "colour"},
+        {"id": "c", "video": "c.mp4", "messages": conversation("Which shape?", "red")},
+        {"id": "no video", "messages": conversation("What?", "red", video=False)},
+    ]
+    batches = []
+
+    def predict(videos, questions):
+        batches.append(len(videos))
+        return ["red"] * len(questions)
+
+    result = score(predict, write_manifest(tmp_path / "rows.jsonl", rows), batch_size=2)
+    assert batches == [2, 1]
+    assert result.accuracy == pytest.approx(2 / 3)
+    assert result.accuracy_by_kind == {"all": 1.0, "colour": 0.5}
+    assert result.predictions[1] == (f"{tmp_path}/b.mp4", "Which colour?", "red", "blue")
+
+
+def test_score_refuses_a_manifest_without_videos(tmp_path):
+    rows = [{"id": "a", "messages": conversation("What?", "red", video=False)}]
+    with pytest.raises(ValueError, match="no row has exactly one video"):
+        score(lambda videos, questions: [], write_manifest(tmp_path / "rows.jsonl", rows))

@@ -36,8 +36,9 @@ def main() -> None:
     from crosslmm.config import TrackingConfig
     from crosslmm.data.manifest import BadManifest, Manifest
     from crosslmm.inference.answerer import score
-    from crosslmm.tracking import load_registered
+    from crosslmm.tracking import load_registered, quiet_mlflow
 
+    quiet_mlflow()
     try:
         manifest = Manifest(arguments.manifest, arguments.roots) if arguments.manifest else None
         model = load_registered(arguments.model, TrackingConfig(uri=arguments.tracking_uri))

@@ -61,8 +61,9 @@ def _report(training: dict, began: float) -> int:
     from crosslmm.data.manifest import Manifest
     from crosslmm.data.samples.shapes import CHANCE
     from crosslmm.inference.answerer import score
-    from crosslmm.tracking import load_registered
+    from crosslmm.tracking import load_registered, quiet_mlflow
 
+    quiet_mlflow()
     model = load_registered(training["model_uri"], TrackingConfig(uri=TRACKING_URI))
     manifest = Manifest(str(ROOT / "runs" / "sample" / "held_out.jsonl"))
     scored = score(lambda v, q: model.predict(pd.DataFrame({"video": v, "question": q})), manifest)

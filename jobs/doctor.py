@@ -39,7 +39,9 @@ def main() -> int:
     # These take seconds to import: refuse invalid arguments before.
     from crosslmm.doctor.run import run_doctor
     from crosslmm.preflight.findings import merge_nodes
+    from crosslmm.tracking import quiet_mlflow
 
+    quiet_mlflow()
     set_up_logging()
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     findings = merge_nodes(run_doctor(config))

@@ -232,8 +232,9 @@ def _mlflow(request: dict[str, Any]) -> Check | None:
 
     from crosslmm.config import TrackingConfig, tracking_uri
     from crosslmm.text import without_password
-    from crosslmm.tracking.client import require_answer
+    from crosslmm.tracking.client import quiet_mlflow, require_answer
 
+    quiet_mlflow()  # the probe has a process of its own
     config = TrackingConfig.model_validate(request["config"]["tracking"])
 
     def check() -> str:

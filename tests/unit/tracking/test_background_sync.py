@@ -19,7 +19,6 @@ from mlflow.tracking import MlflowClient
 from crosslmm import run_folder, tracking
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig
-from crosslmm.tracking.client import MLFLOW_ENVIRONMENT
 from tests.support.common import ROOT
 
 pytestmark = pytest.mark.fault
@@ -95,13 +94,6 @@ def server(one_server):
 @pytest.fixture
 def client(one_server):
     return MlflowClient(one_server.uri)
-
-
-@pytest.fixture(autouse=True)
-def few_retries(monkeypatch):
-    """Set what `quiet_mlflow` sets in a job."""
-    for name, value in MLFLOW_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

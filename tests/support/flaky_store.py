@@ -1,13 +1,13 @@
-"""A store that misbehaves when a test says so: an HTTP proxy on loopback before a real one.
+"""An object store that fails on request: an HTTP proxy on loopback in front of a real store.
 
     with FlakyStore(port_of_the_store) as flaky:
         os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{flaky.port}"
         flaky.writes = "503"                                   # from now on; None heals it
         held = flaky.hold(lambda method, path: method == "PUT" and "checkpoint" in path, after=1000)
-        held.wait(30)                                          # such a request is on its way, and stands still
+        held.wait(30)                                          # such a request is stopped half-way
         held.drop()                                            # or .release()
 
-Clients sign the Host header, and the store checks the one that it gets: it passes through unchanged.
+Clients sign the Host header and the store checks it, so the proxy passes it through unchanged.
 """
 
 import socket
@@ -20,9 +20,9 @@ from types import TracebackType
 from typing import BinaryIO, Literal, Self
 
 Mode = Literal["503", "reset", "lost"] | float | None
-"""What becomes of a request. "503": it is answered with S3's SlowDown. "reset": the connection breaks in the middle of
-its body, or of the answer's. "lost": the store gets it whole, and the connection breaks before the answer. A number: it
-is passed on after so many seconds. None: it is passed on."""
+"""How a request fails. "503": response 503 SlowDown. "reset": the connection is reset in the middle of the body of a
+write, or of the response to a read. "lost": the store gets the complete request, and the connection is reset before the
+response. A number: the request is delayed [s]. None: no failure."""
 
 READS = ("GET", "HEAD")
 PIECE = 1 << 16
@@ -30,7 +30,7 @@ SLOW_DOWN = b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>SlowDown</Code>
 
 
 class Held:
-    """Requests that match, each kept waiting until the test decides for all of them; later ones pass."""
+    """Stops matching requests until the test releases or drops them; later ones pass."""
 
     def __init__(self, matches: Callable[[str, str], bool], after: int | None) -> None:
         self.matches, self.after = matches, after
@@ -39,37 +39,37 @@ class Held:
         self._dropped = False
 
     def wait(self, seconds: float) -> tuple[str, str]:
-        """(method, path) of the first one, as soon as it is held."""
+        """Wait until a request is stopped; return its (method, path)."""
         if not self._reached.wait(seconds):
-            raise TimeoutError(f"no request to hold came in {seconds:g} s")
+            raise TimeoutError(f"no matching request within {seconds:g} s")
         return self.requests[0]
 
     def release(self) -> None:
-        """Pass them on."""
+        """Pass the stopped requests on."""
         self._decided.set()
 
     def drop(self) -> None:
-        """Break their connections: what the store has of them is a part."""
+        """Reset the connections of the stopped requests; the store has a part of each."""
         self._dropped = True
         self._decided.set()
 
-    def over(self) -> bool:
+    def is_decided(self) -> bool:
         return self._decided.is_set()
 
-    def keep(self, method: str, path: str) -> None:
+    def stop(self, method: str, path: str) -> None:
         self.requests.append((method, path))
         self._reached.set()
         self._decided.wait()
         if self._dropped:
-            raise _Broken
+            raise _Reset
 
 
-class _Broken(Exception):
-    """This connection is to be reset."""
+class _Reset(Exception):
+    """Resets the current connection."""
 
 
 class _Head:
-    """The first line and the headers of a message, as they came."""
+    """First line and headers of an HTTP message, unchanged."""
 
     def __init__(self, file: BinaryIO) -> None:
         lines = []
@@ -83,7 +83,7 @@ class _Head:
         self.headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
 
     def body(self, file: BinaryIO) -> Iterator[bytes]:
-        """As it stands on the wire, frames of chunks included."""
+        """Yield the body as transferred, including chunk frames."""
         if self.headers.get("transfer-encoding", "").lower() == "chunked":
             while size := file.readline(PIECE):
                 yield size
@@ -94,22 +94,22 @@ class _Head:
                     yield line
                 yield b"\r\n"
                 return
-            raise OSError("it ended within its body")
+            raise OSError("the message ended within its body")
         left = int(self.headers.get("content-length", 0))
         while left:
             piece = file.read1(min(PIECE, left))  # type: ignore[attr-defined]
             if not piece:
-                raise OSError("it ended within its body")
+                raise OSError("the message ended within its body")
             left -= len(piece)
             yield piece
 
 
 class FlakyStore:
-    """Listens on `port` while the block is entered, a thread for each connection.
+    """Context manager: listens on `port`, with a thread per connection.
 
     Attributes:
-        reads, writes: `Mode` of GET and HEAD, and of everything else.
-        requests: (method, path with query) of all so far.
+        reads, writes: `Mode` of GET and HEAD requests, and of all others.
+        requests: (method, path with query) of all requests so far.
     """
 
     def __init__(self, target: int, port: int = 0) -> None:
@@ -132,13 +132,12 @@ class FlakyStore:
             held.drop()
 
     def hold(self, matches: Callable[[str, str], bool], after: int | None = None) -> Held:
-        """Keep requests waiting whose method and path match: before the store hears of them, or after so many bytes of
-        their bodies [bytes]."""
+        """Stop requests whose method and path match: before the store gets them, or after `after` bytes of the body."""
         self._held.append(Held(matches, after))
         return self._held[-1]
 
     def heal(self) -> None:
-        """From now on all requests are passed on; those that are held, too."""
+        """Pass on all requests from now on, including the stopped ones."""
         self.reads = self.writes = None
         for held in self._held:
             held.release()
@@ -152,67 +151,67 @@ class FlakyStore:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        with client, client.makefile("rb") as asked, suppress(OSError):
+        with client, client.makefile("rb") as request, suppress(OSError):
             try:
-                while (head := _Head(asked)).first:
-                    self._pass_on(head, asked, client)
-            except _Broken:
-                # Closed so, a socket says RST at once instead of FIN.
+                while (head := _Head(request)).first:
+                    self._pass_on(head, request, client)
+            except _Reset:
+                # With this option, closing the socket sends RST instead of FIN.
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-    def _pass_on(self, head: _Head, asked: BinaryIO, client: socket.socket) -> None:
+    def _pass_on(self, head: _Head, request: BinaryIO, client: socket.socket) -> None:
         method, path, _ = head.first
         self.requests.append((method, path))
-        held = next((held for held in self._held if not held.over() and held.matches(method, path)), None)
+        held = next((held for held in self._held if not held.is_decided() and held.matches(method, path)), None)
         if held and held.after is None:
-            held.keep(method, path)
+            held.stop(method, path)
         mode = self.reads if method in READS else self.writes
         if isinstance(mode, int | float):
             time.sleep(mode)
         if head.headers.get("expect", "").lower() == "100-continue":
             client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         if mode == "503":
-            for _ in head.body(asked):
+            for _ in head.body(request):
                 pass
-            said = (
+            response = (
                 f"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: {len(SLOW_DOWN)}\r\n\r\n"
             )
-            client.sendall(said.encode() + SLOW_DOWN * (method != "HEAD"))
+            client.sendall(response.encode() + SLOW_DOWN * (method != "HEAD"))
             return
         size = int(head.headers.get("x-amz-decoded-content-length") or head.headers.get("content-length", 0))
         with ExitStack() as stack:
-            # A new connection for each: one that the store has closed meanwhile would look like a fault of ours.
+            # A new connection per request: one that the store has closed meanwhile would look like an injected failure.
             store = stack.enter_context(socket.create_connection(("127.0.0.1", self.target)))
-            answers = stack.enter_context(store.makefile("rb"))
+            responses = stack.enter_context(store.makefile("rb"))
             lines = head.bytes.splitlines(keepends=True)
             store.sendall(b"".join(line for line in lines if not line.lower().startswith(b"expect:")))
             sent = 0
-            for piece in head.body(asked):
+            for piece in head.body(request):
                 if held and held.after is not None and sent <= held.after < sent + len(piece):
                     store.sendall(piece[: held.after - sent])
-                    held.keep(method, path)
+                    held.stop(method, path)
                     piece, sent = piece[held.after - sent :], held.after
                 if mode == "reset" and sent + len(piece) > size // 2:
                     store.sendall(piece[: max(0, size // 2 - sent)])
-                    raise _Broken
+                    raise _Reset
                 store.sendall(piece)
                 sent += len(piece)
             if mode == "reset" and method not in READS:
-                raise _Broken
-            answer = _Head(answers)
-            if not answer.first or mode == "lost":
-                raise _Broken
+                raise _Reset
+            response = _Head(responses)
+            if not response.first or mode == "lost":
+                raise _Reset
             if mode == "reset":
-                length = int(answer.headers.get("content-length", 0))
-                client.sendall(answer.bytes if length and method == "GET" else b"")
+                length = int(response.headers.get("content-length", 0))
+                client.sendall(response.bytes if length and method == "GET" else b"")
                 left = length // 2
-                for piece in answer.body(answers) if method == "GET" else ():
+                for piece in response.body(responses) if method == "GET" else ():
                     client.sendall(piece[:left])
                     left -= len(piece)
                     if left <= 0:
                         break
-                raise _Broken
-            client.sendall(answer.bytes)
-            if method != "HEAD" and answer.first[1] not in ("204", "304"):
-                for piece in answer.body(answers):
+                raise _Reset
+            client.sendall(response.bytes)
+            if method != "HEAD" and response.first[1] not in ("204", "304"):
+                for piece in response.body(responses):
                     client.sendall(piece)

@@ -1,7 +1,7 @@
-"""The tracking server of cluster/mlflow on this machine, for tests: PostgreSQL, S3 over HTTP, users and passwords.
+"""The MLflow server of cluster/mlflow on this machine, for tests: PostgreSQL, S3 over HTTP, users and passwords.
 
-Command line, environment and users' file are those of cluster/mlflow/compose.yaml. What differs is where: the database,
-the object store and the server are on loopback, at ports that are free.
+Command line, environment and user file are those of cluster/mlflow/compose.yaml, but the database, the object store and
+the server listen on free ports of loopback.
 
     with object_store_in_use(...) as store, running_mlflow_server(store) as server:
         os.environ.update(server.login())
@@ -41,21 +41,21 @@ SERVICES = yaml.safe_load((CLUSTER / "mlflow" / "compose.yaml").read_text())["se
 
 @dataclass(frozen=True)
 class MlflowServer:
-    """Where a running server is, and how to get in."""
+    """Address and login of a running server."""
 
     port: int
     password: str
     log: Path
     environment: dict[str, str]
-    """The server's own: of its database, its artifacts, its users."""
+    """Environment of the server: database, artifacts, users."""
 
     @property
     def uri(self) -> str:
-        """By one of the names that it answers to."""
+        """URI with one of the host names that the server accepts."""
         return f"http://localhost:{self.port}"
 
     def login(self, password: str | None = None) -> dict[str, str]:
-        """Variables with which MLflow's clients find it."""
+        """Return the environment variables for MLflow's clients."""
         return {
             "MLFLOW_TRACKING_URI": self.uri,
             "MLFLOW_TRACKING_USERNAME": "admin",
@@ -63,20 +63,20 @@ class MlflowServer:
         }
 
     def query(self, sql: str) -> list[Any]:
-        """What its database says, or does."""
-        given = self.environment
-        where = {"host": given["PGHOST"], "port": int(given["PGPORT"]), "user": given["PGUSER"]}
+        """Run an SQL statement in the server's database and return its rows."""
+        environment = self.environment
+        address = {"host": environment["PGHOST"], "port": int(environment["PGPORT"]), "user": environment["PGUSER"]}
         name = SERVICES["postgres"]["environment"]["POSTGRES_DB"]
-        with psycopg.connect(**where, password=given["PGPASSWORD"], dbname=name) as connection:
-            asked = connection.execute(sql)
-            return asked.fetchall() if asked.description else []
+        with psycopg.connect(**address, password=environment["PGPASSWORD"], dbname=name) as connection:
+            cursor = connection.execute(sql)
+            return cursor.fetchall() if cursor.description else []
 
     def run(self, service: str) -> str:
-        """`docker compose run --rm SERVICE` -> what it printed."""
-        own = _environment(service, self.environment, self.port) | {"PGHOST": self.environment["PGHOST"]}
+        """Run what `docker compose run --rm SERVICE` would; return its output."""
+        environment = _environment(service, self.environment, self.port) | {"PGHOST": self.environment["PGHOST"]}
         done = subprocess.run(
-            _here(SERVICES[service]["command"], self.port),
-            env=self.environment | own,
+            _local_command(SERVICES[service]["command"], self.port),
+            env=self.environment | environment,
             capture_output=True,
             text=True,
         )
@@ -86,25 +86,25 @@ class MlflowServer:
 
 @contextmanager
 def running_mlflow_server(store: ObjectStore) -> Iterator[MlflowServer]:
-    """Run one until the block is left. Its artifacts lie in the bucket that cluster/facts.yaml names, which is made."""
+    """Context manager: runs a server. Creates the bucket for artifacts that cluster/facts.yaml names."""
     programs = _postgres()
-    # Not below pytest's folders, into which another user may not look.
+    # Not below pytest's folders, which another user cannot read.
     root = Path(tempfile.mkdtemp(prefix="mlflow-server-"))
     ports = _free_ports(2)
-    said = {name: secrets.token_hex(16) for name in ("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD")}
-    said |= {"MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16)}
+    secret = {name: secrets.token_hex(16) for name in ("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD")}
+    secret |= {"MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16)}
     started: list[subprocess.Popen[bytes]] = []
     try:
-        started.append(_start_database(programs, root, ports[0], said["PGPASSWORD"]))
+        started.append(_start_database(programs, root, ports[0], secret["PGPASSWORD"]))
         ini = root / "basic_auth.ini"
         shutil.copy(CLUSTER / "mlflow" / ini.name, ini)
-        where = {"PGHOST": "127.0.0.1", "PGPORT": str(ports[0]), "MLFLOW_AUTH_CONFIG_PATH": str(ini)}
+        local = {"PGHOST": "127.0.0.1", "PGPORT": str(ports[0]), "MLFLOW_AUTH_CONFIG_PATH": str(ini)}
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PG"))}
-        environment = clean | store.environment() | _environment("mlflow", said, ports[1]) | where
+        environment = clean | store.environment() | _environment("mlflow", secret, ports[1]) | local
         environment["AWS_DEFAULT_REGION"] = store.environment()["AWS_DEFAULT_REGION"]
         store.make_bucket(environment["MLFLOW_ARTIFACTS_DESTINATION"].split("/")[2])
-        server = MlflowServer(ports[1], said["MLFLOW_AUTH_ADMIN_PASSWORD"], root / "server.log", environment)
-        line = [sys.executable, "-c", DIE_WITH_PARENT, *_here(SERVICES["mlflow"]["command"], server.port)]
+        server = MlflowServer(ports[1], secret["MLFLOW_AUTH_ADMIN_PASSWORD"], root / "server.log", environment)
+        line = [sys.executable, "-c", DIE_WITH_PARENT, *_local_command(SERVICES["mlflow"]["command"], server.port)]
         started.append(_start(line, root, server.log, env=environment))
         _await(started[-1], server)
         yield server
@@ -116,40 +116,40 @@ def running_mlflow_server(store: ObjectStore) -> Iterator[MlflowServer]:
         shutil.rmtree(root)
 
 
-def _here(command: Sequence[str], port: int) -> list[str]:
-    """A rendered command line, at home: only on loopback, at this port, by this Python."""
+def _local_command(command: Sequence[str], port: int) -> list[str]:
+    """Change a rendered command line: listen on loopback at `port`, run by this Python."""
     assert command[0] == "mlflow"
-    given = dict(itertools.pairwise(command))
-    there = {"--host": ("0.0.0.0", "127.0.0.1"), "--port": ("5000", str(port))}
+    options = dict(itertools.pairwise(command))
+    replacements = {"--host": ("0.0.0.0", "127.0.0.1"), "--port": ("5000", str(port))}
     line = [sys.executable, "-m", *command]
-    for flag, (rendered, own) in there.items():
-        if flag in given:
-            assert given[flag] == rendered
-            line[line.index(flag) + 1] = own
+    for flag, (rendered, local) in replacements.items():
+        if flag in options:
+            assert options[flag] == rendered
+            line[line.index(flag) + 1] = local
     return line
 
 
 def _environment(service: str, secret: dict[str, str], port: int) -> dict[str, str]:
-    """What compose.yaml gives a service, with these secrets and this port."""
+    """Return the environment that compose.yaml gives a service, with these secrets and this port."""
 
-    def own(value: str) -> str:
-        value = re.sub(r"\$\{(\w+):\?[^}]*\}", lambda found: secret[found[1]], value)
+    def local(value: str) -> str:
+        value = re.sub(r"\$\{(\w+):\?[^}]*\}", lambda match: secret[match[1]], value)
         return value.replace("http://mlflow:5000", f"http://localhost:{port}").replace(":5000", f":{port}")
 
-    return {name: own(value) for name, value in SERVICES[service]["environment"].items()}
+    return {name: local(value) for name, value in SERVICES[service]["environment"].items()}
 
 
 def _postgres() -> Path:
-    """The folder of Debian's newest PostgreSQL."""
-    found = sorted(PROGRAMS.glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
-    if not found:
+    """Return the folder of the newest installed PostgreSQL."""
+    programs = sorted(PROGRAMS.glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    if not programs:
         pytest.fail(f"no PostgreSQL in {PROGRAMS}: apt-get install --no-install-recommends postgresql", pytrace=False)
-    return found[-1].parent
+    return programs[-1].parent
 
 
 def _start_database(programs: Path, root: Path, port: int, password: str) -> subprocess.Popen[bytes]:
-    """A new database in this folder. PostgreSQL refuses root, so then it is its own user's."""
-    # SIGINT ends it at once, with all its processes.
+    """Start a new database in this folder, as user postgres if this process is root, which PostgreSQL refuses."""
+    # SIGINT stops PostgreSQL at once, with all its processes.
     become = ["setpriv", "--pdeathsig", "INT"]
     if os.getuid() == 0:
         become += ["--reuid", USER, "--regid", USER, "--clear-groups"]

@@ -1,11 +1,10 @@
 """A real S3 object store on this machine, for tests: OpenStack Swift with its S3 API.
 
-An emulator agrees with whatever its authors believed S3 does. Swift is a store that people run: it
-checks signatures, keeps objects on disk and joins uploads from parts. It needs neither root nor
-system packages, only Linux and a file system with extended attributes.
+Unlike an emulator, Swift is used in production: it checks signatures, keeps objects on disk and assembles multipart
+uploads. It needs neither root nor system packages, only Linux and a file system with extended attributes.
 
     with running_object_store(tmp_path / "store", venv=Path(".cache/swift-venv")) as store:
-        os.environ.update(store.environment())  # before the first client is made: they remember
+        os.environ.update(store.environment())  # before the first client, which keeps its settings
         store.make_bucket("runs")
 """
 
@@ -31,13 +30,12 @@ from s3fs import S3FileSystem
 REQUIREMENTS = ("swift==2.38.3", "setuptools<81")  # Swift imports pkg_resources, gone in 81
 SERVERS = ("account", "container", "object", "proxy")
 USER = "test:tester"
-READER = "test:reader"  # may do nothing, until `let_read`
+READER = "test:reader"  # has no rights until `let_read`
 REGION = "us-east-1"
 START_SECONDS = 60.0
 
-# One process a server (workers = 0), so that killing it leaves nothing behind. Long timeouts: no
-# background daemon runs here, and on a busy machine the default of one second would put off the
-# listing update of a written object, which nobody would ever make up for.
+# One process per server (workers = 0), so that killing it leaves no children. Long timeouts: with the default of one
+# second, a loaded machine would defer an object's update of its listing to a background daemon, and none runs here.
 CONFIG = """\
 [DEFAULT]
 bind_ip = 127.0.0.1
@@ -94,14 +92,14 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 @dataclass(frozen=True)
 class ObjectStore:
-    """Where a running store is, and how to get in."""
+    """Address and login of a running store."""
 
     endpoint: str
-    # Its own for each store: a client that strays into another session's store is refused.
+    # A secret per store: a client that reaches another session's store by mistake is refused.
     secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
 
     def environment(self) -> dict[str, str]:
-        """Variables with which boto3, s3fs, Arrow's URIs and MLflow find this store, and only it.
+        """Return the environment variables with which boto3, s3fs, Arrow and MLflow use this store only.
 
         `pyarrow.fs.S3FileSystem()` reads all but the endpoint: give it `endpoint_override`.
         """
@@ -110,26 +108,26 @@ class ObjectStore:
             "AWS_ACCESS_KEY_ID": USER,
             "AWS_SECRET_ACCESS_KEY": self.secret,
             "AWS_DEFAULT_REGION": REGION,
-            # Nothing of the developer's own set-up, and no wait for a cloud machine's metadata.
+            # Ignore the developer's AWS settings, and do not wait for the metadata of a cloud machine.
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
     def make_bucket(self, name: str) -> None:
-        """Create a bucket, which the code under test never does."""
+        """Create a bucket; the code under test never does."""
         session = boto3.Session(USER, self.secret, region_name=REGION)
         session.client("s3", endpoint_url=self.endpoint).create_bucket(Bucket=name)
 
     def let_read(self, name: str) -> None:
-        """Let everybody see and read a bucket's objects: `READER` among them, whose secret is the same."""
+        """Let all users list and read a bucket, among them `READER`, who has the same secret."""
         session = boto3.Session(USER, self.secret, region_name=REGION)
         session.client("s3", endpoint_url=self.endpoint).put_bucket_acl(Bucket=name, ACL="public-read")
 
 
 @contextmanager
 def running_object_store(root: Path, *, venv: Path) -> Iterator[ObjectStore]:
-    """Run a store in the new folder ``root``, data and logs, until the block is left.
+    """Context manager: runs a store with its data and logs in the new folder ``root``.
 
     Swift brings eventlet, so it lives in an environment of its own, ``venv``: built on first use,
     shared by later sessions.
@@ -146,14 +144,14 @@ def running_object_store(root: Path, *, venv: Path) -> Iterator[ObjectStore]:
         deadline = time.monotonic() + START_SECONDS
         for name, server in servers.items():
             _await_health(server, ports[name], root / f"{name}.log", deadline)
-        # A client of another store than this one would be taken out of fsspec's cache.
+        # fsspec caches clients, perhaps one of another store.
         S3FileSystem.clear_instance_cache()
         yield store
 
 
 @contextmanager
 def object_store_in_use(root: Path, *, venv: Path, bucket: str) -> Iterator[ObjectStore]:
-    """`running_object_store` with a bucket, which this process' environment names too."""
+    """`running_object_store` with a bucket, set up in the environment of this process."""
     with running_object_store(root, venv=venv) as store, pytest.MonkeyPatch.context() as patch:
         store.make_bucket(bucket)
         for name, value in store.environment().items():
@@ -162,11 +160,11 @@ def object_store_in_use(root: Path, *, venv: Path, bucket: str) -> Iterator[Obje
 
 
 def _installed_swift(venv: Path) -> Path:
-    """Build ``venv`` unless it is whole, which the stamp says that is written last."""
+    """Build ``venv`` unless its stamp, which is written last, shows that it is complete."""
     venv.parent.mkdir(parents=True, exist_ok=True)
     stamp, wanted = venv / "complete", "\n".join(REQUIREMENTS)
     with venv.with_name(f"{venv.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second session waits, and finds it built
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second session waits until it is built
         if not stamp.exists() or stamp.read_text() != wanted:
             shutil.rmtree(venv, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", venv], check=True)
@@ -177,7 +175,7 @@ def _installed_swift(venv: Path) -> Path:
 
 
 def _free_ports() -> dict[str, int]:
-    """A free port for each server; all are held until the last is chosen, so they differ."""
+    """Return a free port per server; all stay open until the last is chosen, so that they differ."""
     with ExitStack() as stack:
         sockets = {name: stack.enter_context(socket.socket()) for name in SERVERS}
         for sock in sockets.values():
@@ -186,7 +184,7 @@ def _free_ports() -> dict[str, int]:
 
 
 def _configure(root: Path, bin_dir: Path, ports: dict[str, int], secret: str) -> None:
-    """Make the device, the configuration and the rings."""
+    """Create the device, the configuration and the rings."""
     (root / "devices" / "d1").mkdir(parents=True)
     hashing = "[swift-hash]\nswift_hash_path_prefix = p\nswift_hash_path_suffix = s\n"
     (root / "swift.conf").write_text(hashing)
@@ -200,7 +198,7 @@ def _configure(root: Path, bin_dir: Path, ports: dict[str, int], secret: str) ->
 
 
 def _start_server(root: Path, bin_dir: Path, name: str) -> subprocess.Popen[bytes]:
-    """Start one server, which ends at the latest with the thread that starts it."""
+    """Start one server; it ends with the thread that starts it, at the latest."""
     server = [str(bin_dir / f"swift-{name}-server"), f"{name}.conf", "--verbose"]
     with (root / f"{name}.log").open("wb") as log:
         return subprocess.Popen(
@@ -209,12 +207,12 @@ def _start_server(root: Path, bin_dir: Path, name: str) -> subprocess.Popen[byte
             env=os.environ | {"SWIFT_DIR": str(root)},
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the tests, which then stop the servers
+            start_new_session=True,  # only the tests get Ctrl-C, and stop the servers
         )
 
 
 def _await_health(server: subprocess.Popen[bytes], port: int, log: Path, deadline: float) -> None:
-    """Return when the server answers; raise with the end of its log when it will not."""
+    """Wait until the server answers; raise an error with the end of its log if it does not."""
     while server.poll() is None and time.monotonic() < deadline:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/healthcheck", timeout=2).close()

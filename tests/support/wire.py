@@ -1,4 +1,4 @@
-"""A relay on loopback that counts what passes: requests, and bytes received."""
+"""A TCP relay on loopback that counts requests and received bytes."""
 
 import re
 import socket
@@ -10,12 +10,12 @@ REQUEST = re.compile(rb"(?:GET|HEAD|PUT|POST|DELETE) \S+ HTTP/1\.1\r\n")
 
 
 class Wire:
-    """Listens on `port` and relays to `target` while the block is entered.
+    """Context manager: listens on `port` and relays to `target`.
 
     Attributes:
-        requests: HTTP requests sent so far.
-        received: bytes that came back so far, headers included.
-        silent: set it, and nothing passes any more; connections stay open.
+        requests: number of HTTP requests so far.
+        received: size of the responses so far, headers included [bytes].
+        silent: set it to pass nothing on any more; connections stay open.
     """
 
     def __init__(self, target: int, port: int = 0) -> None:
@@ -46,7 +46,7 @@ class Wire:
                 if back:
                     self.received += len(data)
                 else:
-                    # A request of ours begins a piece: the client waits for each answer.
+                    # A request starts a packet, because the client waits for each response.
                     self.requests += bool(REQUEST.match(data))
                 if not self.silent:
                     sink.sendall(data)

@@ -64,43 +64,47 @@ class SweepProgress(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial's process starts."""
-        own = self.search.by_id[trial.trial_id]
-        self._since[own.number] = time.monotonic()
-        self._write(own)
-        self._log(own, f"starts  {_point(own)}")
+        sweep_trial = self.search.by_id[trial.trial_id]
+        self._since[sweep_trial.number] = time.monotonic()
+        self._write(sweep_trial)
+        self._log(sweep_trial, f"starts  {_point(sweep_trial)}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Record a validation, the end, or the cause of a failure."""
-        own = self.search.by_id[trial.trial_id]
+        sweep_trial = self.search.by_id[trial.trial_id]
         if "error" in result:
-            own.error = result["error"]
+            sweep_trial.error = result["error"]
         elif "finished" in result:
-            own.state, own.train_s = "finished", result["train_s"]
-        elif not own.last or result["step"] > own.last.step:
-            own.curve.append(Rung(int(result["step"]), float(result["loss"]), float(result["accuracy"])))
-            rung = own.curve[-1]
-            self._log(own, f"step {rung.step}/{self.total_steps}  loss {rung.loss:.3f}  accuracy {rung.accuracy:.3f}")
-        self._write(own)
+            sweep_trial.state, sweep_trial.train_s = "finished", result["train_s"]
+        elif not sweep_trial.last or result["step"] > sweep_trial.last.step:
+            sweep_trial.curve.append(Rung(int(result["step"]), float(result["loss"]), float(result["accuracy"])))
+            rung = sweep_trial.curve[-1]
+            self._log(
+                sweep_trial, f"step {rung.step}/{self.total_steps}  loss {rung.loss:.3f}  accuracy {rung.accuracy:.3f}"
+            )
+        self._write(sweep_trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial ended or was stopped."""
-        own = self.search.by_id[trial.trial_id]
-        if own.state == "running":
-            own.state = "out of budget" if self.out_of_budget else "stopped early"
-        self._end(own)
+        sweep_trial = self.search.by_id[trial.trial_id]
+        if sweep_trial.state == "running":
+            sweep_trial.state = "out of budget" if self.out_of_budget else "stopped early"
+        self._end(sweep_trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial raised or its process died."""
-        own = self.search.by_id[trial.trial_id]
-        if own.state == "finished":
+        sweep_trial = self.search.by_id[trial.trial_id]
+        if sweep_trial.state == "finished":
             return  # errors after the end concern only Tune
-        own.state = "failed"
-        if own.error is None:
+        sweep_trial.state = "failed"
+        if sweep_trial.error is None:
             cause = trial.get_pickled_error()
-            own.error = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}" if cause else "its process died"
-        self._end(own)
+            sweep_trial.error = (
+                f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}" if cause else "its process died"
+            )
+        self._end(sweep_trial)
 
     def worker_seconds(self) -> float:
         """Return the worker time of all trials up to now [s]."""

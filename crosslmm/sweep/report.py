@@ -1,6 +1,7 @@
 """Writes a sweep's report, one self-contained HTML page: how few visual tokens are enough?"""
 
 import html
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ from crosslmm.sweep import figures, paper
 from crosslmm.sweep import trials as selection
 from crosslmm.sweep.figures import number, quantity, tokens
 from crosslmm.sweep.paper import ABSENT
-from crosslmm.sweep.trials import Trial
+from crosslmm.sweep.trials import Point, Trial
+
+MAX_REASONS = 10
+"""Different reasons to reject points that the page lists."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,10 @@ class Sweep:
     """Shown at the top: label -> value."""
     distributions: dict[str, BaseDistribution]
     """Dotted key -> distribution; a trial's point lacks keys that a condition excludes."""
+    command: str
+    """Command line that continues the sweep, without the arguments of the trials' configuration."""
+    rejected: Sequence[tuple[Point, str]] = ()
+    """Points that were rejected before they became trials, with the reason."""
 
 
 def write(folder: Path, sweep: Sweep, trials: Sequence[Trial]) -> Path:
@@ -52,13 +60,14 @@ def headline(sweep: Sweep, trials: Sequence[Trial]) -> str:
         )
         return f"{answer} How few are enough needs more trials."
     answer = f"{tokens(best.tokens_per_frame)} per frame {_reach(best)} accuracy {accuracy:.3f}"
-    # Without a knee, the cheapest trial of the front shows what less compute costs.
+    # Where the best trial is the knee, the cheapest trial of the front shows what less compute costs.
     other = knee if knee is not best else front[0]
     if other is not best and other.last:
+        answer += "; knee: " if other is knee else "; "
         if other.tokens_per_frame == best.tokens_per_frame:
-            answer += "; the same number with other settings reaches"
+            answer += "the same number with other settings reaches"
         else:
-            answer += f"; {tokens(other.tokens_per_frame)} {_reach(other)}"
+            answer += f"{tokens(other.tokens_per_frame)} {_reach(other)}"
         answer += (
             f" {other.last.accuracy:.3f} at {other.macs / best.macs:.2g} of the compute (vision encoder not counted)."
         )
@@ -101,12 +110,16 @@ def _page(sweep: Sweep, trials: Sequence[Trial], drawn: dict[str, go.Figure | st
 <main>
 <h1>How few tokens are enough?</h1>
 <p class="answer">{_text(headline(sweep, trials))}</p>
-<dl>{facts_html}</dl>
+<dl>{facts_html}
+<div class="wide"><dt>Reproduce</dt><dd><code>{_text(sweep.command)}</code><br>{REPRODUCE_NOTE}</dd></div>
+</dl>
 {_section("Accuracy and compute", FRONT_NOTE, "front", drawn["front"])}
 {_section("Which settings matter", IMPORTANCE_NOTE, "importance", drawn["importance"])}
 {_section("All settings at once", PARALLEL_NOTE, "parallel", drawn["parallel"])}
 {_section("Learning curves", CURVES_NOTE, "curves", drawn["curves"])}
 {paper.tables(sweep.distributions, trials)}
+{_rejected_points(sweep)}
+{_failed_trials(trials)}
 {_all_trials(sweep, trials)}
 </main>
 <script>{SORT}</script>
@@ -128,6 +141,27 @@ def _section(title: str, note: str, name: str, drawn: go.Figure | str) -> str:
     )
     min_width = f' style="min-width:{drawn.layout.meta["min_width"]}px"' if drawn.layout.meta else ""
     return f'<section><h2>{title}</h2><p>{note}</p><div class="box"><div{min_width}>{plot}</div></div></section>'
+
+
+def _rejected_points(sweep: Sweep) -> str:
+    if not sweep.rejected:
+        return ""
+    counts = Counter(reason for _, reason in sweep.rejected)
+    items = [f"{_text(reason)} ({count})" for reason, count in counts.most_common(MAX_REASONS)]
+    note = f"Rejected before they started, by reason, most frequent first: {len(sweep.rejected)} in total."
+    if len(counts) > MAX_REASONS:
+        note += f" {len(counts) - MAX_REASONS} more reasons are not shown."
+    return _list("Rejected points", f"{note} The MLflow run's left_out.jsonl has every point.", items)
+
+
+def _failed_trials(trials: Sequence[Trial]) -> str:
+    failed = [trial for trial in trials if trial.state == "failed"]
+    items = [f"trial {trial.number}: {_text(trial.error or 'no cause was recorded')}" for trial in failed]
+    return _list("Failed trials", "First cause of each failure.", items) if failed else ""
+
+
+def _list(title: str, note: str, items: Sequence[str]) -> str:
+    return f"<section><h2>{title}</h2><p>{note}</p><ul>{''.join(f'<li>{item}</li>' for item in items)}</ul></section>"
 
 
 def _all_trials(sweep: Sweep, trials: Sequence[Trial]) -> str:
@@ -185,9 +219,12 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
+REPRODUCE_NOTE = """Add the arguments of the configuration; <code>sweep.json</code> in the sweep's folder and the
+parameters of the MLflow run have its values. The same <code>--name</code> continues this sweep, and another one runs it
+again."""
 FRONT_NOTE = """Each point is a trial. The line is the Pareto front: trials that no other finished trial beats in both
-accuracy and compute. To the right of the knee, more compute buys less accuracy. Compute is the prefill of one sample
-without the vision encoder, which all trials share. Hollow points were stopped early, after fewer steps."""
+accuracy and compute. Beyond the knee, each doubling of compute gains less accuracy. Compute is the prefill of one
+sample without the vision encoder, which all trials share. Hollow points were stopped early, after fewer steps."""
 IMPORTANCE_NOTE = """How much the best finished trials differ from all finished ones in a setting (Optuna's PED-ANOVA).
 With few trials this is a hint that chance can produce. A setting that only one trial has, or only one lacks, is left
 out."""
@@ -200,12 +237,15 @@ body{margin:0;background:#fff;color:#222;font:16px/1.5 system-ui,-apple-system,"
 main{max-width:1180px;margin:0 auto;padding:24px 20px 64px}
 h1{font-size:1.6rem;line-height:1.25;margin:0 0 8px}
 h2{font-size:1.15rem;margin:40px 0 4px}
-p{max-width:75ch;margin:0 0 12px;color:#444;overflow-wrap:anywhere}
+p{margin:0 0 12px;color:#444;overflow-wrap:anywhere}
+code{background:#f5f5f5;padding:2px 6px;border-radius:3px;font-size:.875rem}
+ul{margin:0;padding-left:20px;overflow-wrap:anywhere}
 .answer{font-size:1.2rem;color:#111;border-left:4px solid #0072B2;padding:2px 0 2px 14px;margin:12px 0 20px}
 .absent{background:#f5f5f5;padding:10px 14px;border-radius:4px}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(250px,100%),1fr));gap:10px 24px;margin:0}
+.wide{grid-column:1/-1}
 dt{font-size:.8rem;color:#595959}
-dd{margin:0;overflow-wrap:anywhere}
+dd{margin:0;color:#444;overflow-wrap:anywhere}
 .box{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:6px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid #e3e3e3;vertical-align:top}

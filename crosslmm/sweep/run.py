@@ -1,8 +1,8 @@
 """The sweep's driver: checks, encodes once, lets Tune run the trials, reports, promotes."""
 
-import functools
 import json
 import logging
+import shlex
 import tempfile
 import time
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from crosslmm import run_folder, storage
-from crosslmm.config import COMPARED, FREE, BadConfig, RunConfig, changes, roles_of, tracking_uri
+from crosslmm.config import BadConfig, RunConfig, tracking_uri
 from crosslmm.data.feature_format import FeatureConfig
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.sampler import DeterministicSampler
@@ -24,12 +24,13 @@ from crosslmm.sweep import report, trials
 from crosslmm.sweep.candidates import Candidates
 from crosslmm.sweep.progress import SweepProgress
 from crosslmm.sweep.promote import promote
+from crosslmm.sweep.resume import begin_sweep
 from crosslmm.sweep.search import Search
 from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import Space, changes_features, distribution, grid, is_grid
 from crosslmm.sweep.trials import Trial
 from crosslmm.sweep.tuner import SweepFailed, max_concurrent_trials, run_trials
-from crosslmm.tracking import MlflowRun, require_answer
+from crosslmm.tracking import MlflowRun
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def run_sweep(config: RunConfig, sweep: SweepSettings, space_name: str, space: S
     log.info("sweep     %s (the same command with --name %s continues it)", config.name, config.name)
     log.info("machine   %s", hardware.describe(config, machine))
     log.info("space     %s: %s", space_name, ", ".join(space))
-    record, begun = _begin(config, folder, space_name, space, sweep, [*manifests, validation])
+    record, begun = begin_sweep(config, folder, space_name, space, sweep, [*manifests, validation])
     log.info("storage   %s", folder)
     log.info("record    %s, run %s", record.uri, record.run_id)
     status = "FAILED"
@@ -113,7 +114,7 @@ def run_sweep(config: RunConfig, sweep: SweepSettings, space_name: str, space: S
         if search.rejected:
             point, reason = search.rejected[0]
             log.info("left out  %s points before they started, such as %s: %s", len(search.rejected), point, reason)
-        page = _report(folder, config, space_name, space, search, record, total_steps)
+        page = _report(folder, config, sweep, space_name, space, search, record, total_steps)
         log.info("report    %s", page)
         _require_a_finished_trial(search, page)
         promoted = promote(sweep.promote, folder, base, search.trials, record) if sweep.promote else None
@@ -154,80 +155,6 @@ def _steps(config: RunConfig, manifests: list[Manifest]) -> int:
     )
     steps = config.train.epochs * sampler.steps_per_epoch
     return min(steps, config.train.max_steps or steps)
-
-
-def _begin(
-    config: RunConfig, folder: str, space_name: str, space: Space, sweep: SweepSettings, manifests: list[Manifest]
-) -> tuple[MlflowRun, dict[str, Any]]:
-    """Return the sweep's MLflow run, new or of an earlier start, and what holds for all its starts.
-
-    Raises:
-        BadConfig: an earlier start under this name searched something else, or MLflow does not answer.
-    """
-    require_answer(config.tracking)
-    uri = storage.join(folder, run_folder.SWEEP_FILE)
-    searched = {path: str(distribution(path, dimension)) for path, dimension in space.items()}
-    settled = {
-        "space": searched,
-        "config": config.model_dump(mode="json"),
-        "data": {f"digest of manifest {i}": manifest.digest for i, manifest in enumerate(manifests)},
-    }
-    if storage.exists(uri):
-        begun = json.loads(storage.read_bytes(uri))
-        if _require_same(config, begun, settled):
-            begun |= settled
-            storage.write_bytes(uri, json.dumps(begun).encode())
-        record = MlflowRun(config.tracking, begun["run_id"])
-        record.client.update_run(record.run_id, status="RUNNING")
-        return record, begun
-    record = MlflowRun.create(config.tracking, str(config.name), "jobs/tune.py")
-    record.log_config(config)
-    record.log_params({"space": {"name": space_name, **searched}, "sweep": sweep.model_dump()})
-    begun = {"run_id": record.run_id, **settled}
-    storage.write_bytes(uri, json.dumps(begun).encode())
-    return record, begun
-
-
-def _require_same(config: RunConfig, begun: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Compare a sweep's start with an earlier one under the same name -> True if an accepted change has to be recorded.
-
-    The space and the content of the manifests never change. The configuration may, where it is free for runs and trials
-    are not compared by it, or with `accept_changes`.
-
-    Raises:
-        BadConfig: naming what differs.
-    """
-    name = config.name
-    for part in ("space", "data"):
-        before = begun.get(part, now[part])  # an earlier version did not record the data
-        for key in {**before, **now[part]}:
-            if before.get(key) != now[part].get(key):
-                raise BadConfig(
-                    f"name: sweep {name} was begun with {key} {before.get(key)}, and this is {now[part].get(key)}; "
-                    "take that back, or give another --name"
-                )
-    old = begun["config"] if "model" in begun["config"] else _nested(begun["config"])
-    differing = {
-        key: values
-        for key, values in changes(old, now["config"], frozenset()).items()
-        if FREE not in roles_of(key) or COMPARED in roles_of(key)
-    }
-    if differing and not config.accept_changes:
-        text = "; ".join(f"{key} {was} -> {is_now}" for key, (was, is_now) in differing.items())
-        raise BadConfig(
-            f"name: sweep {name} was begun with another configuration: {text}. Take that back, give another --name, or "
-            "continue with --accept_changes true"
-        )
-    return bool(differing)
-
-
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Nest the flat keys that earlier versions recorded: {"a.b": 1} -> {"a": {"b": 1}}."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *sections, name = key.split(".")
-        functools.reduce(lambda section, part: section.setdefault(part, {}), sections, nested)[name] = value
-    return nested
 
 
 def _certain_samples(config: RunConfig, sweep: SweepSettings, max_trials: int, total_steps: int) -> int:
@@ -300,7 +227,14 @@ def _require_shared_record(record: MlflowRun) -> None:
 
 
 def _report(
-    folder: str, config: RunConfig, space_name: str, space: Space, search: Search, record: MlflowRun, total_steps: int
+    folder: str,
+    config: RunConfig,
+    sweep: SweepSettings,
+    space_name: str,
+    space: Space,
+    search: Search,
+    record: MlflowRun,
+    total_steps: int,
 ) -> str:
     """Write the report to the sweep's folder and its MLflow run -> path or URI of the page."""
     encoder = "frozen" if not config.train.learning_rate.vision else "trained"
@@ -313,15 +247,27 @@ def _report(
         "MLflow run": record.run_id,
     }
     distributions = {path: distribution(path, dimension) for path, dimension in space.items()}
-    sweep = report.Sweep(str(config.name), space_name, facts, distributions)
+    command = reproduce_command(str(config.name), space_name, sweep)
+    shown = report.Sweep(str(config.name), space_name, facts, distributions, command, search.rejected)
     with tempfile.TemporaryDirectory() as scratch:
-        page = report.write(Path(scratch), sweep, search.trials)
+        page = report.write(Path(scratch), shown, search.trials)
         storage.write_bytes(storage.join(folder, page.name), page.read_bytes())
         record.log_file(page)
     if search.rejected:
         lines = [json.dumps({"point": point, "reason": reason}) + "\n" for point, reason in search.rejected]
         record.log_text("left_out.jsonl", "".join(lines))
     return storage.join(folder, run_folder.REPORT_FILE)
+
+
+def reproduce_command(name: str, space_name: str, sweep: SweepSettings) -> str:
+    """Return the command line that continues a sweep, without the arguments of the trials' configuration.
+
+    >>> reproduce_command("how-few", "joint", SweepSettings(trials=12))
+    'python jobs/tune.py --space joint --trials 12 --name how-few'
+    """
+    changed = sweep.model_dump(exclude_defaults=True)
+    arguments = [word for key, value in changed.items() for word in (f"--{key}", str(value))]
+    return shlex.join(["python", "jobs/tune.py", "--space", space_name, *arguments, "--name", name])
 
 
 def _short(uri: str) -> str:

@@ -9,7 +9,7 @@ from crosslmm.config import BadConfig, Count, RunConfig, Section
 NO_CLONES = (
     "it continues trials from other trials' checkpoints or pauses them, which Tune cannot do with Ray Train runs"
 )
-REFUSED = ("pbt", "pbt_replay", "pb2", "hyperband", "hb_bohb", "bohb", "resource_changing")
+UNSUPPORTED_SCHEDULERS = ("pbt", "pbt_replay", "pb2", "hyperband", "hb_bohb", "bohb", "resource_changing")
 SCHEDULERS = ("asha", "none")
 
 
@@ -54,7 +54,7 @@ class SweepSettings(Section):
         Raises:
             BadConfig: naming the argument.
         """
-        if self.scheduler in REFUSED:
+        if self.scheduler in UNSUPPORTED_SCHEDULERS:
             raise BadConfig(f"--scheduler {self.scheduler}: {NO_CLONES}; take {' or '.join(SCHEDULERS)}")
         if self.scheduler not in SCHEDULERS:
             raise BadConfig(f"--scheduler {self.scheduler}: there are {' and '.join(SCHEDULERS)}")

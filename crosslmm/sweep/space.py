@@ -122,7 +122,7 @@ def _require_path(name: str, path: str, known: Mapping[str, Any]) -> None:
 
 
 def is_grid(space: Space) -> bool:
-    """Whether all points are to be taken, and not some drawn."""
+    """Return whether every point becomes a trial (grid_search), rather than some drawn by Optuna."""
     return all(_is_grid(dimension) for dimension in space.values())
 
 

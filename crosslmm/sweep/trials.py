@@ -40,16 +40,15 @@ class Trial:
     macs: int
     """Prefill of one sample without the vision encoder, attention products included [MACs]."""
     encoder_macs: int
-    """Of the vision encoder for the same sample [MACs]."""
+    """Vision encoder, for the same sample [MACs]."""
     memory_bytes: int
-    """A worker's peak in training, by the planner."""
+    """Peak memory of a worker in training, by the planner [bytes]."""
     state: State = "running"
     curve: list[Rung] = field(default_factory=list)
     seconds: float = 0.0
-    """Wall clock from its start to its end, over all starts; what passed after its last news before a kill is not in
-    it."""
+    """Wall clock over all starts [s]; the time between the last event and a kill is not counted."""
     train_s: float | None = None
-    """Of a finished one, from its first step's start to its last step's end in its last start [s]."""
+    """Time from the first step's start to the last step's end in the last start [s]; None until it finishes."""
     error: str | None = None
     """First cause of a failure."""
     run_id: str | None = None

@@ -1,4 +1,4 @@
-"""A headless Chromium for pages that a person would look at, and what tests do with it."""
+"""A headless Chromium as a fixture, and helpers for tests of pages."""
 
 import os
 
@@ -15,7 +15,7 @@ FLAGS = (
 
 @pytest.fixture
 def browser(tmp_path):
-    """A driver with a profile of its own, which keeps what pages write to the console."""
+    """Yield a driver with a fresh profile that records the console of its pages."""
     missing = [path for path in (CHROMIUM, DRIVER) if not os.access(path, os.X_OK)]
     if missing:
         pytest.fail(f"no {' and no '.join(missing)}: apt-get install chromium chromium-driver", pytrace=False)
@@ -24,7 +24,7 @@ def browser(tmp_path):
     for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}"]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # Both paths given, selenium looks for nothing to download.
+    # With both paths given, Selenium downloads nothing.
     driver = webdriver.Chrome(options, Service(DRIVER))
     driver.set_page_load_timeout(60)
     yield driver
@@ -32,11 +32,11 @@ def browser(tmp_path):
 
 
 def console_errors(browser) -> list[str]:
-    """What the page, and Chromium about it, wrote as errors since the last call."""
+    """Return the errors in the console since the last call, Chromium's own included."""
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
 def resize(browser, width: int, height: int = 900) -> None:
-    """Make the page so many CSS pixels wide; a window itself has a least width."""
+    """Set the page's size [CSS px]. A window itself cannot be this narrow."""
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)

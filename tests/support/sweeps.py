@@ -1,4 +1,4 @@
-"""Sweeps that never ran: trials made by hand, for the tests of what is told of them."""
+"""Hand-made trials of sweeps that never ran, for the tests of the report."""
 
 import math
 
@@ -26,9 +26,10 @@ ABLATION = {
 
 
 def sweep(distributions=None, **changed) -> Sweep:
-    facts = {"Configuration": "tiny", "Data": "sample, 3,000 clips", "Steps of a trial": "400"}
-    kept = {"name": "first-try", "space": "joint", "facts": facts, "distributions": distributions or JOINT}
-    return Sweep(**kept | changed)
+    facts = {"Configuration": "tiny", "Data": "sample, 3,000 clips", "Steps per trial": "400"}
+    fields = {"name": "first-try", "space": "joint", "facts": facts, "distributions": distributions or JOINT}
+    fields["command"] = "python jobs/tune.py --space joint --trials 14 --name first-try"
+    return Sweep(**fields | changed)
 
 
 def trial(number=0, accuracy=0.9, macs=10**9, state="finished", point=None, steps=4, tokens=4, **changed) -> Trial:
@@ -36,16 +37,16 @@ def trial(number=0, accuracy=0.9, macs=10**9, state="finished", point=None, step
         Rung(100 * (i + 1), 2.2 * math.exp(-0.9 * (i + 1)) + 1 - accuracy, accuracy * (i + 1) / steps)
         for i in range(steps)
     ]
-    made = Trial(number, point or {}, point or {}, tokens, macs, 7 * 10**9, 3 * 2**28, state, curve, 61.5 * steps)
+    result = Trial(number, point or {}, point or {}, tokens, macs, 7 * 10**9, 3 * 2**28, state, curve, 61.5 * steps)
     for name, value in changed.items():
-        setattr(made, name, value)
-    return made
+        setattr(result, name, value)
+    return result
 
 
 def joint(count=14, seed=0) -> list[Trial]:
-    """As of the joint space: of fourteen trials five stopped early and one failed."""
+    """Return trials of the joint space; of fourteen, five were stopped early and one failed."""
     rng = np.random.default_rng(seed)
-    made = []
+    trials = []
     for number in range(count):
         stride, every = int(rng.choice([27, 9, 7])), int(rng.choice([0, 1, 2, 4]))
         tokens = math.ceil(27 / stride) ** 2
@@ -57,19 +58,19 @@ def joint(count=14, seed=0) -> list[Trial]:
         state = "stopped early" if number in (2, 5, 8, 10, 11) else "failed" if number == 6 else "finished"
         steps = {"finished": 4, "stopped early": 1 + number % 2, "failed": 1}[state]
         error = "RuntimeError: loss is nan at step 12" if state == "failed" else None
-        made.append(trial(number, float(accuracy), macs, state, point, steps, tokens, error=error))
-    return made
+        trials.append(trial(number, float(accuracy), macs, state, point, steps, tokens, error=error))
+    return trials
 
 
 def ablation() -> list[Trial]:
-    """As of the ablation space, two seeds each."""
+    """Return trials of the ablation space, two seeds per arm."""
     arms = [{EVERY: 0}, {EVERY: 2}, {EVERY: 4, "model.v2v": True, "model.t2v": True}]
     arms += [{EVERY: 4, "model.v2v": True, "model.t2v": False}, {EVERY: 4, "model.v2v": False}]
     accuracies = [0.65, 0.95, 0.97, 0.96, 0.90]
-    made = []
+    trials = []
     for arm, accuracy in zip(arms, accuracies, strict=True):
         for seed in (0, 1):
             point = arm | {"seed": seed}
-            made.append(trial(len(made), accuracy + 0.02 * seed, 10**8 * (2 + arm[EVERY]), point=point))
-            made[-1].settings = {"model.v2v": True, "model.t2v": True} | point
-    return made
+            trials.append(trial(len(trials), accuracy + 0.02 * seed, 10**8 * (2 + arm[EVERY]), point=point))
+            trials[-1].settings = {"model.v2v": True, "model.t2v": True} | point
+    return trials

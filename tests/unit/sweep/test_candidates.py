@@ -1,4 +1,4 @@
-"""Which points become trials, what they are said to cost, and when a sweep's time or money is spent."""
+"""Candidates and their costs, rejections, budgets, rungs, and the checks of a resume."""
 
 import json
 from types import SimpleNamespace
@@ -10,11 +10,11 @@ from ray import tune
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig, validate_run
 from crosslmm.planning import cost
-from crosslmm.sweep import run as sweep_run
 from crosslmm.sweep import trials, tuner
 from crosslmm.sweep.candidates import Candidates, prefill
+from crosslmm.sweep.resume import begin_sweep
 from crosslmm.sweep.search import Search
-from crosslmm.sweep.settings import REFUSED, SweepSettings
+from crosslmm.sweep.settings import UNSUPPORTED_SCHEDULERS, SweepSettings
 from crosslmm.sweep.trials import Rung, Trial
 from crosslmm.sweep.tuner import Budget, build_scheduler
 from crosslmm.tracking import MlflowRun
@@ -25,8 +25,8 @@ SPACE = {"model.pool_stride": tune.grid_search([1, 2, 4, 8, 9])}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("candidates")
-    own = (f"--tracking.uri=sqlite:///{folder}/mlflow.db", f"--storage={folder}")
-    return parse_run(["--config=tiny", "--config=tiny-sweep", *own], "")
+    places = (f"--tracking.uri=sqlite:///{folder}/mlflow.db", f"--storage={folder}")
+    return parse_run(["--config=tiny", "--config=tiny-sweep", *places], "")
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,11 @@ def record(base):
     return MlflowRun.create(base.tracking, "sweep", "a test")
 
 
-def candidates(base, record, **chosen):
-    return Candidates(base, SweepSettings(**chosen), SPACE, record)
+def candidates(base, record, **changed):
+    return Candidates(base, SweepSettings(**changed), SPACE, record)
 
 
-def test_a_trial_has_the_planners_costs_and_a_run_below_the_sweeps(base, record):
+def test_trial_has_planned_costs_and_a_child_run(base, record):
     trial = candidates(base, record)(7, {"model.pool_stride": 4})
     model = cost.empty_model(base.model.model_copy(update={"pool_stride": 4}))
     macs = cost.macs(model, 4, 60)
@@ -53,7 +53,7 @@ def test_a_trial_has_the_planners_costs_and_a_run_below_the_sweeps(base, record)
     assert run.data.metrics["cost/memory_bytes"] == trial.memory_bytes
 
 
-def test_points_that_cannot_be_exceed_the_budget_or_do_not_fit_are_refused(base, record):
+def test_invalid_or_too_costly_points_are_rejected(base, record):
     with pytest.raises(BadConfig, match=r"pool_stride is 9; a 8 x 8 grid takes 1 to 8"):
         candidates(base, record)(0, {"model.pool_stride": 9})
     few, _ = prefill(base.model_copy(update={"model": base.model.model_copy(update={"pool_stride": 4})}))
@@ -74,24 +74,24 @@ def test_points_that_cannot_be_exceed_the_budget_or_do_not_fit_are_refused(base,
         Candidates(paper, SweepSettings(gpu="l4"), SPACE, record)(0, {"model.pool_stride": 9})
 
 
-def test_a_search_leaves_refused_points_out_and_says_why(base, record):
+def test_search_skips_rejected_points_with_the_reason(base, record):
     search = Search(SPACE, base, [], candidates(base, record), max_trials=5)
-    asked = 0
-    while search.suggest(str(asked)) != search.FINISHED:
-        asked += 1
-    assert asked == len(search.trials) == 4
+    suggested = 0
+    while search.suggest(str(suggested)) != search.FINISHED:
+        suggested += 1
+    assert suggested == len(search.trials) == 4
     ((point, reason),) = search.rejected
     assert point == {"model.pool_stride": 9}
     assert "grid takes 1 to 8" in reason
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_schedulers_that_clone_or_pause_are_refused_by_name(base, name):
+@pytest.mark.parametrize("name", UNSUPPORTED_SCHEDULERS)
+def test_schedulers_that_clone_trials_are_rejected(base, name):
     with pytest.raises(BadConfig, match=rf"--scheduler {name}: .*take asha or none"):
         SweepSettings(scheduler=name).check(base)
 
 
-def test_a_budget_ends_the_sweep_and_not_before():
+def test_sweep_ends_when_its_budget_is_spent():
     watch = SimpleNamespace(out_of_budget=False, worker_seconds=lambda: 1800.0)
     assert not Budget(SweepSettings(), watch).stop_all()
     assert not Budget(SweepSettings(hours=1, dollars=2, price=3), watch).stop_all()
@@ -101,19 +101,19 @@ def test_a_budget_ends_the_sweep_and_not_before():
     assert Budget(SweepSettings(hours=1e-12), watch).stop_all()
 
 
-def rungs(base, **chosen):
+def rungs(base, **changed):
     search = SimpleNamespace(trials=[])
-    (bracket,) = build_scheduler(SweepSettings(**chosen), search, 100, base)._brackets
+    (bracket,) = build_scheduler(SweepSettings(**changed), search, 100, base)._brackets
     return [milestone for milestone, _ in bracket._rungs]
 
 
-def test_rungs_are_counted_in_steps_or_in_compute_and_none_is_at_the_end(base):
+def test_rungs_count_steps_or_compute_before_the_end(base):
     assert rungs(base, first_rung=0.25, keep_one_in=2) == [50, 25]
-    whole = 100 * base.train.global_batch_size * prefill(base)[0]
-    assert rungs(base, rung="compute", first_rung=0.5, keep_one_in=2) == [pytest.approx(whole / 2)]
+    total_macs = 100 * base.train.global_batch_size * prefill(base)[0]
+    assert rungs(base, rung="compute", first_rung=0.5, keep_one_in=2) == [pytest.approx(total_macs / 2)]
 
 
-def test_a_resumed_asha_knows_what_ended_trials_reported_and_judges_no_trial_at_its_end(base):
+def test_resumed_asha_remembers_rungs_and_spares_the_last(base):
     curve = [Rung(30, 2.0, 0.3), Rung(60, 1.0, 0.5), Rung(100, 0.9, 0.6)]
     ended = Trial(0, {}, {}, 4, 100, 10, 1, state="finished", curve=curve)
     running = Trial(1, {}, {}, 4, 100, 10, 1, curve=curve[:1])
@@ -129,12 +129,12 @@ def test_a_resumed_asha_knows_what_ended_trials_reported_and_judges_no_trial_at_
 
 
 def restart(base, tmp_path, space=SPACE, manifests=(), **changed):
-    """Begin a sweep, then start it again with changes -> what is recorded of it."""
+    """Begin a sweep, then resume it with changes -> its MLflow run, and the content of sweep.json."""
     folder = str(tmp_path / "sweep")
-    sweep_run._begin(base, folder, "own", SPACE, SweepSettings(), [SimpleNamespace(uri="a", digest="1")])
+    begin_sweep(base, folder, "own", SPACE, SweepSettings(), [SimpleNamespace(uri="a", digest="1")])
     config = validate_run(merge(base.model_dump(), changed))
     manifests = list(manifests) or [SimpleNamespace(uri="a", digest="1")]
-    return sweep_run._begin(config, folder, "own", space, SweepSettings(), manifests)
+    return begin_sweep(config, folder, "own", space, SweepSettings(), manifests)
 
 
 def merge(values, changed):
@@ -149,19 +149,19 @@ def test_a_sweep_resumes_under_its_mlflow_run(base, tmp_path):
     assert first.run_id == begun["run_id"]
 
 
-def test_a_sweep_refuses_another_space(base, tmp_path):
+def test_sweep_rejects_another_space(base, tmp_path):
     space = {"train.learning_rate.decoder": tune.choice([1.0, 2.0])}
     with pytest.raises(BadConfig, match=r"begun with .* None; take that back, or give another --name"):
         restart(base, tmp_path, space=space)
 
 
-def test_a_sweep_refuses_other_content_of_its_manifest(base, tmp_path):
+def test_sweep_rejects_a_changed_manifest(base, tmp_path):
     with pytest.raises(BadConfig, match=r"begun with digest of manifest 0 1, and this is 2"):
         restart(base, tmp_path, manifests=[SimpleNamespace(uri="a", digest="2")])
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"train": {"validate_every": 7}}])
-def test_a_sweep_refuses_a_change_that_trials_depend_on(changed, base, tmp_path):
+def test_sweep_rejects_changes_that_affect_trials(changed, base, tmp_path):
     with pytest.raises(BadConfig, match=r"-> .*continue with --accept_changes true"):
         restart(base, tmp_path, **changed)
 
@@ -176,10 +176,10 @@ def test_a_sweep_refuses_a_change_that_trials_depend_on(changed, base, tmp_path)
         {"accept_changes": True},
     ],
 )
-def test_a_sweep_resumes_with_changes_that_are_free_for_runs(changed, base, tmp_path):
+def test_sweep_resumes_with_changes_free_for_runs(changed, base, tmp_path):
     restart(base, tmp_path, **changed)
 
 
-def test_an_accepted_change_of_a_sweep_is_recorded(base, tmp_path):
+def test_accepted_change_of_a_sweep_is_recorded(base, tmp_path):
     restart(base, tmp_path, seed=1, accept_changes=True)
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["config"]["seed"] == 1

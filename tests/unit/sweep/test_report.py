@@ -1,11 +1,14 @@
 import html
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from optuna.distributions import CategoricalDistribution
 
 from crosslmm.sweep import figures, paper
 from crosslmm.sweep.report import duration, headline, write
+from crosslmm.sweep.run import reproduce_command
+from crosslmm.sweep.settings import SweepSettings
 from tests.support import sweeps
 from tests.support.sweeps import ABLATION, EVERY, JOINT, STRIDE
 
@@ -24,29 +27,29 @@ def absent(text: str) -> list[str]:
     return re.findall(r'<p class="absent">(.*?)</p>', text)
 
 
-def test_fourteen_trials_of_a_joint_space_give_every_plot(tmp_path):
+def test_joint_space_gets_every_plot(tmp_path):
     text, drawn_figures = page(tmp_path / "new", JOINT, sweeps.joint())
     assert drawn_figures == FIGURES
     assert not absent(text)
     assert text.count("Plotly.newPlot") == 4
     order = [text.index(f"<h2>{title}") for title in re.findall("<h2>(.*?)</h2>", text)]
     assert order == sorted(order)
-    assert len(order) == 5
+    assert len(order) == 6
     assert "Table 2" not in text
 
 
-def test_the_headline_is_of_the_front_and_its_knee():
+def test_headline_names_the_best_and_the_knee():
     points = [(1, 10**8, 0.6), (4, 3 * 10**8, 0.95), (16, 10**9, 0.97), (9, 9 * 10**8, 0.5)]
     trials = [sweeps.trial(i, a, macs, tokens=t) for i, (t, macs, a) in enumerate(points)]
     trials.append(sweeps.trial(4, 0.99, 10, "stopped early", steps=1))
     assert headline(sweeps.sweep(), trials) == (
-        "16 tokens per frame reach accuracy 0.970; 4 tokens reach 0.950 at 0.3 of the compute "
+        "16 tokens per frame reach accuracy 0.970; knee: 4 tokens reach 0.950 at 0.3 of the compute "
         "(vision encoder not counted). Based on 4 finished of 5 trials on this data; one seed per setting."
     )
 
 
 @pytest.mark.parametrize(
-    ("trials", "says"),
+    ("trials", "expected"),
     [
         ([], "No trial has finished (there are none yet)"),
         ([sweeps.trial(state="failed", steps=0), sweeps.trial(1, state="failed", steps=0)], "finished (2\u00a0failed)"),
@@ -55,24 +58,24 @@ def test_the_headline_is_of_the_front_and_its_knee():
         ([sweeps.trial(i, 0.9 + i / 100, 10 + i) for i in range(3)], "so this sweep does not answer"),
     ],
 )  # fmt: skip
-def test_the_headline_claims_no_more_than_there_is(trials, says):
-    assert says in headline(sweeps.sweep(), trials)
+def test_headline_claims_only_what_trials_show(trials, expected):
+    assert expected in headline(sweeps.sweep(), trials)
 
 
 @pytest.mark.parametrize("trials", [[], [sweeps.trial(i, state="failed", steps=0, error="bad") for i in range(3)]])
-def test_without_finished_trials_sentences_stand_for_the_plots(tmp_path, trials):
+def test_sentences_replace_plots_without_finished_trials(tmp_path, trials):
     text, drawn_figures = page(tmp_path, JOINT, trials)
     assert drawn_figures == []
     assert len(absent(text)) == 4
 
 
-def test_one_trial(tmp_path):
+def test_one_trial_gets_no_importances(tmp_path):
     text, drawn_figures = page(tmp_path, JOINT, sweeps.joint(1))
     assert drawn_figures == ["front", "parallel", "curves"]
     assert absent(text) == ["Importances need 4 finished trials; this sweep has 1."]
 
 
-def test_one_dimension(tmp_path):
+def test_one_setting_gets_no_importances(tmp_path):
     drawn = {STRIDE: JOINT[STRIDE]}
     trials = [sweeps.trial(i, 0.9 + i / 100, point={STRIDE: stride}) for i, stride in enumerate([27, 9, 7, 9])]
     text, drawn_figures = page(tmp_path, drawn, trials)
@@ -88,7 +91,7 @@ def test_equal_accuracies_explain_nothing(tmp_path, better):
     assert "nothing to explain" in absent(text)[0]
 
 
-def test_a_hundred_trials_some_still_running(tmp_path):
+def test_hundred_trials_with_running_ones_are_shown(tmp_path):
     trials = sweeps.joint(100)
     trials[-1].state, trials[-2].state = "running", "out of budget"
     text, drawn_figures = page(tmp_path, JOINT, trials)
@@ -97,7 +100,7 @@ def test_a_hundred_trials_some_still_running(tmp_path):
     assert "1\u00a0running" in text
 
 
-def test_choices_that_are_lists_or_nothing(tmp_path):
+def test_choices_may_be_lists_or_none(tmp_path):
     with pytest.warns(UserWarning, match="persistent storage"):
         drawn = {"model.cross_attention_layers": CategoricalDistribution([None, (0, 4)]), **SEED}
     layers = [None, [0, 4], None, [0, 4]]
@@ -110,11 +113,11 @@ def test_choices_that_are_lists_or_nothing(tmp_path):
     assert ">[0, 4]</td>" in text
 
 
-def test_the_importance_finds_what_makes_the_best():
+def test_importance_is_highest_for_the_decisive_setting():
     trials = []
     for i in range(27):
         stride, seed = [27, 9, 7][i % 3], (i // 3) % 3
-        # The stride makes the best, the seed the worst.
+        # The stride determines the best trials, the seed the worst.
         accuracy = 0.9 if stride == 7 else 0.5 if seed else 0.1
         trials.append(sweeps.trial(i, accuracy + i / 1000, point={STRIDE: stride, "seed": seed}))
     drawn = figures.draw({STRIDE: JOINT[STRIDE], **SEED}, trials)["importance"]
@@ -122,7 +125,7 @@ def test_the_importance_finds_what_makes_the_best():
     assert shares["model.pool_stride"] > 0.9
 
 
-def test_the_front_is_joined_and_named():
+def test_front_is_a_line_with_best_and_knee_named():
     points = [(10**8, 0.6), (3 * 10**8, 0.95), (10**9, 0.97), (9 * 10**8, 0.5)]
     trials = [sweeps.trial(i, accuracy, macs) for i, (macs, accuracy) in enumerate(points)]
     trials.append(sweeps.trial(4, 0.99, 10, "stopped early", steps=1))
@@ -132,7 +135,7 @@ def test_the_front_is_joined_and_named():
     assert (*drawn["knee: 4 tokens"].x, *drawn["best: 4 tokens"].x) == (3 * 10**8, 10**9)
 
 
-def test_curves_have_the_colour_of_their_trial():
+def test_curves_have_the_colour_of_the_trial_state():
     trials = sweeps.joint()
     drawn = figures.draw(JOINT, trials)["curves"]
     assert drawn.layout.showlegend
@@ -144,14 +147,14 @@ def test_curves_have_the_colour_of_their_trial():
     assert [list(trace.y) for trace in drawn.data] == [[rung.loss for rung in trial.curve] for trial in with_curve]
 
 
-def test_lines_through_the_dimensions_carry_whole_names():
+def test_parallel_axes_carry_full_key_names():
     drawn = figures.draw(JOINT, sweeps.joint())["parallel"]
     names = [label.replace("<br>", "") for label in drawn.layout.xaxis.ticktext]
     assert names == ["accuracy", *sorted(JOINT)]
     assert [label for label, _ in drawn.data[0].customdata] == names
 
 
-def test_the_papers_tables_for_the_ablation(tmp_path):
+def test_ablation_shows_the_tables_of_the_paper(tmp_path):
     text, _ = page(tmp_path, ABLATION, sweeps.ablation())
     rows = [
         re.findall("<td>(.*?)</td>", row)
@@ -166,14 +169,14 @@ def test_the_papers_tables_for_the_ablation(tmp_path):
     assert "the best seed of each setting counts" in html.unescape(text)
 
 
-def test_a_grid_over_depth_alone_has_table_2b_alone():
+def test_depth_grid_shows_only_table_2b():
     trials = [sweeps.trial(every, point={EVERY: every}) for every in (0, 1, 2)]
     text = paper.tables({EVERY: CategoricalDistribution([0, 1, 2])}, trials)
     assert "Table 2b" in text
     assert "Table 2a" not in text
 
 
-def test_what_comes_from_outside_is_escaped(tmp_path):
+def test_foreign_text_is_escaped(tmp_path):
     bad = "<script>alert(1)</script><b>&"
     drawn = {"a<i>": CategoricalDistribution([bad, "x"]), **SEED}
     trials = [sweeps.trial(i, 0.9 + i / 100, point={"a<i>": [bad, "x"][i % 2], "seed": 0}, error=bad) for i in range(4)]
@@ -183,19 +186,46 @@ def test_what_comes_from_outside_is_escaped(tmp_path):
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;&lt;b&gt;&amp;") >= 4 + 4 + 2
 
 
-def test_nothing_is_fetched(tmp_path):
+def test_page_loads_nothing_from_the_network(tmp_path):
     file = write(tmp_path, sweeps.sweep(), sweeps.joint())
     assert file.read_text().count("plotly.js v") == 1
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", file.read_text())
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "expected"),
     [(0, "0"), (7, "7"), (1_300_000, "1.3 M"), (999_999, "1 M"), (2.4e12, "2.4 T"), (7.5e15, "7.5 P")],
 )
-def test_counts_for_people(value, said):
-    assert figures.quantity(value) == said
+def test_quantities_are_readable(value, expected):
+    assert figures.quantity(value) == expected
 
 
-def test_durations_for_people():
+def test_durations_are_readable():
     assert [duration(s) for s in (0.42, 61.5, 119.9, 4000)] == ["0.42 s", "1 min 02 s", "2 min 00 s", "1 h 06 min"]
+
+
+def test_rejected_points_are_listed_by_frequency(tmp_path):
+    rejected = [({"seed": 1}, "too big"), ({"seed": 2}, "tried < before"), ({"seed": 3}, "tried < before")]
+    text, _ = page(tmp_path, JOINT, sweeps.joint(), rejected=rejected)
+    items = re.search("<h2>Rejected points</h2>.*?<ul>(.*?)</ul>", text, re.S)[1]
+    assert items == "<li>tried &lt; before (2)</li><li>too big (1)</li>"
+    assert "Rejected points" not in page(tmp_path, JOINT, sweeps.joint())[0]
+
+
+def test_failed_trials_are_listed_with_their_cause(tmp_path):
+    text, _ = page(tmp_path, JOINT, sweeps.joint())
+    assert "<li>trial 6: RuntimeError: loss is nan at step 12</li>" in text
+    assert text.index("<h2>Failed trials") < text.index("<h2>All trials")
+    assert "Failed trials" not in page(tmp_path, ABLATION, sweeps.ablation())[0]
+
+
+def test_page_shows_the_command_that_continues_the_sweep(tmp_path):
+    command = reproduce_command("how few", "my space.py", SweepSettings(trials=12, promote="best"))
+    assert command == "python jobs/tune.py --space 'my space.py' --trials 12 --promote best --name 'how few'"
+    assert f"<code>{html.escape(command)}</code>" in page(tmp_path, JOINT, [], command=command)[0]
+
+
+def test_reports_may_be_written_by_several_threads(tmp_path):
+    with ThreadPoolExecutor(3) as pool:
+        drawn = list(pool.map(lambda i: page(tmp_path / str(i), JOINT, sweeps.joint())[1], range(3)))
+    assert drawn == [FIGURES] * 3

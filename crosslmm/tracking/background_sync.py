@@ -150,7 +150,7 @@ class BackgroundSync:
         self._first_attempt.wait(None if is_file else self.timeouts.start_s)
         with self._changed:
             error = self._error
-            if error and (is_file or refuses(error)):
+            if error and (is_file or (isinstance(error, Exception) and refuses(error))):
                 self._move(State.GIVEN_UP)
                 raise BadConfig(f"tracking.uri: {self._failure()}") from error
             if self._state is State.CONNECTING:

@@ -60,7 +60,7 @@ def require_answer(tracking: TrackingConfig) -> None:
         raise BadConfig(f"tracking.uri: {describe_failure(without_password(uri), error)}") from error
 
 
-def refuses(error: Exception) -> bool:
+def refuses(error: BaseException) -> bool:
     """Return whether a retry cannot help: the server refuses, or no server can be at that URI."""
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()

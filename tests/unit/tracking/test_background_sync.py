@@ -212,8 +212,8 @@ def test_server_away_at_the_end_then_replay(server, client, begin, impatient, tm
     ended.finish("FAILED")
     assert (ended.delivered, ended.run_id, ended.model_uri) == (False, None, None)
     assert messages[-1] == f"record: {server.uri} does not answer; {REPLAY.format(tmp_path, 'ended')}"
-    (kept,) = (ended_in / "history").iterdir()
-    assert json.loads(kept.read_text()) == {"step": 3, "time": 1e9 + 3, "metrics": {"loss": 1 / 3, "lr": 0.1}}
+    (saved,) = (ended_in / "history").iterdir()
+    assert json.loads(saved.read_text()) == {"step": 3, "time": 1e9 + 3, "metrics": {"loss": 1 / 3, "lr": 0.1}}
 
     always, folder, messages = begin("always")
     always.log(steps(1, 2))

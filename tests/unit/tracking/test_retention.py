@@ -39,15 +39,15 @@ class Laboratory:
         (Path(folder) / "step-00000001-x").mkdir()
         (Path(folder) / "step-00000001-x" / "weights").write_text("0")
         (Path(folder) / "quarantine.jsonl").write_text("{}\n")
-        begun = run_folder.read_run(folder)
+        run_file = run_folder.read_run(folder)
         ended = time.time() - days * DAY_S
-        begun |= {"start_time": ended - 60, "status": status, "end_time": ended}
+        run_file |= {"start_time": ended - 60, "status": status, "end_time": ended}
         if model:
             storage.write_bytes(f"{folder}/model/weights.safetensors", b"0")
-            begun["lineage"] = {"data_sha256": "0"}
-        run_folder.write_run(folder, begun)
+            run_file["lineage"] = {"data_sha256": "0"}
+        run_folder.write_run(folder, run_file)
         done = tracking.replay(folder)
-        run_folder.write_run(folder, begun | {"run_id": done.run_id})
+        run_folder.write_run(folder, run_file | {"run_id": done.run_id})
         return done.run_id
 
     def decisions(self, older_than: float = 30, keep: int = 0) -> dict[str, tuple[bool, str]]:

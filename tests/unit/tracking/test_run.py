@@ -29,7 +29,7 @@ def start(folder, config, run_id=None, **timeouts):
     return BackgroundSync(str(folder), config.tracking, SyncTimeouts(**timeouts))
 
 
-def begun(folder):
+def run_file(folder):
     return json.loads((folder / "run.json").read_text())
 
 
@@ -111,7 +111,7 @@ def test_artifacts_are_stored_where_configured(record, config):
 
 
 def test_run_json_holds_what_a_replay_needs(run, folder, config):
-    content = begun(folder)
+    content = run_file(folder)
     assert (content["run_id"], content["name"], content["status"]) == (run.run_id, "first", "FINISHED")
     assert content["order"] == {"seed": 1}
     assert parse_run([f"--config={folder}/config.yaml"], "a test") == config
@@ -223,7 +223,7 @@ def test_a_uri_without_a_server_is_refused_at_once(uri, config, tmp_path):
 def test_no_password_is_written_to_the_folder(config, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@tracker:5000")
     run_folder.begin_run(config.model_copy(update={"tracking": TrackingConfig()}), str(tmp_path), {}, [])
-    assert begun(tmp_path)["tracking"]["uri"] == "http://tracker:5000"
+    assert run_file(tmp_path)["tracking"]["uri"] == "http://tracker:5000"
     assert not [path for path in tmp_path.iterdir() if "secret" in path.read_text()]
 
 

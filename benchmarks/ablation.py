@@ -55,7 +55,7 @@ FOLDER = ROOT / "runs" / "ablation"
 
 
 def main() -> None:
-    """Run what is left to run, and print."""
+    """Run the arms that are not done yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     as_json = parser.parse_args().json
@@ -66,9 +66,9 @@ def main() -> None:
     # One thread each: two on two busy cores spin.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        encoder_digits = pool.submit(_kept, folder / "encoder.json", teach_encoder, folder).result()
+        encoder_digits = pool.submit(load_or_measure, folder / "encoder.json", teach_encoder, folder).result()
         runs = {
-            (arm, seed): pool.submit(_kept, folder / f"{arm}-{seed}.json", train_arm, folder, arm, seed)
+            (arm, seed): pool.submit(load_or_measure, folder / f"{arm}-{seed}.json", train_arm, folder, arm, seed)
             for seed in SEEDS
             for arm in ARMS
         }
@@ -81,19 +81,19 @@ def main() -> None:
         "runs": [{"arm": arm, "seed": seed, **result} for (arm, seed), result in results.items()],
     }
     report("ablation", _table(results, encoder_digits), figures, detail, as_json)
-    # What is kept serves an interrupted run; the next one measures anew.
+    # Stored results serve an interrupted run; the next run measures again.
     shutil.rmtree(FOLDER)
 
 
 def _digest() -> str:
-    """What the kept results depend on, so that none of an older model is ever reported."""
+    """Return a digest of the sources, so that no stored result of an older model is ever reported."""
     package = Path(crosslmm.__file__).parent
     sources = [Path(__file__), *package.rglob("*.py"), *package.rglob("*.yaml")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
 
 
-def _kept(file: Path, measure: Any, *arguments: Any) -> dict[str, Any]:
-    """The result in `file`, measured if it is not there."""
+def load_or_measure(file: Path, measure: Any, *arguments: Any) -> dict[str, Any]:
+    """Return the result in `file`, or measure and write it."""
     if not file.exists():
         result = measure(*arguments)
         print(f"{file.stem}: {json.dumps(result)}", flush=True)
@@ -102,7 +102,7 @@ def _kept(file: Path, measure: Any, *arguments: Any) -> dict[str, Any]:
 
 
 def configure(arm: str, seed: int) -> RunConfig:
-    """The `tiny` preset with 8 x 8 patches merged into one token a frame, and a frozen encoder."""
+    """Return the `tiny` preset with 8 x 8 patches merged into one token a frame, and a frozen encoder."""
     rates = {"vision": 0, "projector": 1e-3, "decoder": 1e-3} | {b: 3e-3 * (b in ARMS[arm]) for b in ("v2v", "t2v")}
     settings = {
         "model.vision.image_size": shapes.SIDE,
@@ -119,7 +119,7 @@ def configure(arm: str, seed: int) -> RunConfig:
 
 
 def teach_encoder(folder: Path) -> dict[str, Any]:
-    """Teach the one encoder of all arms, and keep its weights -> how well it names the patches of held-out digits."""
+    """Train the encoder of all arms and save its weights -> its accuracy on patches of held-out digits."""
     config = configure("none", seed=0)
     model = build_model(config.model, build_processor(config.model), config.seed)
     width = model.config.vision_config.hidden_size
@@ -131,9 +131,9 @@ def teach_encoder(folder: Path) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * learning_rate_factor(step, ENCODER_STEPS, config.train)
         pixels, digit, colour = stills(rng, known["train"], 32)
-        says_digit, says_colour = head(model.encode(pixels)).split(NAMES, dim=-1)
-        loss = nn.functional.cross_entropy(says_digit.flatten(0, 1), digit.flatten())
-        loss = loss + nn.functional.cross_entropy(says_colour.flatten(0, 1), colour.flatten())
+        digit_logits, colour_logits = head(model.encode(pixels)).split(NAMES, dim=-1)
+        loss = nn.functional.cross_entropy(digit_logits.flatten(0, 1), digit.flatten())
+        loss = loss + nn.functional.cross_entropy(colour_logits.flatten(0, 1), colour.flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -145,7 +145,7 @@ def teach_encoder(folder: Path) -> dict[str, Any]:
 
 
 def stills(rng: np.random.Generator, known: digits.Digits, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Frames with one to nine plates.
+    """Draw frames with one to nine plates.
 
     Returns:
         uint8 (count, 3, SIDE, SIDE), and int64 (count, patches) each: the digit and the colour that a patch shows, one
@@ -184,9 +184,9 @@ def train_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
     for step in range(ARM_STEPS):
         set_learning_rate(optimizer, step, ARM_STEPS, config.train)
         places = np.arange(step * order.global_batch_size, (step + 1) * order.global_batch_size)
-        chosen, weights = order.rows_at(places)
-        messages = [rows[i]["messages"] for i in chosen]
-        loss = model(**_inputs(processor, messages, [videos[i] for i in chosen], weights=weights)).loss
+        sample_rows, weights = order.rows_at(places)
+        messages = [rows[i]["messages"] for i in sample_rows]
+        loss = model(**_inputs(processor, messages, [videos[i] for i in sample_rows], weights=weights)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
         optimizer.step()
@@ -200,15 +200,15 @@ def train_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
 def score(
     model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor, folder: Path, config: RunConfig
 ) -> dict[str, float]:
-    """Exact match of greedy answers about the held-out clips, in all and of the digits that come late."""
+    """Return the exact match of greedy answers on held-out clips: all of them, and those about late digits."""
     rows, videos = clips(folder, "held_out", config.data.num_frames)
     right = []
     for start in range(0, len(rows), 50):
         part = slice(start, start + 50)
         prompts = _inputs(processor, [row["messages"][:-1] for row in rows[part]], videos[part], answer=True)
         tokens = model.generate(**prompts, max_new_tokens=config.train.max_new_tokens, do_sample=False)
-        said = processor.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += [s.strip() == row["messages"][-1]["content"] for s, row in zip(said, rows[part], strict=True)]
+        answers = processor.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += [s.strip() == row["messages"][-1]["content"] for s, row in zip(answers, rows[part], strict=True)]
     late = [r for r, row in zip(right, rows, strict=True) if row["kind"] == "late digit"]
     return {"accuracy": statistics.mean(right), "late": statistics.mean(late)}
 
@@ -219,7 +219,7 @@ def _inputs(processor: CrossLMMProcessor, messages: list[Any], videos: list[np.n
 
 @functools.cache
 def clips(folder: Path, split: str, num_frames: int) -> tuple[list[dict], list[np.ndarray]]:
-    """Rows of the manifest, and their frames, decoded once in each process."""
+    """Return the rows of a manifest and their frames, decoded once per process."""
     rows = Manifest(str(folder / f"{split}.jsonl")).rows
     data = DataConfig(num_frames=num_frames)
     videos = [decode_video(row["videos"][0], data, shapes.SIDE) for row in rows]

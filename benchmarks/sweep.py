@@ -1,4 +1,4 @@
-"""What a sweep saves by encoding its videos once, and what rounding them loses: python -m benchmarks.sweep [--json].
+"""Time saved by encoding a sweep's videos once, and accuracy lost to rounding: python -m benchmarks.sweep [--json].
 
 The sweep is real, and run twice: `jobs/tune.py` with a Ray cluster of its own, a grid of N = 8 trials behind a frozen
 encoder, one after the other, with `--features bf16` and with `--features never`. Encoder and decoder stand in the
@@ -124,20 +124,20 @@ def main() -> None:
 
 
 def two_b() -> RunConfig:
-    """CrossLMM-2B at its own settings."""
+    """Return the configuration of CrossLMM-2B."""
     return parse_run(["--config=paper-2b"], "")
 
 
 def arguments(values: dict[str, Any]) -> list[str]:
-    """Settings -> command line."""
+    """Return settings as command-line arguments."""
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
 
 
 def run_sweep(folder: Path, arm: str) -> dict[str, Any]:
-    """One sweep -> its trials, the losses of each, what encoding took, and the whole wall clock.
+    """Run one sweep -> its trials, their losses and step times, the encoding time and the wall clock [s].
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: the sweep failed.
     """
     places = {
         "data.manifest": str(folder / "data" / "train.jsonl"),
@@ -167,9 +167,9 @@ def run_sweep(folder: Path, arm: str) -> dict[str, Any]:
 
 @contextmanager
 def running(command: Sequence[str], folder: Path) -> Iterator[subprocess.Popen]:
-    """A command that starts a Ray cluster of its own; no process of either outlives the context. It talks to stderr."""
+    """Run a command that starts a Ray cluster, and kill all their processes at the end. Output goes to stderr."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
-    # In the folder, for MLflow keeps files in the working directory.
+    # MLflow writes files to the working directory.
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=sys.stderr, start_new_session=True)
     try:
         yield process
@@ -185,17 +185,17 @@ def running(command: Sequence[str], folder: Path) -> Iterator[subprocess.Popen]:
 
 
 def history(client: MlflowClient, trial: Trial, name: str) -> list[float]:
-    """A metric of each step, from the trial's record."""
-    found = client.get_metric_history(str(trial.run_id), name)
-    return [metric.value for metric in sorted(found, key=lambda metric: metric.step)]
+    """Return a metric of each step, from the trial's MLflow run."""
+    metrics = client.get_metric_history(str(trial.run_id), name)
+    return [metric.value for metric in sorted(metrics, key=lambda metric: metric.step)]
 
 
 def compare(sweeps: dict[str, dict[str, Any]]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Both sweeps -> figures, and what they are made of."""
+    """Compare both sweeps -> figures, and the values behind them."""
     cached, uncached = sweeps["features"], sweeps["videos"]
     points = [[trial["point"] for trial in sweep["trials"]] for sweep in (cached, uncached)]
-    assert points[0] == points[1], "the sweeps tried other points"
-    steps = {arm: [in_all(step_s) for step_s in sweep["step_s"]] for arm, sweep in sweeps.items()}
+    assert points[0] == points[1], "the sweeps tried different points"
+    steps = {arm: [steps_seconds(step_s) for step_s in sweep["step_s"]] for arm, sweep in sweeps.items()}
     whole = {arm: [float(trial["train_s"]) for trial in sweep["trials"]] for arm, sweep in sweeps.items()}
     behind = statistics.mean(steps["features"])
     differences = [
@@ -212,13 +212,13 @@ def compare(sweeps: dict[str, dict[str, Any]]) -> tuple[dict[str, float], dict[s
     }
 
 
-def in_all(step_s: Sequence[float]) -> float:
-    """Time of a trial's steps; the first one, which waits for the pipeline to start, counts as the mean of others."""
+def steps_seconds(step_s: Sequence[float]) -> float:
+    """Return the time of a trial's steps; the first one waits for the pipeline, and counts as the mean of the rest."""
     return statistics.mean(step_s[1:]) * len(step_s)
 
 
 def costs(encoding_s: float, features: Sequence[float], videos: Sequence[float]) -> dict[str, float]:
-    """What encoding took, and each trial from features and from videos [s] -> figures."""
+    """Compute the figures from the encoding time and each trial's time from features and from videos [s]."""
     behind, count = statistics.mean(features), len(videos)
     encoder = statistics.mean(videos) - behind
     measured = (encoding_s + sum(features)) / sum(videos)
@@ -227,14 +227,14 @@ def costs(encoding_s: float, features: Sequence[float], videos: Sequence[float])
 
 
 def proportions(done: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """MACs of a prefill in the encoder / behind it: of the 2B, of the configuration here, of its trials together."""
+    """Return encoder MACs / other MACs of a prefill: the 2B, this configuration, and all its trials together."""
     (behind_2b, encoder_2b), (behind, encoder) = prefill(two_b()), prefill(parse_run(arguments(MODEL), ""))
     of_trials = sum(trial["encoder_macs"] for trial in done) / sum(trial["macs"] for trial in done)
     return {"the 2B": encoder_2b / behind_2b, "here": encoder / behind, "mean of the trials": of_trials}
 
 
 def bytes_per_frame(folder: Path) -> dict[str, float]:
-    """Of the sweep's own store, and of one in int8 with the same videos; all files of each counted."""
+    """Return the bytes per frame of the sweep's feature folder, and of an int8 one with the same videos."""
     (place,) = (folder / "runs" / "features").iterdir()
     store = FeatureCache(str(place))
     rows = [row for split in rounding.SPLITS for row in Manifest(f"{folder}/data/{split}.jsonl").rows]
@@ -251,8 +251,8 @@ def _table(figures: dict[str, float], detail: dict[str, Any]) -> Table:
     table = Table("figure", "measured", "limit", title="A sweep of 8 trials with the cache / without")
     for name, value in figures.items():
         limit, why = LIMITS.get(name, (None, ""))
-        told = "" if limit is None else f"<= {limit:.3g}{why}{'  MISSED' if value > limit else ''}"
-        table.add_row(name, f"{value:,.0f}" if value > 100 else f"{value:.3g}", told)
+        verdict = "" if limit is None else f"<= {limit:.3g}{why}{'  MISSED' if value > limit else ''}"
+        table.add_row(name, f"{value:,.0f}" if value > 100 else f"{value:.3g}", verdict)
     sweeps = detail["sweeps"]
     lines = {
         "MACs in the encoder : behind it": {name: f"{ratio:.2f}" for name, ratio in detail["proportions"].items()},
@@ -265,8 +265,9 @@ def _table(figures: dict[str, float], detail: dict[str, Any]) -> Table:
             form: " ".join(f"{value:.3f}" for value in of_form) for form, of_form in detail["accuracy"].items()
         },
     }
-    said = [f"{what}: " + ", ".join(f"{name} {value}" for name, value in of.items()) for what, of in lines.items()]
-    table.caption = "\n".join(said)
+    table.caption = "\n".join(
+        f"{label}: " + ", ".join(f"{name} {value}" for name, value in values.items()) for label, values in lines.items()
+    )
     return table
 
 

@@ -1,4 +1,4 @@
-"""A sweep end to end: killed in the middle and gone on with, one trial stopped early, one that fails; its record."""
+"""A sweep end to end: killed and resumed, with one trial stopped early and one failure; its MLflow runs."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def swept(cluster, folder):
         os.kill(pid, signal.SIGKILL)
     first, _ = job.communicate(timeout=60)
     before = {path.name: path.read_bytes() for path in (sweep / "trials").iterdir()}
-    # Whether the sweep had heard of the validation before that checkpoint is a matter of half a second. It had not.
+    # Whether the sweep recorded the validation before that checkpoint is a race of half a second: make it unrecorded.
     last = json.loads(before["002.json"])
     assert last["state"] == "running", "it was killed too late"
     last["curve"] = []
@@ -91,7 +91,7 @@ def known(swept, folder):
     return trials.read(str(folder / "runs" / "sweep"))
 
 
-def test_each_trial_ends_in_its_own_way(swept, known):
+def test_trials_end_in_the_expected_states(swept, known):
     outcome = swept[3]
     assert [trial.state for trial in known] == ["finished", "failed", "stopped early"]
     counted = (outcome["trials"], outcome["finished"], outcome["stopped_early"], outcome["failed"])
@@ -102,7 +102,7 @@ def test_each_trial_ends_in_its_own_way(swept, known):
     assert known[2].last.step == 3 * EVERY
 
 
-def test_a_killed_sweep_leaves_finished_trials_alone_and_goes_on_from_checkpoints(swept, folder):
+def test_resume_repeats_no_trial_and_uses_checkpoints(swept, folder):
     first, before, second, _ = swept
     sweep = folder / "runs" / "sweep"
     for number in (0, 1):
@@ -116,13 +116,13 @@ def test_a_killed_sweep_leaves_finished_trials_alone_and_goes_on_from_checkpoint
     assert len(saved) == len(set(saved)) > 1
 
 
-def test_encoded_once(swept):
+def test_videos_are_encoded_once(swept):
     first, _, second, _ = swept
     assert "to do     56 videos" in first
     assert "videos" not in second
 
 
-def test_the_report_is_there_and_in_the_record(swept, folder):
+def test_report_is_in_the_folder_and_in_mlflow(swept, folder):
     outcome = swept[3]
     assert Path(outcome["report"]).read_text().startswith("<!")
     artifacts = {item.path for item in client(folder).list_artifacts(outcome["run_id"])}
@@ -164,7 +164,7 @@ def server(swept, folder):
         process.wait()
 
 
-def ask(server, path, **body):
+def post(server, path, **body):
     request = urllib.request.Request(
         f"{server}/api/2.0/mlflow/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -175,11 +175,11 @@ def by_key(items):
     return {item["key"]: item["value"] for item in items}
 
 
-def test_one_parent_and_a_child_for_each_trial_over_rest(server, swept, known):
+def test_rest_api_shows_a_parent_and_a_child_per_trial(server, swept, known):
     outcome = swept[3]
-    experiments = ask(server, "experiments/search", max_results=9)["experiments"]
+    experiments = post(server, "experiments/search", max_results=9)["experiments"]
     (experiment,) = [e["experiment_id"] for e in experiments if e["name"] == "crosslmm"]
-    runs = ask(server, "runs/search", experiment_ids=[experiment], max_results=50)["runs"]
+    runs = post(server, "runs/search", experiment_ids=[experiment], max_results=50)["runs"]
     tags = {run["info"]["run_id"]: by_key(run["data"]["tags"]) for run in runs}
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in tags[run["info"]["run_id"]]]
     assert parent["info"]["run_id"] == outcome["run_id"]
@@ -205,7 +205,7 @@ def test_one_parent_and_a_child_for_each_trial_over_rest(server, swept, known):
         assert metrics["cost/seconds"] == pytest.approx(trial.seconds, rel=0.01)
 
 
-def test_the_curves_of_children_hold_each_step_once(swept, known, folder):
+def test_curves_of_children_hold_each_step_once(swept, known, folder):
     for trial in known:
         losses = client(folder).get_metric_history(trial.run_id, "loss")
         steps = sorted(metric.step for metric in losses)
@@ -217,16 +217,16 @@ def test_the_curves_of_children_hold_each_step_once(swept, known, folder):
         }
 
 
-def test_the_best_is_promoted_with_its_lineage_and_answers(server, swept, known):
+def test_best_trial_is_promoted_with_its_lineage(server, swept, known):
     promoted = swept[3]["promoted"]
     best = trials.best(known)
     assert promoted["trial"] == best.number
     assert promoted["expected"]
     assert isinstance(promoted["answer"], str)  # eight steps teach no more than to load and to end
-    found = urllib.request.urlopen(
+    response = urllib.request.urlopen(
         f"{server}/api/2.0/mlflow/registered-models/alias?name=crosslmm&alias=candidate", timeout=30
     )
-    version = json.loads(found.read())["model_version"]
+    version = json.loads(response.read())["model_version"]
     tags = by_key(version["tags"])
     assert version["run_id"] == best.run_id
     assert (tags["sweep"], tags["trial"], tags["promoted_as"]) == (swept[3]["run_id"], str(best.number), "best")
@@ -234,18 +234,20 @@ def test_the_best_is_promoted_with_its_lineage_and_answers(server, swept, known)
     assert f"decoder: {best.point['train.learning_rate.decoder']}" in tags["configuration"]
 
 
-def shown(browser, address, *texts):
+def wait_for_texts(browser, address, *texts):
     """Open a page of MLflow's and wait until all of these can be read on it."""
     browser.get("about:blank")
     browser.get(address)
     body = lambda: browser.find_element("css selector", "body").text  # noqa: E731
-    WebDriverWait(browser, 60).until(lambda _: all(text in body() for text in texts), f"not all of {texts} are shown")
+    WebDriverWait(browser, 60).until(
+        lambda _: all(text in body() for text in texts), f"not all of {texts} are wait_for_texts"
+    )
 
 
-def test_mlflows_own_pages_show_nested_runs_and_aliases(server, swept, known, browser):
+def test_mlflow_pages_show_nested_runs_and_aliases(server, swept, known, browser):
     resize(browser, 1600)
     experiment = MlflowClient(server).get_experiment_by_name("crosslmm").experiment_id
-    shown(
+    wait_for_texts(
         browser, f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning", "sweep", "4 matching runs"
     )
     assert known[0].name not in browser.find_element("css selector", "body").text
@@ -254,11 +256,11 @@ def test_mlflows_own_pages_show_nested_runs_and_aliases(server, swept, known, br
     WebDriverWait(browser, 30).until(
         lambda _: all(name in browser.find_element("css selector", "body").text for name in names)
     )
-    shown(browser, f"{server}/#/models/crosslmm", "Version 1", "@ candidate", "promoted_as")
+    wait_for_texts(browser, f"{server}/#/models/crosslmm", "Version 1", "@ candidate", "promoted_as")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--space=joint", "--scheduler=pbt"], "--scheduler pbt: it continues trials from other trials' checkpoints"),
         (["--space=joint", "--scheduler=best"], "--scheduler best: there are asha and none"),
@@ -268,9 +270,9 @@ def test_mlflows_own_pages_show_nested_runs_and_aliases(server, swept, known, br
         (["--data.manifest=x.jsonl"], "data.validation_manifest: trials are compared on held-out samples"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_starts(tmp_path, arguments, said):
+def test_bad_arguments_are_rejected_before_a_start(tmp_path, arguments, message):
     done = subprocess.run([sys.executable, "jobs/tune.py", f"--storage={tmp_path}", *arguments], cwd=ROOT,
                           capture_output=True, text=True, timeout=200)  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from crosslmm.train.optim import component_of
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Clips and an encoder as the benchmark makes them, in a few steps."""
+    """Return a folder with the benchmark's clips, and an encoder of a few steps."""
     folder = tmp_path_factory.mktemp("ablation")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablation, "ENCODER_STEPS", 2)
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arm", ablation.ARMS)
-def test_arms_differ_in_their_cross_attentions_alone(arm):
+def test_arms_differ_only_in_cross_attention(arm):
     config = ablation.configure(arm, seed=0)
     model = build_model(config.model, build_processor(config.model), seed=0)
     bare = ablation.configure("none", seed=0)
@@ -30,7 +30,7 @@ def test_arms_differ_in_their_cross_attentions_alone(arm):
     assert config.data == bare.data
 
 
-def test_an_arm_starts_from_the_kept_encoder_and_trains_all_but_that(folder, monkeypatch):
+def test_arm_trains_all_but_the_stored_encoder(folder, monkeypatch):
     trained = []
     monkeypatch.setattr(ablation, "ARM_STEPS", 2)
     monkeypatch.setattr(ablation, "score", lambda model, *_: trained.append(model) or {})
@@ -42,21 +42,21 @@ def test_an_arm_starts_from_the_kept_encoder_and_trains_all_but_that(folder, mon
     assert all(result["gates"].values())
 
 
-def test_greedy_answers_are_scored_as_they_match(folder, monkeypatch):
+def test_greedy_answers_are_scored_by_exact_match(folder, monkeypatch):
     config = ablation.configure("none", seed=0)
     processor = build_processor(config.model)
     model = build_model(config.model, processor, seed=0).eval()
     rows = ablation.clips(folder, "held_out", config.data.num_frames)[0]
     expected = [row["messages"][-1]["content"] for row in rows]
-    said = [" " + answer if i % 3 else "no" for i, answer in enumerate(expected)]
-    monkeypatch.setattr(processor, "batch_decode", lambda *_, **__: said)
+    answers = [" " + answer if i % 3 else "no" for i, answer in enumerate(expected)]
+    monkeypatch.setattr(processor, "batch_decode", lambda *_, **__: answers)
     scored = ablation.score(model, processor, folder, config)
     assert scored["accuracy"] == pytest.approx(8 / 12)
     late = [i % 3 > 0 for i, row in enumerate(rows) if row["kind"] == "late digit"]
     assert scored["late"] == pytest.approx(np.mean(late))
 
 
-def test_a_still_names_what_its_patches_show():
+def test_labels_of_stills_match_their_patches():
     pixels, digit, colour = ablation.stills(np.random.default_rng(0), digits.load_digits()["train"], 16)
     patches = pixels.float().unfold(2, 8, 8).unfold(3, 8, 8).mean((4, 5)).flatten(2).transpose(1, 2)
     # Ground is grey; whatever a digit hides of it, a plate is not.
@@ -69,7 +69,7 @@ def test_a_still_names_what_its_patches_show():
         assert (patches[colour == i].argmax(-1) == channel).float().mean() > 0.9 or name == "magenta"
 
 
-def test_what_is_kept_is_not_measured_again(tmp_path):
+def test_stored_result_is_not_measured_again(tmp_path):
     calls = []
 
     def measure(value):
@@ -77,5 +77,5 @@ def test_what_is_kept_is_not_measured_again(tmp_path):
         return {"accuracy": value}
 
     for _ in range(2):
-        assert ablation._kept(tmp_path / "both-0.json", measure, 0.5) == {"accuracy": 0.5}
+        assert ablation.load_or_measure(tmp_path / "both-0.json", measure, 0.5) == {"accuracy": 0.5}
     assert calls == [0.5]

@@ -1,4 +1,4 @@
-"""Search spaces: the stock ones against every preset, conditions, grids, and what is refused before anything starts."""
+"""Search spaces: the stock ones with every preset, conditions, grids, and rejected spaces."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def tiny():
 
 
 def file(folder, text):
-    path = Path(folder) / "own.py"
+    path = Path(folder) / "user_space.py"
     path.write_text("from ray import tune\nfrom crosslmm.sweep.space import OnlyIf\n" + text)
     return str(path)
 
@@ -36,7 +36,7 @@ def points(space, config, count=20):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("preset", [["tiny"], ["tiny", "tiny-sweep"], ["paper-2b", "stage-2"]])
-def test_every_point_of_every_stock_space_is_a_valid_configuration(name, preset):
+def test_every_point_of_stock_spaces_is_valid(name, preset):
     config = parse_run([f"--config={part}" for part in preset], "")
     space = spaces.load(name, SPACES, config)
     some = points(space, config)
@@ -46,7 +46,7 @@ def test_every_point_of_every_stock_space_is_a_valid_configuration(name, preset)
         assert point.keys() <= space.keys()
 
 
-def test_pooling_walks_every_number_of_tokens_once(tiny):
+def test_pooling_has_each_token_count_once(tiny):
     grid = spaces.grid(spaces.load("pooling", SPACES, tiny), tiny)
     sides = [-(-8 // point["model.pool_stride"]) for point in grid]
     assert sides == [1, 2, 3, 4, 8]
@@ -55,7 +55,7 @@ def test_pooling_walks_every_number_of_tokens_once(tiny):
     assert {27, 9, 7, 2, 1} <= set(strides)
 
 
-def test_there_is_no_rate_for_a_branch_that_is_not_there(tiny):
+def test_absent_branches_have_no_learning_rate(tiny):
     space = spaces.load("joint", SPACES, tiny)
     some = points(space, tiny, 40)
     without = [point for point in some if point["model.cross_attention_every"] == 0]
@@ -68,19 +68,19 @@ def test_there_is_no_rate_for_a_branch_that_is_not_there(tiny):
     assert rates.decoder == without[0]["train.learning_rate.decoder"]
 
 
-def test_the_ablation_has_the_arms_of_tables_2a_and_2b(tiny):
+def test_ablation_has_the_arms_of_tables_2a_and_2b(tiny):
     space = spaces.load("ablation", SPACES, tiny)
     arms = set()
     for point in spaces.grid(space, tiny):
         model = spaces.apply(tiny, spaces.settings(space, tiny, point)).model
         arms.add((model.cross_attention_every, model.v2v, model.t2v))
-    own = tiny.model.cross_attention_every
-    assert arms == {(0, True, True), (1, True, True), (4, True, True), (own, True, True),
-                    (own, True, False), (own, False, True)}  # fmt: skip
+    every = tiny.model.cross_attention_every
+    assert arms == {(0, True, True), (1, True, True), (4, True, True), (every, True, True),
+                    (every, True, False), (every, False, True)}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("{'model.pool_strid': tune.choice([1])}", "no such key; do you mean model.pool_stride?"),
         ("{'model.pool_stride': tune.choice([0, 1])}", "model.pool_stride: Input should be greater"),
@@ -94,26 +94,26 @@ def test_the_ablation_has_the_arms_of_tables_2a_and_2b(tiny):
         ("{}", "the space is empty"),
     ],
 )  # fmt: skip
-def test_a_space_that_cannot_be_is_refused_in_one_line(tmp_path, tiny, body, said):
-    with pytest.raises(BadConfig) as refused:
+def test_invalid_space_is_rejected_in_one_line(tmp_path, tiny, body, message):
+    with pytest.raises(BadConfig) as error:
         spaces.load(file(tmp_path, f"def space(config):\n    return {body}\n"), SPACES, tiny)
-    assert said in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_name_that_is_none_and_a_file_without_a_space(tmp_path, tiny):
+def test_unknown_names_and_files_without_space_are_rejected(tmp_path, tiny):
     with pytest.raises(BadConfig, match=f"neither a file nor one of {', '.join(NAMES)}"):
         spaces.load("pool", SPACES, tiny)
     with pytest.raises(BadConfig, match="no function space"):
         spaces.load(file(tmp_path, "SPACE = 1\n"), SPACES, tiny)
 
 
-def test_ones_own_file_may_build_on_the_stock_ones(tmp_path, tiny):
-    own = "from tune_spaces import pooling\ndef space(config):\n    return pooling.space(config)\n"
-    assert spaces.load(file(tmp_path, own), SPACES, tiny).keys() == {"model.pool_stride"}
+def test_user_file_may_import_stock_spaces(tmp_path, tiny):
+    text = "from tune_spaces import pooling\ndef space(config):\n    return pooling.space(config)\n"
+    assert spaces.load(file(tmp_path, text), SPACES, tiny).keys() == {"model.pool_stride"}
 
 
-def test_which_spaces_leave_the_features_alone(tiny):
+def test_spaces_that_change_features_are_detected(tiny):
     choice = tune.choice([1, 2])
     for path in ("model.pool_stride", "train.learning_rate.decoder", "train.epochs"):
         assert not spaces.changes_features({path: choice}, tiny)
@@ -124,7 +124,7 @@ def test_which_spaces_leave_the_features_alone(tiny):
     assert not spaces.changes_features({"seed": choice}, published)
 
 
-def test_a_condition_sees_what_was_drawn_before_it(tiny):
+def test_condition_sees_earlier_dimensions(tiny):
     space = {
         "model.cross_attention_every": tune.grid_search([0, 2]),
         "model.v2v_scope": OnlyIf(

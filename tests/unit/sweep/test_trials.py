@@ -1,4 +1,4 @@
-"""What is made of trials: their files, the front, its knee, and the points that come next."""
+"""Trial files, the Pareto front and its knee, and the points that the search suggests."""
 
 import math
 
@@ -21,7 +21,7 @@ def trial(number, macs, accuracy=None, state="finished", loss=1.0, point=None):
     return Trial(number, point, point, 4, macs, 10, 100, state=state, curve=curve)
 
 
-def test_a_trial_is_read_as_it_was_written(tmp_path):
+def test_trial_survives_a_write_and_a_read(tmp_path):
     written = [trial(1, 5, 0.5), trial(0, 7, state="running")]
     for one in written:
         trials.write(str(tmp_path), one)
@@ -31,13 +31,13 @@ def test_a_trial_is_read_as_it_was_written(tmp_path):
     assert trials.read(str(tmp_path))[0].state == "failed"
 
 
-def test_another_point_under_the_same_number_is_another_run():
+def test_run_name_depends_on_the_point():
     one, other = trial(3, 5, point={"seed": 1}), trial(3, 5, point={"seed": 2})
     assert one.name != other.name
     assert one.name.startswith("003-")
 
 
-def test_the_front_holds_what_none_beats():
+def test_front_holds_only_unbeaten_finished_trials():
     known = [
         trial(0, 10, 0.5), trial(1, 20, 0.4), trial(2, 30, 0.8), trial(3, 30, 0.7), trial(4, 80, 0.8),
         trial(5, 90, 0.9), trial(6, 5, 0.95, state="stopped early"), trial(7, 1, state="failed"),
@@ -51,7 +51,7 @@ def test_the_front_holds_what_none_beats():
     assert trials.knee([known[-1]]) is None
 
 
-def test_of_equally_accurate_trials_the_lower_loss_and_then_the_cheaper_is_best():
+def test_ties_go_to_lower_loss_then_lower_cost():
     known = [trial(0, 30, 0.8, loss=0.5), trial(1, 20, 0.8, loss=0.4), trial(2, 10, 0.8, loss=0.4)]
     assert trials.best(known).number == 2
     assert [t.number for t in trials.front(known)] == [2]
@@ -69,24 +69,24 @@ def make(number, point):
 
 
 def walk(search):
-    """Ask until there are no more, telling each time that the trial before has ended."""
+    """Take trials until there are no more, ending each before the next."""
     seen = []
-    while (given := search.suggest(name := f"tune-{len(seen)}")) != Searcher.FINISHED:
-        seen.append(trials.from_json(given["trial"]))
+    while (suggestion := search.suggest(name := f"tune-{len(seen)}")) != Searcher.FINISHED:
+        seen.append(trials.from_json(suggestion["trial"]))
         search.by_id[name].state = "finished"
         search.by_id[name].curve = [Rung(10, 1.0, 0.5)]
         search.on_trial_complete(name, {"finished": True})  # the last that a trial reports
     return seen
 
 
-def test_a_grid_is_walked_whole_but_for_what_is_refused(config):
+def test_grid_search_covers_all_but_rejected_points(config):
     space = {"model.pool_stride": tune.grid_search([1, 2, 3, 4])}
     search = Search(space, config, [], make, max_trials=4)
     assert [t.point["model.pool_stride"] for t in walk(search)] == [1, 2, 4]
     assert search.rejected == [({"model.pool_stride": 3}, "three is too many")]
 
 
-def test_a_resume_takes_what_is_unfinished_first_and_nothing_twice(config):
+def test_resume_takes_unfinished_trials_first(config):
     space = {"model.pool_stride": tune.grid_search([1, 2, 4])}
     known = [trial(0, 5, 0.5), trial(1, 5, 0.5, state="running")]
     search = Search(space, config, known, make, max_trials=3)
@@ -94,7 +94,7 @@ def test_a_resume_takes_what_is_unfinished_first_and_nothing_twice(config):
     assert len(search.trials) == 3
 
 
-def test_points_are_drawn_until_there_are_enough_and_never_twice(config):
+def test_search_draws_no_point_twice(config):
     space = {"model.pool_stride": tune.choice([1, 2, 4]), "model.pooling": tune.choice(["bilinear", "max"])}
     drawn = walk(Search(space, config, [], make, max_trials=4))
     assert [t.number for t in drawn] == [0, 1, 2, 3]
@@ -103,20 +103,20 @@ def test_points_are_drawn_until_there_are_enough_and_never_twice(config):
     assert len(everything) == 6
 
 
-def test_a_resumed_search_draws_other_points_and_remembers_the_earlier(config):
+def test_resumed_search_remembers_earlier_points(config):
     space = {"train.learning_rate.decoder": tune.loguniform(1e-4, 1e-2)}
     first = Search(space, config, [], make, max_trials=3)
     walk(first)
     again = Search(space, config, first.trials, make, max_trials=6)
-    told = [t for t in again._study.trials if t.state == optuna.trial.TrialState.COMPLETE]
-    assert [t.params for t in told] == [t.point for t in first.trials]
+    completed = [t for t in again._study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    assert [t.params for t in completed] == [t.point for t in first.trials]
     drawn = walk(again)
     assert [t.number for t in drawn] == [3, 4, 5]
     rates = [t.point["train.learning_rate.decoder"] for t in again.trials]
     assert len(set(rates)) == 6
 
 
-def test_optuna_hears_of_accuracy_and_compute(config):
+def test_optuna_gets_accuracy_and_compute(config):
     space = {"train.learning_rate.decoder": tune.loguniform(1e-4, 1e-2)}
     search = Search(space, config, [], make, max_trials=3)
     for name, result in {
@@ -131,7 +131,7 @@ def test_optuna_hears_of_accuracy_and_compute(config):
     assert search._study.trials[0].values == pytest.approx([0.5, math.log(100)])
 
 
-def test_a_grid_goes_on_however_many_of_its_points_are_refused(config):
+def test_grid_search_survives_many_rejections(config):
     def only_the_last(number, point):
         if point["seed"] < 79:
             raise BadConfig("no")
@@ -143,13 +143,13 @@ def test_a_grid_goes_on_however_many_of_its_points_are_refused(config):
     assert len(search.rejected) == 79
 
 
-def test_fewer_trials_than_there_are_already_add_none(config):
+def test_lower_trial_limit_adds_no_trials(config):
     known = [trial(number, 5, 0.5) for number in range(3)]
     space = {"train.learning_rate.decoder": tune.loguniform(1e-4, 1e-2)}
     assert walk(Search(space, config, known, make, max_trials=2)) == []
 
 
-def test_what_a_kill_left_of_a_file_is_passed_over(tmp_path):
+def test_partial_trial_files_are_skipped(tmp_path):
     trials.write(str(tmp_path), trial(0, 5, 0.5))
     (tmp_path / run_folder.TRIALS_FOLDER / "001.json.ab12.part").write_text('{"number": 1, "poi')
     assert [t.number for t in trials.read(str(tmp_path))] == [0]

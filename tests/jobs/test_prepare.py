@@ -1,4 +1,4 @@
-"""jobs/prepare.py end to end: a real cluster, a real object store over HTTP, real videos, a kill in the middle."""
+"""jobs/prepare.py end to end: a real cluster, a real object store over HTTP, real videos, and a kill."""
 
 import json
 import os
@@ -26,15 +26,15 @@ from tests.support.common import ROOT, conversation
 ROWS, CLIPS = 4000, 6
 BAD = {2000: "{broken", 3001: json.dumps({"id": "row 1", "messages": conversation("?", "again", video=False)})}
 SOURCE, TARGET = "s3://videos/many", "s3://videos/prepared"
-# Small pieces, so that a kill comes between two of them.
-PIECES = ("--piece_bytes", "150000")
+# Small chunks, so that the kill comes between two of them.
+SMALL_CHUNKS = ("--piece_bytes", "150000")
 
 
 def row(i):
     if i in BAD:
         return BAD[i]
-    place = "gone.mp4" if i == 17 else f"clips/{i % CLIPS}.mp4{'#t=0.5,1' if i % 5 == 0 else ''}"
-    return json.dumps({"id": f"row {i}", "video": place, "messages": conversation("What?", f"{i}")})
+    uri = "gone.mp4" if i == 17 else f"clips/{i % CLIPS}.mp4{'#t=0.5,1' if i % 5 == 0 else ''}"
+    return json.dumps({"id": f"row {i}", "video": uri, "messages": conversation("What?", f"{i}")})
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,12 @@ def manifest(store):
 
 
 def clip(frames):
-    """4 frames a second."""
+    """Return a video with 4 frames per second."""
     return encode_clip(np.full((frames, 48, 64, 3), 90, np.uint8))
 
 
 def start(cluster, *arguments):
-    """As a driver on the cluster; `ray job submit` would be three seconds more, and nobody's process to kill."""
+    """Start the job as a driver on the cluster; `ray job submit` takes 3 s longer and gives no process to kill."""
     command = [sys.executable, ROOT / "jobs" / "prepare.py", *arguments]
     environment = cluster.environment | {"RAY_ADDRESS": cluster.gcs_address}
     return subprocess.Popen(
@@ -68,12 +68,12 @@ def run(cluster, *arguments):
     return job.returncode, output
 
 
-def last(output):
+def last_line(output):
     return json.loads(output.splitlines()[-1])
 
 
-def done():
-    """Time of the parts of each piece that is done."""
+def finished_chunks():
+    """Return the modification time of the first part of each chunk that is done."""
     names = [name for name in storage.names_in(f"{TARGET}/pieces") if re.fullmatch(r"\d+\.json", name)]
     fs = S3FileSystem()
     fs.invalidate_cache()
@@ -82,36 +82,36 @@ def done():
 
 @pytest.fixture(scope="module")
 def prepared(cluster, manifest):
-    """Killed after some pieces, refused for its malformed rows, and then done without them."""
-    command = ["convert", manifest, TARGET, *PIECES]
+    """Kill a conversion after some chunks, resume it to an error about malformed rows, and finish it without them."""
+    command = ["convert", manifest, TARGET, *SMALL_CHUNKS]
     job = start(cluster, *command)
     until = time.monotonic() + 60
-    while not done():
+    while not finished_chunks():
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < until
         time.sleep(0.05)
     os.killpg(job.pid, signal.SIGKILL)
     job.communicate()
-    before = done()
+    before = finished_chunks()
     refused = run(cluster, *command)
     unsealed = not storage.exists(f"{TARGET}/_prepared.json")
     finished = run(cluster, *command, "--skip_bad", "true")
     return before, refused, unsealed, finished
 
 
-def test_a_killed_conversion_goes_on_and_does_nothing_twice(prepared):
+def test_a_killed_conversion_resumes_and_repeats_nothing(prepared):
     before, (_, refused), _, (_, finished) = prepared
-    pieces = len(json.loads(storage.read_bytes(f"{TARGET}/pieces/plan.json"))["pieces"])
-    assert 1 <= len(before) < pieces
-    begun = int(refused.split("going on: ")[1].split(" of ")[0])
-    assert len(before) <= begun < pieces
-    assert f"going on: {pieces} of {pieces} pieces are done" in finished
-    after = done()
-    assert len(after) == pieces
+    chunks = len(json.loads(storage.read_bytes(f"{TARGET}/pieces/plan.json"))["pieces"])
+    assert 1 <= len(before) < chunks
+    resumed = int(refused.split("resuming: ")[1].split(" of ")[0])
+    assert len(before) <= resumed < chunks
+    assert f"resuming: {chunks} of {chunks} chunks are done" in finished
+    after = finished_chunks()
+    assert len(after) == chunks
     assert before.items() <= after.items()
 
 
-def test_malformed_rows_leave_the_folder_unsealed_and_are_named(prepared):
+def test_malformed_rows_prevent_the_seal_and_are_reported(prepared):
     _, (status, output), unsealed, _ = prepared
     assert status == 1
     assert unsealed
@@ -120,31 +120,31 @@ def test_malformed_rows_leave_the_folder_unsealed_and_are_named(prepared):
     assert "line 3002: its id is also on line 2; all are in s3://videos/prepared/rejected.jsonl" in error
 
 
-def test_the_prepared_rows_are_the_manifest_s(prepared):
+def test_prepared_rows_equal_those_of_the_manifest(prepared):
     _, _, _, (status, output) = prepared
     assert status == 0, output
-    said = last(output)
-    assert (said["rows"], said["rejected"], said["quarantined"]) == (ROWS - 3, 2, 1)
-    assert said["codecs"].keys() == {"h264"}
+    result = last_line(output)
+    assert (result["rows"], result["rejected"], result["quarantined"]) == (ROWS - 3, 2, 1)
+    assert result["codecs"].keys() == {"h264"}
     manifest, good = Manifest(TARGET, [SOURCE]), Manifest(f"{SOURCE}/good.jsonl")
     assert len(manifest) == ROWS - 3
     rows = {row["id"]: row for row in good.rows}
-    found = manifest.rows
-    assert [row["id"] for row in found] == [name for name in rows if name != "row 17"]
-    for one in found:
+    prepared_rows = manifest.rows
+    assert [row["id"] for row in prepared_rows] == [name for name in rows if name != "row 17"]
+    for one in prepared_rows:
         number = int(one["id"].removeprefix("row "))
         assert one["line"] == number + 1
         assert {**one, "line": 0, "manifest": ""} == {**rows[one["id"]], "line": 0, "manifest": ""}
-    # 4 + 2i frames, 4 a second; half a second of every fifth.
+    # 4 + 2i frames at 4 frames/s; of every fifth row, half a second.
     lengths = manifest.estimate_tokens(FrameSampling(64, "fps", 4.0), 100)
     assert Counter(np.round(lengths[:6] / 100).astype(int).tolist()) == Counter([2, 6, 8, 10, 12, 2])
-    (rejected, again) = map(json.loads, storage.read_bytes(f"{TARGET}/rejected.jsonl").splitlines())
-    assert (rejected["line"], again["line"]) == (2001, 3002)
+    (rejected, duplicate) = map(json.loads, storage.read_bytes(f"{TARGET}/rejected.jsonl").splitlines())
+    assert (rejected["line"], duplicate["line"]) == (2001, 3002)
     (entry,) = map(json.loads, storage.read_bytes(f"{TARGET}/quarantine.jsonl").splitlines())
     assert (entry["id"], entry["line"], entry["stage"]) == ("row 17", 18, "read")
 
 
-def test_the_pipeline_reads_from_the_prepared_folder(prepared, monkeypatch):
+def test_the_data_pipeline_reads_a_prepared_folder(prepared, monkeypatch):
     data = DataConfig(num_frames=2)
     samples = []
     for uri in (TARGET, f"{SOURCE}/good.jsonl"):
@@ -153,36 +153,36 @@ def test_the_pipeline_reads_from_the_prepared_folder(prepared, monkeypatch):
         reader = ReadSamples(BlockLayout(DeterministicSampler((10,), 4, None), 1, 0, 2, 4), rows, data, 32)
         samples.append(reader({"block": [0]}))
         reader.decoder.__exit__(None, None, None)
-    found, expected = map(list, map(unpack_block, samples))
-    assert [sample.id for sample in found] == [f"row {i}" for i in range(4)]
-    for one, other in zip(found, expected, strict=True):
+    samples, expected = map(list, map(unpack_block, samples))
+    assert [sample.id for sample in samples] == [f"row {i}" for i in range(4)]
+    for one, other in zip(samples, expected, strict=True):
         assert (one.id, one.messages, one.error) == (other.id, other.messages, None)
         assert all(np.array_equal(a, b) for a, b in zip(one.videos, other.videos, strict=True))
 
 
-def test_sealed_and_unchanged_is_said_at_once(prepared, cluster, manifest):
-    status, output = run(cluster, "convert", manifest, TARGET, *PIECES)
+def test_an_unchanged_manifest_is_not_converted_again(prepared, cluster, manifest):
+    status, output = run(cluster, "convert", manifest, TARGET, *SMALL_CHUNKS)
     assert status == 0
-    assert "prepared already" in output
-    assert last(output)["rows"] == ROWS - 3
+    assert "already prepared" in output
+    assert last_line(output)["rows"] == ROWS - 3
 
 
-def test_what_can_be_read_now_joins_the_folder_and_leaves_the_ledger(prepared, cluster):
+def test_requeue_adds_readable_rows_and_removes_their_entries(prepared, cluster):
     digest = Manifest(TARGET, [SOURCE]).digest
     (entry,) = map(json.loads, storage.read_bytes(f"{TARGET}/quarantine.jsonl").splitlines())
-    ledger = "s3://videos/runs/one/quarantine.jsonl"
+    quarantine = "s3://videos/runs/one/quarantine.jsonl"
     missing = {**entry, "split": "train", "id": "lost", "uri": f"{SOURCE}/lost.mp4"}
     storage.write_bytes(
-        ledger, "".join(json.dumps(one) + "\n" for one in (missing, {**entry, "split": "train"})).encode()
+        quarantine, "".join(json.dumps(one) + "\n" for one in (missing, {**entry, "split": "train"})).encode()
     )
     storage.write_bytes(f"{SOURCE}/gone.mp4", clip(8))
-    for place in (TARGET, ledger):
+    for place in (TARGET, quarantine):
         status, output = run(cluster, "requeue", place)
         assert status == 0, output
         assert f"readable now: {SOURCE}/rows.jsonl line 18 (row 17)" in output
     assert storage.read_bytes(f"{TARGET}/quarantine.jsonl") == b""
-    (left,) = map(json.loads, storage.read_bytes(ledger).splitlines())
-    assert (left["id"], left["attempts"], left["split"]) == ("lost", 2, "train")
+    (entry,) = map(json.loads, storage.read_bytes(quarantine).splitlines())
+    assert (entry["id"], entry["attempts"], entry["split"]) == ("lost", 2, "train")
     manifest = Manifest(TARGET, [SOURCE])
     assert len(manifest) == ROWS - 2
     assert manifest.digest != digest
@@ -190,13 +190,13 @@ def test_what_can_be_read_now_joins_the_folder_and_leaves_the_ledger(prepared, c
     assert manifest.estimate_tokens(FrameSampling(64, "fps", 4.0), 100)[-1] // 100 == 8
 
 
-def test_validate_says_the_same_and_writes_nothing(cluster, manifest):
+def test_validate_agrees_with_convert_and_writes_nothing(cluster, manifest):
     before = storage.names_in("s3://videos")
-    command = cluster.submit("python", "jobs/prepare.py", "validate", manifest, *PIECES)
+    command = cluster.submit("python", "jobs/prepare.py", "validate", manifest, *SMALL_CHUNKS)
     job = subprocess.run(command, env=cluster.environment, cwd="/", capture_output=True, text=True, timeout=100)
     assert job.returncode == 1
-    said = json.loads(next(line for line in job.stdout.splitlines() if line.startswith('{"manifest"')))
-    assert (said["rows"], said["rejected"]) == (ROWS - 2, 2)
+    result = json.loads(next(line for line in job.stdout.splitlines() if line.startswith('{"manifest"')))
+    assert (result["rows"], result["rejected"]) == (ROWS - 2, 2)
     assert "3002" in job.stdout
     assert "its id is also on line 2" in job.stdout
     assert storage.names_in("s3://videos") == before

@@ -240,7 +240,7 @@ def wait_for_texts(browser, address, *texts):
     browser.get(address)
     body = lambda: browser.find_element("css selector", "body").text  # noqa: E731
     WebDriverWait(browser, 60).until(
-        lambda _: all(text in body() for text in texts), f"not all of {texts} are wait_for_texts"
+        lambda _: all(text in body() for text in texts), f"not all of {texts} are shown"
     )
 
 

@@ -65,7 +65,7 @@ class Kind:
 
     def numbers(self, frames: np.ndarray) -> list[int | None]:
         """Read the numbers shown in decoded frames, uint8 (frames, side, side, 3)."""
-        return [zoo.read(frame) for frame in np.rot90(frames, self.turns, axes=(1, 2))]
+        return [zoo.read_number(frame) for frame in np.rot90(frames, self.turns, axes=(1, 2))]
 
 
 def grainy(number: int, width: int, height: int) -> np.ndarray:
@@ -93,10 +93,10 @@ def make_kinds() -> dict[str, Kind]:
     return {
         "long groups (8 keyframes a minute)": Kind(long, even, full),
         "short groups (60)": Kind(short, even, full),
-        "edit list from a keyframe": Kind(zoo.edited(short, 100, 200), even[:200], (20.0,), first=100),
-        "edit list between keyframes": Kind(zoo.edited(short, 103, 197), even[:197], (19.7,), first=103),
+        "edit list from a keyframe": Kind(zoo.with_edit_list(short, 100, 200), even[:200], (20.0,), first=100),
+        "edit list between keyframes": Kind(zoo.with_edit_list(short, 103, 197), even[:197], (19.7,), first=103),
         "variable frame rate": Kind(varied, uneven, (uneven[-1] + 0.1, uneven[-1] + 0.05)),
-        "a quarter turned": Kind(zoo.turned(short, (0, 1, -1, 0)), even, full, turns=1),
+        "a quarter turned": Kind(zoo.with_rotation(short, (0, 1, -1, 0)), even, full, turns=1),
         "cut after 80 % of its frames": Kind(cut, even[:240], (*full, 24.0, 24.1)),
         "transport stream": Kind(make("mpegts", g="10", sc_threshold="0"), even, full),
     }

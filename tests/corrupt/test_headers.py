@@ -1,4 +1,4 @@
-"""What headers say of bad and odd files: what the frames bear out, or a harmless reason."""
+"""Headers of damaged and unusual files agree with the frames, or give a printable reason."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ KINDS = test_zoo.RIGHT | test_zoo.SALVAGED | test_zoo.BAD
 
 
 @pytest.mark.parametrize(
-    ("form", "container", "codec", "says"),
+    ("form", "container", "codec", "expected"),
     [
         ("mp4", "mov", "libx264", Probe(4, 40, 128, 64, "h264", 0, 4)),
         ("mp4", "mov", "mpeg4", Probe(4, 40, 128, 64, "mpeg4", 0, 4)),
@@ -32,18 +32,18 @@ KINDS = test_zoo.RIGHT | test_zoo.SALVAGED | test_zoo.BAD
         ("mpegts", "mpegts", "libx264", Probe(4, None, 128, 64, "h264", 0, None)),
     ],
 )
-def test_a_header_says_what_was_encoded(form, container, codec, says):
-    assert probe(io.BytesIO(zoo.video(form, codec)), container, DATA) == says
+def test_header_matches_encoded_video(form, container, codec, expected):
+    assert probe(io.BytesIO(zoo.video(form, codec)), container, DATA) == expected
 
 
-@pytest.mark.parametrize("clockwise", test_zoo.QUARTERS)
-def test_a_turn_is_read_from_the_header(clockwise):
-    file = io.BytesIO(zoo.turned(zoo.video(), test_zoo.QUARTERS[clockwise]))
-    # Frames are turned by np.rot90(image, rotation // 90).
+@pytest.mark.parametrize("clockwise", test_zoo.ROTATIONS)
+def test_rotation_is_read_from_header(clockwise):
+    file = io.BytesIO(zoo.with_rotation(zoo.video(), test_zoo.ROTATIONS[clockwise]))
+    # Decoding rotates frames by np.rot90(image, rotation // 90).
     assert probe(file, "mov", DATA).rotation // 90 % 4 == (-clockwise) % 4
 
 
-def test_boxes_that_lie_about_their_size_end_the_search():
+def test_boxes_with_wrong_sizes_end_the_search():
     data = zoo.video()
     moov = data.index(b"moov") - 4
     for size in (0, 1, 4, 9, 2**32 - 1):
@@ -53,28 +53,28 @@ def test_boxes_that_lie_about_their_size_end_the_search():
             assert abs(probe(io.BytesIO(broken), "mov", DATA).rotation) <= 180
 
 
-def test_the_whole_zoo_is_probed_in_children(tmp_path):
-    """What cannot be decoded may have a good header; what can be decoded has one."""
+def test_all_bad_files_are_probed_in_children(tmp_path):
+    """An undecodable file may have a good header; a decodable file has one."""
     for i, (content, *_) in enumerate(KINDS.values()):
         (tmp_path / f"{i}.mp4").write_bytes(content)
-    with HeaderReader(DATA) as prober:
-        found = dict(zip(KINDS, prober([f"{tmp_path}/{i}.mp4" for i in range(len(KINDS))]), strict=True))
-    for kind, one in found.items():
-        if isinstance(one, VideoFailure):
-            test_zoo.harmless(one)
-            assert kind in test_zoo.BAD, one
-            assert one.stage in ("check", "decode")
+    with HeaderReader(DATA) as header_reader:
+        results = dict(zip(KINDS, header_reader([f"{tmp_path}/{i}.mp4" for i in range(len(KINDS))]), strict=True))
+    for kind, result in results.items():
+        if isinstance(result, VideoFailure):
+            test_zoo.require_printable(result)
+            assert kind in test_zoo.BAD, result
+            assert result.stage in ("check", "decode")
         else:
-            assert one.bytes == len(KINDS[kind][0])
-            assert one.seconds > 0
-            assert one.codec.isidentifier()
-    assert found["edit list that ends early"].seconds == pytest.approx(2)
-    for kind in ("empty", "zeros", "text", "sound alone", "mp4 cut before its index", "10,000 x 10,000 pixels"):
-        assert isinstance(found[kind], VideoFailure)
+            assert result.bytes == len(KINDS[kind][0])
+            assert result.seconds > 0
+            assert result.codec.isidentifier()
+    assert results["edit list that ends early"].seconds == pytest.approx(2)
+    for kind in ("empty", "zeros", "text", "audio only", "mp4 cut before its index", "10,000 x 10,000 pixels"):
+        assert isinstance(results[kind], VideoFailure)
 
 
-def test_a_missing_file_and_a_limit_are_named_as_in_decoding(tmp_path):
+def test_probing_reports_the_same_reasons_as_decoding(tmp_path):
     assert probe_video(str(tmp_path / "none.mp4"), DATA) == VideoFailure("no such file", "read")
     (tmp_path / "clip.mp4").write_bytes(zoo.video())
-    found = probe_video(str(tmp_path / "clip.mp4"), DataConfig(max_video_s=3.5))
-    assert (found.stage, found.reason) == ("check", "it lasts 4 s, and data.max_video_s is 3.5")
+    failure = probe_video(str(tmp_path / "clip.mp4"), DataConfig(max_video_s=3.5))
+    assert (failure.stage, failure.reason) == ("check", "it lasts 4 s, and data.max_video_s is 3.5")

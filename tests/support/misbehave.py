@@ -1,4 +1,4 @@
-"""Decoders that misbehave in native code. Apart from the zoo, because a child imports what it is given."""
+"""Decoders that misbehave in native code. In a file of their own, because each child process imports it."""
 
 import ctypes
 import os
@@ -11,9 +11,9 @@ from crosslmm.data.video.decode import decode_video
 
 
 def spins(uri):
-    """Holds the interpreter's lock for ever: no Python signal handler runs any more."""
+    """Hold the GIL forever, so that no Python signal handler runs."""
     if "good" not in uri:
-        # A regular expression engine at work for some million years.
+        # Exponential backtracking: takes some million years.
         import re
 
         re.match(r"(a+)+$", "a" * 60 + "b")
@@ -21,23 +21,26 @@ def spins(uri):
 
 
 def crashes(uri):
+    """Die of a segmentation fault signal."""
     if "good" not in uri:
         os.kill(os.getpid(), signal.SIGSEGV)
     return good(uri)
 
 
 def overflows(uri):
-    """Writes to an address that is not its own."""
+    """Write to an invalid address."""
     if "good" not in uri:
         ctypes.memset(8, 0, 8)
     return good(uri)
 
 
 def hogs(uri):
+    """Allocate 8 GiB."""
     if "good" not in uri:
         return np.ones(2**33, np.uint8)
     return good(uri)
 
 
 def good(uri):
+    """Decode the video."""
     return decode_video(uri, DataConfig(num_frames=8), 64)

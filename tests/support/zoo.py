@@ -1,4 +1,4 @@
-"""Bad and odd files, made on the spot. Every frame says its own number, in cells that survive a lossy codec."""
+"""Creates damaged and unusual video files. Each frame shows its number, in cells that survive a lossy codec."""
 
 import io
 import os
@@ -16,15 +16,15 @@ RNG_SEED = 0
 
 
 def draw(number, width=8 * CELL, height=4 * CELL):
-    """Two rows of bits, and their complement below: a frame that is damaged or turned does not read."""
+    """Draw a number as two rows of bits with their complement below, so that a damaged or rotated frame is noticed."""
     bits = np.array([number >> i & 1 for i in range(16)]).reshape(2, 8)
     cells = np.concatenate([bits, 1 - bits]).astype(np.uint8)
     image = (40 + 170 * cells).repeat(height // 4, 0).repeat(width // 8, 1)
     return np.ascontiguousarray(np.broadcast_to(image[..., None], (height, width, 3)))
 
 
-def read(image):
-    """The number in a frame of any size; None where it is damaged."""
+def read_number(image):
+    """Return the number in a frame of any size; None if the frame is damaged or rotated."""
     grey = image.mean(2)
     rows, columns = (((np.arange(n) + 0.5) * size / n).astype(int) for n, size in zip((4, 8), grey.shape, strict=True))
     bits = grey[np.ix_(rows, columns)] > 125
@@ -37,7 +37,7 @@ def video(
     form="mp4", codec="libx264", frames=FRAMES, times=None, container=None, audio=False, first=0, size=None,
     picture=draw, **o,
 ):  # fmt: skip
-    """Encoded bytes; frame i is shown from times[i] on [s] and reads first + i."""
+    """Encode a video; frame i is shown from times[i] on [s] and has the number first + i."""
     width, height = size or (8 * CELL, 4 * CELL)
     times = np.arange(frames) / FPS if times is None else times
     options = {"g": "10", "threads": "1", "crf": "20", **o} if codec == "libx264" else {"g": "10", "threads": "1", **o}
@@ -59,7 +59,7 @@ def video(
             output.mux(stream.encode())
             if sound:
                 output.mux(sound.encode())
-        # SVT-AV1, as root, makes its caller a real-time process, before which all others wait, and so its children.
+        # As root, SVT-AV1 makes its caller a real-time process, which starves others; children inherit it.
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         return Path(file.name).read_bytes()
 
@@ -70,7 +70,8 @@ def silence(pts, samples):
     return frame
 
 
-def sound_alone(picture=False):
+def audio_only(picture=False):
+    """Encode a file without video; with `picture`, it has a cover picture."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=44100)
@@ -86,16 +87,16 @@ def sound_alone(picture=False):
     return file.getvalue()
 
 
-def flipped(data, begin, end, count=3, seed=RNG_SEED):
-    """`count` bits of data[begin:end] turned over."""
+def flip_bits(data, begin, end, count=3, seed=RNG_SEED):
+    """Flip `count` random bits of data[begin:end]."""
     rng, damaged = np.random.default_rng(seed), bytearray(data)
-    for place in rng.integers(begin, end, count):
-        damaged[place] ^= 1 << int(rng.integers(8))
+    for position in rng.integers(begin, end, count):
+        damaged[position] ^= 1 << int(rng.integers(8))
     return bytes(damaged)
 
 
-def patched(data, box, offset, values, form=">I"):
-    """An .mp4 with numbers written over every box of that name, `offset` bytes behind the name."""
+def patch_boxes(data, box, offset, values, form=">I"):
+    """Overwrite numbers in all boxes of an .mp4 with this name, `offset` bytes after the name."""
     damaged, at = bytearray(data), -1
     while (at := data.find(box, at + 1)) >= 0:
         struct.pack_into(form * 1 if len(values) == 1 else ">" + "I" * len(values), damaged, at + 4 + offset, *values)
@@ -103,8 +104,8 @@ def patched(data, box, offset, values, form=">I"):
     return bytes(damaged)
 
 
-def turned(data, matrix):
-    """An .mp4 whose display matrix (a, b, c, d) says how the phone was held."""
+def with_rotation(data, matrix):
+    """Set the display matrix (a, b, c, d) of an .mp4, with which phones record how they were held."""
 
     def pack(a, b, c, d):
         return struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
@@ -113,24 +114,24 @@ def turned(data, matrix):
     return movie + pack(*matrix) + track
 
 
-def edited(data, skipped, kept):
-    """An .mp4 whose edit list begins `skipped` frames in and shows `kept` frames."""
+def with_edit_list(data, skipped, shown):
+    """Set the edit list of an .mp4: it skips `skipped` frames and then shows `shown` frames."""
     at = data.index(b"elst") + 4
     assert struct.unpack_from(">I", data, at + 4) == (1,), "one edit"
     movie_scale = struct.unpack_from(">I", data, data.index(b"mvhd") + 16)[0]
     media_scale = struct.unpack_from(">I", data, data.index(b"mdhd") + 16)[0]
     media_time = struct.unpack_from(">I", data, at + 12)[0]
     changed = bytearray(data)
-    struct.pack_into(">II", changed, at + 8, kept * movie_scale // FPS, media_time + skipped * media_scale // FPS)
+    struct.pack_into(">II", changed, at + 8, shown * movie_scale // FPS, media_time + skipped * media_scale // FPS)
     return bytes(changed)
 
 
-def elsewhere(data, url):
-    """An .mp4 that says that its frames lie at `url`."""
+def with_external_data(data, url):
+    """Make the header of an .mp4 claim that its frames are at `url`."""
     at = data.index(b"url \0\0\0\1") - 4
     box = struct.pack(">I4sI", 12 + len(url) + 1, b"url ", 0) + url.encode() + b"\0"
     grown = bytearray(data[:at] + box + data[at + 12 :])
     for name in (b"dref", b"dinf", b"minf", b"mdia", b"trak", b"moov"):
-        place = data.index(name) - 4
-        struct.pack_into(">I", grown, place, struct.unpack_from(">I", data, place)[0] + len(box) - 12)
+        start = data.index(name) - 4
+        struct.pack_into(">I", grown, start, struct.unpack_from(">I", data, start)[0] + len(box) - 12)
     return bytes(grown)

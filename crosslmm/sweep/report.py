@@ -220,8 +220,7 @@ def _text(value: object) -> str:
 
 
 REPRODUCE_NOTE = """Add the arguments of the configuration; <code>sweep.json</code> in the sweep's folder and the
-parameters of the MLflow run have its values. The same <code>--name</code> continues this sweep, and another one runs it
-again."""
+parameters of the MLflow run have its values. The same name continues this sweep, and another one runs it again."""
 FRONT_NOTE = """Each point is a trial. The line is the Pareto front: trials that no other finished trial beats in both
 accuracy and compute. Beyond the knee, each doubling of compute gains less accuracy. Compute is the prefill of one
 sample without the vision encoder, which all trials share. Hollow points were stopped early, after fewer steps."""
@@ -242,7 +241,7 @@ code{background:#f5f5f5;padding:2px 6px;border-radius:3px;font-size:.875rem}
 ul{margin:0;padding-left:20px;overflow-wrap:anywhere}
 .answer{font-size:1.2rem;color:#111;border-left:4px solid #0072B2;padding:2px 0 2px 14px;margin:12px 0 20px}
 .absent{background:#f5f5f5;padding:10px 14px;border-radius:4px}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(250px,100%),1fr));gap:10px 24px;margin:0}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:10px 24px;margin:0}
 .wide{grid-column:1/-1}
 dt{font-size:.8rem;color:#595959}
 dd{margin:0;color:#444;overflow-wrap:anywhere}

@@ -1,4 +1,4 @@
-"""Alternative decoders with the contract of `pyav.decode_with_pyav`: decord and torchcodec.
+"""Alternative decoders with the contract of `pyav.with_pyav`: decord and torchcodec.
 
 Neither is imported before it is used. `python -m benchmarks.decoders` compares them with the default.
 """
@@ -21,10 +21,10 @@ from crosslmm.data.video.pyav import (
 )
 
 
-def decode_with_decord(
+def with_decord(
     file: BinaryIO, format_name: str, data: DataConfig, image_size: int, start: float = 0.0, end: float | None = None
 ) -> np.ndarray:
-    """Decode like `decode_with_pyav`, with decord, which reads the whole file into memory and raises its own errors."""
+    """Decode like `with_pyav`, with decord, which reads the whole file into memory and raises its own errors."""
     import decord  # x86_64 only
 
     decord.logging.set_level(decord.logging.QUIET)
@@ -55,10 +55,10 @@ def decode_with_decord(
     )
 
 
-def decode_with_torchcodec(
+def with_torchcodec(
     file: BinaryIO, format_name: str, data: DataConfig, image_size: int, start: float = 0.0, end: float | None = None
 ) -> np.ndarray:
-    """Decode like `decode_with_pyav`, with torchcodec, which scans the whole file for frame times and raises its own
+    """Decode like `with_pyav`, with torchcodec, which scans the whole file for frame times and raises its own
     errors.
 
     Its FFmpeg guesses the container and opens every file that a playlist names, and neither can be turned off. So this
@@ -75,7 +75,7 @@ def decode_with_torchcodec(
     if format_name not in guess.split(","):
         raise UnreadableVideo(f"it starts as {format_name}, but torchcodec takes it for {guess or 'no known format'}")
     file.seek(0)
-    # One thread. torchcodec applies a phone's rotation itself, and resizes with the same filter as `decode_with_pyav`.
+    # One thread. torchcodec applies a phone's rotation itself, and resizes with the same filter as `with_pyav`.
     decoder = VideoDecoder(
         file,
         stream_index=stream_index,

@@ -12,17 +12,17 @@ import numpy as np
 from crosslmm import storage
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data.frame_sampling import split_time_range
-from crosslmm.data.video.backends import decode_with_decord, decode_with_torchcodec
+from crosslmm.data.video.backends import with_decord, with_torchcodec
 from crosslmm.data.video.probe import Probe, probe
-from crosslmm.data.video.pyav import UnreadableVideo, decode_with_pyav
+from crosslmm.data.video.pyav import UnreadableVideo, with_pyav
 
 BACKENDS: dict[str, Any] = {
-    "auto": decode_with_pyav,  # measured by `python -m benchmarks.decoders`
-    "pyav": decode_with_pyav,
-    "decord": decode_with_decord,
-    "torchcodec": decode_with_torchcodec,
+    "auto": with_pyav,  # measured by `python -m benchmarks.decoders`
+    "pyav": with_pyav,
+    "decord": with_decord,
+    "torchcodec": with_torchcodec,
 }
-"""Decoding function of each value of `data.decoder`."""
+"""Decoding function of each value of `data.decoder`. Its name is part of the key of feature caches."""
 REMEDIES = {
     "decord": "its wheels are for x86_64 (pip install decord)",
     "torchcodec": "pip install 'torchcodec>=0.13,<0.14', beside the shared libraries of an FFmpeg from 4 to 8",

@@ -41,7 +41,7 @@ class Probe:
 def probe(file: BinaryIO, format_name: str, data: DataConfig) -> Probe:
     """Read a video's header and index, and its packets only if these do not state its duration.
 
-    Takes and raises the same as `decode_with_pyav`; does not notice damaged frames.
+    Takes and raises the same as `with_pyav`; does not notice damaged frames.
     """
     with open_container(file, format_name) as container:
         stream = select_video_stream(container, data)

@@ -29,7 +29,7 @@ class UnreadableVideo(Exception):
     """A video that cannot be decoded; the message is the reason."""
 
 
-def decode_with_pyav(
+def with_pyav(
     file: BinaryIO, format_name: str, data: DataConfig, image_size: int, start: float = 0.0, end: float | None = None
 ) -> np.ndarray:
     """Decode the sampled frames of a video with PyAV.

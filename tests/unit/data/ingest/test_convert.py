@@ -110,7 +110,7 @@ def test_only_a_changed_manifest_is_converted_again(convert, tasks, tmp_path):
     assert ids(tmp_path) == [f"{i}" for i in range(20, 40)]
 
 
-def test_malformed_rows_and_duplicate_ids_are_reported_or_skipped(convert, tmp_path):
+def test_malformed_and_duplicate_rows_are_reported_or_skipped(convert, tmp_path):
     rows = [*map(text, range(30)), "{", *map(text, range(100, 130)), text(3), text(129)]
     write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(

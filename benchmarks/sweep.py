@@ -50,7 +50,7 @@ from crosslmm.data.samples import shapes
 from crosslmm.encode import recipe
 from crosslmm.run_folder import SWEEP_FILE
 from crosslmm.sweep import trials
-from crosslmm.sweep.candidates import prefill
+from crosslmm.sweep.search import prefill
 from crosslmm.sweep.trials import Trial
 
 ROOT = Path(__file__).parent.parent

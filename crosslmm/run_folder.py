@@ -20,7 +20,7 @@ The folder is the source of truth; MLflow's run is made from it and can be made 
     STORAGE/SWEEP/                      a sweep
     ├── sweep.json                      settings that must not change when the sweep resumes
     ├── trials/NNN.json                 state of each trial
-    ├── report.html                     the report, beside its figures
+    ├── report.html                     the report
     └── TRIAL/                          the run of a trial, as above
 """
 

@@ -21,11 +21,10 @@ from crosslmm.encode.run import run_encoding
 from crosslmm.preflight import checks, connect, hardware, placement
 from crosslmm.preflight.resolve import resolve_config
 from crosslmm.sweep import report, trials
-from crosslmm.sweep.candidates import Candidates
 from crosslmm.sweep.progress import SweepProgress
 from crosslmm.sweep.promote import promote
 from crosslmm.sweep.resume import begin_sweep
-from crosslmm.sweep.search import Search
+from crosslmm.sweep.search import Candidates, Search
 from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import Space, changes_features, distribution, grid, is_grid
 from crosslmm.sweep.trials import Trial

@@ -14,9 +14,8 @@ from crosslmm import storage
 from crosslmm.config import RunConfig
 from crosslmm.preflight import placement
 from crosslmm.sweep import trials
-from crosslmm.sweep.candidates import prefill
 from crosslmm.sweep.progress import SweepProgress
-from crosslmm.sweep.search import Search
+from crosslmm.sweep.search import Search, prefill
 from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import apply
 from crosslmm.sweep.trials import Rung, Trial

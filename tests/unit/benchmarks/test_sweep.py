@@ -9,7 +9,7 @@ from benchmarks import rounding, sweep
 from crosslmm.cli import parse_run
 from crosslmm.data.samples import shapes
 from crosslmm.sweep import space
-from crosslmm.sweep.candidates import prefill
+from crosslmm.sweep.search import prefill
 
 
 def configuration():

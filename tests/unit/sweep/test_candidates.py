@@ -11,9 +11,8 @@ from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig, validate_run
 from crosslmm.planning import cost
 from crosslmm.sweep import trials, tuner
-from crosslmm.sweep.candidates import Candidates, prefill
 from crosslmm.sweep.resume import begin_sweep
-from crosslmm.sweep.search import Search
+from crosslmm.sweep.search import Candidates, Search, prefill
 from crosslmm.sweep.settings import UNSUPPORTED_SCHEDULERS, SweepSettings
 from crosslmm.sweep.trials import Rung, Trial
 from crosslmm.sweep.tuner import Budget, build_scheduler

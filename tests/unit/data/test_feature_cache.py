@@ -86,6 +86,14 @@ def test_every_field_of_the_recipe_changes_the_key():
     assert recipe(data=DataConfig(num_frames=4, decoder="pyav")).key == recipe().key
 
 
+@pytest.mark.parametrize(
+    ("setting", "recorded"),
+    [("auto", "pyav"), ("pyav", "pyav"), ("decord", "decord"), ("torchcodec", "torchcodec")],
+)
+def test_recipe_records_the_decoder_that_stored_caches_name(setting, recorded):
+    assert recipe(data=DataConfig(decoder=setting)).decoder == recorded
+
+
 def test_bf16_rounds_exactly_as_torch():
     all_bits = np.arange(2**16, dtype=np.uint16)
     finite = all_bits[np.isfinite(from_bf16(all_bits))]

@@ -143,8 +143,11 @@ def _parser(description: str, add_own: Callable[[ArgumentParser], object], defau
 
 def _preset_values(argv: Sequence[str]) -> dict[str, tuple[Any, str]]:
     """Read the values that the command line's --config arguments set -> (value, preset or file) of each key."""
-    names = [after for before, after in itertools.pairwise(argv) if before == "--config"]
-    names += [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
+    names = [
+        after if argument == "--config" else argument.partition("=")[2]
+        for argument, after in itertools.pairwise([*argv, ""])
+        if argument == "--config" or argument.startswith("--config=")
+    ]
     values: dict[str, tuple[Any, str]] = {}
     for name in names:
         file = resolve_preset(name)

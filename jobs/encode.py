@@ -1,11 +1,15 @@
-"""Encode every video once: python jobs/encode.py --config ... --data.manifest ... --features.folder s3://bucket/features.
+"""Encode every video once, so that training reads features instead of videos.
 
-Decodes each video of the manifests as jobs/train.py would with this configuration, runs the frozen vision encoder, and
-stores its features in the folder that it prints; jobs/train.py --data.features THAT_FOLDER then reads these instead of
-videos. Videos, size, price and work are printed before it begins. What the folder has already is not made again.
-On a cluster: ray job submit -- python jobs/encode.py ...
-Exit status: 0 encoded (unreadable videos are named in the folder's quarantine.jsonl), 1 it broke off, 130 it was
-stopped (the same command goes on in both), 2 the request was refused.
+    python jobs/encode.py --config my-run.yaml --features.folder s3://bucket/features
+    python jobs/train.py --config my-run.yaml --data.features FOLDER_THAT_ENCODE_PRINTED
+    ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/encode.py --config my-run.yaml
+
+Decodes each video of the manifests as jobs/train.py would with this configuration, runs the frozen vision encoder and
+stores its features. Prints the number of videos, the size and the price before it starts, and skips videos that the
+folder already holds. The last line of the output is one JSON object with the result.
+
+Exit status: 0 encoded (quarantine.jsonl in the folder lists unreadable videos); 1 failed, 130 stopped (the same command
+resumes both); 2 the request was refused.
 """
 
 import dataclasses
@@ -19,7 +23,7 @@ from crosslmm.config import BadConfig
 
 
 def main() -> int:
-    """Parse, encode, print."""
+    """Parse the arguments, encode, print the result."""
     from crosslmm.data.feature_format import FeatureConfig
 
     def add_own(parser: ArgumentParser) -> None:
@@ -27,24 +31,24 @@ def main() -> int:
 
     try:
         config, own = parse_job(sys.argv[1:], str(__doc__), add_own)
+        start_job(config.name)
     except BadConfig as error:
         fail(error)
     from crosslmm.data.manifest import BadManifest
     from crosslmm.encode.run import EncodingFailed, run_encoding
     from crosslmm.storage import BadLocation, Unavailable
 
-    start_job()
     try:
-        outcome = run_encoding(config, FeatureConfig(**own["features"]))
+        result = run_encoding(config, FeatureConfig(**own["features"]))
     except (BadConfig, BadManifest, BadLocation) as error:
         fail(error)
     except (SystemExit, KeyboardInterrupt):
-        print("stopped; the same command goes on where it stopped", file=sys.stderr)
+        print("stopped; the same command resumes where it stopped", file=sys.stderr)
         return 130
     except (EncodingFailed, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(dataclasses.asdict(outcome)))
+    print(json.dumps(dataclasses.asdict(result)))
     return 0
 
 

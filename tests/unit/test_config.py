@@ -43,9 +43,9 @@ def test_presets_build_and_accumulate_whole_batches(names):
     assert config.accumulation * at_once == config.train.global_batch_size
     with torch.device("meta"):
         model = CrossLMMForConditionalGeneration(build_config(config.model))
-    found = {component_of(name) for name, _ in model.named_parameters()}
+    present = {component_of(name) for name, _ in model.named_parameters()}
     learning = {name for name, rate in config.train.learning_rate.model_dump().items() if rate}
-    assert learning <= found
+    assert learning <= present
 
 
 def test_paper_2b_has_the_papers_parameter_counts():
@@ -197,6 +197,12 @@ def test_help_names_the_file_that_sets_a_default(capsys, tmp_path):
     assert f"--data.num_frames integer [7, {tmp_path}/mine.yaml]" in text
 
 
+@pytest.mark.parametrize("argv", ["--config=tiny --config stage-1", "--config tiny --config=stage-1"])
+def test_help_shows_the_last_config_however_it_is_spelt(capsys, argv):
+    text = help_text(capsys, *argv.split(), "--help")
+    assert "--train.global_batch_size integer [512, preset stage-1]" in text
+
+
 def test_the_job_prints_help():
     done = run_job("--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -222,15 +228,21 @@ def test_several_manifests_have_shares():
     several = {"s3://bucket/a.jsonl": 3, "b": 1}
     assert parse_run(["--data.manifest", json.dumps(several)], "").data.manifests == several
     for wrong in ('{"a": 0}', '{"a": 1.5}', "{}", '{"a": "b"}'):
-        with pytest.raises(
-            BadConfig, match=r"data: manifest: .* is neither a path nor a URI nor {manifest: share"
-        ):
+        with pytest.raises(BadConfig, match=r"data: manifest: .* is neither a path nor a URI nor {manifest: share"):
             parse_run(["--data.manifest", wrong], "")
 
 
 @pytest.mark.parametrize("job", ["train", "encode"])
-def test_help_teaches_and_leaves_with_0(job):
+def test_help_of_a_job_exits_with_0(job):
     done = subprocess.run([sys.executable, ROOT / "jobs" / f"{job}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "--data.num_frames" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("job", ["train", "encode", "tune"])
+def test_a_bad_log_level_is_one_error_line(job, monkeypatch):
+    monkeypatch.setenv("CROSSLMM_LOG_LEVEL", "loud")
+    done = subprocess.run([sys.executable, ROOT / "jobs" / f"{job}.py"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: CROSSLMM_LOG_LEVEL: .*\n", done.stderr)

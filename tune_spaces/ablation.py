@@ -1,5 +1,5 @@
-"""Tables 2b and 2a of the paper as one grid: no cross-attention or K = 1, 2, 4, 8; at the configured K, single
-branches."""
+"""Tables 2b and 2a of the paper as one grid: no cross-attention or K = 1, 2, 4, 8; at the configured K, also
+single branches."""
 
 from ray import tune
 
@@ -23,7 +23,7 @@ def space(config: RunConfig) -> Space:
         "model.v2v": OnlyIf(
             lambda values: values["model.cross_attention_every"] == configured, tune.grid_search([True, False]), True
         ),
-        # Without both branches it would be K = 0 again.
+        # With neither branch it would be K = 0 again.
         "model.t2v": OnlyIf(
             lambda values: values["model.cross_attention_every"] == configured and values["model.v2v"],
             tune.grid_search([True, False]),

@@ -1,4 +1,4 @@
-"""Learning rates: for each trained component, a fifth of the configured rate to five times it."""
+"""Learning rates: for each trained component but the vision encoder, a fifth to five times the configured rate."""
 
 from ray import tune
 

@@ -1,4 +1,4 @@
-"""Tokens per frame: every number that the encoder's grid can be pooled to."""
+"""Tokens per frame: every number below 256 that the encoder's grid can be pooled to, and the whole grid."""
 
 from ray import tune
 

@@ -35,7 +35,7 @@ LIBRARY_LINE = re.compile(
     r"\w\.py:\d+(:| -- )|^Running entrypoint|\((raylet|autoscaler|gcs_server|\w+ pid=)|^\s+warnings\.warn|"
     r"^\S+ \S+ (INFO|WARNING) (mlflow|alembic)|^(Successfully registered|Created version)|^\s*$"
 )
-"""Lines of Ray and MLflow, and Python's warnings, in the output of a job."""
+"""Matches lines of Ray and MLflow, and Python's warnings, in the output of a job."""
 
 
 class JobFailed(Exception):
@@ -49,7 +49,7 @@ class LocalCluster:
     time; `ray stop` would end all of them.
 
     Args:
-        num_cpus: CPUs that Ray may assign on the head; default all of the machine's, and with groups none.
+        num_cpus: CPUs that Ray may assign on the head; by default all of the machine's, or none if there are groups.
         environment: additional environment variables of every process of the cluster (`AWS_*`, for example).
         groups: nodes in addition to the head.
         idle_s: let an autoscaler add the groups' nodes on demand, and remove those that were idle for this long [s];
@@ -59,7 +59,7 @@ class LocalCluster:
         nodes: nodes that were started here in addition to the head, by role.
 
     Raises:
-        RuntimeError: the cluster does not come up; with the end of its log.
+        RuntimeError: the cluster does not start; the message has the end of its log.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class LocalCluster:
         """Run a command that submits a job, and yield the lines that the job prints, without those of libraries.
 
         Raises:
-            JobFailed: the command failed; with the lines of libraries, among them Ray's about the job.
+            JobFailed: the command failed; the message has the lines of libraries, among them Ray's about the job.
         """
         library_lines = []
         with subprocess.Popen(

@@ -99,12 +99,12 @@ class LocalNode:
         use the same socket names.
 
         Raises:
-            RuntimeError: it does not come up; with the end of its log.
+            RuntimeError: it does not start; the message has the end of its log.
         """
         deadline = time.monotonic() + START_TIMEOUT_S
         while STARTED not in (output := self.log.read_text()):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"a node of Ray did not come up:\n{output[-2000:]}")
+                raise RuntimeError(f"a Ray node did not start:\n{output[-2000:]}")
             time.sleep(0.1)
 
     @property

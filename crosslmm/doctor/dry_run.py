@@ -18,7 +18,7 @@ from crosslmm.train.run import build_job
 
 STEPS = 2
 """Optimizer steps of the dry run."""
-REMEDY = "jobs/train.py would fail in the same way: fix what it names; jobs/plan.py says what fits a GPU's memory"
+REMEDY = "jobs/train.py would fail in the same way: fix what this names; jobs/plan.py says what fits a GPU's memory"
 
 
 def train_two_steps(config: RunConfig, manifests: Sequence[Manifest], folder: str) -> Finding:
@@ -45,7 +45,7 @@ def train_two_steps(config: RunConfig, manifests: Sequence[Manifest], folder: st
         return Finding("training", "", False, failure, REMEDY)
     steps = [item[2] for kind, item in ray.get(job.events.drain.remote()) if kind == "step"]
     message = (
-        f"{len(steps)} steps on {_workers(config)}, {steps[-1]['step_s']:.1f} s the last, "
+        f"{len(steps)} steps on {_workers(config)}, the last in {steps[-1]['step_s']:.1f} s, "
         f"loss {steps[-1]['loss']:.2f}; {time.monotonic() - began:.0f} s in all"
     )
     return Finding("training", "", True, message)

@@ -14,7 +14,7 @@ CHECKS = ("storage", "manifest", "decoder")
 
 def require_ready(config: RunConfig, manifests: Sequence[Manifest]) -> None:
     """Check this machine (storage, disk, token) and, if the cluster has further nodes, their versions, clock, disk,
-    storage, manifest and decoder. Nodes that do not answer are ignored: they may be on their way out.
+    storage, manifest and decoder. Nodes that do not answer are ignored: they may be shutting down.
 
     Raises:
         BadConfig: the first failure, with its remedy.

@@ -1,4 +1,4 @@
-"""Connect to a Ray cluster, and say what to do where the cluster refuses this process."""
+"""Connect to a Ray cluster, and say what to do if the cluster refuses this process."""
 
 import os
 
@@ -53,7 +53,7 @@ def check_token() -> None:
     try:
         ray_runtime.ping_gcs(address, GCS_TIMEOUT_S)
     except grpc.RpcError as error:
-        # Without RAY_AUTH_MODE, `ray.init` turns token authentication on by itself where it finds a token.
+        # Without RAY_AUTH_MODE, `ray.init` turns token authentication on by itself if it finds a token.
         ray_tries_token = "RAY_AUTH_MODE" not in os.environ and ray_runtime.token_available()
         if error.code() is not grpc.StatusCode.UNAUTHENTICATED or ray_tries_token:
             return

@@ -43,9 +43,9 @@ class Hardware:
     gpu: str | None = None
     """Name of the GPU, None on CPUs."""
     bf16: bool = False
-    """The GPU computes in bf16."""
+    """Whether the GPU computes in bf16."""
     flash_attn: bool = False
-    """A flash-attn that Transformers accepts is installed, and the GPU supports it."""
+    """Whether a flash-attn that Transformers accepts is installed, and the GPU supports it."""
     nccl: str = ""
     """Version of NCCL."""
 
@@ -133,7 +133,7 @@ def object_store_warning(config: RunConfig, image_size: int, features: FeatureRe
 
     Args:
         config: the run's configuration.
-        image_size: edge of a frame [pixels].
+        image_size: height and width of a frame [pixels].
         features: recipe of the cached features that are read instead of videos.
     """
     scaling, data = config.scaling, config.data

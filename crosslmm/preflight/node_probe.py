@@ -1,5 +1,5 @@
 """The probe that runs on each node. It travels there as code and imports lazily: a node without the package, or
-without a decoder, must still be able to report it."""
+without a decoder, must still be able to report that."""
 
 import hashlib
 import importlib.metadata
@@ -32,7 +32,7 @@ PERMISSION_ERRNOS = (1, 13, 30)
 NOT_INSTALLED = "not installed"
 
 Check = Callable[[], str]
-"""Checks one thing on this node and returns a message about it; raises what is wrong."""
+"""Checks one thing on this node and returns a message about it; raises an error that says what is wrong."""
 CheckResult = tuple[str, str, str]
 """Name of a check, class of the error ("" for none), message."""
 
@@ -152,7 +152,7 @@ def _run_check(name: str, check: Check | None) -> CheckResult | None:
         kind = "PermissionError" if getattr(error, "errno", 0) in PERMISSION_ERRNOS else type(error).__name__
         if "refuses" in message and name == "MLflow":
             kind = "refuses"
-        # Messages of our own errors and of the store name the thing; others need their class to be understood.
+        # Messages of our own errors and of the store say what failed; others are clear only with their class.
         complete = kind in ("PermissionError", "Unavailable", "NotShared", "BadConfig")
         return name, kind, message if complete else f"{kind}: {message}"
 
@@ -234,7 +234,7 @@ def _mlflow(request: dict[str, Any]) -> Check | None:
     from crosslmm.text import without_password
     from crosslmm.tracking.client import quiet_mlflow, require_answer
 
-    quiet_mlflow()  # the probe has a process of its own
+    quiet_mlflow()  # changes only this process, which is the probe's own
     config = TrackingConfig.model_validate(request["config"]["tracking"])
 
     def check() -> str:

@@ -57,8 +57,8 @@ def check_placement(config: RunConfig) -> None:
 
 
 def node_pools(config: RunConfig) -> list[NodePool]:
-    """Return the nodes that are in the cluster or that the autoscaler may add: of each node type its limit, or the
-    number of living nodes without a type."""
+    """Return the nodes that are in the cluster or that the autoscaler may add: each node type with its limit, and the
+    living nodes of no such type."""
     types = [NodePool(node_type.most, node_type.resources, node_type.labels) for node_type in config.scaling.node_types]
     alive = [NodePool(1, node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
     # A living node of a type is part of that type's limit.
@@ -107,7 +107,7 @@ def check_resources(config: RunConfig, pools: Sequence[NodePool]) -> None:
     if elastic and any(pool.capacity(train.resources) for pool in pools if not pool.has_labels(train.labels)):
         raise BadConfig(
             f"scaling.worker_resources: with num_workers [{scaling.least_workers}, {scaling.most_workers}] Ray Train "
-            "counts the room on all nodes, whatever their labels; name a resource that only those of train_on have"
+            "counts the room on all nodes, whatever their labels; name a resource that only nodes of train_on have"
         )
 
 

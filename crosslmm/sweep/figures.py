@@ -32,11 +32,11 @@ ACCURACY_SCALE = ["#9ecae1", "#4292c6", "#08306b"]
 """One hue, darker for higher accuracy; the lightest is still visible on white."""
 INK, GRID = "#222222", "#e3e3e3"
 MIN_IMPORTANCE_TRIALS = 4
-"""Finished trials that an importance needs at least."""
+"""Number of finished trials that importances need at least."""
 
 
 def draw(distributions: Distributions, trials: Sequence[Trial]) -> dict[str, go.Figure | str]:
-    """Draw all figures -> figure, or the reason why it cannot be drawn, by name in the order of the page."""
+    """Return all figures by name, in the order of the page; instead of one that cannot be drawn, the reason."""
     study = _study(distributions, trials)
     return {
         "front": front(trials),

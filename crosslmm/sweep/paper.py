@@ -39,8 +39,8 @@ def arm(trial: Trial) -> Arm:
 
 
 def tables(distributions: Mapping[str, BaseDistribution], trials: Sequence[Trial]) -> str:
-    """Return both tables as HTML if the sweep is a grid over what they compare, and seeds at most; else an empty
-    string."""
+    """Return both tables as HTML if the sweep is a grid over what they compare, with or without seeds; else an
+    empty string."""
     if set(distributions) - {EVERY, V2V, T2V, "seed"} or not all(
         isinstance(searched, CategoricalDistribution) for searched in distributions.values()
     ):

@@ -56,7 +56,7 @@ class SweepProgress(Callback):
         if self._console.is_terminal:
             self._live.stop()
         for trial in self.search.by_id.values():
-            # Interrupted or out of budget, which Tune reports to nobody: it resumes with the sweep.
+            # Interrupted or out of budget. Tune calls nobody about it; the trial resumes with the sweep.
             if trial.state == "running":
                 trial.state = "out of budget" if self.out_of_budget else "running"
                 self._end(trial)

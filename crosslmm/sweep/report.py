@@ -19,7 +19,7 @@ from crosslmm.sweep.paper import ABSENT
 from crosslmm.sweep.trials import Point, Trial
 
 MAX_REASONS = 10
-"""Different reasons to reject points that the page lists."""
+"""Number of different reasons for rejection that the page lists at most."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def headline(sweep: Sweep, trials: Sequence[Trial]) -> str:
         answer = (
             f"The only finished trial, with {tokens(best.tokens_per_frame)} per frame, reaches accuracy {accuracy:.3f}."
         )
-        return f"{answer} How few are enough needs more trials."
+        return f"{answer} More trials are needed to see how few are enough."
     answer = f"{tokens(best.tokens_per_frame)} per frame {_reach(best)} accuracy {accuracy:.3f}"
     # Where the best trial is the knee, the cheapest trial of the front shows what less compute costs.
     other = knee if knee is not best else front[0]
@@ -225,9 +225,8 @@ FRONT_NOTE = """Each point is a trial. The line is the Pareto front: trials that
 accuracy and compute. Beyond the knee, each doubling of compute gains less accuracy. Compute is the prefill of one
 sample without the vision encoder, which all trials share. Hollow points were stopped early, after fewer steps."""
 IMPORTANCE_NOTE = """How much the best finished trials differ from all finished ones in a setting (Optuna's PED-ANOVA).
-With few trials this is a hint that chance can produce. A setting that only one trial has, or only one lacks, is left
-out."""
-PARALLEL_NOTE = """Each line is a finished trial; darker is more accurate. None: a condition excluded the setting."""
+With few trials, this can be mere chance. A setting that only one trial has, or only one lacks, is left out."""
+PARALLEL_NOTE = """Each line is a finished trial; darker is more accurate. "None": a condition excluded it."""
 CURVES_NOTE = "Validation loss of every trial; the colour shows how the trial ended."
 
 STYLE = """

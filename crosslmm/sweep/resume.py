@@ -15,10 +15,10 @@ from crosslmm.tracking import MlflowRun, require_answer
 def begin_sweep(
     config: RunConfig, folder: str, space_name: str, space: Space, sweep: SweepSettings, manifests: list[Manifest]
 ) -> tuple[MlflowRun, dict[str, Any]]:
-    """Start or resume a sweep -> its MLflow run, and the content of its sweep.json.
+    """Start or resume a sweep; return its MLflow run and the content of its sweep.json.
 
     Args:
-        config: configuration under every point.
+        config: configuration on which the points are applied.
         folder: folder of the sweep.
         space_name: name of the space, for people.
         space: the search space.
@@ -54,10 +54,10 @@ def begin_sweep(
 
 
 def require_same(config: RunConfig, begun: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Compare a sweep's start with an earlier one under the same name -> True if an accepted change has to be recorded.
+    """Compare a sweep's start with an earlier one under the same name; return whether a change must be recorded.
 
-    The space and the content of the manifests never change. The configuration may, where it is free for runs and trials
-    are not compared by it, or with `accept_changes`.
+    The space and the content of the manifests must never change. Keys of the configuration may if they are free for
+    runs and trials are not compared by them; others only with `accept_changes`.
 
     Raises:
         BadConfig: naming what differs.
@@ -69,7 +69,7 @@ def require_same(config: RunConfig, begun: dict[str, Any], now: dict[str, Any]) 
             if before.get(key) != now[part].get(key):
                 raise BadConfig(
                     f"name: sweep {name} was begun with {key} {before.get(key)}, and this is {now[part].get(key)}; "
-                    "take that back, or give another --name"
+                    "undo that, or give another --name"
                 )
     old = begun["config"] if "model" in begun["config"] else nest_keys(begun["config"])
     differing = {
@@ -80,7 +80,7 @@ def require_same(config: RunConfig, begun: dict[str, Any], now: dict[str, Any]) 
     if differing and not config.accept_changes:
         text = "; ".join(f"{key} {was} -> {is_now}" for key, (was, is_now) in differing.items())
         raise BadConfig(
-            f"name: sweep {name} was begun with another configuration: {text}. Take that back, give another --name, or "
+            f"name: sweep {name} was begun with another configuration: {text}. Undo that, give another --name, or "
             "continue with --accept_changes true"
         )
     return bool(differing)

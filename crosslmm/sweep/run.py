@@ -67,7 +67,7 @@ def run_sweep(config: RunConfig, sweep: SweepSettings, space_name: str, space: S
     """Search a space, or continue the sweep of that name.
 
     Args:
-        config: configuration under every point.
+        config: configuration on which the points are applied.
         sweep: checked settings of the sweep.
         space_name: name of the space, for people.
         space: the search space.
@@ -209,7 +209,7 @@ def _features(
 
 
 def _trial_base(config: RunConfig, folder: str, features: str | None, record: MlflowRun) -> RunConfig:
-    """Return the configuration under every point: a trial is a run in the sweep's folder, on any node."""
+    """Return the configuration on which points are applied: a trial is a run in the sweep's folder, on any node."""
     data = config.data.model_copy(update={"features": features})
     # A URI with credentials came from the environment, and trials take it from theirs.
     uri = tracking_uri(config.tracking)

@@ -33,7 +33,7 @@ class Search(Searcher):
         space: the search space.
         config: the sweep's configuration.
         earlier: trials of earlier starts.
-        make: creates the trial of a number and a point; raises BadConfig with the reason to reject the point.
+        make: creates the trial with a number and a point; raises BadConfig with the reason to reject the point.
         max_trials: trials of the whole sweep.
     """
 
@@ -55,7 +55,7 @@ class Search(Searcher):
         self._grid = [point for point in grid(space, config) if not self._was_tried(point)] if is_grid(space) else None
         self._study = optuna.create_study(
             directions=["maximize", "minimize"],
-            # A new start draws other points than an earlier one.
+            # Another seed at each start, so that it does not draw the same points again.
             sampler=optuna.samplers.TPESampler(seed=config.seed + len(earlier)),
         )
         self._pending: dict[int, optuna.Trial] = {}
@@ -152,7 +152,7 @@ class Candidates:
     """Makes trials, each with an MLflow run below the sweep's.
 
     Args:
-        base: configuration under every point; its storage is the sweep's folder.
+        base: configuration on which the points are applied; its storage is the sweep's folder.
         sweep: limit of MACs, and the GPU whose memory trials must fit.
         space: the search space.
         record: MLflow run of the sweep.

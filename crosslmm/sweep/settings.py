@@ -22,12 +22,12 @@ class SweepSettings(Section):
     scheduler: str = "asha"
     """asha stops trials that fall behind at a rung, by validation loss; none lets all trials finish."""
     rung: Literal["steps", "compute"] = "steps"
-    """What rungs count: optimizer steps, or multiply-accumulates, which gives cheap trials more steps before they are
-    judged."""
+    """What the position of a rung is counted in: optimizer steps, or multiply-accumulates, which gives cheap trials
+    more steps before they are judged."""
     first_rung: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Position of the first rung, as a share of a trial's steps (or of the base configuration's compute)."""
     keep_one_in: Annotated[float, Field(gt=1)] = 2.0
-    """Reduction factor: one in this many trials passes a rung, and the next rung is this many times as far."""
+    """Reduction factor: one in this many trials passes a rung, and the next rung is this many times as far along."""
     concurrent: Count | None = None
     """Concurrent trials; null: as many as the cluster, scaled up to its limit, has room for."""
     hours: Annotated[float, Field(gt=0)] | None = None
@@ -37,10 +37,10 @@ class SweepSettings(Section):
     price: Annotated[float, Field(gt=0)] | None = None
     """Price of one training worker [USD/h]."""
     gpu: Literal["l4", "rtx-4090", "a100-40", "l40s", "a100-80", "h100", "h200", "b200"] | None = None
-    """GPU of the workers: points whose training does not fit its memory, by the planner, are rejected before they
-    start."""
+    """GPU of the workers: points whose training, as the planner predicts, does not fit its memory are rejected before
+    they start."""
     max_macs: Annotated[float, Field(gt=0)] | None = None
-    """Points whose prefill without the vision encoder needs more are rejected [multiply-accumulates per sample]."""
+    """Limit of the prefill without the vision encoder [multiply-accumulates per sample]; points above are rejected."""
     features: Literal["auto", "bf16", "int8", "never"] = "auto"
     """Encode every video once, in this format, and train all trials from the features; auto: in bf16, if trials read
     more samples than there are videos."""
@@ -55,12 +55,12 @@ class SweepSettings(Section):
             BadConfig: naming the argument.
         """
         if self.scheduler in UNSUPPORTED_SCHEDULERS:
-            raise BadConfig(f"--scheduler {self.scheduler}: {NO_CLONES}; take {' or '.join(SCHEDULERS)}")
+            raise BadConfig(f"--scheduler {self.scheduler}: {NO_CLONES}; choose {' or '.join(SCHEDULERS)}")
         if self.scheduler not in SCHEDULERS:
-            raise BadConfig(f"--scheduler {self.scheduler}: there are {' and '.join(SCHEDULERS)}")
+            raise BadConfig(f"--scheduler {self.scheduler}: choose {' or '.join(SCHEDULERS)}")
         if self.dollars and not self.price:
             raise BadConfig("--dollars: needs --price, what one training worker costs [USD an hour]")
         if self.promote and self.promote not in ("best", "knee") and not self.promote.isdecimal():
-            raise BadConfig(f"--promote {self.promote}: best, knee, or a trial's number")
+            raise BadConfig(f"--promote {self.promote}: give best, knee, or a trial's number")
         if not (config.data.validation_manifest or config.data.manifest == "sample"):
             raise BadConfig("data.validation_manifest: trials are compared on held-out samples; give their manifest")

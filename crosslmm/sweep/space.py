@@ -111,18 +111,18 @@ def check(name: str, space: Space, config: RunConfig) -> None:
                 if str(error).startswith(path):
                     raise BadConfig(f"--space {name}: {error}") from error
     if len({_is_grid(dimension) for dimension in space.values()}) > 1:
-        raise BadConfig(f"--space {name}: grid_search mixed with other domains; use one kind (tune.choice)")
+        raise BadConfig(f"--space {name}: grid_search mixed with other domains; use only grids, or none")
 
 
 def _require_path(name: str, path: str, known: Mapping[str, Any]) -> None:
     if path not in known:
         close = difflib.get_close_matches(path, known, n=1)
-        hint = f"; do you mean {close[0]}?" if close else ""
+        hint = f"; did you mean {close[0]}?" if close else ""
         raise BadConfig(f"--space {name}: {path}: the configuration has no such key{hint}")
 
 
 def is_grid(space: Space) -> bool:
-    """Return whether every point becomes a trial (grid_search), rather than some drawn by Optuna."""
+    """Return whether every point becomes a trial (grid_search), rather than only those that Optuna draws."""
     return all(_is_grid(dimension) for dimension in space.values())
 
 
@@ -151,7 +151,7 @@ def grid(space: Space, config: RunConfig) -> list[Point]:
 
 
 def suggest(space: Space, config: RunConfig, trial: BaseTrial) -> Point:
-    """Draw a value for each dimension that applies from an Optuna trial."""
+    """Let an Optuna trial draw a value for each dimension that applies."""
     known = flatten(config.model_dump())
     point: Point = {}
     for path, dimension in space.items():

@@ -42,7 +42,7 @@ class Trial:
     encoder_macs: int
     """Vision encoder, for the same sample [MACs]."""
     memory_bytes: int
-    """Peak memory of a worker in training, by the planner [bytes]."""
+    """Peak memory of a worker in training, as the planner predicts it [bytes]."""
     state: State = "running"
     curve: list[Rung] = field(default_factory=list)
     seconds: float = 0.0

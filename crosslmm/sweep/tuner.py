@@ -38,7 +38,7 @@ class SweepFailed(Exception):
 
 
 def max_concurrent_trials(config: RunConfig) -> int:
-    """Return how many trials the cluster, scaled up to its limit, can run at a time."""
+    """Return how many trials the cluster, scaled up to its limit, can run at the same time."""
     return placement.max_concurrent_runs(config, placement.node_pools(config), DRIVER_CPUS)
 
 
@@ -46,11 +46,11 @@ def run_trials(base: RunConfig, sweep: SweepSettings, search: Search, progress: 
     """Run trials until the search or the budget is exhausted.
 
     Args:
-        base: configuration under every point; its storage gets the trials' runs.
+        base: configuration on which the points are applied; its storage gets the trials' runs.
         sweep: settings of the sweep.
         search: suggests the trials.
         progress: Tune callback that records and shows the trials.
-        concurrent: trials at a time.
+        concurrent: number of trials that run at the same time.
 
     Raises:
         SweepFailed: Tune itself failed.

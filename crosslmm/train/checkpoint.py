@@ -1,8 +1,8 @@
 """Save and load the state of model and optimizer with torch.distributed.checkpoint (DCP), and export the model.
 
-Training waits only while the state is copied out of its memory; a thread writes the files and seals them. DCP loads a
-file with flipped bits without an error, and its `.metadata` is a pickle: files are read only from the run's own folder,
-and only if they match their seal (`checkpoint_store`).
+Training waits only until the state is copied; a thread then writes the files and seals them. DCP loads a file with
+flipped bits without an error, and its `.metadata` is a pickle, so files are read only from the run's own folder, and
+only if they match their seal (`checkpoint_store`).
 """
 
 import hashlib
@@ -48,9 +48,9 @@ log = logging.getLogger(__name__)
 def open_newest(run: str, group: dist.ProcessGroup) -> Iterator[tuple[Checkpoint, Path] | None]:
     """Find the newest intact checkpoint; yield it and a local folder with its files, or None if there is none.
 
-    A collective: all ranks call it and get the same checkpoint. From remote storage each node downloads one copy, which
-    its ranks share the work of; the copy is removed at the end of the context. A damaged checkpoint is reported and
-    skipped, and its seal broken.
+    A collective: all ranks call it and get the same checkpoint. From remote storage, each node downloads one copy, and
+    its ranks share that work; the copy is removed at the end of the context. A damaged checkpoint is reported and
+    skipped, and its seal is broken.
 
     Args:
         run: the run's folder.
@@ -60,7 +60,7 @@ def open_newest(run: str, group: dist.ProcessGroup) -> Iterator[tuple[Checkpoint
     sealed = _list_on_rank_0(run, group)
     hosts = _gather(socket.gethostname(), group)
     peers = [peer for peer, host in enumerate(hosts) if host == hosts[rank]]
-    if rank == peers[0]:  # what a killed worker left
+    if rank == peers[0]:  # remove what a killed worker left
         shutil.rmtree(_scratch(run), ignore_errors=True)
     dist.barrier(group)
     for checkpoint in sealed:
@@ -103,11 +103,11 @@ def load(
 ) -> None:
     """Read a checkpoint, written by any number of ranks, into model and optimizer.
 
-    Random states are restored only if as many ranks read as wrote.
+    Random states are restored only if the number of ranks is still the one that wrote it.
 
     Args:
-        folder: local copy of its files.
-        checkpoint: its seal.
+        folder: folder with its files on this machine.
+        checkpoint: the checkpoint, as its seal describes it.
         model, optimizer: sharded over any number of ranks.
     """
     state = _state(model, optimizer)
@@ -129,17 +129,17 @@ def _state(model: CrossLMMForConditionalGeneration, optimizer: torch.optim.Optim
 
 
 class Saver:
-    """Writes the checkpoints of one attempt. Training waits for the copy out of its memory, and for the previous
-    checkpoint if that is still being written.
+    """Writes the checkpoints of one attempt. Training waits until the state is copied, and before that for the previous
+    checkpoint if it is still being written.
 
-    All ranks save at the same steps. A failed write is logged and costs that checkpoint, not the run: the next one is
-    tried again.
+    All ranks save at the same steps. A failed write is logged and costs that checkpoint, not the run: the next save is
+    tried as usual.
 
     Args:
         run: the run's folder.
         config: written into each checkpoint; says how many are kept.
         attempt: differs between starts of the workers, so that none overwrites what an earlier one left.
-        group: a gloo group of all ranks that nobody else uses.
+        group: a gloo group of all ranks that nothing else uses while checkpoints are written.
     """
 
     def __init__(self, run: str, config: RunConfig, attempt: str, group: dist.ProcessGroup) -> None:
@@ -178,7 +178,7 @@ class Saver:
             self._pending = None
 
     def close(self) -> None:
-        """Wait, then free the copy."""
+        """Wait until nothing is being written, then free the memory of the copy."""
         self.wait()
         self._thread.shutdown()
         self._stager.close()
@@ -257,7 +257,7 @@ def export(folder: Path, model: CrossLMMForConditionalGeneration, processor: Cro
     """Gather all shards and write one `from_pretrained` folder on rank 0; all ranks call it."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
-        # Gathering turns tied weights into two copies; the second one has a name that is no parameter's.
+        # Gathering turns tied weights into two copies; the name of the second one belongs to no parameter.
         names = {name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())}
         model.save_pretrained(folder, state_dict={name: value for name, value in weights.items() if name in names})
         processor.save_pretrained(folder)
@@ -274,7 +274,7 @@ def export_sealed(checkpoint: Checkpoint, folder: str) -> list[str]:
         What is damaged; empty if the model was exported.
 
     Raises:
-        BadConfig: the configuration is not one that this version builds, or the weights are of another model.
+        BadConfig: the configuration is not one that this version builds, or the weights belong to another model.
     """
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as copy, tempfile.TemporaryDirectory() as exported:
         remote = storage.scheme_of(checkpoint.uri) == "s3"
@@ -290,10 +290,11 @@ def export_sealed(checkpoint: Checkpoint, folder: str) -> list[str]:
 def _export_files(files: Path, folder: Path) -> None:
     """Write the `from_pretrained` folder of a checkpoint's local files, without a process group."""
     config = validate_run(yaml.safe_load((files / CONFIG_FILE).read_text()))
-    # Flash attention depends on the machine that trained.
+    # The machine that trained may have had flash attention; this one need not have it.
     model_config = config.model.model_copy(update={"attention": "sdpa"})
     processor = build_processor(model_config)
-    # Buffers outside the state dict (rotary frequencies) must be built, so all weights are, and then overwritten.
+    # Buffers outside the state dict (rotary frequencies) must be computed, so the whole model is built with random
+    # weights, which are then overwritten.
     model = build_model(model_config, processor, config.seed, weights=False)
     try:
         with warnings.catch_warnings():

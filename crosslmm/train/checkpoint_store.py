@@ -190,7 +190,7 @@ def remove(uri: str) -> None:
 
 
 def retain(run: str, train: TrainConfig) -> None:
-    """Remove all checkpoints but the newest `keep_checkpoints` and the best by `keep_best`; and all unsealed ones."""
+    """Remove all unsealed checkpoints, and the sealed ones except the newest `keep_checkpoints` and the best one."""
     sealed = list_sealed(run)
     retained = sealed[: train.keep_checkpoints] + best_first(sealed, train.keep_best)[:1]
     superfluous = [checkpoint.uri for checkpoint in sealed if checkpoint not in retained]
@@ -204,7 +204,7 @@ def repair(run: str) -> Iterator[str]:
     Only for a run that is not running: a checkpoint that is being written counts as unfinished.
 
     Yields:
-        A line about each action, before the action; at the end where a restart would resume.
+        A line about each action, before the action; at the end, a line that says where a restart would resume.
     """
     for checkpoint in list_sealed(run):
         if damage := verify(checkpoint):

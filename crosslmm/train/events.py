@@ -11,8 +11,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 class EventChannel:
     """Queue of events from the workers to the driver, with a few values that the driver or rank 0 sets for the others.
 
-    Posting costs a worker next to nothing. The actor lives on the driver's node, as long as the driver. If its process
-    is killed, queued events are lost; steps among them are in the run's folder with the next checkpoint.
+    Posting costs a worker next to nothing. The actor lives on the driver's node and ends with it. If its process is
+    killed, queued events are lost; the steps among them reach the run's folder with the next checkpoint.
 
     Kinds of events: "started" (first step, number of parameters), "step" (number, unix time [s], metrics), "unreadable"
     (a quarantined row), "log" (level, message, rank, step).
@@ -33,7 +33,7 @@ class EventChannel:
         return events
 
     def set_first_step(self, step: int) -> None:
-        """Set the number of steps done when the workers started; their data begins after it."""
+        """Set the number of steps done when the workers started; their data begins after these steps."""
         self.first_step = step
 
     def get_first_step(self) -> int:
@@ -50,7 +50,7 @@ class EventChannel:
 
 
 def open_channel() -> Any:
-    """Start an `EventChannel` on this node, the driver's: a worker's node may go at any time; return its handle."""
+    """Start an `EventChannel` on this node, the driver's, since a worker's node may go away; return its handle."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return EventChannel.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 

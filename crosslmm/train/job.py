@@ -1,4 +1,4 @@
-"""Job: all that a run's workers must agree on. Imports no model, since processes that need none unpickle it."""
+"""Job: all that a run's workers must agree on. Imports no model, since it is unpickled where no model is needed."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,7 +19,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 @dataclass(frozen=True)
 class Job:
-    """A run with everything decided that its workers must agree on; pickled to all of them."""
+    """A run, with all that its workers must agree on already decided; a pickled copy goes to each of them."""
 
     config: RunConfig
     folder: str
@@ -53,7 +53,7 @@ class Job:
 
     @property
     def collective_timeout_s(self) -> int:
-        """Timeout of collectives [s]: longer than the watchdog's limits, since its report of a hang says more."""
+        """Timeout of collectives [s]: longer than the watchdog's limits, so that the watchdog reports a hang first."""
         return int(2 * max(self.config.watchdog.model_dump().values()))
 
     def validation_layout(self, workers: int) -> BlockLayout:
@@ -86,7 +86,7 @@ class DeferredDatasets(DataConfig):
         worker_node_ids: Any,
         **_: Any,
     ) -> list[dict[str, DataIterator]]:
-        """Build the datasets and split them over the workers; runs in Ray Train's data manager for rank 0's shard."""
+        """Build the datasets and split them over the workers; runs in Ray Train's data manager when rank 0 asks."""
         built = {name: _build(self.job, name, world_size) for name in datasets}
         return super().configure(built, world_size, worker_handles, worker_node_ids)
 

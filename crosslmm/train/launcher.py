@@ -38,18 +38,18 @@ NON_RETRYABLE_ERRORS = (
     storage.BadLocation,
     storage.Refused,
 )
-"""Errors that would end every other attempt in the same way."""
+"""Errors that would end every further attempt in the same way."""
 PEER_FAILURE_MARKERS = ("gloo", "NCCL", "onnection", "socket", "ProcessGroup")
 """Words in the error of a rank that only lost a peer."""
 STOP_TIMEOUT_S = 45.0
-"""Time from the first signal that the workers have for their last step and its checkpoint [s]. `ray job stop` waits for
-RAY_JOB_STOP_WAIT_TIME_S."""
+"""Time after the first signal in which the workers can finish their last step and its checkpoint [s]. `ray job stop`
+itself waits for RAY_JOB_STOP_WAIT_TIME_S, which should be longer."""
 MAX_PAUSE_S = 30.0
 """Longest pause before a restart [s]."""
 
 NO_ROOM, WORKER_DIED = worker_group_errors()
 _NO_RETRIES = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)  # type: ignore[call-arg]
-"""Turns off Ray Train's retries: `fit` counts attempts that brought no new checkpoint."""
+"""Turns off Ray Train's retries: `fit` retries, and counts the attempts that brought no new checkpoint."""
 
 
 class TrainingFailed(Exception):
@@ -59,8 +59,8 @@ class TrainingFailed(Exception):
 def fit(job: Job) -> None:
     """Train in Ray Train workers, from the run's last checkpoint if it has one. Blocks until the end.
 
-    Restarts the workers whatever ends them, or Ray Train's controller: without limit as long as new checkpoints are
-    made, and `scaling.max_failures` times without a new one.
+    Restarts the workers after any failure of theirs or of Ray Train's controller: without limit as long as new
+    checkpoints are made, and `scaling.max_failures` times in a row without a new one.
 
     Args:
         job: what to train.
@@ -80,9 +80,9 @@ def fit(job: Job) -> None:
             cause, line = _root_cause(error)
             if isinstance(cause, NON_RETRYABLE_ERRORS):
                 raise TrainingFailed(line) from error
-            if isinstance(cause, NO_ROOM):  # nodes come back, and are added
+            if isinstance(cause, NO_ROOM):  # nodes may come back, or be added
                 if not waiting:
-                    log.warning("the cluster has no room for the workers now; the run waits for it")
+                    log.warning("the cluster has no room for the workers now; the run waits until it has")
                 waiting = True
                 continue
             waiting = False
@@ -118,11 +118,11 @@ def run_interruptibly(job: Job, work: Callable[[], Any]) -> None:
 
     threading.Thread(target=run, name="fit", daemon=True).start()
     try:
-        # Not `Thread.join`: Python takes a thread for ended when a signal interrupts that (bpo-45274).
+        # Not `Thread.join`: if a signal interrupts it, Python considers the thread ended (bpo-45274).
         wait([future])
     except (KeyboardInterrupt, SystemExit):
         job.events.request_stop.remote()
-        wait([future], STOP_TIMEOUT_S)  # a second signal ends this
+        wait([future], STOP_TIMEOUT_S)  # a second signal ends this wait
         if not future.done() or future.exception():
             raise
     future.result()

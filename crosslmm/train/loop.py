@@ -21,7 +21,7 @@ Metrics = dict[str, float]
 Phase = Literal["start-up", "data", "step", "validation", "checkpoint"]
 
 MAX_EMPTY_STEPS = 3
-"""Consecutive steps without a readable sample that end the run: bad videos do not do that, unreachable storage does."""
+"""Number of steps in a row without a readable sample after which the run ends: storage is at fault, not the videos."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Callbacks:
     """Callbacks of the training loop; a run overrides what it needs. All ranks call them at the same steps."""
 
     def enter(self, phase: Phase) -> None:
-        """Take note that the loop begins to wait for data, to compute, to validate or to save."""
+        """Note that a phase begins: the loop now waits for data, computes, validates or saves."""
 
     def stop_requested(self) -> bool:
         """Return whether this rank was asked to stop. All ranks stop after the step in which one of them was."""
         return False
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Take the number of steps done and the metrics of the last one."""
+        """Receive the number of steps done and the metrics of the last one."""
 
     def save(self, step: int) -> None:
         """Save a checkpoint after `step` steps; may return before it is written."""
@@ -143,7 +143,7 @@ def _train_step(
     """
     device = _device_of(model)
     labelled_tokens, passes, stop = _exchange_counts(batch, callbacks.stop_requested(), device)
-    # FSDP needs every rank in every pass: ranks with fewer micro-batches repeat their smallest one, without labels.
+    # FSDP needs every rank in every pass: ranks with fewer micro-batches repeat their last one, without labels.
     micro_batches = [*batch.micro, *[_without_labels(batch.micro[-1])] * (passes - len(batch.micro))]
     loss = _accumulate_gradients(model, micro_batches, labelled_tokens, device)
     grad_norm = _clip_gradients(model, config.train.max_grad_norm)
@@ -246,7 +246,7 @@ def validate(
     processor: CrossLMMProcessor,
     batches: Iterable[ValidationBatch],
 ) -> Metrics:
-    """Return the loss over all labelled tokens, and the share of exactly right greedy answers, overall and by kind.
+    """Return the loss over all labelled tokens, and the share of greedy answers that match, overall and by kind.
 
     Every rank calls it with the same number of batches.
     """

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.5
 """Pause between two reads of the event channel [s]."""
 SETTLE_S = 10.0
-"""How long the report of a validation waits for its record [s]."""
+"""How long a validation's report waits for its metrics to be in the MLflow record [s]."""
 
 StepEvent = tuple[int, float, dict[str, float]]
 """Number of steps done, unix time [s], metrics."""
@@ -148,7 +148,7 @@ class TrainingMonitor:
                 self._report(step, metrics)
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
-        """Report a validation when the record has it, or has not got it after `SETTLE_S`."""
+        """Report a validation once the record has it, or after `SETTLE_S` without it."""
         if self.report is None:
             return
         try:
@@ -172,7 +172,7 @@ class TrainingMonitor:
                 storage.write_bytes(self._ledger_uri, "".join(lines).encode())
                 self._ledger_outdated = False
             except OSError as error:
-                log.warning("%s cannot be written now: %s; it is written later", QUARANTINE_FILE, type(error).__name__)
+                log.warning("%s cannot be written now: %s; trying again later", QUARANTINE_FILE, type(error).__name__)
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str, int]:

@@ -10,7 +10,7 @@ from crosslmm.model.param_groups import component_of
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW with one parameter group per component, split in two where matrices decay and vectors do not.
+    """Return AdamW with up to two parameter groups per component: matrices, which decay, and vectors, which do not.
 
     Args:
         model: parameters that need no gradient are left out.

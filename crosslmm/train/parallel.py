@@ -23,7 +23,7 @@ def parallelize(
 
     Args:
         build: builds the model: with weights if its argument is true, otherwise (on the meta device) only shapes.
-        config: precision, activation checkpointing, and learning rates, of which zero freezes a component.
+        config: precision, activation checkpointing, and learning rates (a component with rate 0 is frozen).
         device: device of the shards.
     """
     source = build(True) if dist.get_rank() == 0 else None

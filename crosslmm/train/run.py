@@ -52,11 +52,11 @@ class TrialContext:
     run_id: str
     """MLflow run that the sweep made for it."""
     report: Callable[[int, dict[str, float]], None]
-    """Takes the number of steps done and their metrics, after each validation, when both are in the record (or its
+    """Called after each validation with the number of steps done and the metrics, once the record has them (or its
     server is unreachable)."""
     reported: int = 0
-    """Last step that an earlier start reported. If that was killed before it reported a validation which is in the
-    run's folder, this start reports it. Validations of steps that are taken again are reported twice."""
+    """Last step that an earlier start reported. Later validations that are already in the run's folder (that start was
+    killed before it reported them) are reported first. Validations of steps that are repeated are reported twice."""
 
 
 def run_training(config: RunConfig, trial: TrialContext | None = None) -> TrainingResult:
@@ -104,7 +104,7 @@ def run_training(config: RunConfig, trial: TrialContext | None = None) -> Traini
 
 
 def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None) -> TrainingMonitor:
-    """Run the workers to the end, and end the record with the status that the run has then."""
+    """Run the workers to the end, and close the record with the final status of the run."""
     monitor = TrainingMonitor(job, record, trial.report if trial else None)
     status, model_tags = "FAILED", None
     try:
@@ -123,7 +123,7 @@ def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None
         name = job.config.name
         raise launcher.TrainingFailed(f"{error}; the same command with --name {name} resumes the run") from error
     finally:
-        # When Tune stops a trial its workers go first, which looks like a failure.
+        # When Tune stops a trial, its workers end first, which looks like a failure.
         record.finish("KILLED" if monitor.stopped else status, model_tags)
     return monitor
 
@@ -195,7 +195,7 @@ def _order_of(config: RunConfig, manifests: list[Manifest], features: FeatureCac
         "shares": list(config.data.manifests.values()),
         "train.global_batch_size": config.train.global_batch_size,
         "seed": config.seed,
-        # A resume does not see the first weights, which prove that features are the run's own.
+        # Features are checked against the encoder's initial weights, which a resume never loads: compare their key.
         "data.features": features.recipe.key if features else None,
     }
 
@@ -219,7 +219,7 @@ def _log_summary(job: Job, manifests: list[Manifest], record: tracking.Backgroun
         "training": f"{job.total_steps} steps of {config.train.global_batch_size} samples, {workers} {device} workers",
         "machine": computes_on,
         "storage": job.folder,
-        "record": record.uri + (f", run {record.run_id}" if record.run_id else ", later"),
+        "record": record.uri + (f", run {record.run_id}" if record.run_id else ", once it answers"),
     }
     if warning := hardware.object_store_warning(config, job.image_size, job.recipe):
         lines["objects"] = warning

@@ -1,4 +1,4 @@
-"""Watchdog for hanging ranks: Ray checks only that a process answers, and a rank that waits for ever does."""
+"""Watchdog for hanging ranks: Ray checks only that a process answers, and a rank that waits forever still does."""
 
 import faulthandler
 import os
@@ -17,7 +17,7 @@ from crosslmm.train.loop import Phase
 GRACE_S = 5.0
 """Pause before the first rank that detects a hang exits, so that the others detect it too and report [s]."""
 NATIVE_MARGIN_S = 60.0
-"""Time after a phase's limit when a C thread ends a process whose interpreter is stuck [s]."""
+"""How long after a phase's limit a C thread ends a process whose interpreter is stuck [s]."""
 
 
 class Watchdog:
@@ -28,7 +28,7 @@ class Watchdog:
 
     Args:
         limits: time limit of each phase [s].
-        report: takes the phase and a text with all stacks; is waited for four times `grace_s`.
+        report: called with the phase and a text with all stacks; gets at most four times `grace_s`.
         peers: process ids of the ranks on this machine, by rank.
         grace_s: see `GRACE_S`.
         native_margin_s: see `NATIVE_MARGIN_S`.
@@ -62,7 +62,7 @@ class Watchdog:
         """Begin a phase, and end the one before it."""
         limit = self._limits[phase]
         self._phase, self._until = phase, time.monotonic() + limit
-        # While a native call holds the interpreter lock no Python thread runs; this one is C.
+        # While a native call holds the interpreter lock, no Python thread runs; faulthandler's is a C thread.
         faulthandler.dump_traceback_later(limit + self.native_margin_s, exit=True)
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class Watchdog:
                 state = psutil.Process(pid).status()
             except psutil.NoSuchProcess:
                 state = "gone"
-            except Exception as error:  # the stacks are worth more than this line
+            except Exception as error:  # the stacks are to be reported all the same
                 state = f"unknown ({type(error).__name__})"
             lines.append(f"rank {rank}, process {pid}: {state}\n")
         return "".join(lines)

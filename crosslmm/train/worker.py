@@ -43,7 +43,7 @@ from crosslmm.train.watchdog import Watchdog, stacks_name
 log = logging.getLogger(__name__)
 
 LISTEN_INTERVAL_S = 1.0
-"""Pause between two checks whether a rank is to stop [s]."""
+"""Pause between two checks of whether a rank is to stop [s]."""
 
 
 class Stopped(Exception):
@@ -76,7 +76,7 @@ def train(train_loop_config: dict[str, Any]) -> None:
         first_step = newest[0].step if newest else 0
         if rank == 0:
             ray.get(job.events.set_first_step.remote(first_step))
-        # The data starts while the model is built.
+        # Data loading starts here and goes on while the model is built.
         batches = _batches(job, processor, process, first_step)
 
         def build(weights: bool) -> CrossLMMForConditionalGeneration:
@@ -117,7 +117,7 @@ def train(train_loop_config: dict[str, Any]) -> None:
 class StopListener:
     """Context manager whose thread checks whether the job is being stopped, or a node of the workers taken away.
 
-    The thread survives errors of the channel and of Ray Train: it logs the first of a row, and checks again.
+    The thread survives errors of the channel and of Ray Train: it logs the first of a series, and checks again.
 
     Args:
         events: actor handle of the `EventChannel`.
@@ -143,7 +143,7 @@ class StopListener:
 
     def _listen(self) -> None:
         while not self._closed.wait(self.interval_s):
-            # A barrier over all ranks, hence in a thread beside the steps. Every rank calls it every time.
+            # Waits for all ranks, so it is called in this thread, not between steps, and by every rank every time.
             stop = self._check("preemption", ray.train.get_preemption_info)
             if self.rank == 0:
                 stop |= self._check("stop request", lambda: ray.get(self.events.stop_requested.remote()))

@@ -239,9 +239,7 @@ def wait_for_texts(browser, address, *texts):
     browser.get("about:blank")
     browser.get(address)
     body = lambda: browser.find_element("css selector", "body").text  # noqa: E731
-    WebDriverWait(browser, 60).until(
-        lambda _: all(text in body() for text in texts), f"not all of {texts} are shown"
-    )
+    WebDriverWait(browser, 60).until(lambda _: all(text in body() for text in texts), f"not all of {texts} are shown")
 
 
 def test_mlflow_pages_show_nested_runs_and_aliases(server, swept, known, browser):
@@ -263,9 +261,9 @@ def test_mlflow_pages_show_nested_runs_and_aliases(server, swept, known, browser
     ("arguments", "message"),
     [
         (["--space=joint", "--scheduler=pbt"], "--scheduler pbt: it continues trials from other trials' checkpoints"),
-        (["--space=joint", "--scheduler=best"], "--scheduler best: there are asha and none"),
+        (["--space=joint", "--scheduler=best"], "--scheduler best: choose asha or none"),
         (["--space=joint", "--dollars=5"], "--dollars: needs --price"),
-        (["--space=joint", "--promote=winner"], "--promote winner: best, knee, or a trial's number"),
+        (["--space=joint", "--promote=winner"], "--promote winner: give best, knee, or a trial's number"),
         (["--space=deep"], "--space deep: neither a file nor one of"),
         (["--data.manifest=x.jsonl"], "data.validation_manifest: trials are compared on held-out samples"),
     ],

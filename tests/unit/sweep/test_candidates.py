@@ -86,7 +86,7 @@ def test_search_skips_rejected_points_with_the_reason(base, record):
 
 @pytest.mark.parametrize("name", UNSUPPORTED_SCHEDULERS)
 def test_schedulers_that_clone_trials_are_rejected(base, name):
-    with pytest.raises(BadConfig, match=rf"--scheduler {name}: .*take asha or none"):
+    with pytest.raises(BadConfig, match=rf"--scheduler {name}: .*choose asha or none"):
         SweepSettings(scheduler=name).check(base)
 
 
@@ -150,7 +150,7 @@ def test_a_sweep_resumes_under_its_mlflow_run(base, tmp_path):
 
 def test_sweep_rejects_another_space(base, tmp_path):
     space = {"train.learning_rate.decoder": tune.choice([1.0, 2.0])}
-    with pytest.raises(BadConfig, match=r"begun with .* None; take that back, or give another --name"):
+    with pytest.raises(BadConfig, match=r"begun with .* None; undo that, or give another --name"):
         restart(base, tmp_path, space=space)
 
 

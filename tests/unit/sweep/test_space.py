@@ -82,7 +82,7 @@ def test_ablation_has_the_arms_of_tables_2a_and_2b(tiny):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("{'model.pool_strid': tune.choice([1])}", "no such key; do you mean model.pool_stride?"),
+        ("{'model.pool_strid': tune.choice([1])}", "no such key; did you mean model.pool_stride?"),
         ("{'model.pool_stride': tune.choice([0, 1])}", "model.pool_stride: Input should be greater"),
         ("{'train.learning_rate.decoder': tune.uniform(-1, 1)}", "train.learning_rate.decoder: Input"),
         ("{'model.pooling': OnlyIf(lambda v: True, tune.choice(['max']), 'median')}", "model.pooling: Input"),

@@ -142,7 +142,7 @@ def _parser(description: str, add_own: Callable[[ArgumentParser], object], defau
 
 
 def _preset_values(argv: Sequence[str]) -> dict[str, tuple[Any, str]]:
-    """Read the values that the command line's --config arguments set -> (value, preset or file) of each key."""
+    """Return the (value, preset or file) of each key that the command line's --config arguments set."""
     names = [
         after if argument == "--config" else argument.partition("=")[2]
         for argument, after in itertools.pairwise([*argv, ""])
@@ -221,7 +221,7 @@ def start_job(run: str | None = None) -> None:
         run: name of the run, for log lines.
 
     Raises:
-        BadConfig: CROSSLMM_LOG_LEVEL is no level.
+        BadConfig: CROSSLMM_LOG_LEVEL is not a log level.
     """
     try:
         set_up_logging(run)

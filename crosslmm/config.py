@@ -19,10 +19,10 @@ class Role(enum.Enum):
     """What may happen to a setting after a run has begun. Every setting is either FIXED or FREE."""
 
     FIXED = "determines the samples, their order or the weights: a resume with another value is refused"
-    FREE = "says where and how fast a run goes on: may differ at each start of a run or sweep"
-    COMPARED = "free for a run, but fixed for a sweep, whose trials are compared by it"
+    FREE = "affects only where and how fast a run executes: may differ at each start of a run or sweep"
+    COMPARED = "free for a run, but fixed for a sweep, since it decides how trials are compared"
     FEATURES = "changes what the frozen vision encoder computes: trials of a sweep that searches it share no features"
-    NOT_SEARCHED = "says where a run keeps its things: no dimension of a search space"
+    NOT_SEARCHED = "names where a run's files and records go: cannot be a dimension of a search space"
 
 
 FIXED, FREE, COMPARED, FEATURES, NOT_SEARCHED = Role
@@ -104,7 +104,7 @@ class DataConfig(Section):
     """Training manifest: JSONL, LLaVA's JSON, Parquet, a folder of videos, or a folder of jobs/prepare.py (path or
     s3:// URI). A mixture is {manifest: share, ...} with integer shares. "sample" generates a sample set."""
     validation_manifest: str | None = setting(None, FREE, FEATURES)
-    """Held-out manifest; null does not validate (with "sample": the sample set's own)."""
+    """Held-out manifest; null skips validation (with "sample": the sample set's own)."""
     roots: list[str] = setting([], FREE, FEATURES)
     """Further folders that videos may lie in, besides the manifest's own (paths or s3:// URIs). A row that names
     anything else is malformed."""
@@ -114,7 +114,7 @@ class DataConfig(Section):
     """Frames sampled from a video, at most [frames]."""
     sampling: Literal["uniform", "fps", "fps_then_uniform"] = setting("uniform", FIXED, FEATURES)
     """Which frames: uniform spreads num_frames evenly; fps takes one every 1/fps s, the first num_frames of them;
-    fps_then_uniform does the same, spread evenly where there are too many (LLaVA-Video's policy)."""
+    fps_then_uniform does the same, but spreads num_frames evenly where there are more (LLaVA-Video's policy)."""
     fps: Annotated[float, Field(gt=0)] = setting(1.0, FIXED, FEATURES)
     """Frame rate of the two fps policies [1/s]."""
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = setting("auto", FIXED, FEATURES)
@@ -122,7 +122,7 @@ class DataConfig(Section):
     decode_timeout_s: Annotated[float, Field(gt=0)] = setting(60.0, FREE, FEATURES)
     """Deadline for one video; then its decoder is killed and the video counts as unreadable [s]."""
     decode_memory_gib: Annotated[float, Field(gt=0)] = setting(4.0, FREE, FEATURES)
-    """Memory of a decoder process; a video that needs more is unreadable [GiB]."""
+    """Memory limit of a decoder process; a video that needs more is unreadable [GiB]."""
     max_video_bytes: Count = setting(64 * 2**30, FIXED, FEATURES)
     """Largest video file that is opened [bytes]."""
     max_video_s: Annotated[float, Field(gt=0)] = setting(24 * 3600.0, FIXED, FEATURES)
@@ -270,7 +270,7 @@ class ScalingConfig(Section):
     worker_resources: dict[str, Limit] = setting({}, FREE)
     """Custom resources that a training worker reserves besides CPUs and GPU."""
     node_types: list[NodeType] = setting([], FREE)
-    """Nodes that the cluster's autoscaler may add, since Ray does not tell: [{most: 4, resources: {CPU: 48, GPU: 4},
+    """Nodes that the cluster's autoscaler may add (Ray does not report them): [{most: 4, resources: {CPU: 48, GPU: 4},
     labels: {crosslmm.io/role: train}}, ...]; empty: none."""
 
     @model_validator(mode="after")
@@ -293,7 +293,7 @@ class ScalingConfig(Section):
 class WatchdogConfig(Section):
     """Time limits of a rank's phases. When one is exceeded, all ranks write their stacks to the run's `stacks` folder,
     and the workers restart from the last checkpoint. While one rank waits for data, the others wait for it in their
-    step."""
+    step, so `step_s` should exceed `data_s`."""
 
     startup_s: Limit = setting(1800.0, FREE)
     """From a worker's start to its first step: weights, checkpoint, first samples [s]."""
@@ -329,8 +329,8 @@ class RunConfig(Section):
     seed: int = setting(0, FIXED)
     """Seed of random weights and of the sample order."""
     accept_changes: bool = setting(False, FREE, NOT_SEARCHED)
-    """Resume although the configuration differs from the one the run began with. Without it, a resume is refused with
-    the keys that differ; where and how fast a run goes on may always differ."""
+    """Resume although the configuration differs from the one the run began with. Otherwise such a resume is refused,
+    and the error names the keys that differ. Settings of where and how fast a run executes may always differ."""
 
     @property
     def accumulation(self) -> int:
@@ -351,7 +351,7 @@ class RunConfig(Section):
                 if USERINFO.search(str(text)):
                     raise ValueError(
                         f"{key}: holds credentials, which belong in the environment: MLFLOW_TRACKING_USERNAME and "
-                        "MLFLOW_TRACKING_PASSWORD (of a database, its whole URI in MLFLOW_TRACKING_URI), or AWS_*"
+                        "MLFLOW_TRACKING_PASSWORD (for a database, its whole URI in MLFLOW_TRACKING_URI), or AWS_*"
                     )
         return self
 
@@ -448,15 +448,15 @@ def roles_of(key: str) -> frozenset[Role]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], free: frozenset[Role] = frozenset([FREE])) -> dict[str, Any]:
-    """Compare two configurations, as nested plain values -> (old, new) of each key that differs and has none of the
-    roles in `free`."""
+    """Compare two configurations, given as nested plain values; return (old, new) of each key that differs and has
+    none of the roles in `free`."""
     old, new = flatten(before), flatten(now)
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return {key: (old.get(key), new.get(key)) for key in keys if not roles_of(key) & free}
 
 
 def tracking_uri(config: TrackingConfig) -> str:
-    """Return the MLflow tracking URI: of the configuration, else MLFLOW_TRACKING_URI, else sqlite in the working
+    """Return the MLflow tracking URI: from the configuration, else MLFLOW_TRACKING_URI, else sqlite in the working
     directory."""
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):

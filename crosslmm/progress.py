@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 PLAIN_INTERVAL_S = 10.0
-"""Where nobody watches a terminal: seconds between two log lines about progress."""
+"""Interval between log lines about progress where the output is not a terminal [s]."""
 PLAIN_WIDTH = 120
 """Width of tables that are written to a file or a pipe [characters]."""
 PLAIN_FORMAT = "%(asctime)s %(levelname)s run=%(run)s %(message)s"
@@ -71,7 +71,7 @@ def set_up_logging(run: str | None = None) -> None:
 
 
 class Progress:
-    """Shows how far a job is: a live bar at a terminal, otherwise a log line every `PLAIN_INTERVAL_S`.
+    """Shows how far along a job is: a live bar at a terminal, otherwise a log line every `PLAIN_INTERVAL_S`.
 
     Args:
         log: logger of the calling module; a process that did not set up logging shows nothing.

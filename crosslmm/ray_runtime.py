@@ -18,14 +18,14 @@ QUIET_ENVIRONMENT = {
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # A relative path in a configuration means the same in every trial of a sweep.
+    # So that a relative path in a configuration means the same in every trial of a sweep.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 """Environment of all workers: Ray logs about itself to its own files only; failures reach the terminal as one line."""
 
 
 def start_ray(**options: Any) -> None:
-    """Connect to the cluster in reach (RAY_ADDRESS, or the one that runs this job), or start one on this machine.
+    """Connect to an existing cluster (RAY_ADDRESS, or the one that runs this job), or start one on this machine.
 
     Args:
         options: further arguments of `ray.init`.
@@ -38,14 +38,14 @@ def start_ray(**options: Any) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     if callable(handler) and threading.current_thread() is threading.main_thread():
-        # Ray installs its own handler, which kills the cluster it started together with our workers.
+        # Ray has installed its own handler, which would kill our workers along with a cluster that Ray started here.
         signal.signal(signal.SIGTERM, handler)
     _make_token_private()
 
 
 def _make_token_private() -> None:
     """Make the token file unreadable to other users: `ray.init` creates it world-readable."""
-    with contextlib.suppress(OSError):  # a cluster that was already running has none here
+    with contextlib.suppress(OSError):  # no such file here if the cluster was already running
         (Path.home() / ".ray" / "auth_token").chmod(0o600)
 
 

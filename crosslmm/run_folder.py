@@ -72,7 +72,7 @@ def begin_run(
         folder: the run's folder.
         order: what determines the samples and their order; a resume compares it.
         datasets: arguments of `RunSync.log_dataset`, one dict per manifest.
-        run_id: the MLflow run that a sweep made for this run.
+        run_id: the MLflow run that a sweep created for this run.
     """
     first = {
         "key": uuid.uuid4().hex,
@@ -114,8 +114,8 @@ def checkpoint_folder(step: int, attempt: str) -> str:
 def steps_after(folder: str, last: int) -> Iterable[StepRecord]:
     """Yield the steps in a run's history, leaving out files that end at or before step `last`.
 
-    Workers' files are named after their last step. A driver's files come before them in the order of names, as they
-    should: steps that a driver could not deliver are older than what a later start did instead.
+    Workers' files are named after their last step. A driver's files sort before them by name, as they should: the
+    steps that a driver could not deliver are older than those that a later start executed in their place.
     """
     folder = storage.join(folder, HISTORY_FOLDER)
     for name in storage.names_in(folder):
@@ -129,7 +129,7 @@ def steps_after(folder: str, last: int) -> Iterable[StepRecord]:
 def validations_after(folder: str, last: int) -> list[tuple[int, dict[str, float]]]:
     """Return (step, metrics) of the validated steps after step `last`, ascending.
 
-    Of a step that a resume repeated the first execution counts, as in MLflow.
+    For a step that a resume repeated, the first execution counts, as in MLflow.
     """
     validations: dict[int, dict[str, float]] = {}
     for step, _, metrics in steps_after(folder, last):

@@ -18,7 +18,7 @@ class CrossLMMConfig(PreTrainedConfig):
         pool_stride: s: a frame of g x g patches becomes ceil(g/s)^2 pooled tokens.
         pooling: how the patches of a cell become one token: "bilinear" (as in the paper), "average" or "max".
         cross_attention_every: K. Layers 0, K, 2K, ... have the dual cross-attention; the paper's best is 4 (Table 2b);
-            0 disables it. (Counting from the last layer would waste its V2V, whose output no text position reads.)
+            0 disables it. (Counting back from the last layer would waste that layer's V2V: no text reads its output.)
         cross_attention_layers: indices of these layers from 0; overrides `cross_attention_every`.
         v2v: whether pooled visual tokens attend to the original visual tokens (Table 2a).
         t2v: whether text tokens attend to the original visual tokens (Table 2a).

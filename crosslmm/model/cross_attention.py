@@ -184,7 +184,7 @@ class DualCrossAttentionLayer(GradientCheckpointingLayer):
     It keeps the modules of the pretrained layer under their names, so the state-dict keys do not change.
 
     Raises:
-        ValueError: `layer` has other submodules than a Qwen2 or Llama layer.
+        ValueError: the submodules of `layer` are not those of a Qwen2 or Llama layer.
     """
 
     PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})

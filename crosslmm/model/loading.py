@@ -90,11 +90,11 @@ def build_config(config: ModelConfig, video_token_id: int | None = None) -> Cros
 
 @functools.cache
 def _published_config(part: str, uri: str, revision: str | None) -> dict[str, Any]:
-    """Return the configuration stored with pretrained weights; of a two-tower SigLIP the vision part."""
+    """Return the configuration stored with pretrained weights; for a two-tower SigLIP, its vision part."""
     try:
         with WeightsSource(uri, revision).local() as arguments:
             published = AutoConfig.from_pretrained(**arguments)
-    except Exception as error:  # a broken file makes its reader raise anything
+    except Exception as error:  # a broken file can make its reader raise anything
         raise BadConfig(f"model.{part}_weights: {uri} cannot be read: {_first_line(error)}") from error
     return (
         published.vision_config if part == "vision" and hasattr(published, "vision_config") else published
@@ -115,7 +115,7 @@ def build_processor(config: ModelConfig) -> CrossLMMProcessor:
         try:
             with WeightsSource(config.tokenizer, config.language_revision).local() as arguments:
                 tokenizer = AutoTokenizer.from_pretrained(**arguments)
-        except Exception as error:  # a broken file makes its reader raise anything
+        except Exception as error:  # a broken file can make its reader raise anything
             raise BadConfig(f"model.tokenizer: {config.tokenizer} cannot be loaded: {_first_line(error)}") from error
     processor = CrossLMMProcessor(
         tokenizer,
@@ -136,8 +136,8 @@ def build_model(
 ) -> CrossLMMForConditionalGeneration:
     """Build the model in float32 on the default device.
 
-    New parameters are initialised like the decoder (normal, its `initializer_range`), gates to zero; an encoder without
-    pretrained weights like SigLIP, except its position embeddings (normal, standard deviation 1).
+    New parameters are initialised like the decoder (normal, its `initializer_range`), gates to zero. An encoder
+    without pretrained weights is initialised like SigLIP, except its position embeddings (normal, deviation 1).
 
     Args:
         config: the `model` section of the run.
@@ -234,7 +234,7 @@ def _load_weights(key: str, part: nn.Module, auto_class: Any, source: WeightsSou
                     f"and the configuration asks for {tuple(expected[name].shape)}"
                 )
         part.load_state_dict({k: pretrained[k] for k in expected.keys() & pretrained.keys()}, strict=False)
-    except Exception as error:  # a broken file makes its reader raise anything
+    except Exception as error:  # a broken file can make its reader raise anything
         raise BadConfig(f"{key}: {source.uri} cannot be loaded: {_first_line(error)}") from error
 
 

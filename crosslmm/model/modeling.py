@@ -111,8 +111,8 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: int64 (B, L). It has `config.video_token_id` once per pooled token, frame after frame.
             pixel_values: uint8 (F, 3, H, W), the frames of all samples, concatenated. May be empty; may be None with
                 a cache that already holds them.
-            features: (F, P, D) in any float dtype: the output of `encode`, replaces the frames, and the encoder does
-                not run. A batch without frames has F = 0, so that all ranks run the same modules.
+            features: (F, P, D) in any float dtype: the output of `encode`, given instead of the frames; the encoder
+                does not run. A batch without frames has F = 0, so that all ranks run the same modules.
             num_frames: int64 (B, M), frames of each video (an image is a video of one frame); zero pads samples with
                 fewer videos. With a cache, of the full conversation.
             attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
@@ -122,7 +122,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits for this many last positions only; 0 for all.
 
         Returns:
-            With `labels`: `loss` (float32 scalar) and no logits (those without a label are never computed).
+            With `labels`: `loss` (float32 scalar) and no logits (they are computed only at labels, in chunks).
             Without: `logits` (B, L, vocabulary).
 
         Raises:

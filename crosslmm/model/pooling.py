@@ -1,4 +1,4 @@
-"""Token merge without parameters: a frame's g x g patches become ceil(g/s) x ceil(g/s) pooled tokens.
+"""Merging of tokens, without parameters: a frame's g x g patches become ceil(g/s) x ceil(g/s) pooled tokens.
 
 Axis suffixes: F frame, P patch, D width.
 """

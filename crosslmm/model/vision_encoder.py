@@ -86,7 +86,7 @@ def encode(tower: SiglipVisionModel, pixels_FCHW: Tensor, chunk: int) -> Tensor:
     Args:
         tower: the encoder, from `build_vision_encoder`.
         pixels_FCHW: uint8 (frames, 3, image_size, image_size). SigLIP's normalisation to [-1, 1] happens on the
-            device, so that a quarter of the bytes are copied to it.
+            device, so that only a quarter as many bytes are copied to it.
         chunk: frames converted to floating point at a time.
 
     Returns:

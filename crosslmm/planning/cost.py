@@ -26,7 +26,7 @@ def empty_model(config: ModelConfig) -> CrossLMMForConditionalGeneration:
         BadConfig: the model cannot be built.
     """
     model_config = build_config(config, video_token_id=VIDEO)
-    # flash-attn need not be installed here: it computes and stores what SDPA's flash kernels do.
+    # flash-attn need not be installed here: SDPA's flash kernels compute and store the same.
     model_config._attn_implementation = "eager" if config.attention == "eager" else "sdpa"
     try:
         with torch.device("meta"):
@@ -329,7 +329,7 @@ class _Layout:
         )
         end = weights + self._gathered_root + moments + self._gradients_at_the_end
         step = weights + moments + gradients + temporaries
-        # Add what the later peaks exceed the first by to the part that causes it.
+        # Where a later peak exceeds the first, add the difference to the part that causes it.
         backward = replace(backward, gradients=backward.gradients + max(0, end - backward.total))
         return replace(backward, optimizer=backward.optimizer + max(0, step - backward.total))
 

@@ -64,7 +64,7 @@ class Trace:
     def peak(self, with_kept: bool) -> Moment:
         """Return the moment of peak memory, with or without the tensors that outlive the pass.
 
-        `logits` is their own peak, even if at that moment they are freed and other tensors reuse their memory.
+        `logits` is the peak of the logits alone, even if they are freed by then and other tensors reuse their memory.
         """
         kept, logits, other = 0, 0, self.inputs
         highest, most_logits = Moment(kept, logits, other), 0

@@ -226,7 +226,7 @@ def usable_memory(assumptions: Assumptions) -> float:
 
 
 def _nearest_fit(config: RunConfig, frames: int, assumptions: Assumptions, traced: Trace) -> Fit | None:
-    """Return the first change that fits, tried in the order of rising cost."""
+    """Return the first change that fits, tried in order of rising cost."""
     traces = {_trace_key(config, frames): traced}
     for change, changed, fewer, gpu in _changes(config, frames, assumptions.gpu):
         key = _trace_key(changed, fewer)

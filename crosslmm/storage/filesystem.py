@@ -1,4 +1,4 @@
-"""The only access to files of this package: local paths and `s3://` URIs alike, through fsspec and s3fs."""
+"""The only file access in this package: local paths and `s3://` URIs alike, through fsspec and s3fs."""
 
 import itertools
 import os
@@ -28,7 +28,7 @@ from crosslmm.storage.retry import (
 PART_BYTES = 32 * 2**20
 """Part size of multipart uploads, for larger objects; an object has at most 10,000 parts [bytes]."""
 PARALLEL_PARTS = 4
-"""Parts of one object that are uploaded at the same time; so many are in memory, too."""
+"""Parts of one object that are uploaded at the same time, and so also held in memory."""
 PARALLEL_FILES = 8
 """Files of a folder that are downloaded or removed at the same time."""
 ARROW_ATTEMPTS = 13
@@ -51,9 +51,10 @@ def parent(uri: str) -> str:
 
 
 def within(uri: str, roots: Iterable[str]) -> bool:
-    """Return whether a path or URI lies in one of these folders, judged by name: reads no store, follows no link.
+    """Return whether a path or URI lies in one of these folders, judged by name alone: reads no store, follows no link.
 
-    Always False for a key with `..` in it: an object store takes it as a name, a proxy in front of one as a path.
+    Always False for a key that contains `..`: an object store takes it as a name, but a proxy in front of the store
+    may resolve it as a path.
     """
     path = _normalized(uri)
     folders = (_normalized(root).rstrip("/") + "/" for root in roots)
@@ -73,11 +74,11 @@ def _normalized(uri: str) -> str:
 
 
 def open_read(uri: str) -> BinaryIO:
-    """Open a seekable file; of a remote object only the ranges that are read are transferred.
+    """Open a seekable file; for a remote object, only the ranges that are read are transferred.
 
     Raises:
         FileNotFoundError, PermissionError: this object cannot be read; reads raise these errors, too.
-        Unavailable: the store is out of reach or out of order; reads raise it, too.
+        Unavailable: the store is unreachable or failing; reads raise it, too.
         BadLocation: `uri` is neither a path nor an s3:// URI.
     """
     remote = scheme_of(uri) == "s3"
@@ -94,7 +95,7 @@ def version(uri: str) -> str | None:
     None if the object does not exist or may not be read. Makes one request.
 
     Raises:
-        Unavailable: the store is out of reach or out of order.
+        Unavailable: the store is unreachable or failing.
     """
     try:
         if scheme_of(uri) == "s3":
@@ -116,7 +117,7 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
 
     Raises:
         OSError: this object cannot be read.
-        Unavailable: the store is out of reach or out of order.
+        Unavailable: the store is unreachable or failing.
     """
     return call_with_retries(uri, lambda fs, path: fs.cat_file(path, start=start, end=end))
 
@@ -131,7 +132,7 @@ def write_bytes(uri: str, data: bytes, part_bytes: int = PART_BYTES) -> None:
 
     Raises:
         OSError: this object cannot be written, for lack of space, say.
-        Unavailable: the store is out of reach or out of order.
+        Unavailable: the store is unreachable or failing.
     """
     if scheme_of(uri) == "s3":
         _write_object(uri, [data], part_bytes)
@@ -256,7 +257,7 @@ def stamp_of(uri: str) -> tuple[int, str]:
 
     Raises:
         OSError: this object does not exist or cannot be read.
-        Unavailable: the store is out of reach or out of order.
+        Unavailable: the store is unreachable or failing.
     """
     info = call_with_retries(uri, lambda fs, path: fs.info(path))
     return int(info["size"]), str(info.get("ETag") or info.get("mtime")).strip('"')

@@ -23,9 +23,9 @@ from crosslmm.storage.retry import (
 class RangedFile(io.RawIOBase):
     """A remote object, read in ranges.
 
-    s3fs' own read-ahead of 50 MiB fetches 182 MB of a 188 MB video for 32 of its frames. Here an announced range is one
-    request (large ones are split), made while the previous range is in use. Elsewhere the file reads ahead half as much
-    as was read in sequence, so that a header costs few requests and a seek wastes little.
+    s3fs' own read-ahead of 50 MiB fetches 182 MB of a 188 MB video to get 32 frames. Here an announced range is one
+    request (large ones are split), made while the previous range is in use. Outside of announced ranges the file reads
+    ahead half as much as was last read sequentially, so that a header costs few requests and a seek wastes little.
 
     Attributes:
         size: size of the object [bytes].

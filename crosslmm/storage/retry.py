@@ -1,7 +1,7 @@
 """Retry policy of storage: transient errors of a store are retried; store-wide failures differ from per-object ones.
 
 Credentials and endpoint come from the environment or the machine's role (`AWS_*`), never from configuration. Requests
-to an unavailable store are repeated for minutes; errors that a retry cannot mend are raised at once, in one line.
+to an unavailable store are repeated for minutes; errors that a retry cannot fix are raised at once, in one line.
 """
 
 import errno
@@ -31,7 +31,7 @@ class RetryPolicy:
     read_timeout_s: float = 30
     """How long a store may take to send the next byte of a response [s]."""
     write_timeout_s: float = 120
-    """How long a store may take for one part of an object: no client notices that none of it is being read [s]."""
+    """How long a store may take to receive one part of an object; a client does not notice if it stops reading [s]."""
     sleep: Callable[[float], None] = time.sleep
     """Waits between two attempts; tests replace it."""
 
@@ -44,7 +44,7 @@ NO_RETRIES = RetryPolicy(deadline_s=0)
 # away from the request, below functions of other packages that have no business with retries.
 _policy: ContextVar[RetryPolicy] = ContextVar("retry_policy", default=DEFAULT_POLICY)
 
-# Codes of a file system or store that can serve nobody at the moment.
+# Codes that mean that a file system or store cannot serve anybody at the moment.
 STORE_ERRNOS = {
     errno.EBUSY, errno.EREMOTEIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH,
 }  # fmt: skip
@@ -52,7 +52,7 @@ NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 PRECONDITION_FAILED, OUT_OF_SPACE = 412, 507
 RETRYABLE_STATUSES = {408, 429, 500, 502, 503, 504}
 CLIENT_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "http")
-"""Packages of the S3 client; their own exceptions mean a store out of reach."""
+"""Packages of the S3 client; their own exceptions mean that the store is unreachable."""
 
 T = TypeVar("T")
 
@@ -62,11 +62,11 @@ class BadLocation(ValueError):
 
 
 class Unavailable(OSError):
-    """The store itself is out of reach or out of order; no fault of one object."""
+    """The store itself is unreachable or failing; not a problem with one object."""
 
 
 class Refused(Unavailable):
-    """The store refuses in a way that waiting does not mend: no such bucket, or no valid credentials."""
+    """The store refuses for a reason that waiting does not fix: no such bucket, or no valid credentials."""
 
 
 def current_policy() -> RetryPolicy:
@@ -157,7 +157,7 @@ def call_with_retries(uri: str, call: Callable[[fsspec.AbstractFileSystem, str],
 
 @contextmanager
 def classified_errors(uri: str) -> Iterator[None]:
-    """Context manager: turns failures of the store into `Unavailable`; errors of one object pass, and name it."""
+    """Context manager: turns failures of the store into `Unavailable`; errors about one object stay, and name it."""
     try:
         yield
     except Exception as error:

@@ -45,7 +45,7 @@ class State(Enum):
     LIVE = "steps are delivered as they come"
     OFFLINE = "the last attempt failed; steps wait"
     REGISTERING = "the run has ended and its model is being registered"
-    DELIVERED = "MLflow has all of an ended run"
+    DELIVERED = "the run has ended, and MLflow has all of it"
     GIVEN_UP = "nothing more is sent; jobs/track.py replay can deliver the rest"
 
 
@@ -57,8 +57,8 @@ TRANSITIONS = {
     State.DELIVERED: set[State](),
     State.GIVEN_UP: set[State](),
 }
-"""States that may follow each state. The thread moves through them; the constructor and `finish` stop waiting by
-OFFLINE and GIVEN_UP."""
+"""States that may follow each state. The thread moves through them. The constructor stops waiting by moving to OFFLINE
+or GIVEN_UP, `finish` by moving to GIVEN_UP."""
 FINAL = (State.DELIVERED, State.GIVEN_UP)
 
 
@@ -78,7 +78,7 @@ class BackgroundSync:
         model_uri: `models:/NAME@ALIAS`, once the model is registered.
 
     Raises:
-        BadConfig: the server refuses, or no server can be at that URI.
+        BadConfig: the server refuses, or the URI cannot be that of a server.
     """
 
     def __init__(self, folder: str, tracking: TrackingConfig, timeouts: SyncTimeouts = DEFAULT_TIMEOUTS) -> None:
@@ -117,7 +117,7 @@ class BackgroundSync:
             self._changed.wait_for(lambda: not self._waiting, timeout_s)
 
     def finish(self, status: str, lineage: dict[str, str] | None = None) -> None:
-        """End the run and wait for the server until the timeout. What it misses is in the run's folder for a replay.
+        """End the run and wait for the server until the timeout. The run's folder keeps the rest for a replay.
 
         Args:
             status: FINISHED, FAILED or KILLED.
@@ -145,8 +145,8 @@ class BackgroundSync:
                 )  # fmt: skip
 
     def _require_start(self) -> None:
-        """Wait for the first attempt; raise BadConfig if the server refuses, and go on without it if it is away."""
-        is_file = self.uri.startswith("sqlite:")  # takes seconds to create, and does not come later
+        """Wait for the first attempt; raise BadConfig if the server refuses, and go on without it if it is silent."""
+        is_file = self.uri.startswith("sqlite:")  # takes seconds to create; a failure is final
         self._first_attempt.wait(None if is_file else self.timeouts.start_s)
         with self._changed:
             error = self._error
@@ -200,7 +200,7 @@ class BackgroundSync:
     # Below: the thread.
 
     def _follow(self) -> None:
-        """Deliver until a final state. After an exception try again; anything worse ends the delivery with an error."""
+        """Deliver until a final state. After an `Exception` try again; any other `BaseException` ends the delivery."""
         try:
             while self._state not in FINAL:
                 try:
@@ -231,7 +231,7 @@ class BackgroundSync:
             was_offline = self._state is State.OFFLINE
             self._error = None
             if self._move(State.LIVE) and was_offline:
-                log.info("record: %s answers; run %s has what waited", self.uri, self.run_id)
+                log.info("record: %s answers; run %s has the steps that waited", self.uri, self.run_id)
             del self._waiting[: len(steps)]
             self._changed.notify_all()
         if ended:
@@ -260,7 +260,7 @@ class BackgroundSync:
         """Note a failed attempt."""
         with self._changed:
             self._error = error
-            self._sync = None  # a replay may run meanwhile: read again how far MLflow has come
+            self._sync = None  # a replay may run meanwhile: look up again which steps MLflow has
             refused_at_end = self._run["status"] is not None and refuses(error)
             was_connected = self._state in (State.LIVE, State.REGISTERING)
             self._move(State.GIVEN_UP if refused_at_end else State.OFFLINE)
@@ -269,7 +269,7 @@ class BackgroundSync:
         self._first_attempt.set()
 
     def _record_system_metrics(self) -> None:
-        """Start MLflow's monitor of CPU, memory and GPUs, if it can start; it ends whenever the server is away."""
+        """Start MLflow's monitor of CPU, memory and GPUs, if it can start; it stops itself when the server is down."""
         with suppress(Exception):
             if self._system_metrics:
                 self._system_metrics.finish()

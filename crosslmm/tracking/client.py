@@ -24,7 +24,7 @@ MLFLOW_ENVIRONMENT = {
 
 REMEDIES = {
     "error code 401": "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials",
-    "Invalid Host header": "call it by a name that its MLFLOW_SERVER_ALLOWED_HOSTS has",
+    "Invalid Host header": "use a host name that its MLFLOW_SERVER_ALLOWED_HOSTS lists",
 }
 """Text in the error of a server that refuses -> remedy."""
 
@@ -38,12 +38,12 @@ def quiet_mlflow() -> None:
     """Set this process up for MLflow; for entry points and the processes of a sweep's trials.
 
     MLflow's own log lines and warnings would appear between ours: it asks for type hints or examples to infer a
-    signature from, and ours is given. Its seven retries of two minutes each would hide for a quarter of an hour that a
-    server is down, and this package retries itself; the one retry that stays is for stale connections. Variables that
+    signature from, although we pass one. Its seven retries of two minutes each would hide for a quarter of an hour that
+    a server is down, and this package retries itself; the one retry that stays is for stale connections. Variables that
     the environment already sets keep their values.
     """
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    # Lost machine metrics are all that MLflow's monitor could report while the server is down.
+    # While the server is down, MLflow's monitor would report only that machine metrics were lost.
     logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # logs a line for each retry
     warnings.filterwarnings("ignore", "(?s).*(type hint|input example).*", UserWarning, "mlflow")
@@ -61,7 +61,7 @@ def require_answer(tracking: TrackingConfig) -> None:
 
 
 def refuses(error: BaseException) -> bool:
-    """Return whether a retry cannot help: the server refuses, or no server can be at that URI."""
+    """Return whether a retry cannot help: the server refuses, or the URI cannot be that of a server."""
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
         return isinstance(error, InvalidUrlException) or (400 <= status < 500 and status not in (408, 429))
@@ -69,7 +69,7 @@ def refuses(error: BaseException) -> bool:
 
 
 def describe_failure(uri: str, error: Exception | None) -> str:
-    """Return a failed call in one line: "http://... does not answer". `error` is None for a call that still waits."""
+    """Return a failed call in one line: "http://... does not answer". `error` is None for a call still waiting."""
     message = " ".join(str(error).split())[:300]
     if isinstance(error, BadConfig):
         return message

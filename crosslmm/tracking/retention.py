@@ -139,7 +139,7 @@ class Retention:
         ]
 
     def active_reason(self, tree: Tree) -> str | None:
-        """Return why a tree counts as active, by MLflow or by its folder, which knows first; None if it has ended."""
+        """Return why a tree counts as active, by MLflow or by its folder, which is written first; None if ended."""
         for run in tree.runs:
             if run.info.status in ACTIVE:
                 return f"{run.info.run_name} is {run.info.status} in MLflow"
@@ -254,7 +254,7 @@ def _read_run_if_any(folder: str) -> dict[str, Any] | None:
 def _depends_on(values: Iterable[str], other: Tree) -> bool:
     """Return whether a configuration names a path in a tree's folder, such as weights to start from.
 
-    The working directory of a relative path is not known any more; one that contains the tree's name counts.
+    The working directory of a relative path is no longer known; one that contains the tree's name counts.
     """
     for value in values:
         relative = "://" not in value and not value.startswith("/")

@@ -139,7 +139,7 @@ def _require_active(run: Any) -> str:
 
 
 def loggable(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration whose mixture of manifests is one value: paths cannot be names of parameters."""
+    """Return a configuration with a mixture of manifests turned into one value: paths cannot be parameter names."""
     manifest = config["data"]["manifest"]
     if not isinstance(manifest, dict):
         return config

@@ -71,8 +71,8 @@ class RunSync(MlflowRun):
     def log(self, steps: Iterable[StepRecord]) -> int:
         """Send the metrics of steps that MLflow does not have, in order; return the number of points.
 
-        Of a repeated step the first one counts. Two processes may send the same steps at the same time: MLflow stores
-        one of two points that are equal, including their time.
+        For a repeated step, the first record counts. Two processes may send the same steps at the same time: MLflow
+        stores one of two points that are equal, including their time.
         """
         new: dict[int, StepRecord] = {}
         for step in steps:
@@ -111,7 +111,7 @@ class RunSync(MlflowRun):
             self.client.set_terminated(self.run_id, run["status"], int(run["end_time"] * 1000))
 
     def register_once(self, run: dict[str, Any]) -> str | None:
-        """Register a finished run's model, if it has one and is not registered; return `models:/NAME@ALIAS`."""
+        """Register a finished run's model, if it has one that is not registered yet; return `models:/NAME@ALIAS`."""
         if not run["lineage"]:
             return None
         # A run that is resumed after its end gets another model at its next end.

@@ -156,7 +156,7 @@ def test_server_away_at_start_and_hanging_later(one_server, client, begin, impat
     one_server.start()
     run.settle(60)
     assert recorded(client, run.run_id) == times(1, 2, 3)
-    assert messages[1:] == [f"record: {one_server.uri} answers; run {run.run_id} has what waited"]
+    assert messages[1:] == [f"record: {one_server.uri} answers; run {run.run_id} has the steps that waited"]
     assert json.loads((folder / "run.json").read_text())["run_id"] == run.run_id
 
     one_server.signal(signal.SIGSTOP)
@@ -197,7 +197,7 @@ def test_server_away_during_the_run(server, client, begin, impatient):
     assert recorded(client, run.run_id) == [*times(1, 2, 3), *times(4, 5, began=2e9)]
     assert messages == [
         f"record: {server.uri} does not answer; steps wait",
-        f"record: {server.uri} answers; run {run.run_id} has what waited",
+        f"record: {server.uri} answers; run {run.run_id} has the steps that waited",
     ]
 
 

@@ -62,7 +62,7 @@ def verify(run: str, step: int | None) -> int:
 
 
 def repair(run: str) -> int:
-    """Leave nothing that is damaged, unfinished, or in the way of a restart."""
+    """Break the seals of damaged checkpoints, and remove what is unfinished or in the way of a restart."""
     for line in checkpoint_store.repair(run):
         print(line, flush=True)
     return 0
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
     text = """break the seals of damaged checkpoints, remove unfinished ones and Ray Train's snapshots. Only for a run
     that is not running: a checkpoint that is being written counts as unfinished. Prints what it removes before it
-    does; never removes an intact checkpoint."""
+    removes it; never removes an intact checkpoint."""
     command = commands.add_parser("repair", parents=[run], help="stop trusting what is damaged", description=text)
     command.set_defaults(command=repair)
 

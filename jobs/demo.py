@@ -84,7 +84,7 @@ done in {time.time() - began:.0f} s. Next:
     learnt = scored.accuracy >= MIN_ACCURACY
     learnt &= all(accuracy > 2 * CHANCE[kind] for kind, accuracy in scored.accuracy_by_kind.items())
     if not learnt:
-        print(f"error: accuracy is below {MIN_ACCURACY}, or below twice the chance of a kind", file=sys.stderr)
+        print(f"error: accuracy is below {MIN_ACCURACY}, or below twice the chance for some kind", file=sys.stderr)
     summary = {
         "accuracy": round(scored.accuracy, 4),
         "accuracy_by_kind": {kind: round(accuracy, 4) for kind, accuracy in scored.accuracy_by_kind.items()},

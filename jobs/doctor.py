@@ -36,7 +36,7 @@ def main() -> int:
         config = parse_run(sys.argv[1:], description=str(__doc__))
     except BadConfig as error:
         fail(error)
-    # These take seconds to import: refuse invalid arguments before.
+    # These take seconds to import: refuse invalid arguments first.
     from crosslmm.doctor.run import run_doctor
     from crosslmm.preflight.findings import merge_nodes
     from crosslmm.tracking import quiet_mlflow

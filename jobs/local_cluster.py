@@ -62,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     groups = [_group(text) for text in DEFAULT_GROUPS] if arguments.nodes == [] else arguments.nodes or []
     if arguments.autoscale is not None and not groups:
-        parser.error("--autoscale: give --nodes, the most nodes that it may add")
+        parser.error("--autoscale needs --nodes: the most nodes that it may add")
     # A closed terminal and `kill` act like Ctrl-C: nodes run in their own sessions, and would outlive this process.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)

@@ -1,7 +1,7 @@
 """Deliver runs from storage to MLflow, and remove old runs.
 
 A run keeps in its folder whatever MLflow needs: parameters, inputs, metrics, unreadable samples, status, model. If the
-MLflow server was away while the run went on, deliver the rest later; what MLflow has already is not sent again:
+MLflow server was unreachable during the run, deliver the rest later; what MLflow already has is not sent again:
 
     python jobs/track.py replay --storage s3://bucket/runs
 
@@ -82,7 +82,7 @@ def _console() -> Console:
 
 
 def main() -> int:
-    """Parse the arguments and run the verb."""
+    """Parse the arguments and run the command."""
     args = _parser().parse_args()
     try:
         return replay(args) if args.command == "replay" else prune(args)
@@ -105,14 +105,16 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("prune", help="list and remove old runs that nothing depends on")
     verb.add_argument("--storage", required=True, help="folder of all runs, path or s3:// URI")
     verb.add_argument(
-        "--older_than", type=float, default=30, metavar="DAYS", help="keep runs that ended later (default: 30)"
+        "--older_than", type=float, default=30, metavar="DAYS", help="keep runs that ended within DAYS (default: 30)"
     )
     verb.add_argument(
         "--keep", type=int, default=10, metavar="N", help="keep the N newest runs at any age (default: 10)"
     )
     verb.add_argument("--delete", choices=["true", "false"], default="false", help="remove them (default: only list)")
     verb.add_argument("--tracking.uri", dest="uri", help="MLflow server (default: MLFLOW_TRACKING_URI, or ./mlflow.db)")
-    verb.add_argument("--tracking.experiment", dest="experiment", default="crosslmm", help="(default: crosslmm)")
+    verb.add_argument(
+        "--tracking.experiment", dest="experiment", default="crosslmm", help="experiment (default: crosslmm)"
+    )
     return parser
 
 

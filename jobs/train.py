@@ -5,8 +5,8 @@
     python jobs/train.py --config paper-2b --config stage-1 --data.manifest s3://bucket/train.jsonl
     ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py --storage s3://bucket/runs
 
-Uses the Ray cluster in reach, or starts one on this machine. The same command with the same --name resumes the run. The
-last line of the output is one JSON object with the result.
+Uses the Ray cluster that it finds, or starts one. The same command with the same --name resumes the run. The last
+line of the output is one JSON object with the result.
 
 Exit status: 0 trained and registered; 1 failed, 130 stopped (the same --name resumes both); 2 the request was refused.
 """
@@ -28,7 +28,7 @@ def main() -> int:
         start_job(config.name)
     except BadConfig as error:
         fail(error)
-    # These take seconds to import: refuse invalid arguments before.
+    # These take seconds to import: refuse invalid arguments first.
     import ray
 
     from crosslmm.data.manifest import BadManifest

@@ -1,4 +1,4 @@
-"""Search how few tokens are enough, or anything else in the configuration.
+"""Search for the fewest tokens that are enough, or for the best values of anything else in the configuration.
 
     python jobs/tune.py --config tiny --config tiny-sweep --space joint --trials 12 --promote best
     python jobs/tune.py --config my-run.yaml --space my_space.py --name how-few --dollars 500 --price 3

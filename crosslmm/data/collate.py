@@ -1,4 +1,4 @@
-"""Collates samples to padded batches. The processor is passed in as a callable."""
+"""Collates samples into padded batches. The processor is passed in as a callable."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ Batch = Any
 """Return value of the processor: a mapping of names to tensors, with `.to(device)`."""
 
 PLACEHOLDER_MESSAGES = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
-"""Conversation that replaces an unreadable sample, with weight 0: all ranks stay at the same step."""
+"""Conversation that replaces an unreadable sample, with weight 0, so that all ranks stay at the same step."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Sample:
     """The row at one position of the run, with its decoded videos or features."""
 
     position: int
-    """Position of the run, see `DeterministicSampler`."""
+    """Position in the run, see `DeterministicSampler`."""
     manifest: str
     """Path or URI of its manifest."""
     line: int
@@ -60,7 +60,7 @@ def micro_batches(
     Args:
         samples: in any order.
         size: samples of a micro-batch; ignored if `tokens` is given.
-        tokens: most tokens of a micro-batch, padding included: number of samples x length of the longest. Samples are
+        tokens: token limit of a micro-batch, padding included: number of samples x length of the longest. Samples are
             sorted by length, so micro-batches need little padding. A longer sample gets a micro-batch of its own.
         length_of: returns a sample's tokens, visual ones included.
     """

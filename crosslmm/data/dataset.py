@@ -1,8 +1,8 @@
-"""The Ray Data graph: positions of a run -> rows -> frames, in blocks that an equal split keeps in order.
+"""The Ray Data pipeline: positions of a run become rows, then frames, in blocks that an equal split keeps in order.
 
 `streaming_split(equal=True)` gives block i to rank i % W as long as all blocks have the same number of rows and none is
-cut. So the source emits block numbers, and each becomes one row of Ray Data, which holds `rows_per_block` consecutive
-samples *of one rank*. Ray Data never needs to know what is in it.
+cut. So the source emits block numbers, and each number becomes one Ray Data row, which holds `rows_per_block`
+consecutive samples *of one rank*. Ray Data never looks into it.
 """
 
 import functools
@@ -35,18 +35,18 @@ Result = TypeVar("Result")
 
 # A block costs Ray Data 30 to 50 ms whatever its size, so small samples share one.
 MAX_BLOCK_BYTES = 16 * 2**20
-"""Frames or features in a block, unless a single sample has more [bytes]."""
+"""Largest size of the frames or features of a block, unless a single sample is larger [bytes]."""
 MAX_BLOCK_ROWS = 128
-"""Samples in a block."""
+"""Largest number of samples in a block."""
 
 MAX_SUBSTITUTES = 8
-"""Other rows that are tried in place of an unreadable one; if all are unreadable, the sample has weight 0."""
+"""Largest number of rows that are tried in place of an unreadable one; if none can be read, the sample has weight 0."""
 
 FATAL_ERRORS = (storage.Refused, storage.Unavailable, BadFeatures, BadManifest)
 """Errors that end a run, whichever row they occur at."""
 
 EMPTY_ROW: dict[str, Any] = {"manifest": "", "line": 0, "id": "", "kind": None, "messages": []}
-"""Fills a block that a fatal error interrupted."""
+"""Stands for each sample of a block that a fatal error interrupted."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,16 @@ class BlockLayout:
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks: equal for all ranks, and at least one. Samples after the last step are never read."""
+        """Total number of blocks: equally many per rank, at least one. Samples after the last step are never read."""
         return self.ranks * max(1, -(-self.steps * self.samples_per_rank // self.rows_per_block))
 
     def positions(self, block: int) -> np.ndarray:
-        """Return the positions of the samples in a block, int64 (rows_per_block,). Block i is of rank i % ranks."""
+        """Return the positions of the samples in a block, int64 (rows_per_block,). Block i is for rank i % ranks."""
         rank, number = block % self.ranks, block // self.ranks
         return self.rank_positions(rank, number * self.rows_per_block + np.arange(self.rows_per_block))
 
     def rank_positions(self, rank: int, numbers: np.ndarray) -> np.ndarray:
-        """Return the positions of a rank's samples, which are numbered from `first_step` on; int64 (n,) both."""
+        """Return the positions of a rank's samples by their numbers, counted from `first_step` on; both int64 (n,)."""
         step_numbers, within = np.divmod(numbers, self.samples_per_rank)
         positions = np.empty_like(numbers)
         for step in np.unique(step_numbers):
@@ -97,7 +97,7 @@ class BlockLayout:
     def _deal(self, step: int) -> np.ndarray:
         """Deal the positions of a step to ranks, int64 (ranks, samples_per_rank).
 
-        With `lengths` the longest samples go to ranks 0, 1, ..., W-1, the next ones to W-1, ..., 1, 0, and so on.
+        With `lengths`, the longest samples go to ranks 0, 1, ..., W-1, the next ones to W-1, ..., 1, 0, and so on.
         """
         positions = step * self.sampler.global_batch_size + np.arange(self.sampler.global_batch_size)
         if self.lengths is None:
@@ -110,7 +110,7 @@ class BlockLayout:
 
 
 def rows_per_block(data: DataConfig, image_size: int, features: FeatureRecipe | None = None) -> int:
-    """Return the samples of a block, 1 to 128: as many as fit 16 MiB of frames (or features, where these are read)."""
+    """Return the number of samples in a block, 1 to 128: as many as fit into 16 MiB of frames (or of features)."""
     frame_bytes = image_size**2 * 3 if features is None else features.patches * features.width * BF16_BYTES
     return int(np.clip(MAX_BLOCK_BYTES // (data.num_frames * frame_bytes), 1, MAX_BLOCK_ROWS))
 
@@ -125,7 +125,9 @@ def build_dataset(
     features: ray.ObjectRef | None = None,
     decode_on: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """Build the dataset of a layout. Call it in the process that runs it (Train's controller): Ray's context is local.
+    """Build the dataset of a layout.
+
+    Call it in the process that runs the dataset (Ray Train's controller): Ray Data's context is local to a process.
 
     Args:
         layout: assigns samples to blocks.
@@ -142,9 +144,9 @@ def build_dataset(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # during validation the training data makes no progress
-    # A single task counts, just as far ahead as the readers need: with a task per block, millions of tasks would be
-    # created before the first one runs. It reserves no CPU, or the readers might wait for one without any message; and
-    # it runs on this node, since nodes of readers come and go.
+    # A single task emits the numbers, only as far ahead as the readers need: with a task per block, millions of tasks
+    # would be created before the first one runs. It reserves no CPU, or the readers might silently wait for one; and it
+    # runs on this node, since nodes of readers come and go.
     this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     numbers = ray.data.read_datasource(
         _BlockNumbers(layout.num_blocks), override_num_blocks=1, num_cpus=0, label_selector=this_node
@@ -208,7 +210,7 @@ class ReadSamples:
         self.unreadable: dict[int, QuarantineEntry] = {}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Read a block and return it as one row, which `unpack_block` takes apart.
+        """Read a block and return it as one row, which `unpack_block` unpacks.
 
         `frames` has the frames (or features) of all samples, concatenated; `samples` the other fields of `Sample`, as
         JSON; `stopped` the fatal error, if there is one.
@@ -222,7 +224,7 @@ class ReadSamples:
         try:
             rows, videos, quarantined = self._read_or_replace(positions, index, weight)
         except FATAL_ERRORS as error:
-            # Raised here it would reach the trainer's log under Ray's tracebacks; `unpack_block` raises it there.
+            # Raised here, it would be buried under Ray's tracebacks; `unpack_block` raises it in the trainer.
             stopped = [isinstance(error, kind) for kind in FATAL_ERRORS].index(True), str(error)
             rows, videos, quarantined = [EMPTY_ROW] * len(index), [[] for _ in index], [[] for _ in index]
         samples, frames = [], []
@@ -292,7 +294,7 @@ def unpack_block(block: dict[str, np.ndarray]) -> Iterator[Sample]:
 
     Raises:
         storage.Refused, storage.Unavailable: the store of the videos cannot be used.
-        BadFeatures: features must not be used.
+        BadFeatures: stored features are missing, damaged, or of another version of the video.
         BadManifest: a prepared row names a video outside of the roots.
     """
     if stopped := json.loads(block["stopped"][0]):
@@ -309,9 +311,9 @@ def unpack_block(block: dict[str, np.ndarray]) -> Iterator[Sample]:
 
 
 def prefetch(items: Iterable[Item], make: Callable[[Item], Result], depth: int = 2) -> Iterator[Result]:
-    """Return an iterator like `map(make, items)` that prepares the next `depth` results in a thread, from now on.
+    """Return an iterator like `map(make, items)` that prepares the next `depth` results in a thread, starting at once.
 
-    An exception of `items` or `make` is raised at its position in the results; they end there.
+    An exception that `items` or `make` raises is raised at its position in the results, which end there.
     """
     source = iter(items)
     end = object()

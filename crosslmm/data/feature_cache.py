@@ -1,4 +1,4 @@
-"""The cache of frozen-encoder features: each video's visual tokens, encoded once and read at random.
+"""The cache of frozen-encoder features: each video's visual tokens, encoded once and read in any order.
 
 FOLDER/KEY/features.json         the recipe that KEY is the hash of
 FOLDER/KEY/shard-ID.bin          the features of some videos, concatenated
@@ -156,7 +156,7 @@ class FeatureCache:
             ) from error
         self._shards = {name for name in names if name.startswith("shard-")}
         table = pa.concat_tables([*tables, INDEX.empty_table()])
-        # Sorted by URI, the latest entry of a URI last: a search needs no dictionary, in no process.
+        # Sorted by URI, the latest entry of a URI last: a binary search finds it, so no process needs a dictionary.
         self._table = table.take(pc.sort_indices(table, [("uri", "ascending")])).combine_chunks()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class FeatureCache:
         return IndexEntry(**self._table.slice(low - 1, 1).to_pylist()[0])
 
     def require(self, recipe: FeatureRecipe, uris: Iterable[str]) -> None:
-        """Check that the features were made by a recipe and contain some videos.
+        """Check that the features were made by this recipe and contain these videos.
 
         Args:
             recipe: recipe of the run. Its encoder is not compared, since the run has not loaded it yet; its dtype is
@@ -219,21 +219,23 @@ class FeatureCache:
         if entry is None:
             raise BadFeatures(f"{uri}: {self.folder} has no features of it; {REENCODE_HINT}")
         if storage.version(split_time_range(uri)[0]) != entry.version:
-            raise BadFeatures(f"{uri}: has changed, or gone, since it was encoded into {self.folder}; {REENCODE_HINT}")
+            raise BadFeatures(
+                f"{uri}: has changed or disappeared since it was encoded into {self.folder}; {REENCODE_HINT}"
+            )
         if entry.reason is not None:
             return VideoFailure(entry.reason, entry.stage or "decode", entry.version, entry.attempts)
         shard = storage.join(self.folder, str(entry.shard))
         try:
             data = storage.read_bytes(shard, entry.offset, entry.offset + entry.size)
         except FileNotFoundError:
-            raise BadFeatures(f"{uri}: its features are gone with {shard}; {REENCODE_HINT}") from None
+            raise BadFeatures(f"{uri}: its features are lost: {shard} is missing; {REENCODE_HINT}") from None
         expected_bytes = entry.frames * self.recipe.frame_bytes
         if len(data) != expected_bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise BadFeatures(f"{uri}: its features are damaged: delete {shard}; then {REENCODE_HINT}")
         return unpack(data, (entry.frames, self.recipe.patches, self.recipe.width), self.recipe.dtype)
 
     def _find_stored(self, uri: str) -> IndexEntry | None:
-        """Like `find`, but None if the shard was deleted. Not for pickled copies, which do not know the shards."""
+        """Like `find`, but None if the shard was deleted. Pickled copies cannot tell: they do not know the shards."""
         entry = self.find(uri)
         return entry if entry and (entry.shard is None or entry.shard in self._shards) else None
 

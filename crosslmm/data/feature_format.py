@@ -28,7 +28,7 @@ class FeatureConfig(Section):
     dtype: DType = "bf16"
     """bf16: two bytes a value; int8: one byte a value, scaled by each token's largest value."""
     price: Annotated[float, Field(ge=0)] = 0.023
-    """Price of storage for the estimate; the default is a typical cloud price [USD a GB and month]."""
+    """Price of storage for the estimate; the default is a typical cloud price [USD per GB and month]."""
 
 
 class FeatureRecipe(Section):

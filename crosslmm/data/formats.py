@@ -1,4 +1,4 @@
-"""Readers of the manifest formats. They return rows of one form, which `row_schema` checks.
+"""Readers of the manifest formats. They return rows in one common form, which `row_schema` checks.
 
 *.jsonl      one object a line: {"id", "video", "messages", "kind"}, or LLaVA's {"id", "video", "conversations"}
 *.json       a list of such objects, as LLaVA publishes them
@@ -38,7 +38,7 @@ def read_rows(uri: str) -> tuple[bytes, Iterator[tuple[int, str | bytes | dict[s
     """Read a manifest.
 
     Returns:
-        (data, rows): the bytes that its digest is taken of, and (number from 1, JSON or parsed object) of each row.
+        (data, rows): the bytes that its digest covers, and (number from 1, JSON or parsed object) of each row.
 
     Raises:
         OSError, ValueError: it cannot be read, or does not have the format that its name promises.
@@ -56,11 +56,11 @@ def read_rows(uri: str) -> tuple[bytes, Iterator[tuple[int, str | bytes | dict[s
 
 
 def parse_row(raw: str | bytes | dict[str, Any], number: int) -> dict[str, Any]:
-    """Convert one row to this project's form. Of LLaVA's rows unknown fields are dropped, and `number` is the id of
-    those that have none.
+    """Convert one row to this project's form. In LLaVA's rows, unknown fields are dropped, and a missing id becomes
+    `number`.
 
     Raises:
-        BadRow: it is no object, or its conversation has neither of the two forms.
+        BadRow: it is not an object, or its conversation has neither of the two forms.
     """
     try:
         row = json.loads(raw) if isinstance(raw, str | bytes) else raw

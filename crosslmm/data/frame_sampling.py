@@ -39,11 +39,11 @@ class FrameSampling:
     A video gives fewer frames than moments if several moments show the same frame: no frame is repeated.
 
     Attributes:
-        num_frames: most frames of a video; `uniform` gives exactly as many if the video has them.
+        num_frames: most frames of a video; `uniform` gives exactly this many if the video has them.
         policy: "uniform": the middles of equal segments of the video (as InternVL). "fps": every 1/fps s from the
             beginning, at most `num_frames`. "fps_then_uniform": every 1/fps s, or, if these would be too many,
             `num_frames` spread evenly from the first frame to the last (as LLaVA-Video).
-        fps: frames per second of the last two policies.
+        fps: frames per second of the policies "fps" and "fps_then_uniform".
     """
 
     num_frames: int
@@ -67,7 +67,7 @@ class FrameSampling:
         return np.linspace(0, duration if last is None else last, self.num_frames)
 
     def count(self, seconds: np.ndarray) -> np.ndarray:
-        """Return the most frames that videos of these durations give.
+        """Return the largest number of frames that a video of each duration can give.
 
         Args:
             seconds: durations, float64 [s]; NaN if unknown, 0 for an image.
@@ -88,7 +88,7 @@ def uniform(duration: float, count: int) -> np.ndarray:
 
 def at_rate(duration: float, fps: float, limit: int) -> np.ndarray:
     """Return 0, 1/fps, 2/fps, ... before `duration` [s], float64; at least the first and at most `limit` of them."""
-    # A duration that rounding made slightly too long shows no further frame.
+    # Subtract a little: a duration that rounding made slightly too long must not add a frame.
     return np.arange(int(np.clip(np.ceil(duration * fps - 1e-6), 1, limit))) / fps
 
 

@@ -1,4 +1,4 @@
-"""The manifest: one conversation a row, usually about a video.
+"""The manifest: one conversation per row, usually about a video.
 
 `formats` reads the file formats, `row_schema` checks rows, `manifest_shards` reads prepared manifests.
 """
@@ -64,7 +64,7 @@ class Manifest:
             if manifest_shards.is_prepared(self.uri):
                 self._table = manifest_shards.PreparedTable(self.uri)
                 self.digest = self._table.digest
-                self.take([0])  # the first video's folder is usually the folder of all of them
+                self.take([0])  # fails if the first row's videos lie outside of the roots; usually so do all others
                 return
             if self._folder != self.uri and (size := storage.stamp_of(self.uri)[0]) > MAX_UNPREPARED_BYTES:
                 raise BadManifest(f"{uri}: has {size / 1e9:.1f} GB; {PREPARE_HINT.format(uri=uri)}")
@@ -112,7 +112,7 @@ class Manifest:
         return self.take(np.arange(len(self)))
 
     def videos(self) -> Iterator[tuple[str, "VideoReference"]]:
-        """Yield the URI of each video and image part of each row, repetitions included."""
+        """Yield (URI, row and duration) of each video and image part of each row, repetitions included."""
         table = self._table.videos() if isinstance(self._table, manifest_shards.PreparedTable) else self._table
         table = table.select(["videos", "seconds"])
         for row, record in enumerate(row for batch in table.to_batches(4096) for row in batch.to_pylist()):
@@ -132,7 +132,7 @@ class Manifest:
     def estimate_tokens(self, sampling: FrameSampling, tokens_per_frame: int) -> np.ndarray:
         """Estimate the tokens of each row without opening a video: float32 (rows,).
 
-        Four characters count as one token; a video of unknown duration counts with the most frames that the policy
+        Four characters count as one token; a video of unknown duration counts as the most frames that the policy
         gives.
         """
         table = self._table.lengths() if isinstance(self._table, manifest_shards.PreparedTable) else self._table
@@ -146,7 +146,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class VideoReference:
-    """The first row that names a video, and the video's duration."""
+    """A row that names a video (the first one, in `Rows.videos`), and the video's duration."""
 
     row: int
     """Index of the row, from 0."""

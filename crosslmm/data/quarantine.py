@@ -15,13 +15,13 @@ class QuarantineEntry:
     manifest: str
     """Path or URI of the row's manifest."""
     line: int
-    """Line of that manifest, from 1; of a prepared one: line of the manifest that it was made from."""
+    """Line of that manifest, from 1; for a prepared manifest, the line of the manifest that it was made from."""
     id: str
     """Id of the row."""
     uri: str
     """URI of the unreadable video."""
     version: str | None
-    """ETag of the object when it was tried, if it has one; another version is tried again."""
+    """ETag of the object when it was tried, if it has one; a later version is tried again."""
     stage: str
     """Where it failed: read, check, decode, deadline or crash."""
     reason: str
@@ -46,7 +46,7 @@ class TooManyUnreadable(Exception):
 
 
 class ErrorBudget:
-    """Counts samples and unreadable ones of each source, and raises when a source exceeds both limits.
+    """Counts the samples of each source and the unreadable ones among them; raises when a source exceeds both limits.
 
     Args:
         max_share: largest share of unreadable samples of a source (`data.max_bad_share`).

@@ -19,7 +19,7 @@ class _Strict(BaseModel):
 
 
 MediaUri = Annotated[str, Field(min_length=1)]
-"""Path relative to the manifest, absolute path, or s3:// URI; for a part of a video followed by `#t=START,END` [s]."""
+"""Path relative to the manifest, absolute path, or s3:// URI; a suffix `#t=START,END` selects a part of a video [s]."""
 
 
 class VideoPart(_Strict):
@@ -76,7 +76,7 @@ class Row(_Strict):
 
     id: Annotated[str, Field(min_length=1)]
     video: MediaUri | None = None
-    """URI of the video part that names none itself; None for text alone."""
+    """URI for the one video part without a URI of its own; None if there is no such part."""
     messages: Annotated[
         list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]], Field(min_length=1)
     ]
@@ -111,7 +111,7 @@ class Row(_Strict):
     def _check_conversation(self) -> "Row":
         answers = [i for i, m in enumerate(self.messages) if isinstance(m, AssistantMessage)]
         if not answers:
-            raise ValueError("no message is the assistant's, so there is nothing to learn or to compare with")
+            raise ValueError("there is no message of the assistant, so there is nothing to learn or to compare with")
         if answers[0] == 0:
             raise ValueError("the assistant speaks first, so there is no question to answer")
         if any(not isinstance(part, TextPart) for part in self._parts(answers[-1])):
@@ -146,7 +146,7 @@ def parse_rows(
             if earlier != line:
                 raise ValueError(f"id {record['id']!r} is also on line {earlier}")
             records.append(record)
-        except (ValueError, TypeError, RecursionError) as error:  # JSON from elsewhere has any shape
+        except (ValueError, TypeError, RecursionError) as error:  # JSON from outside can have any shape
             malformed.append((line, _one_line(error)))
     return records, malformed
 
@@ -195,7 +195,7 @@ def _characters(parts: Sequence[VideoPart | ImagePart | TextPart]) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """Return the reason why a row is malformed, in one line."""
+    """Return why a row is malformed, in one line."""
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]

@@ -13,12 +13,12 @@ class DeterministicSampler:
     """Maps each position of a run to a row.
 
     Positions are counted over the whole run: optimizer step t takes positions [t*G, (t+1)*G) with global batch size G.
-    Each source is passed through in one permutation of all its rows after another. An epoch is padded to a whole number
+    Each source is read in passes over all its rows, each in a new permutation. An epoch is padded to a whole number
     of steps with rows of weight 0, so no split ever drops or repeats a row. A run that stopped after t steps resumes at
     position t*G: one number says which samples were consumed.
 
     Attributes:
-        sizes: number of rows of each source. Rows are numbered through all sources, in this order.
+        sizes: number of rows of each source. Rows are numbered consecutively over all sources, in this order.
         global_batch_size: G.
         seed: fixes the permutations; None keeps the manifests' order (validation).
         shares: how many of every sum(shares) consecutive positions belong to each source. An epoch ends when each
@@ -77,8 +77,8 @@ class DeterministicSampler:
     def substitute(self, position: int, attempt: int) -> int:
         """Return the row that replaces an unreadable one, after `attempt` - 1 other substitutes were unreadable too.
 
-        It is drawn from the same source and fixed by (seed, position, attempt): every rank takes every step, and a
-        resume sees the same rows.
+        It is drawn from the same source and fixed by (seed, position, attempt): no rank misses a step, and a resumed
+        run sees the same rows.
 
         Args:
             position: position of the run.
@@ -91,9 +91,9 @@ class DeterministicSampler:
 
 @functools.cache
 def _permutations(size: int, seed: int | None, source: int) -> Callable[[int], np.ndarray]:
-    """Return a function from the number of a pass to the order of a source's rows in it, int64 (size,)."""
+    """Return a function that maps the number of a pass to the order of a source's rows in it, int64 (size,)."""
 
-    # A permutation takes 8 bytes a row; only the end of a pass needs two.
+    # A permutation takes 8 bytes a row; two are in use only where one pass ends and the next begins.
     @functools.lru_cache(maxsize=2)
     def permutation(number: int) -> np.ndarray:
         return np.arange(size) if seed is None else np.random.default_rng([seed, number, source]).permutation(size)

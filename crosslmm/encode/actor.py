@@ -20,7 +20,7 @@ from crosslmm.model.vision_encoder import encode
 
 
 class VideoRows:
-    """Rows with one video each, in the interface of `Rows`: each video in the first row that names it.
+    """Rows with one video each, with the interface of `Rows`: for each video, the first row that names it.
 
     Attributes:
         uris: URI of each video.
@@ -45,7 +45,7 @@ class Encode:
     Args:
         tower: the encoder, in the object store.
         rows: `VideoRows`, in the object store.
-        folder: folder of the recipe.
+        folder: folder of the recipe's features.
         recipe: how features are made.
         config: the run.
     """

@@ -1,4 +1,4 @@
-"""Writes index and quarantine file while blocks finish, and shows the progress of the job."""
+"""Writes the index and the quarantine file as blocks finish, and shows the progress of the job."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 INDEX_INTERVAL_S = 5.0
 """Time between two index files [s]: the most work that a killed job loses. Each index file costs readers a request."""
 SOURCE = "the videos"
-"""Source in the error budget: all manifests together, since a block does not say which one a good video is of."""
+"""Source in the error budget: all manifests together, as blocks do not say which one a readable video belongs to."""
 
 
 class EncodingRecorder:

@@ -1,6 +1,6 @@
 """The encoding job: runs the frozen encoder once over every video of the manifests and stores the features.
 
-Videos that the folder already has are not encoded again, so an interrupted job, or one with more videos, resumes there.
+Videos that the folder already has are not encoded again, neither after an interruption nor after videos were added.
 """
 
 import json
@@ -155,7 +155,7 @@ def _log_estimate(
     for dtype, size in sizes.items():
         price = size / 1e9 * settings.price
         log.info("  %s    %s GB at most, %s USD a month", dtype, f"{size / 1e9:,.3f}", f"{price:,.2f}")
-    log.info("assumed   --features.price %g USD a GB and month", settings.price)
+    log.info("assumed   --features.price %g USD per GB and month", settings.price)
 
 
 def _encode(
@@ -167,7 +167,7 @@ def _encode(
         EncodingFailed: the job stopped.
     """
     ray_runtime.start_ray()
-    # Without a validation manifest no decoders are reserved for it.
+    # This job does not validate: without a validation manifest, no decoders are reserved for that.
     config = config.model_copy(update={"data": config.data.model_copy(update={"validation_manifest": None})})
     placement.check_placement(config)
     with recorder:

@@ -47,7 +47,7 @@ class Answerer:
                 use_safetensors=True,
             )
         self.model: Any = model.eval().to(self.device)
-        # The roots in the configuration restrict manifests of the training; here the caller names each video.
+        # The roots in the configuration restrict the manifests of training; here the caller names each video.
         self.decoder = Decoder(self.config.data.model_copy(update={"roots": []}), self.processor.image_size)
 
     def __call__(self, videos: Sequence[str], questions: Sequence[str], max_new_tokens: int = 64) -> list[str]:
@@ -95,7 +95,7 @@ class Conversation:
         prompt = processor([messages], [[self.video]], answer=True).to(self.answerer.device)
         ids = prompt["input_ids"][0]
         if self._cache is not None:
-            # Tokenised again, earlier turns may give other tokens than were generated: reuse the common prefix only.
+            # Tokenised again, earlier turns may differ from the cached tokens: reuse the common prefix only.
             length = min(len(ids), len(self._cached_ids))
             prefix = int((ids[:length] == self._cached_ids[:length]).cumprod(0).sum())
             self._cache.self_attention_cache.crop(prefix - len(self._cached_ids))

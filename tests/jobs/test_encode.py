@@ -90,7 +90,7 @@ def encoded(cluster, folder):
 def test_killed_job_resumes_and_encodes_no_video_twice(encoded):
     first, _, result, stored, clips = encoded
     assert f"to do     {CLIPS + 1} videos, {(CLIPS + 1) * 4:,} frames at most" in first
-    assert "--features.price 0.023 USD a GB and month" in first
+    assert "--features.price 0.023 USD per GB and month" in first
     assert "int8    " in first
     assert 0 < len(stored) < CLIPS
     assert result["already"] == len(stored)

@@ -219,7 +219,7 @@ def test_reading_features_costs_two_requests(wire):
     assert wire.requests - before == 2
     storage.write_bytes(video, b"two")
     assert storage.version(video) not in (None, version)
-    with pytest.raises(BadFeatures, match="has changed, or gone"):
+    with pytest.raises(BadFeatures, match="has changed or disappeared"):
         features.read(video)
     assert storage.version("s3://videos/no-such-object") is None
     with pytest.raises(storage.Unavailable, match="there is no bucket nowhere"):

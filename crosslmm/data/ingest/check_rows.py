@@ -32,7 +32,7 @@ INDEX = pa.schema(
     {"id": pa.uint64(), "line": pa.int64(), "kept": pa.bool_()}
     | {name: SCHEMA.field(name).type for name in LENGTH_COLUMNS}
 )
-"""Columns of a chunk's index: hash of the row's id, its line, whether a part has it, and what its length depends on."""
+"""Columns of a chunk's index: hash of the row's id, its line, whether a part contains it, and its `LENGTH_COLUMNS`."""
 
 Waiting = tuple[dict[str, Any], QuarantineEntry]
 """A row with an unreadable video, and why the video is unreadable. `requeue` tries it again."""
@@ -65,11 +65,11 @@ class CheckedBatch:
     waiting: list[Waiting]
     """Rows with an unreadable video."""
     probes: dict[str, Probe]
-    """Headers of the videos that this batch has and no earlier batch had, by URI."""
+    """Headers of the videos that no earlier batch had, by URI."""
 
 
 def check_chunk(job: IngestJob, chunk: Chunk) -> tuple[Summary, np.ndarray, np.ndarray]:
-    """Check a chunk -> counts; hashes of the ids, uint64 (rows,); their lines, int64 (rows,)."""
+    """Check a chunk; return its counts, the hashes of its ids, uint64 (rows,), and their lines, int64 (rows,)."""
     summary, index = Summary(job.plan), [INDEX.empty_table()]
     for batch in check_batches(job, chunk):
         count_batch(summary, batch)
@@ -79,7 +79,7 @@ def check_chunk(job: IngestJob, chunk: Chunk) -> tuple[Summary, np.ndarray, np.n
 
 
 def check_batches(job: IngestJob, chunk: Chunk, batch_rows: int = BATCH_ROWS) -> Iterator[CheckedBatch]:
-    """Check the rows of a chunk and, if the job says so, probe their videos.
+    """Check the rows of a chunk and, if the job asks for it, probe their videos.
 
     Raises:
         BadManifest: the chunk cannot be read.
@@ -115,7 +115,7 @@ def _row_batches(job: IngestJob, chunk: Chunk, batch_rows: int) -> Iterator[list
 def add_durations(
     records: list[dict[str, Any]], probed: dict[str, Probe | VideoFailure], manifest: str
 ) -> tuple[list[dict[str, Any]], list[Waiting]]:
-    """Add the durations of their videos to records -> records, and rows with an unreadable video."""
+    """Add the durations of their videos to records; return these, and the rows with an unreadable video."""
     readable, waiting = [], []
     for record in records:
         seconds = {uri: _clip_seconds(uri, probed) for uri in record["videos"]}

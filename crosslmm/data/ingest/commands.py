@@ -19,7 +19,7 @@ from crosslmm.config import BadConfig, DataConfig
 LIMITS = {"decode_timeout_s", "decode_memory_gib", "max_video_bytes", "max_video_s", "max_frame_pixels"}
 """Keys of `DataConfig` that all commands with videos take."""
 TOLERANCES = {"max_bad_share", "bad_allowed", "roots"}
-"""Keys of `DataConfig` that the commands on manifests take, too."""
+"""Keys of `DataConfig` that the commands on manifests take as well."""
 DEFAULTS = DataConfig()
 ChunkBytes = Annotated[int, Field(ge=1)]
 Result = tuple[int, str]
@@ -44,12 +44,12 @@ def convert(
     Args:
         manifest: Path or s3:// URI, in any format that training reads. A .json list, or a folder of videos with
             sidecars, must fit into the memory of one process.
-        folder: Path or s3:// URI of the output; every node must reach it.
+        folder: Path or s3:// URI of the output; all nodes must have access to it.
         probe: Read each video's header: duration (needed for --train.micro_batch_tokens), frames, size, codec,
             rotation, keyframes. false opens no video.
         skip_bad: Leave malformed rows out instead of refusing the manifest.
-        piece_bytes: Part of the manifest that one task converts, and that an interruption may cost [bytes]. null is
-            32 MiB, or 4 MiB with --probe true.
+        piece_bytes: Size of the part of the manifest that one task converts, and that is converted again if the task is
+            interrupted [bytes]. null is 32 MiB, or 4 MiB with --probe true.
     """
     from crosslmm.data.ingest.convert import convert
     from crosslmm.data.ingest.report import print_converted
@@ -66,12 +66,12 @@ def validate(
 
         python jobs/prepare.py validate s3://bucket/train.jsonl --probe true
 
-    Prints the reasons, how many rows each has, and their first lines. Exit status 1 if there are bad rows.
+    Prints each reason with its number of rows and the first of their lines. Exit status 1 if there are bad rows.
 
     Args:
         manifest: Path or s3:// URI, in any format that training reads.
         probe: Read each video's header, too; rows with unreadable videos then count as bad.
-        piece_bytes: Part of the manifest that one task checks [bytes]. null is 32 MiB, or 4 MiB with --probe true.
+        piece_bytes: Size of the part that one task checks [bytes]. null is 32 MiB, or 4 MiB with --probe true.
     """
     from crosslmm.data.ingest.convert import validate
     from crosslmm.data.ingest.report import print_problems
@@ -90,8 +90,8 @@ def requeue(place: str, data: DataConfig = DEFAULTS) -> Result:
 
     The videos in a run's quarantine.jsonl are decoded, and lines of those that can be read now are removed. The videos
     of a prepared folder are probed, and rows that can be read now are added to the folder. What still fails stays, with
-    its attempts counted. A folder with more rows is another manifest: a run that started with fewer rows continues, but
-    cannot be resumed.
+    its attempts counted. A folder that has gained rows counts as another manifest: a run that is training on it goes
+    on, but cannot be resumed.
 
     Args:
         place: Path or s3:// URI of the quarantine.jsonl of a run that is not running, or of a prepared folder.
@@ -113,7 +113,7 @@ def sample(
         python jobs/prepare.py sample data --train 3000 --held_out 160
 
     Args:
-        folder: Path or s3:// URI that gets the clips, train.jsonl and held_out.jsonl.
+        folder: Path or s3:// URI of the folder for the clips, train.jsonl and held_out.jsonl.
         train: Number of clips to train on.
         held_out: Number of clips to validate on, drawn separately.
         seed: The same seed gives the same bytes.
@@ -137,7 +137,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
 
 
 def parse(argv: list[str], description: str) -> tuple[Callable[..., Result], dict[str, Any]]:
-    """Parse a command line -> function of the command, and its arguments.
+    """Parse a command line; return the function of the command, and its arguments.
 
     Raises:
         BadConfig: unknown argument, or a value of the wrong type.
@@ -172,7 +172,7 @@ def _command_parser(function: Callable[..., Result]) -> ArgumentParser:
         parser.add_class_arguments(DataConfig, "data", skip=set(DataConfig.model_fields) - keys)
     for action in parser._actions:
         if action.dest == "data":
-            action.help = argparse.SUPPRESS  # --data FILE: the keys are enough
+            action.help = argparse.SUPPRESS  # hides --data FILE: its keys are enough
         elif (annotation := getattr(action, "_typehint", None)) is not None and action.option_strings:
             action.metavar = describe_type(annotation)
             default = str(action.default).lower() if isinstance(action.default, bool) else action.default

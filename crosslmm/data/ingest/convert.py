@@ -3,7 +3,7 @@
     FOLDER/pieces/plan.json         how the manifest is split into chunks
     FOLDER/part-*.parquet           the rows
     FOLDER/probes-*.parquet         headers of the videos
-    FOLDER/waiting-*.parquet        rows with unreadable videos, for `requeue`; quarantine.jsonl has them for people
+    FOLDER/waiting-*.parquet        rows with unreadable videos, for `requeue`; quarantine.jsonl lists them for people
     FOLDER/rejected.jsonl           malformed rows
     FOLDER/pieces/00012.json        summary of a chunk, written after all files that it names: the chunk is done
     FOLDER/_prepared.json           the seal: the manifest is prepared
@@ -54,7 +54,7 @@ from crosslmm.data.quarantine import ErrorBudget, to_printable
 from crosslmm.progress import Progress
 
 Duplicates = dict[int, list[tuple[int, int]]]
-"""By number of the chunk: (line, earlier line with the same id) of each duplicate."""
+"""By chunk number: (line, earlier line with the same id) of each duplicate."""
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 def convert(
     manifest: str, folder: str, probe: bool, skip_bad: bool, piece_bytes: int | None, data: DataConfig
 ) -> dict[str, Any]:
-    """Prepare a manifest, or resume an earlier call -> counts, as the job prints them.
+    """Prepare a manifest, or resume an earlier call; return the counts that the job prints.
 
     Args:
         manifest: path or URI.
@@ -115,7 +115,7 @@ def validate(manifest: str, probe: bool, piece_bytes: int | None, data: DataConf
     """
     uri = storage.absolute(manifest.rstrip("/"))
     if manifest_shards.is_prepared(uri):
-        raise BadManifest(f"{manifest}: is prepared, and its rows were checked when it was")
+        raise BadManifest(f"{manifest}: is already prepared, so its rows have been checked")
     job = IngestJob(uri, "", "", probe, _with_manifest_root(uri, data))
     hashes, lines = {}, {}
     with manifest_errors(manifest):
@@ -226,7 +226,7 @@ def _find_duplicates(target: str, summaries: list[Summary]) -> Duplicates:
 def _seal(
     job: IngestJob, summaries: list[Summary], duplicates: Duplicates, skip_bad: bool, began: float
 ) -> dict[str, Any]:
-    """Write rejected.jsonl and quarantine.jsonl, and the seal if no row is malformed or they may be skipped."""
+    """Write rejected.jsonl and quarantine.jsonl, and the seal unless malformed rows must not be skipped."""
     target, total = job.target, Summary()
     for number, summary in enumerate(summaries):
         total.add(summary)

@@ -4,11 +4,11 @@ import numpy as np
 
 
 def find_duplicates(hashes: list[np.ndarray], lines: list[np.ndarray]) -> dict[int, list[tuple[int, int]]]:
-    """Return, by number of the chunk, (line, first line with the same id) of each row whose id appeared before.
+    """Return, by chunk number, (line, first line with the same id) of each row whose id appeared before.
 
     Args:
-        hashes: of the ids of each chunk, uint64 (rows,).
-        lines: of the rows of each chunk, int64 (rows,).
+        hashes: hashes of the ids of each chunk, uint64 (rows,).
+        lines: lines of the rows of each chunk, int64 (rows,).
     """
     if not any(map(len, hashes)):
         return {}

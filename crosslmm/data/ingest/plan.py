@@ -17,7 +17,7 @@ from crosslmm.data.ingest.split import Chunk
 from crosslmm.data.manifest import BadManifest
 
 CHUNK_BYTES, PROBED_CHUNK_BYTES = 32 * 2**20, 4 * 2**20
-"""Default size of a chunk, and the same if its videos are probed, where a row takes much longer [bytes]."""
+"""Default sizes of a chunk without and with probing, which takes much longer per row [bytes]."""
 
 PLAN_FILE, REJECTED_FILE, QUARANTINE_FILE = "pieces/plan.json", "rejected.jsonl", "quarantine.jsonl"
 OUTPUT_FILES = re.compile(
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """How a manifest is split, and what it was at that time."""
+    """How a manifest is split, and the state that it was in then."""
 
     settings: dict[str, Any]
     """Arguments of the conversion that its output depends on."""
@@ -87,7 +87,7 @@ def make_plan(uri: str, target: str, settings: dict[str, Any], previous: Plan | 
     with manifest_errors(uri):
         stamp = split.change_stamp(uri)
         if previous is None:
-            # Claim the folder before anything else is written, so that a call after a kill recognises it.
+            # Claim the folder before anything else is written, so that a call after an interruption recognises it.
             storage.write_bytes(storage.join(target, PLAN_FILE), Plan({}, [], []).to_json())
         if previous and stamp and (previous.stamp, previous.settings) == (stamp, settings):
             return previous
@@ -126,7 +126,7 @@ def _remove_output(target: str, previous: Plan, plan: Plan) -> None:
     """
     same_settings = previous.settings == plan.settings
     if not same_settings and manifest_shards.is_prepared(target):
-        raise BadConfig(f"{target}: is finished, from another manifest or with other settings; give another folder")
+        raise BadConfig(f"{target}: was converted from another manifest or with other settings; give another folder")
     changed = "the manifest has" if same_settings else "the manifest or the settings have"
     log.info("%s changed since %s was started: starting over", changed, target)
     names = {name for name in storage.names_in(target) if OUTPUT_FILES.fullmatch(name)}

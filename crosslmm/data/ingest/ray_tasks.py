@@ -14,11 +14,11 @@ MAX_RETRIES = 3
 
 
 class IngestError(Exception):
-    """Preparing stopped, or rows are malformed; the message is one line. The same command resumes."""
+    """The preparation stopped, or rows are malformed; the message is one line. The same command resumes."""
 
 
 def run_tasks(function: Callable[..., Any], calls: dict[int, tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-    """Call a function with each of these arguments, in tasks of one CPU -> key and result of each, as they finish.
+    """Call a function with each of these arguments, in tasks of one CPU; yield (key, result) as they finish.
 
     Two tasks per CPU are submitted at any time: no CPU waits for the driver, and an autoscaler sees pending work.
 
@@ -50,7 +50,7 @@ def run_tasks(function: Callable[..., Any], calls: dict[int, tuple[Any, ...]]) -
                     raise error.cause from None
                 except RayError as error:
                     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                    raise IngestError(f"a worker died {MAX_RETRIES + 1} times with chunk {key}: {reason}") from error
+                    raise IngestError(f"a worker died {MAX_RETRIES + 1} times on chunk {key}: {reason}") from error
                 yield key, result
     finally:
         for task in running:

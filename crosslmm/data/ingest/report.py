@@ -9,7 +9,7 @@ from rich.text import Text
 from crosslmm.data.ingest.summary import Summary
 
 MOST_FREQUENT = 5
-"""Codecs, sizes and reasons that a table shows."""
+"""Number of codecs, sizes and reasons that a table shows."""
 
 
 def print_converted(result: dict[str, Any]) -> None:
@@ -26,7 +26,7 @@ def print_converted(result: dict[str, Any]) -> None:
 
 
 def print_problems(summary: Summary) -> None:
-    """Print the reasons of malformed rows and unreadable videos; nothing if there are none."""
+    """Print why rows are malformed and videos unreadable; nothing if there are none."""
     if not summary.reasons and not summary.unreadable:
         return
     table = Table("rows", "lines", "reason")

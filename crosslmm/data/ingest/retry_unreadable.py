@@ -1,4 +1,4 @@
-"""Retry unreadable videos: those in a run's quarantine.jsonl, or of the waiting rows of a prepared folder."""
+"""Retry unreadable videos: those in a run's quarantine.jsonl, or those of the waiting rows of a prepared folder."""
 
 import codecs
 import contextlib
@@ -33,7 +33,7 @@ QUARANTINE_CHUNK_BYTES = 256 * 2**10
 IMAGE_SIZE = 64
 """Side of the frames that are decoded to test a video [px]."""
 MAX_LOGGED_ROWS = 100
-"""Rows that are logged as readable now; the others are only counted [rows]."""
+"""Most rows that are logged as readable now; the others are only counted [rows]."""
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class RetryResult:
 
 
 def requeue(place: str, data: DataConfig) -> dict[str, Any]:
-    """Retry unreadable videos -> counts, as the job prints them.
+    """Retry unreadable videos; return the counts that the job prints.
 
     Args:
         place: quarantine.jsonl of a run, or a prepared folder.
@@ -178,7 +178,7 @@ def retry_entries(data: DataConfig, chunk: Chunk) -> RetryResult:
                 ) from None
             video = decoder([uri])[0]
             if isinstance(video, VideoFailure) and video.stage == "read" and "\\" in uri:
-                # quarantine.jsonl has names that are not plain ASCII with escapes.
+                # In quarantine.jsonl, names that are not printable ASCII are escaped.
                 with contextlib.suppress(ValueError):
                     video = decoder([codecs.decode(uri, "unicode_escape")])[0]
             if isinstance(video, VideoFailure):

@@ -1,4 +1,4 @@
-"""Write the checked rows of one chunk; the functions run in tasks.
+"""Write the checked rows of one chunk; the functions run in Ray tasks.
 
 A chunk's summary is written last, after all files that it names: a task that is killed starts over.
 """
@@ -91,14 +91,14 @@ def convert_chunk(
 
 
 def drop_rows(job: IngestJob, number: int, summary: Summary, duplicates: list[tuple[int, int]]) -> Summary:
-    """Remove rows from a chunk whose ids an earlier chunk has.
+    """Remove from a chunk the rows whose ids an earlier chunk has.
 
-    The new files have new names, so that a kill leaves the old ones intact.
+    The new files have new names, so that a killed task leaves the old ones intact.
 
     Args:
         job: settings.
         number: number of the chunk.
-        summary: the chunk before.
+        summary: summary of the chunk before the removal.
         duplicates: (line, earlier line with the same id) of each row to remove.
     """
     target = job.target

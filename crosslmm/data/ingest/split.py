@@ -15,7 +15,7 @@ from crosslmm import storage
 from crosslmm.data import formats
 
 SEARCH_BYTES = 64 * 2**10
-"""Size of the first read that searches for the end of a line; it doubles until one is there [bytes]."""
+"""Size of the first read that searches for the end of a line; it doubles until one is found [bytes]."""
 MAX_LINE_BYTES = 256 * 2**20
 """Longest line of a manifest [bytes]."""
 
@@ -71,7 +71,7 @@ def split_by_bytes(uri: str, chunk_bytes: int) -> list[Chunk]:
 def align_to_lines(
     chunk: Chunk, size: int, search_bytes: int = SEARCH_BYTES, max_line_bytes: int = MAX_LINE_BYTES
 ) -> Chunk:
-    """Move both ends of a chunk to the next start of a line, as for its neighbours, and count its lines.
+    """Move both ends of a chunk to the next start of a line, where its neighbours meet it, and count its lines.
 
     Args:
         chunk: from `split_by_bytes`.
@@ -173,7 +173,7 @@ def _split_parquet(uri: str, chunk_bytes: int) -> list[Chunk]:
 
 @contextlib.contextmanager
 def _open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    # Arrow takes a short read for the end of the file; a buffered reader repeats it.
+    # Arrow mistakes a short read for the end of the file; a buffered reader reads on until it has all bytes.
     with io.BufferedReader(storage.open_read(uri), 2**20) as file:  # type: ignore[type-var]
         yield pq.ParquetFile(file)
 

@@ -9,11 +9,11 @@ from typing import Any
 from crosslmm.data.quarantine import to_printable
 
 MAX_EXAMPLES = 5
-"""Malformed rows that a message names; the others are only counted [rows]."""
+"""Most malformed rows that a message names; the others are only counted [rows]."""
 MAX_KINDS, OTHER_KINDS = 200, "others"
-"""Kinds of a reason, codec or size that are counted separately, and the name of all others."""
+"""Most reasons, codecs or sizes that are counted separately, and the name under which all others are counted."""
 SPECIFICS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+")
-"""Names and numbers, in which reasons of one kind differ."""
+"""Names and numbers: the parts in which reasons of one kind differ."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Summary:
     parts: list[dict[str, Any]] = field(default_factory=list)
     """Descriptions of the written parts, as `manifest_shards.write_part` returns them."""
     files: dict[str, str] = field(default_factory=dict)
-    """Names of the other files of the chunk: "index", "rejected", "probes", "waiting", as far as they exist."""
+    """Names of the other files of the chunk: "index", "rejected", "probes", "waiting"; only those that exist."""
 
     def reject(self, lines: Iterable[tuple[int, str]]) -> None:
         """Count malformed rows, (line, reason) each."""

@@ -1,4 +1,4 @@
-"""The set for fine detail: small handwritten digits, each on screen for a moment, some at the end of the clip.
+"""The sample set for fine detail: small handwritten digits, each on screen for a moment, some at the end of the clip.
 
 The digits are the 1,797 of scikit-learn's `load_digits`, 8 x 8 pixels each. Training clips and held-out clips share no
 image. The same seed gives the same bytes.

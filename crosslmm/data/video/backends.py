@@ -44,7 +44,7 @@ def with_decord(
     latest = float(starts[np.searchsorted(starts, last) - 1])  # start of the last frame of the clip
     sampling = FrameSampling(data.num_frames, data.sampling, data.fps)
     moments = first + sampling.times(last - first, max(latest - first, 0))
-    # decord's own resize fails on some widths (48: "the size must exactly match"), so use the one of the default.
+    # decord's own resize fails on some widths (48: "the size must exactly match"), so use the default decoder's.
     resize = VideoReformatter()
     frames = reader.get_batch(order[frames_at(starts, moments + 1e-6)]).asnumpy()
     return np.stack(
@@ -95,7 +95,7 @@ def with_torchcodec(
     batch = decoder.get_frames_played_at(moments.tolist())
     shown_at = batch.pts_seconds.numpy()
     if (shown_at > moments).any():
-        # In transport streams, and before the first keyframe of an edit list, it returns a later frame silently.
+        # In transport streams, and before the first keyframe of an edit list, it silently returns a later frame.
         raise UnreadableVideo("torchcodec cannot seek to the frames before a keyframe")
     _, distinct = np.unique(shown_at, return_index=True)
     return np.ascontiguousarray(batch.data.numpy()[distinct])

@@ -22,12 +22,12 @@ BACKENDS: dict[str, Any] = {
     "decord": with_decord,
     "torchcodec": with_torchcodec,
 }
-"""Decoding function of each value of `data.decoder`. Its name is part of the key of feature caches."""
+"""Decoding function of each value of `data.decoder`. The function's name is part of the key of feature caches."""
 REMEDIES = {
     "decord": "its wheels are for x86_64 (pip install decord)",
-    "torchcodec": "pip install 'torchcodec>=0.13,<0.14', beside the shared libraries of an FFmpeg from 4 to 8",
+    "torchcodec": "pip install 'torchcodec>=0.13,<0.14', with the shared libraries of FFmpeg 4 to 8",
 }
-"""How to install the decoders that are optional."""
+"""How to install the optional decoders."""
 IMAGE_SIGNATURES = {"jpeg_pipe": b"\xff\xd8\xff", "png_pipe": b"\x89PNG\r\n\x1a\n"}
 """First bytes of each image format, by libav's name. An image is read as a video of one frame."""
 

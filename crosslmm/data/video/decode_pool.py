@@ -54,7 +54,7 @@ class VideoPool:
         self._store_timeout_s = store_timeout_s
         self._read = read
         self._children = children
-        self._readable_uri: dict[str, str] = {}  # of each bucket, one that could be read
+        self._readable_uri: dict[str, str] = {}  # for each bucket, a URI that could be read
         self._restart = threading.Lock()
         self._pool = self._start()
 
@@ -79,7 +79,7 @@ class VideoPool:
     def _schedule(self, function: Any, uri: str, timeout_s: float | None = None) -> pebble.ProcessFuture:
         with self._restart:
             if not self._pool.active:
-                # A child that the kernel's OOM killer ends between two calls takes the whole pool with it.
+                # If the kernel's OOM killer kills a child between two calls, the whole pool stops.
                 self._pool = self._start()
         return self._pool.schedule(
             _call_without_retries, (function, uri), timeout=timeout_s or self.data.decode_timeout_s
@@ -128,7 +128,7 @@ class VideoPool:
                 pass
 
     def _require_store_access(self, uri: str) -> None:
-        """Raise `storage.Unavailable` if the whole store denies access; S3 answers the same for one missing object."""
+        """Raise `storage.Unavailable` if the whole store denies access; S3 also denies access to a missing object."""
         if _bucket_of(uri):
             readable = self._readable_uri.get(_bucket_of(uri))
             try:

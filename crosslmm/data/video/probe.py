@@ -1,4 +1,4 @@
-"""Read the header of a video; decodes no frame."""
+"""Read the header of a video without decoding a frame."""
 
 import io
 import math
@@ -41,7 +41,7 @@ class Probe:
 def probe(file: BinaryIO, format_name: str, data: DataConfig) -> Probe:
     """Read a video's header and index, and its packets only if these do not state its duration.
 
-    Takes and raises the same as `with_pyav`; does not notice damaged frames.
+    Arguments and errors are those of `with_pyav`; damaged frames go unnoticed.
     """
     with open_container(file, format_name) as container:
         stream = select_video_stream(container, data)
@@ -61,7 +61,7 @@ def probe(file: BinaryIO, format_name: str, data: DataConfig) -> Probe:
 
 
 def _count_keyframes(container: InputContainer, stream: VideoStream, duration: float) -> int | None:
-    """Count the keyframes in the index; None if there is no index, or one of the beginning alone (fragmented mp4)."""
+    """Count the keyframes in the index; None if there is no index, or if it ends early (fragmented mp4)."""
     index = stream.index_entries
     if not len(index) or not any(name in container.format.name for name in INDEXED_FORMATS):
         return None

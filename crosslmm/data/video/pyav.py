@@ -137,7 +137,7 @@ def _measure_duration(container: InputContainer, stream: VideoStream) -> float:
     """Return the duration of a stream from the timestamps of its packets [s]."""
     _rewind(container)
     times = []
-    with contextlib.suppress(av.error.InvalidDataError):  # packets before the damage count
+    with contextlib.suppress(av.error.InvalidDataError):  # packets before the damage still count
         for packet in container.demux(stream):
             if packet.pts is not None and packet.size:
                 times.append((packet.pts, packet.pts + (packet.duration or 1)))
@@ -167,7 +167,7 @@ def _decode_clip(
         clip: start and end of the part [s].
 
     Returns:
-        Images, uint8 (image_size, image_size, 3) each; and how far decoding came, as a share of the way from the start
+        Images, uint8 (image_size, image_size, 3) each; and how far decoding got, as a share of the way from the start
         of the part to its last sampled moment.
     """
     base = float(stream.time_base or 1)
@@ -253,7 +253,7 @@ def _frames_at(
 def _decode_from(
     container: InputContainer, stream: VideoStream, keyframe: int | None, moments: np.ndarray
 ) -> tuple[Iterator[TimedFrame], bool]:
-    """Start decoding at a keyframe -> the frames up to the last moment, and whether they start with the file's first.
+    """Start decoding at a keyframe; return the frames up to the last moment, and whether the file's first is the first.
 
     Indexes can be wrong: if the frame at this position is no keyframe, or is shown after the first moment, try the
     keyframe before, and then the start of the file.

@@ -149,7 +149,7 @@ def test_damaged_or_missing_shard_is_refused(cached, videos):
     with pytest.raises(BadFeatures, match="damaged"):
         features([videos[2]])
     shard.unlink()
-    with pytest.raises(BadFeatures, match=r"gone with .*jobs/encode\.py"):
+    with pytest.raises(BadFeatures, match=r"lost: .*jobs/encode\.py"):
         features([videos[0]])
     # Then the video is encoded again.
     features = FeatureCache(cached)
@@ -162,7 +162,7 @@ def test_changed_video_is_refused_until_encoded_again(cached, videos, dtype):
     features = FeatureCache(cached)
     os.utime(videos[1], ns=(0, 0))
     features([videos[0]])
-    with pytest.raises(BadFeatures, match=r"b\.mp4: has changed, or gone, .*jobs/encode\.py"):
+    with pytest.raises(BadFeatures, match=r"b\.mp4: has changed or disappeared .*jobs/encode\.py"):
         features([videos[1]])
     version = storage.version(videos[1])
     assert not features.is_current(videos[1], version)
@@ -173,7 +173,7 @@ def test_changed_video_is_refused_until_encoded_again(cached, videos, dtype):
     assert again.is_current(videos[1], version)
     assert np.array_equal(again.read(videos[1]), unpack(pack(values(3, 9), dtype), (3, PATCHES, WIDTH), dtype))
     Path(videos[1]).unlink()
-    with pytest.raises(BadFeatures, match="has changed, or gone"):
+    with pytest.raises(BadFeatures, match="has changed or disappeared"):
         again([videos[1]])
 
 

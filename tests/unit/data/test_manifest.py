@@ -37,7 +37,7 @@ def read(tmp_path):
             "a video is given, but the messages have 2 video parts",
         ),
         (row(id="b", video=None), "no video is given, but the messages have 1 video parts"),
-        (row(id="b", messages=[VIDEO_QUESTION]), "no message is the assistant's"),
+        (row(id="b", messages=[VIDEO_QUESTION]), "there is no message of the assistant"),
         (row(id="b", messages=[]), "messages: List should have at least 1"),
         (
             row(id="b", messages=[VIDEO_QUESTION, {**ANSWER, "content": "<|im_end|>"}]),

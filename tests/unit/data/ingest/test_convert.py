@@ -105,7 +105,7 @@ def test_only_a_changed_manifest_is_converted_again(convert, tasks, tmp_path):
     convert()
     assert ids(tmp_path) == [f"{i}" for i in range(20, 40)]
     assert (tmp_path / "out" / "clip.mp4").exists()
-    with pytest.raises(BadConfig, match=r"out: is finished, from another manifest or with other settings"):
+    with pytest.raises(BadConfig, match=r"out: was converted from another manifest or with other settings"):
         convert(piece_bytes=2000)
     assert ids(tmp_path) == [f"{i}" for i in range(20, 40)]
 

@@ -1,6 +1,6 @@
 """Render templates/ with facts.yaml into the files of this folder that Docker, Ray, Kubernetes and MLflow read.
 
-    python cluster/render.py
+python cluster/render.py
 """
 
 import tomllib

@@ -223,10 +223,7 @@ def start_job(run: str | None = None) -> None:
     Raises:
         BadConfig: CROSSLMM_LOG_LEVEL is not a log level.
     """
-    try:
-        set_up_logging(run)
-    except ValueError as error:
-        raise BadConfig(f"CROSSLMM_LOG_LEVEL: {error}; it takes DEBUG, INFO, WARNING or ERROR") from error
+    set_up_logging(run)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

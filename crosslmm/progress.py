@@ -14,6 +14,8 @@ import rich
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from crosslmm.config import BadConfig
+
 PLAIN_INTERVAL_S = 10.0
 """Interval between log lines about progress where the output is not a terminal [s]."""
 PLAIN_WIDTH = 120
@@ -56,6 +58,9 @@ def set_up_logging(run: str | None = None) -> None:
 
     Args:
         run: name of the run, for the field `run` of each record.
+
+    Raises:
+        BadConfig: CROSSLMM_LOG_LEVEL is not a level.
     """
     plain = not rich.get_console().is_terminal
     rich.reconfigure(highlight=False, soft_wrap=True, **({"width": PLAIN_WIDTH} if plain else {}))
@@ -67,7 +72,10 @@ def set_up_logging(run: str | None = None) -> None:
     log = logging.getLogger("crosslmm")
     log.handlers = [handler]
     log.propagate = False
-    log.setLevel(os.environ.get("CROSSLMM_LOG_LEVEL", "INFO").upper())
+    try:
+        log.setLevel(os.environ.get("CROSSLMM_LOG_LEVEL", "INFO").upper())
+    except ValueError as error:
+        raise BadConfig(f"CROSSLMM_LOG_LEVEL: {error}; it takes DEBUG, INFO, WARNING or ERROR") from error
 
 
 class Progress:

@@ -97,8 +97,8 @@ def main() -> int:
     arguments = vars(_parser().parse_args())
     command = arguments.pop("command")
     arguments["run"] = arguments["run"].rstrip("/")
-    set_up_logging()
     try:
+        set_up_logging()
         checkpoint_store.require_run_folder(arguments["run"])
         return int(command(**arguments))
     except (BadConfig, storage.BadLocation) as error:

@@ -34,6 +34,7 @@ def main() -> int:
     began = time.monotonic()
     try:
         config = parse_run(sys.argv[1:], description=str(__doc__))
+        set_up_logging(config.name)
     except BadConfig as error:
         fail(error)
     # These take seconds to import: refuse invalid arguments first.
@@ -42,7 +43,6 @@ def main() -> int:
     from crosslmm.tracking import quiet_mlflow
 
     quiet_mlflow()
-    set_up_logging()
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     findings = merge_nodes(run_doctor(config))
     console = rich.get_console()

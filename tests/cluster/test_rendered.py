@@ -97,9 +97,9 @@ def test_a_retried_job_resumes_its_run() -> None:
 
 def test_a_stopped_job_has_time_for_its_checkpoint() -> None:
     (wait,) = set(re.findall(r"RAY_JOB_STOP_WAIT_TIME_S\D+(\d+)", "".join(RENDERED.values())))
-    from crosslmm.train.launcher import STOP_WITHIN_S
+    from crosslmm.train.launcher import STOP_TIMEOUT_S
 
-    assert int(wait) > STOP_WITHIN_S
+    assert int(wait) > STOP_TIMEOUT_S
 
 
 def configuration(name: str) -> RunConfig:

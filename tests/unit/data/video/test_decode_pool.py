@@ -296,7 +296,7 @@ def test_hanging_or_crashing_decoder_is_replaced(tmp_path):
     with VideoPool(DataConfig(num_frames=2, decode_timeout_s=1.5), hang_or_crash) as decoder:
         began = time.monotonic()
         first, spun, second, crashed, third = decoder([good, "spins", good, "crashes", good])
-        assert time.monotonic() - began < 120  # seven starts of a child; without a deadline it would never return
+        assert time.monotonic() - began < 120  # generous: children start slowly on a busy machine
     assert spun == VideoFailure("decoding took over 1.5 s and was killed", "deadline", attempts=2)
     assert crashed == VideoFailure("the decoder died (exit code -11)", "crash", attempts=2)
     assert np.array_equal(first, second)

@@ -10,6 +10,7 @@ from crosslmm import storage
 from crosslmm.config import RunConfig
 from crosslmm.data.manifest import Manifest
 from crosslmm.inference.answerer import first_turn
+from crosslmm.run_folder import MODEL_FOLDER
 from crosslmm.sweep import trials
 from crosslmm.sweep.trials import Trial
 from crosslmm.sweep.tuner import SweepFailed
@@ -45,7 +46,7 @@ def promote(
     trial_folder = storage.join(folder, trial.name)
     tags = lineage(trial_folder) | {"sweep": record.run_id, "trial": str(trial.number), "promoted_as": choice}
     child = MlflowRun(record.tracking, str(trial.run_id))
-    model_uri = register(child, storage.join(trial_folder, "model"), tags)
+    model_uri = register(child, storage.join(trial_folder, MODEL_FOLDER), tags)
     log.info("registered %s: trial %s, %s of the sweep", model_uri, trial.number, choice)
     held_out = Manifest(str(base.data.validation_manifest), base.data.roots)
     row = next(row for row in held_out.rows if len(row["videos"]) == 1)

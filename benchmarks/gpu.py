@@ -37,9 +37,9 @@ from crosslmm.model import CrossLMMForConditionalGeneration
 from crosslmm.model.loading import build_config
 from crosslmm.planning.cost import TEXT, VIDEO, training_memory, training_trace
 from crosslmm.planning.plan import GPUS, Assumptions
+from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.loop import Callbacks, Metrics, StepBatch, pinned, train
 from crosslmm.train.optim import build_optimizer
-from crosslmm.train.parallel import parallelize
 
 FRAMES = (32, 64, 128, 256)
 ROUNDS = 5

@@ -127,8 +127,8 @@ def _train(setting: Setting, rank: int, port: int) -> int:
 
     from crosslmm.model import CrossLMMForConditionalGeneration
     from crosslmm.model.loading import build_config
+    from crosslmm.train.distributed.parallel import parallelize
     from crosslmm.train.optim import build_optimizer
-    from crosslmm.train.parallel import parallelize
 
     torch.set_num_threads(1)
     config = build_run(setting)

@@ -42,9 +42,9 @@ from crosslmm.config import RunConfig
 from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import checkpoint_store, worker
+from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.loop import StepBatch
 from crosslmm.train.optim import build_optimizer, set_learning_rate
-from crosslmm.train.parallel import parallelize
 from crosslmm.train.run import run_training
 
 LIMITS = {"step_over_bare": "<= 1.05"}

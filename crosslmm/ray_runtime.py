@@ -7,13 +7,18 @@ tests/unit/test_ray_runtime.py, and nowhere else. Imports are local, since helpe
 import contextlib
 import logging
 import os
+import secrets
 import signal
+import stat
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 import ray
 
+LONGEST_PARENT = 25
+"""Longest path of a folder in which Ray's folder may lie [bytes]."""
 QUIET_ENVIRONMENT = {
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -25,7 +30,8 @@ QUIET_ENVIRONMENT = {
 
 
 def start_ray(**options: Any) -> None:
-    """Connect to an existing cluster (RAY_ADDRESS, or the one that runs this job), or start one on this machine.
+    """Connect to an existing cluster (RAY_ADDRESS, or the one that this user started here), or start one on this
+    machine, whose token, sockets and logs only this user can reach.
 
     Args:
         options: further arguments of `ray.init`.
@@ -35,18 +41,59 @@ def start_ray(**options: Any) -> None:
     # Concurrent trials run more processes than the machine has cores, which Ray would warn about.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     options = {"runtime_env": {"env_vars": QUIET_ENVIRONMENT}} | options
+    if "RAY_ADDRESS" not in os.environ and not _own_cluster_runs():
+        _create_token()
+        options["_temp_dir"] = private_folder()
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     if callable(handler) and threading.current_thread() is threading.main_thread():
         # Ray has installed its own handler, which would kill our workers along with a cluster that Ray started here.
         signal.signal(signal.SIGTERM, handler)
-    _make_token_private()
 
 
-def _make_token_private() -> None:
-    """Make the token file unreadable to other users: `ray.init` creates it world-readable."""
-    with contextlib.suppress(OSError):  # no such file here if the cluster was already running
-        (Path.home() / ".ray" / "auth_token").chmod(0o600)
+def _own_cluster_runs() -> bool:
+    """Return whether `ray start` of this user left the address of a cluster on this machine.
+
+    Ray would follow such an address whoever wrote it, and the folder is open to all.
+    """
+    from ray._common.utils import get_ray_address_file
+
+    try:
+        return Path(get_ray_address_file(None)).lstat().st_uid == os.getuid()
+    except OSError:
+        return False
+
+
+def _create_token() -> None:
+    """Create the file with Ray's token, if there is none, or make it private: Ray would create it readable to all."""
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        path.chmod(0o600)
+
+
+def private_folder() -> str:
+    """Return a folder for the sessions of Ray that no other user can read or write.
+
+    Its path is short, since those of sockets are below it and Linux allows 107 bytes. The name is the same each time,
+    so that logs of earlier sessions are found; a folder of this name that somebody else made is not used.
+    """
+    from ray._common.utils import get_default_system_temp_dir
+
+    parent = get_default_system_temp_dir()
+    folder = Path(parent if len(parent) <= LONGEST_PARENT else "/tmp") / f"ray-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        return tempfile.mkdtemp(prefix="ray-", dir=folder.parent)
+    folder.chmod(0o700)
+    return str(folder)
 
 
 def token_auth_enabled() -> bool:
@@ -115,3 +162,10 @@ def worker_group_errors() -> tuple[type[Exception], type[Exception]]:
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
     return WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+
+
+def torch_backend() -> Any:
+    """Return Ray Train's class that starts torch.distributed on its workers."""
+    from ray.train.torch.config import _TorchBackend
+
+    return _TorchBackend

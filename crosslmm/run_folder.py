@@ -7,7 +7,9 @@ The folder is the source of truth; MLflow's run is made from it and can be made 
     ├── config.yaml                     the configuration that the run started with
     ├── history/*.jsonl                 {"step": int, "time": unix seconds, "metrics": {name: float}}, a line per step
     ├── quarantine.jsonl                samples that could not be read, a line per sample
-    ├── step-XXXXXXXX-ATTEMPT/          a checkpoint: shards of torch.distributed.checkpoint, and
+    ├── step-XXXXXXXX-ATTEMPT/          a checkpoint
+    │   ├── rank-NNNNN.safetensors          the part of a rank: weights, moments of the optimizer, random state
+    │   ├── index.json                      where the rows of each tensor are, with the sha256 of each chunk
     │   ├── config.yaml                     the configuration that it was written with
     │   ├── seal.json                       written last, lists the files; without it the checkpoint does not count
     │   └── broken-seal.json                in place of seal.json once damage was detected; says which
@@ -42,6 +44,7 @@ CONFIG_FILE = "config.yaml"
 HISTORY_FOLDER = "history"
 QUARANTINE_FILE = "quarantine.jsonl"
 CHECKPOINT_FOLDER = re.compile(r"step-\d{8}-\w+")
+SHARD_FILE, CHECKPOINT_INDEX_FILE = "rank-{:05d}.safetensors", "index.json"
 SEAL_FILE, BROKEN_SEAL_FILE = "seal.json", "broken-seal.json"
 STACKS_FOLDER = "stacks"
 NON_FINITE_FOLDER = "not_finite"

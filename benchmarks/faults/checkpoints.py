@@ -27,7 +27,7 @@ def _damaged(
 
 def _shard(checkpoint: Checkpoint) -> str:
     """Return the URI of the first rank's shard."""
-    return f"{checkpoint.uri}/__0_0.distcp"
+    return f"{checkpoint.uri}/rank-00000.safetensors"
 
 
 @fault("latest checkpoint truncated")

@@ -58,7 +58,7 @@ def _kill_during_upload(lab: Lab, name: str, file: str, after: int | None) -> tu
 @fault("rank SIGKILLed during the upload")
 def killed_in_upload(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """Kill a rank when part of a shard is in the store."""
-    return _kill_during_upload(lab, name, ".distcp", 100_000)
+    return _kill_during_upload(lab, name, "/rank-", 100_000)
 
 
 @fault("rank SIGKILLed between upload and commit")

@@ -53,7 +53,7 @@ for name, (kind, mode) in STORE_FAULTS.items():
 
 @fault("disk full")
 def disk_full(lab: Lab, name: str) -> tuple[list[Attempt], float]:
-    """Fill the disk where checkpoints wait for their upload, until two could not be saved."""
+    """Fill the disk of temporary files, until two more checkpoints are in the store: they go there from memory."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4g", "tmpfs", lab.scratch], check=True)
     try:
         run = lab.start_until_checkpoint(name)
@@ -65,7 +65,8 @@ def disk_full(lab: Lab, name: str) -> tuple[list[Attempt], float]:
                 file.write(bytes(2**20))
         at = time.monotonic()
         lab.hold(FAULT_AFTER + 2 * EVERY + 1)
-        run.wait_for(lambda: run.text.count("No space left") >= 2, "checkpoint that could not be saved")
+        last = FAULT_AFTER + 2 * EVERY
+        run.wait_for(lambda: lab.sealed_step(name) >= last, f"checkpoint of step {last} on a full disk")
         filler.unlink()
         lab.release()
         return [run.wait()], at

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crosslmm import ray_runtime
 from crosslmm.preflight.findings import Finding, format_bytes, nodes_label
+from crosslmm.train.distributed.rendezvous import Meeting
 
 DURATION_S = 2.0
 """Duration of the measurement [s]."""
@@ -32,18 +33,18 @@ NETWORK_REMEDY = (
 class Rank:
     """One rank of the all-reduce; each node runs one."""
 
-    def rendezvous_address(self) -> str:
-        """Return the address at which the other ranks find this one."""
-        return f"tcp://{ray.util.get_node_ip_address()}:{ray_runtime.free_port()}"
+    def address(self) -> tuple[str, int]:
+        """Return the address of this rank's node, and a port at which the others can find it."""
+        return ray.util.get_node_ip_address(), ray_runtime.free_port()
 
-    def measure(self, address: str, rank: int, world_size: int, backend: str) -> float:
+    def measure(self, meeting: Meeting, rank: int, backend: str) -> float:
         """Reduce for `DURATION_S` and return the throughput of each rank [bytes/s].
 
         Raises:
             RuntimeError: a sum is wrong.
         """
-        timeout = timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
-        dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size, timeout=timeout)
+        world_size = len(meeting.addresses)
+        meeting.join(rank, backend, timedelta(seconds=RENDEZVOUS_TIMEOUT_S))
         try:
             device = torch.device("cuda" if backend == "nccl" else "cpu")
             values = torch.full((TENSOR_SIZE[backend],), rank + 1.0, device=device)
@@ -92,16 +93,16 @@ def check_all_reduce(nodes: Mapping[str, Mapping[str, Any]], use_gpu: bool) -> l
         for name, node in training.items()
     }
     try:
-        addresses = {rank.rendezvous_address.remote(): name for name, rank in ranks.items()}
+        addresses = {rank.address.remote(): name for name, rank in ranks.items()}
         late = ray.wait(list(addresses), num_returns=len(addresses), timeout=START_TIMEOUT_S)[1]
         if late:
             message = f"no process{' with a GPU' * use_gpu} started within {START_TIMEOUT_S:g} s"
             remedy = f"`ray status` shows what is reserved{'; other jobs may hold the GPUs' * use_gpu}"
             return [Finding("all-reduce", addresses[task], False, message, remedy) for task in late]
-        address = ray.get(next(iter(addresses)))
+        hosts, ports = zip(*ray.get(list(addresses)), strict=True)
+        meeting = Meeting(None, ports[0], hosts)
         tasks = {
-            rank.measure.remote(address, number, len(ranks), backend): name
-            for number, (name, rank) in enumerate(ranks.items())
+            rank.measure.remote(meeting, number, backend): name for number, (name, rank) in enumerate(ranks.items())
         }
         return _findings(tasks, nodes_label(training), backend)
     finally:

@@ -1,131 +1,196 @@
-"""Save and load the state of model and optimizer with torch.distributed.checkpoint (DCP), and export the model.
+"""Save and load the state of model and optimizer, and export the model.
 
-Training waits only until the state is copied; a thread then writes the files and seals them. DCP loads a file with
-flipped bits without an error, and its `.metadata` is a pickle, so files are read only from the run's own folder, and
-only if they match their seal (`checkpoint_store`).
+Training waits only until the state is copied; a thread then writes the files and seals them.
 """
 
 import hashlib
-import itertools
 import logging
-import shutil
-import socket
 import tempfile
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.tensor import DTensor
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, to_yaml, validate_run
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.loading import build_model, build_processor
-from crosslmm.run_folder import CONFIG_FILE, MODEL_CONFIG_FILE, checkpoint_folder
-from crosslmm.train import checkpoint_store
+from crosslmm.run_folder import CHECKPOINT_INDEX_FILE, CONFIG_FILE, MODEL_CONFIG_FILE, SHARD_FILE, checkpoint_folder
+from crosslmm.train import checkpoint_store, shards
 from crosslmm.train.checkpoint_store import Checkpoint
+from crosslmm.train.distributed.collectives import broadcast_json, gather_json
+from crosslmm.train.distributed.parallel import shard_rows
+from crosslmm.train.shards import Part
 
 log = logging.getLogger(__name__)
 
 
-@contextmanager
-def open_newest(run: str, group: dist.ProcessGroup) -> Iterator[tuple[Checkpoint, Path] | None]:
-    """Find the newest intact checkpoint; yield it and a local folder with its files, or None if there is none.
+State = dict[str, torch.Tensor]
+"""This rank's part of a checkpoint, in CPU memory, by name: model/PARAMETER, optimizer/PARAMETER/MOMENT,
+random/RANK/DEVICE."""
 
-    A collective: all ranks call it and get the same checkpoint. From remote storage, each node downloads one copy, and
-    its ranks share that work; the copy is removed at the end of the context. A damaged checkpoint is reported and
-    skipped, and its seal is broken.
+
+def read_newest(run: str, group: dist.ProcessGroup) -> tuple[Checkpoint, State] | None:
+    """Read this rank's part of the newest intact checkpoint; None if there is none.
+
+    A collective: all ranks call it and get the same checkpoint. Together they read every chunk once. A damaged
+    checkpoint is reported and skipped, and its seal is broken.
 
     Args:
         run: the run's folder.
         group: a gloo group of all ranks.
     """
-    rank = dist.get_rank()
-    sealed = _list_on_rank_0(run, group)
-    hosts = _gather(socket.gethostname(), group)
-    peers = [peer for peer, host in enumerate(hosts) if host == hosts[rank]]
-    if rank == peers[0]:  # remove what a killed worker left
-        shutil.rmtree(_scratch(run), ignore_errors=True)
-    dist.barrier(group)
-    for checkpoint in sealed:
-        remote = storage.scheme_of(checkpoint.uri) == "s3"
-        folder = _scratch(run) / Path(checkpoint.uri).name if remote else Path(storage.local_path(checkpoint.uri))
-        if remote:
-            folder.mkdir(parents=True, exist_ok=True)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for checkpoint in _list_on_rank_0(run, group):
+
+        def wanted(name: str, same_ranks: bool = checkpoint.world_size == world_size) -> bool:
+            return not name.startswith("random/") or (same_ranks and name.startswith(f"random/{rank}/"))
+
+        state: State = {}
+        damage = None
         try:
-            names = sorted(checkpoint.files)[peers.index(rank) :: len(peers)]
-            results = [checkpoint_store.verify_file(checkpoint, name, folder if remote else None) for name in names]
-            damage = [reason for reasons in _gather(results, group) for reason in reasons if reason]
-            if not damage:
-                yield checkpoint, folder
-                dist.barrier(group)  # a peer may still read
-                return
-        finally:
-            if remote and rank == peers[0]:
-                shutil.rmtree(folder, ignore_errors=True)
+            if rank == 0:
+                shards.read_verified(checkpoint, CONFIG_FILE)
+            state = shards.read(checkpoint, rank, world_size, wanted)
+        except shards.Damaged as error:
+            damage = str(error)
+        of_all_ranks = [reason for reason in gather_json(damage, group) if reason]
+        if not of_all_ranks:
+            return checkpoint, state
         if rank == 0:
-            reason = "; ".join(dict.fromkeys(damage))
+            reason = "; ".join(dict.fromkeys(of_all_ranks))
             log.warning("checkpoint %s is damaged: %s; trying the one before it", checkpoint.uri, reason)
             checkpoint_store.break_seal(checkpoint, reason)
-    yield None
+    return None
 
 
 def _list_on_rank_0(run: str, group: dist.ProcessGroup) -> list[Checkpoint]:
     """Return the sealed checkpoints as rank 0 lists them; rank 0 logs those that are skipped."""
-    result: list[Any] = [None]
+    sealed: list[Checkpoint] = []
     if dist.get_rank() == 0:
-        result = [checkpoint_store.list_sealed(run)]
-        for uri in checkpoint_store.list_unsealed(run, result[0]):
+        sealed = checkpoint_store.list_sealed(run)
+        for uri in checkpoint_store.list_unsealed(run, sealed):
             reason = checkpoint_store.unsealed_reason(uri) or "it was never finished"
             log.warning("checkpoint %s is skipped: %s", uri, reason)
-    dist.broadcast_object_list(result, src=0, group=group)
-    return list(result[0])
+    return [Checkpoint.from_fields(fields) for fields in broadcast_json([asdict(one) for one in sealed], group)]
 
 
-def load(
-    folder: Path, checkpoint: Checkpoint, model: CrossLMMForConditionalGeneration, optimizer: torch.optim.Optimizer
-) -> None:
-    """Read a checkpoint, written by any number of ranks, into model and optimizer.
-
-    Random states are restored only if the number of ranks is still the one that wrote it.
+def load(state: State, model: CrossLMMForConditionalGeneration, optimizer: torch.optim.Optimizer) -> None:
+    """Copy a checkpoint's state into model and optimizer, and restore the random state if it has this rank's.
 
     Args:
-        folder: folder with its files on this machine.
-        checkpoint: the checkpoint, as its seal describes it.
-        model, optimizer: sharded over any number of ranks.
+        state: from `read_newest`.
+        model, optimizer: sharded over the ranks that read the state.
+
+    Raises:
+        BadConfig: the state belongs to another model.
     """
-    state = _state(model, optimizer)
-    if checkpoint.world_size != dist.get_world_size():
-        del state["random"]
-    state_dict_loader.load(state, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    for device, random_state in state.get("random", {}).get(str(dist.get_rank()), {}).items():
-        torch.set_rng_state(random_state) if device == "cpu" else torch.cuda.set_rng_state(random_state)
+    _load_weights(state, model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    # The optimizer numbers its parameters through all groups.
+    numbered = enumerate(parameter for group in optimizer.param_groups for parameter in group["params"])
+    moments = {
+        number: {
+            key.rpartition("/")[2]: _like(parameter, value) if value.ndim else value
+            for key, value in state.items()
+            if key.startswith(f"optimizer/{names[parameter]}/")
+        }
+        for number, parameter in numbered
+    }
+    optimizer.load_state_dict(
+        {
+            "state": {number: of_parameter for number, of_parameter in moments.items() if of_parameter},
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+    )
+    for device, set_state in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+        random_state = state.get(f"random/{dist.get_rank()}/{device}")
+        if random_state is not None:
+            set_state(random_state)
 
 
-def _state(model: CrossLMMForConditionalGeneration, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the state that a checkpoint holds. Schedule and sample order are functions of the step."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    random_states = {"cpu": torch.get_rng_state()}
+@torch.no_grad()
+def _load_weights(state: State, model: CrossLMMForConditionalGeneration) -> None:
+    """Copy the weights into the model's shards.
+
+    Raises:
+        BadConfig: they belong to another model.
+    """
+    tensors = _weights(model)
+    weights = {name.removeprefix("model/"): value for name, value in state.items() if name.startswith("model/")}
+    if odd := sorted(tensors.keys() ^ weights.keys()):
+        raise BadConfig(f"the checkpoint's weights are not those of this model: {', '.join(odd[:5])}")
+    for name, tensor in tensors.items():
+        local = _local(tensor)
+        if local.shape != weights[name].shape:
+            raise BadConfig(f"the checkpoint's weights are not those of this model: {name} has another shape")
+        local.copy_(weights[name])
+
+
+def _weights(model: CrossLMMForConditionalGeneration) -> State:
+    """Return parameters and persistent buffers by name, each once: tied weights have the name of the first."""
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's rows of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(parameter: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that is sharded like the parameter, with these rows on this rank."""
+    tensor = torch.zeros_like(parameter)
+    _local(tensor).copy_(rows)
+    return tensor.detach()
+
+
+def _state(model: CrossLMMForConditionalGeneration, optimizer: torch.optim.Optimizer) -> State:
+    """Return the state that a checkpoint holds. Schedule, learning rates and sample order are functions of the step."""
+    state: State = {f"model/{name}": tensor.detach() for name, tensor in _weights(model).items()}
+    for name, parameter in model.named_parameters():
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer/{name}/{moment}"] = value
+    state[f"random/{dist.get_rank()}/cpu"] = torch.get_rng_state()
     if next(model.parameters()).device.type == "cuda":
-        random_states["cuda"] = torch.cuda.get_rng_state()
-    return {"model": model_state, "optimizer": optimizer_state, "random": {str(dist.get_rank()): random_states}}
+        state[f"random/{dist.get_rank()}/cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+class _Staging:
+    """Copies a state to CPU memory, pinned where there is a GPU; the next copy takes the same memory."""
+
+    def __init__(self) -> None:
+        self._buffers: State = {}
+
+    def copy(self, state: State) -> dict[str, Part]:
+        """Return this rank's parts of all tensors, which change at the next call only."""
+        parts = {}
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        for name, tensor in state.items():
+            sharded = isinstance(tensor, DTensor)
+            if not sharded and rank and not name.startswith("random/"):
+                continue  # rank 0 writes it
+            local = _local(tensor)
+            if name not in self._buffers:
+                pinned = local.device.type == "cuda"
+                self._buffers[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=pinned)
+            self._buffers[name].copy_(local, non_blocking=True)
+            first, end = shard_rows(len(tensor), rank, world_size) if sharded else (0, 0)
+            if sharded and len(local) != end - first:
+                raise RuntimeError(f"{name} is not sharded along its first dimension as FSDP2 does it")
+            parts[name] = Part(self._buffers[name], first, tuple(tensor.shape), sharded)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return parts
 
 
 class Saver:
@@ -144,8 +209,7 @@ class Saver:
 
     def __init__(self, run: str, config: RunConfig, attempt: str, group: dist.ProcessGroup) -> None:
         self.run, self.config, self.attempt, self.group = run, config, attempt, group
-        pinned = torch.cuda.is_available()
-        self._stager = DefaultStager(StagingOptions(pinned, False, False, False))
+        self._staging = _Staging()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._history: list[str] = []
@@ -167,9 +231,9 @@ class Saver:
             history: on rank 0, the history lines of the steps since the last call. They are in storage before the seal.
         """
         self.wait()
-        state: Any = self._stager.stage(_state(model, optimizer))
+        parts = self._staging.copy(_state(model, optimizer))
         self._history += history
-        self._pending = self._thread.submit(self._write, step, state, dict(metrics))
+        self._pending = self._thread.submit(self._write, step, parts, dict(metrics))
 
     def wait(self) -> None:
         """Return when no checkpoint is being written."""
@@ -181,32 +245,33 @@ class Saver:
         """Wait until nothing is being written, then free the memory of the copy."""
         self.wait()
         self._thread.shutdown()
-        self._stager.close()
+        self._staging = _Staging()
 
-    def _write(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> None:
+    def _write(self, step: int, parts: dict[str, Part], metrics: dict[str, float]) -> None:
         """Write all files, then the seal; runs in the saver's thread."""
         uri = storage.join(self.run, checkpoint_folder(step, self.attempt))
-        remote = storage.scheme_of(uri) == "s3"
-        folder = (_scratch(self.run) if remote else Path(storage.local_path(self.run))) / Path(uri).name
+        rank = dist.get_rank()
+        # Rank 0 may still be removing what the last seal made superfluous, and would take an unsealed folder for it.
+        dist.barrier(self.group)
         try:
-            self._on_all_ranks(lambda: folder.mkdir(parents=True, exist_ok=True))
-            files = self._on_all_ranks(lambda: self._write_files(folder, uri if remote else None, state))
-            if dist.get_rank() == 0:
-                all_files = {name: entry for of_rank in files for name, entry in of_rank.items()}
-                self._seal(Checkpoint(uri, step, dist.get_world_size(), time.time(), metrics, all_files))
+            written = self._on_all_ranks(lambda: self._write_shard(uri, rank, parts))
+            if rank == 0:
+                files = {SHARD_FILE.format(of): entry for of, (entry, _) in enumerate(written)}
+                files[CHECKPOINT_INDEX_FILE] = shards.write_index(
+                    uri, [shards.from_json(index) for _, index in written]
+                )
+                files[CONFIG_FILE] = self._write_config(uri)
+                self._seal(Checkpoint(uri, step, dist.get_world_size(), time.time(), metrics, files))
                 self._retain()
         except OSError as error:
-            if dist.get_rank() == 0:
+            if rank == 0:
                 log.warning(
                     "checkpoint after step %s was not saved: %s; the next one is tried again",
                     step, error, extra={"step": step},
                 )  # fmt: skip
-        finally:
-            if remote:
-                shutil.rmtree(folder, ignore_errors=True)
 
     def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
-        """Do the work on every rank; return the results of all ranks.
+        """Do the work on every rank; return the results of all ranks as JSON represents them.
 
         Raises:
             OSError: on all ranks, if one failed (disk full, store unreachable).
@@ -214,29 +279,23 @@ class Saver:
         result, failure = None, None
         try:
             result = work()
-        except (Exception, CheckpointException) as error:
-            failure = _last_line(error)
-        outcomes = _gather((result, failure), self.group)
+        except Exception as error:
+            failure = " ".join(str(error).split())[:300] or type(error).__name__
+        outcomes = gather_json((result, failure), self.group)
         for _, message in outcomes:
             if message:
                 raise OSError(message)
         return [result for result, _ in outcomes]
 
-    def _write_files(self, folder: Path, uri: str | None, state: dict[str, Any]) -> dict[str, tuple[int, str]]:
-        """Write this rank's files to the folder, and from there to the store; return their entries in the seal."""
-        state_dict_saver.save(state, checkpoint_id=folder, process_group=self.group)
-        rank = dist.get_rank()
-        paths = list(folder.glob(f"__{rank}_*"))
-        if rank == 0:
-            (folder / CONFIG_FILE).write_text(to_yaml(self.config))
-            paths += [folder / CONFIG_FILE, folder / ".metadata"]
-        files = {}
-        for path in paths:
-            with path.open("rb") as file:
-                files[path.name] = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-            if uri:
-                storage.upload_file(str(path), storage.join(uri, path.name))
-        return files
+    @staticmethod
+    def _write_shard(uri: str, rank: int, parts: dict[str, Part]) -> tuple[tuple[int, str], object]:
+        entry, index = shards.write_shard(uri, rank, parts)
+        return entry, shards.to_json(index)
+
+    def _write_config(self, uri: str) -> tuple[int, str]:
+        data = to_yaml(self.config).encode()
+        storage.write_bytes(storage.join(uri, CONFIG_FILE), data)
+        return len(data), hashlib.sha256(data).hexdigest()
 
     def _seal(self, checkpoint: Checkpoint) -> None:
         """Write the history of the steps up to the checkpoint, then its seal."""
@@ -255,16 +314,18 @@ class Saver:
 
 def export(folder: Path, model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor) -> None:
     """Gather all shards and write one `from_pretrained` folder on rank 0; all ranks call it."""
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = {}
+    for name, tensor in _weights(model).items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() == 0:
+            weights[name] = whole.detach().cpu()
     if dist.get_rank() == 0:
-        # Gathering turns tied weights into two copies; the name of the second one belongs to no parameter.
-        names = {name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())}
-        model.save_pretrained(folder, state_dict={name: value for name, value in weights.items() if name in names})
+        model.save_pretrained(folder, state_dict=weights)
         processor.save_pretrained(folder)
 
 
 def export_sealed(checkpoint: Checkpoint, folder: str) -> list[str]:
-    """Verify a checkpoint and export it, in one CPU process, however many ranks wrote it.
+    """Verify a checkpoint's weights and export them, in one CPU process, however many ranks wrote it.
 
     Args:
         checkpoint: from `checkpoint_store`.
@@ -276,49 +337,24 @@ def export_sealed(checkpoint: Checkpoint, folder: str) -> list[str]:
     Raises:
         BadConfig: the configuration is not one that this version builds, or the weights belong to another model.
     """
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as copy, tempfile.TemporaryDirectory() as exported:
-        remote = storage.scheme_of(checkpoint.uri) == "s3"
-        files = Path(copy if remote else storage.local_path(checkpoint.uri))
-        if damage := checkpoint_store.verify(checkpoint, files if remote else None):
-            return damage
-        _export_files(files, Path(exported))
-        (Path(exported) / MODEL_CONFIG_FILE).write_bytes((files / CONFIG_FILE).read_bytes())
+    try:
+        config = shards.read_verified(checkpoint, CONFIG_FILE)
+        state = shards.read(checkpoint, 0, 1, lambda name: name.startswith("model/"))
+    except shards.Damaged as error:
+        return [str(error)]
+    model, processor = _build(validate_run(yaml.safe_load(config)))
+    _load_weights(state, model)
+    with tempfile.TemporaryDirectory() as exported:
+        model.save_pretrained(exported)
+        processor.save_pretrained(exported)
+        (Path(exported) / MODEL_CONFIG_FILE).write_bytes(config)
         storage.upload(exported, folder)
     return []
 
 
-def _export_files(files: Path, folder: Path) -> None:
-    """Write the `from_pretrained` folder of a checkpoint's local files, without a process group."""
-    config = validate_run(yaml.safe_load((files / CONFIG_FILE).read_text()))
+def _build(config: RunConfig) -> tuple[CrossLMMForConditionalGeneration, CrossLMMProcessor]:
+    """Return the model, with random weights, and its processor, as they are built without a process group."""
     # The machine that trained may have had flash attention; this one need not have it.
     model_config = config.model.model_copy(update={"attention": "sdpa"})
     processor = build_processor(model_config)
-    # Buffers outside the state dict (rotary frequencies) must be computed, so the whole model is built with random
-    # weights, which are then overwritten.
-    model = build_model(model_config, processor, config.seed, weights=False)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as intended
-            state_dict_loader.load({"model": model.state_dict()}, checkpoint_id=files, no_dist=True)
-    except CheckpointException as error:
-        raise BadConfig(f"{files}: its weights do not fit its {CONFIG_FILE}: {_last_line(error)}") from error
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def _scratch(run: str) -> Path:
-    """Return this machine's temporary folder for files of a run on their way to and from its store."""
-    return Path(tempfile.gettempdir()) / f"crosslmm-{hashlib.sha256(run.encode()).hexdigest()[:16]}"
-
-
-def _gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Return the value of every rank, by rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def _last_line(error: BaseException) -> str:
-    """Return the last line of an error's text: DCP wraps a rank's error in its traceback, which ends with it."""
-    lines = str(error).strip().splitlines() or traceback.format_exception_only(error)
-    return lines[-1].strip()[:300]
+    return build_model(model_config, processor, config.seed, weights=False), processor

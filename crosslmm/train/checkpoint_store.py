@@ -1,9 +1,9 @@
 """Sealed checkpoints in a run's storage: list, seal, verify, retain, repair. Imports neither torch nor the model.
 
     runs/NAME/step-00000200-3f9c/
-        __0_0.distcp, __1_0.distcp, .metadata    torch.distributed.checkpoint: weights, optimizer, random states
-        config.yaml                              the full configuration
-        seal.json                                step, size and sha256 of each file above
+        rank-00000.safetensors, rank-00001.safetensors, index.json    weights, optimizer, random states (`shards`)
+        config.yaml                                                   the full configuration
+        seal.json                                                     step, size and sha256 of each file above
 
 The seal is written last. A folder without one is not a checkpoint.
 """
@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, TrainConfig
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 RUN_FILES = {RUN_FILE, CONFIG_FILE, RAY_SNAPSHOT_FILE}
 """Files that identify a run's folder before its first checkpoint."""
+FORMAT = 2
+"""Version of the files' format, in every seal. Seals of version 1, which was PyTorch's with its pickles, lack it."""
 BAD_FILE_ERRNOS = {errno.EIO, errno.EISDIR, errno.ENOTDIR}
 """Errors that concern one file; all others (no space, no permission) do not mean that a checkpoint is damaged."""
 
@@ -52,6 +55,16 @@ class Checkpoint:
     files: dict[str, tuple[int, str]]
     """Size [bytes] and sha256 (hex) by file name."""
 
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
+        """Return the checkpoint that `asdict` made into plain data.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: the data is not a checkpoint's.
+        """
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in fields["files"].items()}
+        return cls(**fields | {"files": files})
+
     @property
     def size(self) -> int:
         """Size of all files [bytes]."""
@@ -63,6 +76,9 @@ def list_sealed(run: str) -> list[Checkpoint]:
 
     Args:
         run: folder of the run, path or URI.
+
+    Raises:
+        BadConfig: a checkpoint was written by a version of this package that had another format.
     """
     checkpoints = []
     for name, files in _list_folders(run).items():
@@ -70,10 +86,16 @@ def list_sealed(run: str) -> list[Checkpoint]:
         if SEAL_FILE in files:
             try:
                 seal = json.loads(storage.read_bytes(storage.join(uri, SEAL_FILE)))
-                seal["files"] = {file: (int(size), str(digest)) for file, (size, digest) in seal["files"].items()}
-                checkpoints.append(Checkpoint(uri=uri, **seal))
+                version = seal.pop("format", 1)
+                checkpoint = Checkpoint.from_fields(seal | {"uri": uri})
             except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
                 continue
+            if version != FORMAT:
+                raise BadConfig(
+                    f"{uri}: its format is version {version}, and this version of crosslmm reads {FORMAT}; continue "
+                    "the run with the version that began it, or start it again under another --name"
+                )
+            checkpoints.append(checkpoint)
     return sorted(checkpoints, key=lambda c: (c.step, c.sealed_at), reverse=True)
 
 
@@ -120,13 +142,12 @@ def best_first(checkpoints: list[Checkpoint], metric: str | None) -> list[Checkp
     return sorted(rated, key=lambda c: sign * c.metrics[str(metric)], reverse=True)
 
 
-def verify_file(checkpoint: Checkpoint, name: str, copy_to: Path | None = None) -> str | None:
+def verify_file(checkpoint: Checkpoint, name: str) -> str | None:
     """Read one file of a checkpoint and compare size and sha256 with the seal.
 
     Args:
         checkpoint: from `list_sealed`.
         name: name of the file.
-        copy_to: local folder that gets a copy; None makes no copy.
 
     Returns:
         What is wrong with the file; None if it is intact.
@@ -137,15 +158,9 @@ def verify_file(checkpoint: Checkpoint, name: str, copy_to: Path | None = None) 
     expected_size, expected_digest = checkpoint.files[name]
     uri = storage.join(checkpoint.uri, name)
     try:
-        if copy_to is None:
-            with storage.open_read(uri) as file:
-                digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
-                size = file.tell()
-        else:
-            storage.download_file(uri, str(copy_to / name))
-            with (copy_to / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256")
-                size = file.tell()
+        with storage.open_read(uri) as file:
+            digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+            size = file.tell()
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
@@ -157,12 +172,12 @@ def verify_file(checkpoint: Checkpoint, name: str, copy_to: Path | None = None) 
     return None if digest.hexdigest() == expected_digest else f"{name} is not what was written (sha256)"
 
 
-def verify(checkpoint: Checkpoint, copy_to: Path | None = None) -> list[str]:
+def verify(checkpoint: Checkpoint) -> list[str]:
     """Read all files of a checkpoint, with a progress display; return what is wrong with them. See `verify_file`."""
     damage = []
     with Progress(log, f"reading step {checkpoint.step}", len(checkpoint.files), "file") as progress:
         for count, name in enumerate(sorted(checkpoint.files), start=1):
-            if reason := verify_file(checkpoint, name, copy_to):
+            if reason := verify_file(checkpoint, name):
                 damage.append(reason)
             progress.update(count)
     return damage
@@ -170,7 +185,7 @@ def verify(checkpoint: Checkpoint, copy_to: Path | None = None) -> list[str]:
 
 def write_seal(checkpoint: Checkpoint) -> None:
     """Write the seal that makes a folder a checkpoint. All its files are in storage already."""
-    seal = asdict(checkpoint)
+    seal = {"format": FORMAT, **asdict(checkpoint)}
     del seal["uri"]
     storage.write_bytes(storage.join(checkpoint.uri, SEAL_FILE), json.dumps(seal).encode())
 

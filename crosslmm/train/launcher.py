@@ -12,7 +12,7 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import PreemptionError
 
 from crosslmm import storage
@@ -24,6 +24,7 @@ from crosslmm.preflight import hardware, placement
 from crosslmm.ray_runtime import QUIET_ENVIRONMENT, worker_group_errors
 from crosslmm.run_folder import RAY_FOLDER
 from crosslmm.train import checkpoint_store, worker
+from crosslmm.train.distributed.rendezvous import PrivateTorchConfig
 from crosslmm.train.job import TRAIN, VALIDATION, DeferredDatasets, Job, placeholder_dataset
 from crosslmm.train.worker import Stopped
 
@@ -157,7 +158,7 @@ def _trainer(job: Job) -> TorchTrainer:
     return TorchTrainer(
         worker.train,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=job.collective_timeout_s),
+        torch_config=PrivateTorchConfig("nccl" if scaling.use_gpu else "gloo", timeout_s=job.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=scaling.resize_every_s,  # type: ignore[call-arg]

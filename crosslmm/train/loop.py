@@ -15,6 +15,7 @@ from transformers import BatchFeature
 from crosslmm.config import RunConfig
 from crosslmm.data.collate import ValidationBatch
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from crosslmm.train.distributed.collectives import gather_json
 from crosslmm.train.optim import set_learning_rate
 
 Metrics = dict[str, float]
@@ -209,9 +210,7 @@ def _clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
 
 def _gather_ids(batch: StepBatch) -> list[str]:
     """Return the ids of the step's samples on all ranks."""
-    ids: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ids, batch.ids)
-    return list(itertools.chain.from_iterable(ids))
+    return list(itertools.chain.from_iterable(gather_json(batch.ids)))
 
 
 def _sum_over_ranks(
@@ -270,10 +269,8 @@ def validate(
             if expected is not None:
                 answers.append((kind, text.strip() == expected.strip()))
     dist.all_reduce(sums)
-    of_all_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_all_ranks, answers)
     by_kind: dict[str | None, list[bool]] = defaultdict(list)
-    for kind, correct in itertools.chain.from_iterable(of_all_ranks):
+    for kind, correct in itertools.chain.from_iterable(gather_json(answers)):
         by_kind[kind].append(correct)
     all_answers = [correct for of_kind in by_kind.values() for correct in of_kind]
     return {

@@ -34,10 +34,11 @@ from crosslmm.model.loading import build_model, build_processor
 from crosslmm.run_folder import MODEL_CONFIG_FILE, MODEL_FOLDER, NON_FINITE_FOLDER
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.checkpoint import Saver
+from crosslmm.train.distributed.collectives import broadcast_json, gather_json
+from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.events import forward_logs
 from crosslmm.train.job import TRAIN, VALIDATION, Job
 from crosslmm.train.optim import build_optimizer
-from crosslmm.train.parallel import parallelize
 from crosslmm.train.watchdog import Watchdog, stacks_name
 
 log = logging.getLogger(__name__)
@@ -63,40 +64,42 @@ def train(train_loop_config: dict[str, Any]) -> None:
     config = job.config
     rank = dist.get_rank()
     forward_logs(job.events, rank)
+    # The watchdog may report a hang before rank 0 could say under which name.
     attempt = [secrets.token_hex(4)]
     watchdog = Watchdog(config.watchdog, functools.partial(_report_hang, job, rank, attempt))
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=job.collective_timeout_s))
-    dist.broadcast_object_list(attempt, src=0, group=group)
+    attempt[0] = broadcast_json(attempt[0], group)
     watchdog.peers = _local_peers(group)
     processor = build_processor(config.model)
     process = functools.partial(processor, features=(job.recipe.patches, job.recipe.width) if job.recipe else None)
 
-    with checkpoint.open_newest(job.folder, group) as newest:
-        first_step = newest[0].step if newest else 0
-        if rank == 0:
-            ray.get(job.events.set_first_step.remote(first_step))
-        # Data loading starts here and goes on while the model is built.
-        batches = _batches(job, processor, process, first_step)
+    newest, state = checkpoint.read_newest(job.folder, group) or (None, {})
+    first_step = newest.step if newest else 0
+    if rank == 0:
+        ray.get(job.events.set_first_step.remote(first_step))
+    # Data loading starts here and goes on while the model is built.
+    batches = _batches(job, processor, process, first_step)
 
-        def build(weights: bool) -> CrossLMMForConditionalGeneration:
-            # A checkpoint overwrites published weights, so a resume does not fetch them.
-            model = build_model(config.model, processor, config.seed, weights and newest is None)
-            if weights and newest is None and job.recipe:
-                require_encoder(model, job.recipe, str(config.data.features))
-            return model
+    def build(weights: bool) -> CrossLMMForConditionalGeneration:
+        # A checkpoint overwrites published weights, so a resume does not fetch them.
+        model = build_model(config.model, processor, config.seed, weights and newest is None)
+        if weights and newest is None and job.recipe:
+            require_encoder(model, job.recipe, str(config.data.features))
+        return model
 
-        model = parallelize(build, config.train, ray.train.torch.get_device())
-        optimizer = build_optimizer(model, config.train)
-        if newest:
-            checkpoint.load(newest[1], newest[0], model, optimizer)
+    model = parallelize(build, config.train, ray.train.torch.get_device())
+    optimizer = build_optimizer(model, config.train)
+    if newest:
+        checkpoint.load(state, model, optimizer)
+        state.clear()
     if rank == 0:
         job.events.post.remote("started", (first_step, sum(p.numel() for p in model.parameters())))
 
     saver = Saver(job.folder, config, attempt[0], group)
     with StopListener(job.events, rank) as listener:
         callbacks = _WorkerCallbacks(
-            job, model, optimizer, processor, process, saver, watchdog, listener, newest[0].metrics if newest else {}
+            job, model, optimizer, processor, process, saver, watchdog, listener, newest.metrics if newest else {}
         )
         done = loop.train(config, model, optimizer, batches, range(first_step, job.total_steps), callbacks)
     watchdog.enter("checkpoint")
@@ -224,8 +227,7 @@ def _report_hang(job: Job, rank: int, attempt: list[str], phase: str, text: str)
 
 def _local_peers(group: dist.ProcessGroup) -> dict[int, int]:
     """Return the process ids of the ranks on this machine, by rank."""
-    processes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(processes, (socket.gethostname(), os.getpid()), group=group)
+    processes = gather_json((socket.gethostname(), os.getpid()), group)
     return {rank: pid for rank, (host, pid) in enumerate(processes) if host == socket.gethostname()}
 
 

@@ -18,8 +18,8 @@ from crosslmm.data.collate import ValidationBatch
 from crosslmm.data.feature_format import to_bf16
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import checkpoint, loop
+from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.optim import build_optimizer
-from crosslmm.train.parallel import parallelize
 from tests.support.common import conversation, open_gates, random_frames
 
 STEPS, STOP_AFTER, BATCH = 6, 3, 8
@@ -80,6 +80,17 @@ def sharded(config: RunConfig, gates: float, device: str = "cpu"):
     return parallelize(build, config.train, torch.device(device)), processor
 
 
+def forbid_pickles() -> None:
+    """Fail if anything, torch included, exchanges pickled objects between ranks."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("an object collective")
+
+    for name in ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"):
+        setattr(dist, name, refuse)
+        setattr(dist.distributed_c10d, name, refuse)
+
+
 def leave() -> None:
     """End this process at once. At an ordinary exit one of hundreds aborted with "terminate called without an active
     exception": a thread of torch's that nobody had joined."""
@@ -93,6 +104,7 @@ def train(
     torch.set_num_threads(1)
     # pytest's filters do not apply here. FSDP's warning about a module's output means wrong gradients.
     warnings.filterwarnings("error", category=UserWarning, module=r"torch\.distributed\.fsdp.*")
+    forbid_pickles()
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous-{ranks}-{resume}-{stop}", rank=rank,
                             world_size=ranks)  # fmt: skip
@@ -100,10 +112,10 @@ def train(
     model, processor = sharded(config, 0.3, device)
     optimizer = build_optimizer(model, config.train)
     group, losses, first = dist.new_group(backend="gloo"), {}, 0
-    with checkpoint.open_newest(str(folder), group) as newest:
-        if newest and resume:
-            checkpoint.load(newest[1], newest[0], model, optimizer)
-            first = newest[0].step
+    if resume and (found := checkpoint.read_newest(str(folder), group)):
+        newest, state = found
+        checkpoint.load(state, model, optimizer)
+        first = newest.step
     saver = checkpoint.Saver(str(folder), config, f"{ranks}{resume:d}", group)
 
     class RecordingCallbacks(loop.Callbacks):

@@ -22,8 +22,8 @@ from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.data.video.decode import decode_video
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import loop
+from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.optim import build_optimizer
-from crosslmm.train.parallel import parallelize
 from tests.support.common import conversation, processes
 
 CLIPS, STEPS = 800, 4

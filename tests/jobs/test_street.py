@@ -132,7 +132,9 @@ def test_a_job_with_everything_in_an_object_store(undisturbed, manifest, trackin
     # The store holds the last two checkpoints, with the full configuration, and the artifacts.
     retained = [uri for uri in ls("s3://videos/runs/undisturbed") if "/step-" in uri]
     assert [uri.split("/step-")[1][:8] for uri in retained] == ["00000008", "00000010"]
-    assert {"config.yaml", "seal.json", ".metadata", "__0_0.distcp", "__1_0.distcp"} <= names(retained[-1])
+    assert {"config.yaml", "seal.json", "index.json", "rank-00000.safetensors", "rank-00001.safetensors"} <= names(
+        retained[-1]
+    )
     assert run.info.artifact_uri.startswith("s3://videos/artifacts")
 
 

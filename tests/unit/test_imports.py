@@ -56,8 +56,8 @@ def test_importing_the_package_changes_nothing_in_the_program():
         "av, boto3, decord, fsspec, jsonargparse, mlflow, mlflow.pyfunc, mlflow.system_metrics.system_metrics_monitor, "
         "optuna, optuna.importance, pandas, pebble, plotly.graph_objects, plotly.offline, pydantic, "
         "ray, ray.data, ray.train.torch, ray.tune, "
-        "ray.tune.search.optuna, rich, s3fs, sklearn.datasets, torch, torch.distributed.checkpoint, "
-        "torch.distributed.checkpoint.staging, transformers, transformers.modeling_utils"
+        "ray.tune.search.optuna, rich, s3fs, sklearn.datasets, torch, torch.distributed.tensor, "
+        "transformers, transformers.modeling_utils"
     )
     command = [sys.executable, "-c", SIDE_EFFECTS.format(imports=third_party)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

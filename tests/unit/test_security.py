@@ -1,5 +1,6 @@
 """Untrusted input and credentials, as docs/security.md describes them."""
 
+import ast
 import json
 import os
 import pickle
@@ -199,6 +200,26 @@ def test_pickled_weights_are_refused(config, processor, tmp_path, name):
     assert not mark.exists()
     pickle.loads((folder / "init_from" / name).read_bytes())
     assert mark.exists()  # the trap was one
+
+
+UNPICKLING = {
+    "all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list",
+    "recv_object_list", "set_model_state_dict", "set_state_dict", "broadcast_from_rank0",
+}  # fmt: skip
+"""Functions of torch.distributed that unpickle what other ranks send, and those of torch that call them."""
+
+
+def test_no_module_unpickles_what_a_rank_or_a_file_brings():
+    for path in (*ROOT.glob("crosslmm/**/*.py"), *ROOT.glob("jobs/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = {getattr(node, "attr", None), getattr(node, "arg", None), getattr(node, "id", None)}
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            module = getattr(node, "module", None) or ""
+            assert not names & UNPICKLING, f"{path}:{getattr(node, 'lineno', 0)}"
+            assert "pickle" not in imported, path
+            assert not module.startswith("torch.distributed.checkpoint"), path
+            call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert call not in {"torch.load", "pickle.loads", "pickle.load", "np.load"}, f"{path}:{node.lineno}"
 
 
 def test_torch_weights_are_refused(config, processor, tmp_path):

@@ -25,7 +25,7 @@ from crosslmm.planning import cost, meta_trace
 from crosslmm.planning import plan as planning
 from crosslmm.planning.meta_trace import trace
 from crosslmm.planning.plan import GPUS, Assumptions, Fit, plan
-from crosslmm.train.parallel import parallelize
+from crosslmm.train.distributed.parallel import parallelize
 from tests.support.common import random_frames
 
 JOB = Path(__file__).parents[3] / "jobs" / "plan.py"

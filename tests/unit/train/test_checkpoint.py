@@ -5,6 +5,7 @@ import logging
 import runpy
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,14 @@ from crosslmm.cli import parse_run
 from crosslmm.config import to_yaml
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import checkpoint, checkpoint_store
+from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.optim import build_optimizer
-from crosslmm.train.parallel import parallelize
 from tests.support.common import ROOT, open_gates
 
 RANKS = 2
 VALUES = [0.5, 0.9, 0.7]
 """Values of a metric in three validations."""
+RETAIN = checkpoint_store.retain
 ORPHANS = ["step-00000007-killed", "step-00000008-empty", "step-00000009-broken"]
 
 
@@ -67,6 +69,11 @@ class Group:
         return [t.to_local().clone() if hasattr(t, "to_local") else t.clone() for t in everything]
 
 
+def slow_retain(*arguments) -> None:
+    time.sleep(0.2)
+    RETAIN(*arguments)
+
+
 def save(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
@@ -91,6 +98,7 @@ def save(rank: int, folder: Path) -> None:
         ("loss", "--train.keep_checkpoints=1", "--train.keep_best=validation/loss"),
     ]:
         saver = ours.saver(name, *overrides)
+        checkpoint_store.retain = slow_retain  # the other rank must not begin the next checkpoint before it ends
         for step, value in enumerate(VALUES, start=1):
             saver.save(step, model, optimizer, {"validation/loss": value, "validation/accuracy": value}, [])
         saver.close()
@@ -98,12 +106,12 @@ def save(rank: int, folder: Path) -> None:
     if rank == 0:
         for orphan in ORPHANS:
             (folder / "orphans" / orphan).mkdir(parents=True)
-        (folder / "orphans" / ORPHANS[0] / "__0_0.distcp").write_bytes(b"half")
+        (folder / "orphans" / ORPHANS[0] / "rank-00000.safetensors").write_bytes(b"half")
         (folder / "orphans" / ORPHANS[2] / run_folder.BROKEN_SEAL_FILE).write_text('{"damage": "x"}')
         # Blocks the folder of all ranks, and then one file of the other rank.
         (folder / "blocked").mkdir()
         (folder / "blocked" / "step-00000001-test").touch()
-        (folder / "blocked" / "step-00000002-test" / "__1_0.distcp").mkdir(parents=True)
+        (folder / "blocked" / "step-00000002-test" / "rank-00001.safetensors").mkdir(parents=True)
     dist.barrier()
     saver = ours.saver("orphans")
     saver.save(1, model, optimizer, {}, [])
@@ -119,33 +127,32 @@ def save(rank: int, folder: Path) -> None:
     if rank == 0:
         shutil.copytree(folder / "run", folder / "damaged")
         damaged = checkpoint_store.list_sealed(str(folder / "damaged"))[0]
-        flip_a_bit(Path(damaged.uri) / "__1_0.distcp")
+        flip_a_bit(Path(damaged.uri) / "rank-00001.safetensors")
         for unfinished in ("step-00000004-test", "step-00000005-test"):
             (folder / "damaged" / unfinished).mkdir()
         (folder / "damaged" / "step-00000004-test" / run_folder.SEAL_FILE).touch()
     dist.barrier()
     ours.messages.clear()
     ours.learn()
-    with checkpoint.open_newest(str(folder / "damaged"), ours.group) as newest:
-        checkpoint.load(newest[1], newest[0], model, optimizer)
-        drawn_again = torch.rand(5)
-        facts = {
-            "blocked": blocked,
-            "newest": newest[0].step,
-            "messages": list(ours.messages),
-            "draws": torch.equal(drawn, drawn_again),
-            "weights": all(map(torch.equal, ours.local(), second)),
-        }
-    with checkpoint.open_newest(str(folder / "nowhere"), ours.group) as newest:
-        facts["nowhere"] = newest
+    newest, state = checkpoint.read_newest(str(folder / "damaged"), ours.group)
+    checkpoint.load(state, model, optimizer)
+    drawn_again = torch.rand(5)
+    facts = {
+        "blocked": blocked,
+        "newest": newest.step,
+        "messages": list(ours.messages),
+        "draws": torch.equal(drawn, drawn_again),
+        "weights": all(map(torch.equal, ours.local(), second)),
+        "nowhere": checkpoint.read_newest(str(folder / "nowhere"), ours.group),
+    }
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def flip_a_bit(path: Path) -> None:
+def flip_a_bit(path: Path, place: float = 0.5) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[int(len(data) * place)] ^= 1
     path.write_bytes(data)
 
 
@@ -178,7 +185,12 @@ def test_a_seal_names_every_file_and_the_world_size(saved):
     assert (newest.step, newest.world_size) == (3, RANKS)
     assert newest.metrics == {"validation/loss": 0.7, "validation/accuracy": 0.7}
     assert newest.files.keys() == {path.name for path in folder.iterdir()} - {run_folder.SEAL_FILE}
-    assert newest.files.keys() >= {"__0_0.distcp", "__1_0.distcp", ".metadata", run_folder.CONFIG_FILE}
+    assert newest.files.keys() >= {
+        "rank-00000.safetensors",
+        "rank-00001.safetensors",
+        "index.json",
+        run_folder.CONFIG_FILE,
+    }
     assert newest.size == sum(path.stat().st_size for path in folder.iterdir() if path.name != run_folder.SEAL_FILE)
     assert (folder / run_folder.CONFIG_FILE).read_text() == to_yaml(run_config())
     assert [checkpoint_store.verify_file(newest, name) for name in newest.files] == [None] * len(newest.files)
@@ -206,7 +218,7 @@ def replace_by_folder(path: Path) -> None:
     ],
     ids=["truncated", "bit flipped", "emptied", "missing", "a folder"],
 )
-@pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata"])
+@pytest.mark.parametrize("name", ["rank-00001.safetensors", "index.json"])
 def test_verify_names_the_file_and_its_damage(run, harm, message, name):
     newest = checkpoint_store.list_sealed(str(run))[0]
     harm(Path(newest.uri) / name)
@@ -220,7 +232,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_previous(saved, facts):
     assert [fact["newest"] for fact in facts] == [2, 2]
     assert steps(saved / "damaged") == [2, 1]
     uri, emptied, begun = (str(saved / "damaged" / f"step-0000000{step}-test") for step in (3, 4, 5))
-    wrong = "__1_0.distcp is not what was written (sha256)"
+    wrong = "rank-00001.safetensors is not what was written (sha256)"
     *skipped, damaged = facts[0]["messages"]
     assert damaged == f"checkpoint {uri} is damaged: {wrong}; trying the one before it"
     assert sorted(skipped) == [
@@ -326,11 +338,11 @@ def test_verify_names_the_damage_and_the_remedy(job, run):
     status, out, err = job("verify", run)
     assert (status, err) == (0, "")
     assert [line.split(":")[0] for line in out.splitlines()] == ["step 3", "step 2", "step 1"]
-    flip_a_bit(run / "step-00000002-test" / ".metadata")
+    flip_a_bit(run / "step-00000002-test" / "index.json")
     status, _, err = job("verify", run)
     assert status == 1
     assert err == (
-        f"error: {run}/step-00000002-test is damaged: .metadata is not what was written (sha256); "
+        f"error: {run}/step-00000002-test is damaged: index.json is not what was written (sha256); "
         f"repair it with python jobs/checkpoint.py repair {run}\n"
     )
     assert job("verify", run, "--step", 3)[0] == 0
@@ -338,16 +350,16 @@ def test_verify_names_the_damage_and_the_remedy(job, run):
 
 
 def test_repair_leaves_what_a_run_resumes_from(job, run):
-    truncate(run / "step-00000003-test" / "__0_0.distcp")
+    truncate(run / "step-00000003-test" / "rank-00000.safetensors")
     (run / "step-00000009-killed").mkdir()
-    (run / "step-00000009-killed" / "__0_0.distcp").write_bytes(b"half")
+    (run / "step-00000009-killed" / "rank-00000.safetensors").write_bytes(b"half")
     snapshots = [run / "checkpoint_manager_snapshot.json", run / "ray" / "start-1" / "checkpoint_manager_snapshot.json"]
     snapshots[1].parent.mkdir(parents=True)
     for path in snapshots:
         path.write_text('{"checkpoint_results": [{"chec')
     status, out, err = job("repair", run)
     assert (status, err) == (0, "")
-    assert f"{run}/step-00000003-test is damaged: __0_0.distcp has " in out
+    assert f"{run}/step-00000003-test is damaged: rank-00000.safetensors has " in out
     assert f"{run}/step-00000009-killed was never finished; it is removed" in out
     assert all(f"{path} is removed; nothing reads it" in out for path in snapshots)
     assert out.endswith("the run will resume from step 2\n")
@@ -387,10 +399,10 @@ def test_export_equals_the_run_s_own_byte_for_byte(job, run, tmp_path):
 
 
 def test_export_takes_the_newest_intact_checkpoint(job, run, tmp_path):
-    flip_a_bit(run / "step-00000003-test" / "__1_0.distcp")
+    flip_a_bit(run / "step-00000003-test" / "rank-00001.safetensors", place=0.2)  # in the weights
     status, out, err = job("export", run, tmp_path / "made")
     assert (status, out) == (0, f"{tmp_path}/made: the model after step 2\n")
-    assert f"{run}/step-00000003-test is damaged: __1_0.distcp is not what was written" in err
+    assert f"{run}/step-00000003-test is damaged: rank-00001.safetensors is not what was written" in err
     weights = [AutoModelForImageTextToText.from_pretrained(f).state_dict() for f in (tmp_path / "made", run / "model")]
     assert all(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert job("export", run, tmp_path / "requested", "--step", 3)[0] == 1

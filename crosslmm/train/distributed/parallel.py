@@ -1,13 +1,14 @@
 """FSDP2: shard the model over processes. The model itself knows nothing of it."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from crosslmm.config import TrainConfig
 from crosslmm.model import CrossLMMForConditionalGeneration
@@ -36,9 +37,7 @@ def parallelize(
     model.to_empty(device=device)
     # `to_empty` unties tied weights.
     model.tie_weights()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, source.state_dict() if source is not None else {}, options=options)
-    _send_buffers(model, source, device)
+    _send_weights(model, source, device)
     return model
 
 
@@ -51,10 +50,28 @@ def _shard(model: CrossLMMForConditionalGeneration, config: TrainConfig, device:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
 
 
-def _send_buffers(model: nn.Module, source: nn.Module | None, device: torch.device) -> None:
-    """Broadcast rank 0's buffers: those outside the state dict (rotary frequencies) are uninitialised until then."""
-    buffers = dict(source.named_buffers()) if source is not None else {}
-    for name, buffer in model.named_buffers():
-        if name in buffers:
-            buffer.copy_(buffers[name])
-        dist.broadcast(buffer, src=0)
+def shard_rows(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Return the rows [first, end) of a rank: FSDP2 splits the first dimension as `torch.chunk` does."""
+    per_rank = -(-rows // world_size)
+    return min(rank * per_rank, rows), min((rank + 1) * per_rank, rows)
+
+
+@torch.no_grad()
+def _send_weights(model: nn.Module, source: nn.Module | None, device: torch.device) -> None:
+    """Broadcast rank 0's parameters, one after another, and all buffers: those outside the state dict (rotary
+    frequencies) are uninitialised until then. Each rank keeps its rows. Torch's own function sends pickles."""
+    tensors = dict(_named_tensors(source)) if source is not None else {}
+    for name, target in _named_tensors(model):
+        whole = torch.empty(target.shape, dtype=target.dtype, device=device)
+        if source is not None:
+            whole.copy_(tensors[name])
+        dist.broadcast(whole, src=0)
+        if isinstance(target, DTensor):
+            first, end = shard_rows(len(whole), dist.get_rank(), dist.get_world_size())
+            target.to_local().copy_(whole[first:end])
+        else:
+            target.copy_(whole)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())

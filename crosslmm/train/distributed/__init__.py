@@ -1,0 +1,1 @@
+"""What the ranks of a run do together: find one another, exchange plain data, shard the model."""

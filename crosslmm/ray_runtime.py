@@ -69,7 +69,10 @@ def _create_token() -> None:
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         return
     path = Path.home() / ".ray" / "auth_token"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.parent.mkdir(mode=0o700)
+    # Whoever may write into the folder could put another token in place of this one.
+    path.parent.chmod(path.parent.stat().st_mode & ~0o022)
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))

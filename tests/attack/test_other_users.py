@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
@@ -95,7 +96,7 @@ def test_the_address_of_a_cluster_that_another_user_left_is_not_followed(others,
     code = (
         "import ray; from crosslmm.ray_runtime import start_ray; start_ray(num_cpus=1); print(ray.get(ray.put('ours')))"
     )
-    done = subprocess.run(["python", "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
     assert done.stdout == "ours\n", done.stderr
 
 
@@ -107,7 +108,7 @@ def test_others_cannot_read_the_token_of_a_started_cluster(others, shared, monke
         environment.pop(name, None)
     # The worst umask: whatever Ray or this project creates carelessly is open to all.
     code = "import os; os.umask(0); from crosslmm.ray_runtime import start_ray; start_ray(num_cpus=1); print('up')"
-    done = subprocess.run(["python", "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
     assert done.stdout == "up\n", done.stderr
     token = shared / ".ray" / "auth_token"
     assert token.exists()

@@ -92,10 +92,12 @@ def probe_nodes(
 def node_fields(name: str, node: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a probe's request that differ between nodes."""
     scaling = request["config"]["scaling"]
+    runs_drivers, trains = (scaling[key].items() <= node["Labels"].items() for key in ("drive_on", "train_on"))
     return {
         "node": name,
         "gpus": node["Resources"].get("GPU", 0) if scaling["use_gpu"] else 0,
-        "runs_drivers": scaling["drive_on"].items() <= node["Labels"].items(),
+        "runs_drivers": runs_drivers,
+        "writes_storage": runs_drivers or trains,
     }
 
 

@@ -53,6 +53,7 @@ def probe_node(request: dict[str, Any]) -> dict[str, Any]:
             `manifests`, `videos` (one readable video is enough), `image_size` [pixels]: what those checks read;
             `gpus`: number of GPUs that Ray assigns on this node;
             `runs_drivers`: drivers may be placed on this node;
+            `writes_storage`: drivers or training workers may be; nodes that only decode need no right to write;
             `retry_storage`: retry a store that is out of reach (default: fail at once).
     """
     return {
@@ -157,9 +158,11 @@ def _run_check(name: str, check: Check | None) -> CheckResult | None:
         return name, kind, message if complete else f"{kind}: {message}"
 
 
-def _storage(request: dict[str, Any]) -> Check:
+def _storage(request: dict[str, Any]) -> Check | None:
     from crosslmm import storage
 
+    if not request["writes_storage"]:
+        return None
     folder = request["folder"]
 
     def check() -> str:

@@ -24,7 +24,7 @@ BACKENDS: dict[str, Any] = {
 }
 """Decoding function of each value of `data.decoder`. The function's name is part of the key of feature caches."""
 REMEDIES = {
-    "decord": "its wheels are for x86_64 (pip install decord)",
+    "decord": "pip install decord (wheels for x86_64; this project's images leave it out: --build-arg DECORD=yes)",
     "torchcodec": "pip install 'torchcodec>=0.13,<0.14', with the shared libraries of FFmpeg 4 to 8",
 }
 """How to install the optional decoders."""
@@ -92,8 +92,9 @@ def require_backend(decoder: str) -> None:
         try:
             importlib.import_module(decoder)
         except Exception as error:  # RuntimeError and OSError among them
-            problem = f"{decoder} does not load here ({type(error).__name__})"
-            raise BadConfig(f"data.decoder: {problem}; {REMEDIES[decoder]}; or use auto") from error
+            missing = isinstance(error, ModuleNotFoundError) and error.name == decoder
+            problem = "is not installed" if missing else f"does not load here ({type(error).__name__})"
+            raise BadConfig(f"data.decoder: {decoder} {problem}; {REMEDIES[decoder]}; or use auto") from error
 
 
 def _read_video(uri: str, data: DataConfig, read: Callable[[BinaryIO, str], Any]) -> Any:

@@ -8,7 +8,7 @@ PROGRESS = sed --unbuffered --quiet --regexp-extended \
 	's/^ *Downloading (.*\/)?([^-]+)-([^-]+)-[^ ]+ \(([0-9]{2,}\.[0-9]+ MB|[0-9.]+ GB)\).*/    downloading \2 \3 (\4)/p; \
 	s/^Installing collected.*/    unpacking all packages/p; /^ERROR/p'
 
-.PHONY: demo sweep test faults cluster images gpu lint format ui clean
+.PHONY: demo sweep test faults cluster images gpu lint audit format ui clean
 .DEFAULT_GOAL := demo
 
 .venv/.complete: pyproject.toml constraints.txt
@@ -57,6 +57,10 @@ lint: .venv/.complete
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Advisories, licences and builds of FFmpeg among the installed packages: cluster/audit.yaml.
+audit: .venv/.complete
+	$(BIN)/python cluster/audit.py
 
 format: .venv/.complete
 	$(BIN)/ruff format .

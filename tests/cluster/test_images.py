@@ -85,6 +85,8 @@ def build(name: str, scratch: Path) -> Stage:
             stage.variables |= {
                 key: value for key, value in pairs.items() if key not in ("PATH", "HOME", "VIRTUAL_ENV")
             }
+        elif word == "ARG" and "=" in rest:
+            stage.variables |= dict([rest.split("=", 1)])
         elif word == "COPY" and not rest.startswith("--from="):
             *sources, to = rest.split()
             stage.copy(sources, to)
@@ -107,6 +109,8 @@ def install(stage: Stage, command: str, python: list[str]) -> None:
         stage.run(*made)
         (wheel,) = stage.at("flash").glob("*.whl")
         assert wheel.name.startswith(flash[1].replace("-", "_").replace("==", "-"))
+    elif command.startswith("{ test "):
+        stage.run("sh", "-c", command)
     elif command.startswith("pip install "):
         stage.run(*shlex.split(command))
     else:
@@ -126,8 +130,21 @@ def test_installed_versions_are_the_pinned_ones(image: Stage) -> None:
         versions.pop(name, None)
     assert versions == {name: pinned.get(name) for name in versions}
     assert len(versions) > 80
-    assert not {"pytest", "ruff", "mypy"} & versions.keys()
+    assert not {"pytest", "ruff", "mypy", "decord"} & versions.keys()
     assert "No broken requirements" in image.run("pip", "check")
+
+
+def test_the_audit_passes_and_av_is_the_only_package_with_ffmpeg(image: Stage) -> None:
+    folder = next(image.venv.glob("lib/python*/site-packages"))
+    report = subprocess.run([sys.executable, ROOT / "cluster/audit.py", folder], capture_output=True, text=True)
+    assert report.returncode == 0, report.stdout + report.stderr
+    assert [line.split()[1] for line in report.stdout.splitlines() if line.startswith("ffmpeg ")] == ["av"]
+
+
+def test_a_run_that_asks_for_decord_is_refused_in_one_line(image: Stage) -> None:
+    ask = "from crosslmm.data.video.decode import require_backend; require_backend('auto'); require_backend('decord')"
+    code = f"try: exec({ask!r})\nexcept Exception as error: print(error)"
+    assert image.run("python", "-P", "-c", code).startswith("data.decoder: decord is not installed; pip install decord")
 
 
 def test_every_module_imports(image: Stage) -> None:

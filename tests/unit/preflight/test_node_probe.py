@@ -20,7 +20,7 @@ def test_a_node_without_the_package_reports_it(tmp_path):
 import json, pickle, sys
 sys.path[:] = [path for path in sys.path if path != {str(ROOT)!r}]
 versions, run_checks = pickle.load(open("probe", "rb"))
-request = {{"checks": ["storage", "decoder", "video"], "videos": ["a.mp4"]}}
+request = {{"checks": ["storage", "decoder", "video"], "videos": ["a.mp4"], "writes_storage": True}}
 print(json.dumps([versions()["crosslmm"], run_checks(request)]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -50,6 +50,23 @@ def test_drivers_may_run_on_nodes_with_all_required_labels():
     assert not runs_drivers({"role": "head", "zone": "b"}, role="head", zone="a")
 
 
+def test_nodes_that_only_decode_write_nothing(tmp_path, config):
+    """The files of cluster/ give decoders no right to write."""
+
+    def writes(scaling, **labels):
+        request = {"config": {"scaling": {"use_gpu": False, "drive_on": {}, "train_on": {}} | scaling}}
+        return cluster_probe.node_fields("a", {"Resources": {"CPU": 1}, "Labels": labels}, request)["writes_storage"]
+
+    placed = {"drive_on": {"role": "head"}, "train_on": {"role": "train"}}
+    assert [writes(placed, role=role) for role in ("head", "train", "decode")] == [True, True, False]
+    assert writes({}, role="decode")  # nothing is placed: it may run anything
+    assert writes({"drive_on": {"role": "head"}}, role="decode")
+
+    request = {"node": "a", "folder": str(tmp_path / "runs/.doctor-1"), "checks": ["storage"], "writes_storage": False}
+    assert node_probe.run_checks(request | {"config": config.model_dump(mode="json")}) == [None]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_node_without_tracking_uri_creates_no_database(config, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -73,6 +90,7 @@ def test_the_probe_checks_storage_manifest_decoder_and_video(tmp_path, config):
     (tmp_path / "rows.jsonl").write_text("{}")
     request = {
         "node": "a", "folder": str(folder), "checks": ["storage", "manifest", "decoder", "video"], "gpus": 0,
+        "writes_storage": True,
         "config": config.model_dump(mode="json"), "manifests": [f"{tmp_path}/rows.jsonl"],
         "videos": [f"{tmp_path}/nothing.mp4"], "image_size": 48,
     }  # fmt: skip

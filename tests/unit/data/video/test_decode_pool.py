@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import struct
+import sys
 import tempfile
 import time
 from fractions import Fraction
@@ -337,6 +338,25 @@ def test_decoder_that_cannot_load_is_refused_at_start(monkeypatch, tmp_path, bac
     assert str(raised.value).startswith(f"data.decoder: {backend} does not load here")
     assert "\n" not in str(raised.value)
     require_backend("auto")
+
+
+@pytest.mark.parametrize(
+    ("backend", "remedy"), [("decord", "pip install decord"), ("torchcodec", "pip install 'torch")]
+)
+def test_decoder_that_is_not_installed_is_named_in_one_line(monkeypatch, backend, remedy):
+    monkeypatch.setitem(sys.modules, backend, None)  # so that its import fails as without the package
+    with pytest.raises(BadConfig) as raised:
+        require_backend(backend)
+    assert str(raised.value).startswith(f"data.decoder: {backend} is not installed; {remedy}")
+    assert "\n" not in str(raised.value)
+
+
+def test_decoder_that_lacks_another_package_is_not_called_missing(monkeypatch, tmp_path):
+    (tmp_path / "decord.py").write_text("import absent_dependency")
+    monkeypatch.delitem(sys.modules, "decord", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BadConfig, match=r"decord does not load here \(ModuleNotFoundError\)"):
+        require_backend("decord")
 
 
 @needs_torchcodec

@@ -1,0 +1,169 @@
+"""Check installed packages: known advisories, licences, and the builds of FFmpeg inside of wheels. Needs no network.
+
+python cluster/audit.py                                       # of this interpreter
+python cluster/audit.py .venv/lib/python3.11/site-packages    # of another environment
+
+audit.yaml holds advisories, licences, and accepted violations with their reasons. Exit status 1: there are others.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+from typing import Any
+
+import yaml
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+RULES = Path(__file__).resolve().parent / "audit.yaml"
+LEAST_LIBRARY_BYTES = 64 * 2**10
+"""No build of FFmpeg is smaller."""
+COPYLEFT_LIBRARIES = re.compile(r"lib(x264|x265|xvidcore|postproc)\b")
+"""Libraries under the GPL that builds of FFmpeg may be linked with."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One violation, by one package."""
+
+    package: str
+    version: str
+    rule: str
+    """An advisory's identifier, or "licence", "nonfree", "gpl"."""
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version}  {self.rule}: {self.message}"
+
+
+@dataclass(frozen=True)
+class FFmpeg:
+    """A build of FFmpeg inside of a package."""
+
+    version: str
+    licence: str
+    """As the build itself says."""
+    configuration: str
+    copyleft: list[str]
+    """Those of `COPYLEFT_LIBRARIES` beside it."""
+
+    def __str__(self) -> str:
+        flags = re.findall(r"--enable-(?:nonfree|gpl)\b", self.configuration)
+        return ", ".join([f"FFmpeg {self.version}", self.licence, *flags, *self.copyleft])
+
+
+def audit(rules: dict[str, Any], installed: Iterable[Distribution]) -> tuple[list[str], list[Finding]]:
+    """Return a description of each build of FFmpeg, and all findings.
+
+    Args:
+        rules: contents of audit.yaml.
+        installed: the packages.
+    """
+    licences = {name for licence, others in rules["licences"].items() for name in (licence, *others)}
+    builds: list[str] = []
+    findings: list[Finding] = []
+    for package in installed:
+        name, version = canonicalize_name(package.metadata["Name"]), package.version
+        found = [(one["id"], one["about"]) for one in rules["advisories"].get(name, []) if affects(one, version)]
+        if licence := refused_licence(package, licences):
+            found.append(("licence", licence))
+        if ffmpeg := ffmpeg_of(package):
+            builds.append(f"{name} {version}: {ffmpeg}")
+            found += violations(ffmpeg, rules["ffmpeg"])
+        findings += [Finding(name, version, rule, message) for rule, message in found]
+    return builds, findings
+
+
+def affects(advisory: dict[str, str], version: str) -> bool:
+    """Return whether a version lies in one of the advisory's ranges, which `or` separates."""
+    ranges = map(SpecifierSet, advisory["affected"].split(" or "))
+    return any(one.contains(version, prereleases=True) for one in ranges)
+
+
+def refused_licence(package: Distribution, accepted: set[str]) -> str:
+    """Return the licence that the package's metadata names, if it is not accepted; else ""."""
+    metadata = package.metadata
+    classifiers = [c.split(" :: ")[-1] for c in metadata.get_all("Classifier") or () if c.startswith("License :: ")]
+    # Nobody says whether all or one of several classifiers apply, so all must be accepted.
+    classified = " AND ".join(c for c in classifiers if c not in ("OSI Approved", "DFSG approved"))
+    text = (metadata.get("License") or "").strip().partition("\n")[0]
+    licence = metadata.get("License-Expression") or classified or text or "none is named"
+    return "" if satisfied(licence, accepted) else licence
+
+
+def satisfied(expression: str, accepted: set[str]) -> bool:
+    """Return whether an SPDX expression can be met with accepted licences. With brackets, all its licences must be."""
+    choices = [re.sub(r"[()]|\bOR\b", " AND ", expression)] if "(" in expression else expression.split(" OR ")
+    parts = [[part.strip() for part in choice.split(" AND ") if part.strip()] for choice in choices]
+    return any(accepted.issuperset(choice) for choice in parts)
+
+
+def ffmpeg_of(package: Distribution) -> FFmpeg | None:
+    """Return the build of FFmpeg in a package's files, statically linked or not; None without one."""
+    files = [Path(str(file.locate())) for file in package.files or ()]
+    for path in filter(_is_library, files):
+        if found := _ffmpeg_in(path.read_bytes()):
+            matches = [COPYLEFT_LIBRARIES.match(file.name) for file in files]
+            return FFmpeg(*found, sorted({match[1] for match in matches if match}))
+    return None
+
+
+def _is_library(path: Path) -> bool:
+    """Return whether the file is a native library or program that is large enough."""
+    if not path.is_file() or path.stat().st_size < LEAST_LIBRARY_BYTES:
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"\x7fELF"
+
+
+def _ffmpeg_in(binary: bytes) -> tuple[str, str, str] | None:
+    """Return version, licence and configuration of the libavcodec in a binary."""
+    if b"libavcodec license: " not in binary:
+        return None
+    patterns = (
+        rb"FFmpeg version n?([^\0]+)",
+        rb"libavcodec license: ([^\0]+)",
+        rb"([^\0]*--(?:enable|disable)-[^\0]+)",
+    )
+    matches = [re.search(pattern, binary) for pattern in patterns]
+    version, licence, configuration = (match[1].decode() if match else "unknown" for match in matches)
+    return version, licence, configuration
+
+
+def violations(ffmpeg: FFmpeg, advisories: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield rule and message of each violation by a build of FFmpeg."""
+    number = re.match(r"[\d.]*\d", ffmpeg.version)
+    for one in advisories:
+        if number is None or affects(one, number[0]):
+            yield one["id"], f"FFmpeg {ffmpeg.version}: {one['about']}"
+    if "nonfree" in ffmpeg.licence or "--enable-nonfree" in ffmpeg.configuration:
+        yield "nonfree", f'its FFmpeg says "{ffmpeg.licence}"'
+    if ffmpeg.copyleft or "--enable-gpl" in ffmpeg.configuration:
+        yield "gpl", f"its FFmpeg is linked with {', '.join(ffmpeg.copyleft) or 'parts under the GPL'}"
+
+
+def reason(finding: Finding, accepted: Iterable[dict[str, Any]]) -> str:
+    """Return why audit.yaml accepts a finding; "" if it does not."""
+    fitting = (one for one in accepted if fnmatch(finding.package, one["package"]) and finding.rule in one["rules"])
+    return next((one["because"] for one in fitting), "")
+
+
+def main() -> int:
+    """Print the report and return the exit status."""
+    rules = yaml.safe_load(RULES.read_text())
+    installed = list(distributions(path=sys.argv[1:] or sys.path))
+    builds, findings = audit(rules, installed)
+    reasons = {finding: reason(finding, rules["accepted"]) for finding in findings}
+    lines = [f"checked   {len(installed)} packages"] + [f"ffmpeg    {build}" for build in builds]
+    lines += [f"accepted  {finding}; {why}" for finding, why in reasons.items() if why]
+    lines += [f"FAIL      {finding}" for finding, why in reasons.items() if not why]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return int(not installed or not all(reasons.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

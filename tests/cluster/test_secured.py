@@ -141,7 +141,7 @@ def reaches(source: str, target: str, port: int) -> bool:
     return sent and (target not in PODS or allows("Ingress", target, source, port))
 
 
-def test_the_pods_of_the_policies_are_those_of_the_files() -> None:
+def test_network_policies_cover_every_pod() -> None:
     added_by_kuberay = {"ray.io/is-ray-node": "yes"}
     for template in templates():
         labels = template["metadata"]["labels"]
@@ -192,9 +192,7 @@ def test_aws_nodes_are_private() -> None:
     for role, one in AWS["available_node_types"].items():
         node = one["node_config"]
         assert node["SubnetIds"] == FACTS["subnets"]
-        # MLflow accepts the group of heads.
-        groups = [FACTS["security_group"]] + [FACTS["head_security_group"]] * (role == "head")
-        assert node["SecurityGroupIds"] == groups
+        assert node["SecurityGroupIds"] == [FACTS["security_groups"]["all"], FACTS["security_groups"][role]]
         assert not {"NetworkInterfaces", "AssociatePublicIpAddress"} & node.keys()
         assert node["MetadataOptions"] == {"HttpTokens": "required"}
         assert all(disk["Ebs"]["Encrypted"] is True for disk in node["BlockDeviceMappings"])
@@ -295,7 +293,7 @@ def test_only_heads_have_the_login_to_mlflow() -> None:
     assert "MLFLOW_TRACKING_URI" in json.dumps(AWS["docker"]["head_run_options"])
 
 
-def test_no_file_has_secrets() -> None:
+def test_permissions_come_from_roles_and_no_file_has_secrets() -> None:
     for path in FILES:
         text = path.read_text()
         assert not re.search(r"AKIA|ASIA|AWS_ACCESS_KEY_ID|AWS_SECRET_ACCESS_KEY", text), path

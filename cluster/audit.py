@@ -20,10 +20,13 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 RULES = Path(__file__).resolve().parent / "audit.yaml"
-LEAST_LIBRARY_BYTES = 64 * 2**10
-"""No build of FFmpeg is smaller."""
+LIBRARY_BYTES = range(2**16, 2**28)
+"""Sizes that a library with FFmpeg may have. Those of torch and CUDA may be larger."""
 COPYLEFT_LIBRARIES = re.compile(r"lib(x264|x265|xvidcore|postproc)\b")
 """Libraries under the GPL that builds of FFmpeg may be linked with."""
+
+
+FLAGS = ("--enable-gpl", "--enable-nonfree")
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,13 @@ class FFmpeg:
     version: str
     licence: str
     """As the build itself says."""
-    configuration: str
+    flags: list[str]
+    """Those of `FLAGS` that it was configured with."""
     copyleft: list[str]
     """Those of `COPYLEFT_LIBRARIES` beside it."""
 
     def __str__(self) -> str:
-        flags = re.findall(r"--enable-(?:nonfree|gpl)\b", self.configuration)
-        return ", ".join([f"FFmpeg {self.version}", self.licence, *flags, *self.copyleft])
+        return ", ".join([f"FFmpeg {self.version}", self.licence, *self.flags, *self.copyleft])
 
 
 def audit(rules: dict[str, Any], installed: Iterable[Distribution]) -> tuple[list[str], list[Finding]]:
@@ -85,53 +88,52 @@ def affects(advisory: dict[str, str], version: str) -> bool:
 
 
 def refused_licence(package: Distribution, accepted: set[str]) -> str:
-    """Return the licence that the package's metadata names, if it is not accepted; else ""."""
-    metadata = package.metadata
-    classifiers = [c.split(" :: ")[-1] for c in metadata.get_all("Classifier") or () if c.startswith("License :: ")]
-    # Nobody says whether all or one of several classifiers apply, so all must be accepted.
-    classified = " AND ".join(c for c in classifiers if c not in ("OSI Approved", "DFSG approved"))
-    text = (metadata.get("License") or "").strip().partition("\n")[0]
-    licence = metadata.get("License-Expression") or classified or text or "none is named"
+    """Return what the package's metadata names as its licence, if that is not accepted; else ""."""
+    metadata = package.metadata.json
+    licence = str(metadata.get("license_expression", ""))
+    classifiers = [one.split(" :: ")[-1] for one in metadata.get("classifier", ()) if one.startswith("License :: ")]
+    names = [name for name in classifiers if name not in ("OSI Approved", "DFSG approved")]
+    if not licence and names:  # nobody says whether all of several apply, so all must be accepted
+        return " and ".join(name for name in names if name not in accepted)
+    licence = licence or str(metadata.get("license", "")).strip().partition("\n")[0] or "none is named"
     return "" if satisfied(licence, accepted) else licence
 
 
 def satisfied(expression: str, accepted: set[str]) -> bool:
     """Return whether an SPDX expression can be met with accepted licences. With brackets, all its licences must be."""
     choices = [re.sub(r"[()]|\bOR\b", " AND ", expression)] if "(" in expression else expression.split(" OR ")
-    parts = [[part.strip() for part in choice.split(" AND ") if part.strip()] for choice in choices]
-    return any(accepted.issuperset(choice) for choice in parts)
+    parts = [{part.strip() for part in choice.split(" AND ")} - {""} for choice in choices]
+    return any(choice and choice <= accepted for choice in parts)
 
 
 def ffmpeg_of(package: Distribution) -> FFmpeg | None:
     """Return the build of FFmpeg in a package's files, statically linked or not; None without one."""
-    files = [Path(str(file.locate())) for file in package.files or ()]
-    for path in filter(_is_library, files):
-        if found := _ffmpeg_in(path.read_bytes()):
+    files = package.files or []
+    for file in files:
+        binary = _library(Path(str(file.locate()))) if file.size is None or file.size in LIBRARY_BYTES else b""
+        if found := _ffmpeg_in(binary):
             matches = [COPYLEFT_LIBRARIES.match(file.name) for file in files]
             return FFmpeg(*found, sorted({match[1] for match in matches if match}))
     return None
 
 
-def _is_library(path: Path) -> bool:
-    """Return whether the file is a native library or program that is large enough."""
-    if not path.is_file() or path.stat().st_size < LEAST_LIBRARY_BYTES:
-        return False
+def _library(path: Path) -> bytes:
+    """Return the contents of a native library or program; nothing of another file."""
+    if not path.is_file():
+        return b""
     with path.open("rb") as file:
-        return file.read(4) == b"\x7fELF"
+        magic = file.read(4)
+        return magic + file.read() if magic == b"\x7fELF" else b""
 
 
-def _ffmpeg_in(binary: bytes) -> tuple[str, str, str] | None:
-    """Return version, licence and configuration of the libavcodec in a binary."""
-    if b"libavcodec license: " not in binary:
+def _ffmpeg_in(binary: bytes) -> tuple[str, str, list[str]] | None:
+    """Return version, licence and flags of the libavcodec in a binary."""
+    licence = re.search(rb"libavcodec license: ([^\0]+)", binary)
+    if licence is None:
         return None
-    patterns = (
-        rb"FFmpeg version n?([^\0]+)",
-        rb"libavcodec license: ([^\0]+)",
-        rb"([^\0]*--(?:enable|disable)-[^\0]+)",
-    )
-    matches = [re.search(pattern, binary) for pattern in patterns]
-    version, licence, configuration = (match[1].decode() if match else "unknown" for match in matches)
-    return version, licence, configuration
+    version = re.search(rb"FFmpeg version n?([^\0]+)", binary)
+    flags = [flag for flag in FLAGS if flag.encode() in binary]
+    return version[1].decode() if version else "unknown", licence[1].decode(), flags
 
 
 def violations(ffmpeg: FFmpeg, advisories: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
@@ -140,9 +142,9 @@ def violations(ffmpeg: FFmpeg, advisories: list[dict[str, str]]) -> Iterator[tup
     for one in advisories:
         if number is None or affects(one, number[0]):
             yield one["id"], f"FFmpeg {ffmpeg.version}: {one['about']}"
-    if "nonfree" in ffmpeg.licence or "--enable-nonfree" in ffmpeg.configuration:
+    if "nonfree" in ffmpeg.licence or "--enable-nonfree" in ffmpeg.flags:
         yield "nonfree", f'its FFmpeg says "{ffmpeg.licence}"'
-    if ffmpeg.copyleft or "--enable-gpl" in ffmpeg.configuration:
+    if ffmpeg.copyleft or ffmpeg.licence.startswith("GPL") or "--enable-gpl" in ffmpeg.flags:
         yield "gpl", f"its FFmpeg is linked with {', '.join(ffmpeg.copyleft) or 'parts under the GPL'}"
 
 

@@ -135,7 +135,7 @@ HEAD = ("spec", "headGroupSpec", "template", "spec")
         ("rayjob-train", "RayJob", ("spec", "backoffLimit"), "3"),
         ("rayjob-train", "RayJob", ("spec", "rayClusterSpec", "workerGroupSpecs", 0, "replica"), 0),
         ("rayjob-tune", "RayJob", ("spec", "submitterPodTemplate", "spec", "restartpolicy"), "Never"),
-        ("common", "NetworkPolicy", ("spec", "ingress", 0, "form"), []),
+        ("common", "NetworkPolicy", ("spec", "egress", 0, "too"), []),
         ("../mlflow/kubernetes", "Deployment", ("spec", "template", "spec", "containers", 0, "commands"), []),
         ("../mlflow/kubernetes", "StatefulSet", ("spec", "serviceNames"), "x"),
     ],

@@ -41,7 +41,7 @@ def test_nodes_get_the_drivers_tracking_uri_without_a_password(uri, sent, config
 
 def test_drivers_may_run_on_nodes_with_all_required_labels():
     def runs_drivers(drive_on, **labels):
-        request = {"config": {"scaling": {"use_gpu": False, "drive_on": drive_on}}}
+        request = {"config": {"scaling": {"use_gpu": False, "drive_on": drive_on, "train_on": {}}}}
         return cluster_probe.node_fields("a", {"Resources": {"CPU": 1}, "Labels": labels}, request)["runs_drivers"]
 
     assert runs_drivers({}, role="train")

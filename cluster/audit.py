@@ -24,8 +24,6 @@ LIBRARY_BYTES = range(2**16, 2**28)
 """Sizes that a library with FFmpeg may have. Those of torch and CUDA may be larger."""
 COPYLEFT_LIBRARIES = re.compile(r"lib(x264|x265|xvidcore|postproc)\b")
 """Libraries under the GPL that builds of FFmpeg may be linked with."""
-
-
 FLAGS = ("--enable-gpl", "--enable-nonfree")
 
 

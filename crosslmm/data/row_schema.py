@@ -10,9 +10,6 @@ from crosslmm import storage
 from crosslmm.data import formats
 from crosslmm.data.frame_sampling import split_time_range
 
-RESERVED = ("<|im_start|>", "<|im_end|>", "<|video_pad|>")
-"""Tokens of the chat format; in a message's text they would end the message early."""
-
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -116,10 +113,6 @@ class Row(_Strict):
             raise ValueError("the assistant speaks first, so there is no question to answer")
         if any(not isinstance(part, TextPart) for part in self._parts(answers[-1])):
             raise ValueError("a video comes after the last answer")
-        texts = [m.content if isinstance(m.content, str) else "" for m in self.messages]
-        texts += [part.text for part in self._parts() if isinstance(part, TextPart)]
-        if any(token in text for text in texts for token in RESERVED):
-            raise ValueError(f"text contains a reserved token of the chat format: {', '.join(RESERVED)}")
         return self
 
 

@@ -1,6 +1,7 @@
 """The processor: converts chat messages and frames to the tensors that the model takes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
-VIDEO_TOKEN = "<|video_pad|>"
+VIDEO_TOKEN, START_TOKEN, END_TOKEN = "<|video_pad|>", "<|im_start|>", "<|im_end|>"
 IGNORED = -100
 
 # ChatML, as in Qwen2.5. The loss covers what is between `generation` and `endgeneration`: the assistant's answer and
@@ -37,6 +38,8 @@ CHAT_TEMPLATE = """
 class CrossLMMProcessor(ProcessorMixin):
     """Chat messages and decoded frames (or their features) -> `input_ids`, `labels`, `pixel_values`, `num_frames`.
 
+    Messages are text: `<|im_end|>` in a question becomes the tokens of these characters and ends no message.
+
     Args:
         tokenizer: any fast tokenizer; `<|video_pad|>`, `<|im_start|>` and `<|im_end|>` are added where missing.
         image_size: side of the square frames [pixels].
@@ -56,12 +59,16 @@ class CrossLMMProcessor(ProcessorMixin):
         self.tokens_per_frame = tokens_per_frame
         self.max_length = max_length
         tokenizer.add_special_tokens(
-            {"additional_special_tokens": [VIDEO_TOKEN, "<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"},
+            {"additional_special_tokens": [VIDEO_TOKEN, START_TOKEN, END_TOKEN], "eos_token": END_TOKEN},
             replace_extra_special_tokens=False,
         )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.video_token_id = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+        self.video_token_id, self._start_id, self._end_id = tokenizer.convert_tokens_to_ids(
+            [VIDEO_TOKEN, START_TOKEN, END_TOKEN]
+        )
+        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = special | set(tokenizer.all_special_ids)
         super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     def __call__(
@@ -124,30 +131,23 @@ class CrossLMMProcessor(ProcessorMixin):
         none = torch.empty(0, *features, dtype=torch.bfloat16)
         return {"features": torch.cat([*(bits.view(torch.bfloat16) for bits in arrays), none])}
 
-    def length(self, conversation: list[dict[str, Any]], num_frames: Sequence[int]) -> int:
-        """Return the tokens of a training conversation whose videos have `num_frames` frames each."""
-        return len(self._tokenize(conversation, num_frames, answer=False)[0])
+    def length(self, conversation: list[dict[str, Any]], num_frames: Sequence[int], answer: bool = False) -> int:
+        """Return the tokens of a conversation whose videos have `num_frames` frames each; `answer` as for a call."""
+        return len(self._tokenize(conversation, num_frames, answer)[0])
 
     def _tokenize(
         self, conversation: list[dict[str, Any]], num_frames: Sequence[int], answer: bool
     ) -> tuple[list[int], list[int]]:
         """Return token ids and loss mask of one conversation, with each video part repeated once per pooled token."""
-        out = self.tokenizer.apply_chat_template(
-            conversation,
-            chat_template=self.chat_template,
-            add_generation_prompt=answer,
-            return_assistant_tokens_mask=True,
-            return_dict=True,
-        )
-        placeholders = out["input_ids"].count(self.video_token_id)
+        ids, targets = self._encode(conversation, answer)
+        placeholders = ids.count(self.video_token_id)
         if placeholders != len(num_frames):
             raise ValueError(
-                f"the conversation has {placeholders} video or image parts (or {VIDEO_TOKEN} in its text), "
-                f"and {len(num_frames)} videos"
+                f"the conversation has {placeholders} video or image parts, and there are {len(num_frames)} videos"
             )
         remaining = iter(num_frames)
         tokens, is_target = [], []
-        for token, target in zip(out["input_ids"], out["assistant_masks"], strict=True):
+        for token, target in zip(ids, targets, strict=True):
             repeats = next(remaining) * self.tokens_per_frame if token == self.video_token_id else 1
             tokens += [token] * repeats
             is_target += [target] * repeats
@@ -155,6 +155,60 @@ class CrossLMMProcessor(ProcessorMixin):
             # Truncate long text rather than fail the run. Frames are never cut: the model raises an error.
             tokens, is_target = tokens[: self.max_length], is_target[: self.max_length]
         return tokens, is_target
+
+    def _encode(self, conversation: list[dict[str, Any]], answer: bool) -> tuple[list[int], list[int]]:
+        """Return token ids and loss mask of one conversation, with one token per video part."""
+        out = self.tokenizer.apply_chat_template(
+            conversation,
+            chat_template=self.chat_template,
+            add_generation_prompt=answer,
+            return_assistant_tokens_mask=True,
+            return_dict=True,
+        )
+        ids, targets = out["input_ids"], out["assistant_masks"]
+        pieces = list(self._pieces(conversation, answer))
+        expected = [piece for piece, _ in pieces if isinstance(piece, int)]
+        if [token for token in ids if token in self._special_ids] != expected:
+            # The text, once joined, spells special tokens, or has characters that the tokenizer does not know.
+            ids, targets = self._encode_apart(pieces)
+            special = self._special_ids - {self.tokenizer.unk_token_id}
+            if [token for token in ids if token in special] != expected:
+                raise ValueError("the text contains a special token, which this tokenizer cannot write as text")
+        return ids, targets
+
+    def _pieces(self, conversation: list[dict[str, Any]], answer: bool) -> Iterator[tuple[str | int, int]]:
+        """Yield what `CHAT_TEMPLATE` makes of a conversation: (text or id of a special token, 1 if it is a target)."""
+        for message in conversation:
+            target, content = int(message["role"] == "assistant"), message["content"]
+            yield self._start_id, 0
+            yield f"{message['role']}\n", 0
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                yield (self.video_token_id if part["type"] in ("video", "image") else part["text"]), target
+            yield self._end_id, target
+            yield "\n", 0
+        if answer:
+            yield self._start_id, 0
+            yield "assistant\n", 0
+
+    def _encode_apart(self, pieces: list[tuple[str | int, int]]) -> tuple[list[int], list[int]]:
+        """Return token ids and loss mask of pieces; text between special tokens is joined, and taken for text alone."""
+        ids: list[int] = []
+        targets: list[int] = []
+        for (is_text, target), run in groupby(pieces, key=lambda piece: (isinstance(piece[0], str), piece[1])):
+            values: list[Any] = [value for value, _ in run]
+            ids += self._encode_text("".join(values)) if is_text else values
+            targets += [target] * (len(ids) - len(targets))
+        return ids, targets
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Return the token ids of text without looking for special tokens: the tokenizer's steps after that search."""
+        backend = self.tokenizer.backend_tokenizer
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        words = [text]
+        if backend.pre_tokenizer is not None:
+            words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in backend.model.tokenize(word)]
 
     def _check(self, video: np.ndarray, features: tuple[int, int] | None) -> None:
         side = self.image_size

@@ -175,7 +175,7 @@ def train_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
     config = configure(arm, seed)
     processor = build_processor(config.model)
     model = build_model(config.model, processor, config.seed)
-    model.vision_tower.load_state_dict(torch.load(folder / "encoder.pt"))
+    model.vision_tower.load_state_dict(torch.load(folder / "encoder.pt", weights_only=True))
     freeze(model, config.train.learning_rate)
     optimizer = build_optimizer(model, config.train)
     rows, videos = clips(folder, "train", config.data.num_frames)

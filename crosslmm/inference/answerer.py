@@ -11,18 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from transformers import AutoModelForImageTextToText, AutoProcessor, EncoderDecoderCache
+from transformers import EncoderDecoderCache
 from transformers.utils import logging as transformers_logging
 
-import crosslmm.model  # noqa: F401  registers the model with the Auto classes
 from crosslmm.config import validate_run
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
+from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from crosslmm.model.weights_source import TOKENIZER, WEIGHTS, WeightsSource
 from crosslmm.progress import Progress
 from crosslmm.run_folder import MODEL_CONFIG_FILE
 
 log = logging.getLogger(__name__)
+
+EXPORTED = (*WEIGHTS, *TOKENIZER, "generation_config.json", "processor_config.json", MODEL_CONFIG_FILE)
+"""Files of an exported model that are opened."""
 
 
 class Answerer:
@@ -34,16 +38,18 @@ class Answerer:
     """
 
     def __init__(self, folder: str | Path, device: str | None = None) -> None:
-        self.config = validate_run(yaml.safe_load((Path(folder) / MODEL_CONFIG_FILE).read_text()))
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.processor = AutoProcessor.from_pretrained(folder)
-        half = self.device.startswith("cuda") and self.config.train.precision == "bf16"
-        with _no_progress_bar():
+        with WeightsSource(str(Path(folder).absolute())).local(EXPORTED) as arguments, _no_progress_bar():
+            run = Path(arguments["pretrained_model_name_or_path"], MODEL_CONFIG_FILE)
+            self.config = validate_run(yaml.safe_load(run.read_text()))
+            half = self.device.startswith("cuda") and self.config.train.precision == "bf16"
+            self.processor = CrossLMMProcessor.from_pretrained(**arguments, trust_remote_code=False)
             # SDPA whatever the training used: flash-attn may be missing on this machine.
-            model = AutoModelForImageTextToText.from_pretrained(
-                folder,
+            model = CrossLMMForConditionalGeneration.from_pretrained(
+                **arguments,
                 attn_implementation="sdpa",
                 dtype=torch.bfloat16 if half else torch.float32,
+                trust_remote_code=False,
                 use_safetensors=True,
             )
         self.model: Any = model.eval().to(self.device)

@@ -1,11 +1,6 @@
 """Build the model and the processor from a run's configuration, with random or pretrained weights."""
 
-import contextlib
 import functools
-import posixpath
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,40 +14,12 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from crosslmm import storage
 from crosslmm.config import BadConfig, ModelConfig
 from crosslmm.model.configuration import CrossLMMConfig
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.processing import CrossLMMProcessor, tiny_tokenizer
 from crosslmm.model.vision_encoder import build_vision_encoder
-
-
-@dataclass(frozen=True)
-class WeightsSource:
-    """Location of pretrained weights: a hub name, a local directory, an s3:// folder, or a GGUF file (path or s3://)."""
-
-    uri: str
-    revision: str | None = None
-
-    @contextlib.contextmanager
-    def local(self) -> Iterator[dict[str, Any]]:
-        """Yield the arguments for `from_pretrained`; files fetched from storage are deleted when the context ends."""
-        folder, name = self.uri, None
-        if self.uri.endswith(".gguf"):
-            folder, name = storage.parent(self.uri) or ".", posixpath.basename(self.uri)
-        with tempfile.TemporaryDirectory() as download_dir:
-            if "://" in folder:
-                if name:
-                    storage.download_file(self.uri, f"{download_dir}/{name}")
-                else:
-                    storage.download(folder, download_dir)
-                folder = download_dir
-            arguments: dict[str, Any] = {"pretrained_model_name_or_path": folder}
-            if name:
-                arguments["gguf_file"] = name
-            elif self.revision:
-                arguments["revision"] = self.revision
-            yield arguments
+from crosslmm.model.weights_source import CONFIG, TOKENIZER, WEIGHTS, WeightsSource
 
 
 def build_config(config: ModelConfig, video_token_id: int | None = None) -> CrossLMMConfig:
@@ -92,8 +59,8 @@ def build_config(config: ModelConfig, video_token_id: int | None = None) -> Cros
 def _published_config(part: str, uri: str, revision: str | None) -> dict[str, Any]:
     """Return the configuration stored with pretrained weights; for a two-tower SigLIP, its vision part."""
     try:
-        with WeightsSource(uri, revision).local() as arguments:
-            published = AutoConfig.from_pretrained(**arguments)
+        with WeightsSource(uri, revision).local(CONFIG) as arguments:
+            published = AutoConfig.from_pretrained(**arguments, trust_remote_code=False)
     except Exception as error:  # a broken file can make its reader raise anything
         raise BadConfig(f"model.{part}_weights: {uri} cannot be read: {_first_line(error)}") from error
     return (
@@ -113,8 +80,8 @@ def build_processor(config: ModelConfig) -> CrossLMMProcessor:
         tokenizer = tiny_tokenizer()
     else:
         try:
-            with WeightsSource(config.tokenizer, config.language_revision).local() as arguments:
-                tokenizer = AutoTokenizer.from_pretrained(**arguments)
+            with WeightsSource(config.tokenizer, config.language_revision).local(TOKENIZER) as arguments:
+                tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=False)
         except Exception as error:  # a broken file can make its reader raise anything
             raise BadConfig(f"model.tokenizer: {config.tokenizer} cannot be loaded: {_first_line(error)}") from error
     processor = CrossLMMProcessor(
@@ -209,10 +176,14 @@ def _load_weights(key: str, part: nn.Module, auto_class: Any, source: WeightsSou
         BadConfig: weights cannot be loaded, are missing, are left over, or have another shape. Starts with `key`.
     """
     try:
-        with source.local() as arguments:
-            # Never unpickle third-party weights (pytorch_model.bin): loading them could run code.
-            safe = "gguf_file" not in arguments
-            pretrained = auto_class.from_pretrained(**arguments, dtype=torch.float32, use_safetensors=safe).state_dict()
+        with source.local(WEIGHTS) as arguments:
+            pretrained = auto_class.from_pretrained(
+                **arguments,
+                dtype=torch.float32,
+                attn_implementation="eager",  # theirs may name code on the hub
+                trust_remote_code=False,
+                use_safetensors="gguf_file" not in arguments,
+            ).state_dict()
         # The attention-pooling head of SigLIP is not used.
         pretrained = {name: weight for name, weight in pretrained.items() if not name.startswith("head.")}
         expected = part.state_dict()

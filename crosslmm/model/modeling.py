@@ -64,7 +64,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{text.model_type} with sliding attention: only full attention is supported")
         self.vision_tower = build_vision_encoder(config.vision_config, config.encoder_chunk)
         self.projector = Projector(config.vision_config.hidden_size, text.hidden_size)
-        self.language_model = AutoModelForCausalLM.from_config(text)
+        self.language_model = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
         layers = self.language_model.model.layers
         for i in config.dual_layers:
             layers[i] = DualCrossAttentionLayer(

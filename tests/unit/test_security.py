@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pickle
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -229,6 +230,37 @@ def test_torch_weights_are_refused(config, processor, tmp_path):
     torch.save(published.vision_tower.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(BadConfig, match=r"model\.vision_weights: .* no file named model\.safetensors"):
         build_model(config.model.model_copy(update={"vision_weights": str(tmp_path)}), processor, seed=0)
+
+
+SAID = {
+    r".*\.from_pretrained": ("trust_remote_code", False),
+    r"Auto\w+\.from_config": ("trust_remote_code", False),
+    r"torch\.load": ("weights_only", True),
+}
+"""Loaders, and the argument without which a library's default decides whether foreign code runs."""
+NOWHERE = {
+    "pickle.load", "pickle.loads", "torch.hub.load", "snapshot_download", "hf_hub_download",
+    "transformers.pipeline", "load_dataset", "yaml.load", "yaml.unsafe_load", "joblib.load", "read_pickle",
+}  # fmt: skip
+
+
+def test_every_loader_says_that_foreign_code_does_not_run():
+    files = [path for folder in ("crosslmm", "jobs", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    nodes = [(path, node) for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    calls = [(path, node) for path, node in nodes if isinstance(node, ast.Call)]
+    loaders = []
+    for path, call in calls:
+        name = ast.unparse(call.func)
+        place = f"{path}:{call.lineno}: {name}"
+        assert not any(name == one or name.endswith(f".{one}") for one in NOWHERE), place
+        for loader, (argument, value) in SAID.items():
+            if re.fullmatch(loader, name):
+                loaders.append(name)
+                given = {one.arg: ast.unparse(one.value) for one in call.keywords}
+                assert given.get(argument) == str(value), place
+    assert len(loaders) >= 7
+    # The guard sees what it is for.
+    assert {"AutoConfig.from_pretrained", "AutoTokenizer.from_pretrained", "auto_class.from_pretrained"} <= set(loaders)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@
     python jobs/answer.py --video clip.mp4                        a conversation: one question per line of stdin
     python jobs/answer.py --manifest runs/sample/held_out.jsonl   exact match per kind of question, and JSON
 
+Rows of a manifest whose video cannot be read do not count, and are reported.
 Exit status: 0 done, 2 bad request (no such model, unreadable video or manifest).
 """
 
 import argparse
+import functools
 import json
 import sys
 
@@ -27,7 +29,6 @@ def main() -> None:
     except BadConfig as error:
         fail(error)
     # Imported late: these take seconds, and --help needs none of them.
-    import pandas as pd
     import rich
     from mlflow.exceptions import MlflowException
     from rich.table import Table
@@ -36,19 +37,20 @@ def main() -> None:
     from crosslmm.config import TrackingConfig
     from crosslmm.data.manifest import BadManifest, Manifest
     from crosslmm.inference.answerer import score
-    from crosslmm.tracking import load_registered, quiet_mlflow
+    from crosslmm.tracking import ask, load_registered, quiet_mlflow
 
     quiet_mlflow()
     try:
         manifest = Manifest(arguments.manifest, arguments.roots) if arguments.manifest else None
-        model = load_registered(arguments.model, TrackingConfig(uri=arguments.tracking_uri))
+        tracking = TrackingConfig(uri=arguments.tracking_uri)
+        model = load_registered(arguments.model, tracking, manifest.roots if manifest else ())
         if manifest is None:
             answerer = model.unwrap_python_model().answerer
             conversation = answerer.start_conversation(storage.absolute(arguments.video))
             for question in [arguments.question] if arguments.question else iter(_read_question, ""):
                 print(conversation.ask(question), flush=True)
             return
-        result = score(lambda v, q: model.predict(pd.DataFrame({"video": v, "question": q})), manifest)
+        result = score(functools.partial(ask, model), manifest)
     except (BadManifest, MlflowException, ValueError, OSError) as error:
         fail(error)
     table = Table("kind", "exact match", title=f"{arguments.model} on {arguments.manifest}")

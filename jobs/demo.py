@@ -8,6 +8,7 @@ Exit status: 0 the model has learnt, 1 it has not, or the job failed.
 """
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -53,7 +54,6 @@ def main() -> int:
 
 def _report(training: dict, began: float) -> int:
     """Score the registered model on the held-out clips and print the summary; return the exit status."""
-    import pandas as pd
     import rich
     from rich.table import Table
 
@@ -61,12 +61,12 @@ def _report(training: dict, began: float) -> int:
     from crosslmm.data.manifest import Manifest
     from crosslmm.data.samples.shapes import CHANCE
     from crosslmm.inference.answerer import score
-    from crosslmm.tracking import load_registered, quiet_mlflow
+    from crosslmm.tracking import ask, load_registered, quiet_mlflow
 
     quiet_mlflow()
-    model = load_registered(training["model_uri"], TrackingConfig(uri=TRACKING_URI))
     manifest = Manifest(str(ROOT / "runs" / "sample" / "held_out.jsonl"))
-    scored = score(lambda v, q: model.predict(pd.DataFrame({"video": v, "question": q})), manifest)
+    model = load_registered(training["model_uri"], TrackingConfig(uri=TRACKING_URI), manifest.roots)
+    scored = score(functools.partial(ask, model), manifest)
     table = Table("kind of question", "accuracy", "chance")
     for kind, accuracy in scored.accuracy_by_kind.items():
         table.add_row(kind, f"{accuracy:.3f}", f"{CHANCE[kind]:.3f}")

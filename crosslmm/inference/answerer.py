@@ -14,8 +14,11 @@ import yaml
 from transformers import EncoderDecoderCache
 from transformers.utils import logging as transformers_logging
 
+from crosslmm import storage
 from crosslmm.config import validate_run
+from crosslmm.data.frame_sampling import split_time_range
 from crosslmm.data.manifest import Manifest
+from crosslmm.data.row_schema import resolve_video
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
@@ -27,6 +30,12 @@ log = logging.getLogger(__name__)
 
 EXPORTED = (*WEIGHTS, *TOKENIZER, "generation_config.json", "processor_config.json", MODEL_CONFIG_FILE)
 """Files of an exported model that are opened."""
+NO_VIDEO = "video cannot be read or lies outside the roots"
+"""What the sender of a row learns about its video: neither whether a file exists nor what is in it."""
+
+
+class BadRow(ValueError):
+    """A row that cannot be answered. Its text is shown to whoever sent the row."""
 
 
 class Answerer:
@@ -62,9 +71,76 @@ class Answerer:
         Raises:
             ValueError: a video is unreadable; the message names it and the reason.
         """
-        frames = [[self._decode(uri)] for uri in videos]
-        messages = [[_user_message(question, with_video=True)] for question in questions]
-        prompts = self.processor(messages, frames, answer=True).to(self.device)
+        conversations = [[_user_message(question, with_video=True)] for question in questions]
+        return self._generate(conversations, [self._decode(uri) for uri in videos], max_new_tokens)
+
+    def answer_rows(
+        self, videos: Sequence[Any], questions: Sequence[Any], roots: Sequence[str], max_new_tokens: int = 64
+    ) -> list[tuple[str | None, str | None]]:
+        """Answer rows that nobody has checked; a bad row costs itself and no other.
+
+        Args:
+            videos: path or s3:// URI of each row's video, relative to the first root or absolute.
+            questions: a question about each.
+            roots: folders that videos may lie in, links resolved.
+            max_new_tokens: length of an answer [tokens].
+
+        Returns:
+            (answer, error) of each row, one of which is None. Why a video is refused goes to the log alone.
+
+        Raises:
+            storage.Unavailable: the store is unreachable or failing; says nothing about the rows.
+        """
+        good: list[tuple[list[dict[str, Any]], np.ndarray]] = []
+        errors: list[str | None] = []
+        for video, question in zip(videos, questions, strict=True):
+            try:
+                good.append(self._prepare(video, question, roots, max_new_tokens))
+                errors.append(None)
+            except BadRow as error:
+                errors.append(str(error))
+        conversations, frames = [c for c, _ in good], [f for _, f in good]
+        answers = iter(self._generate(conversations, frames, max_new_tokens) if good else [])
+        return [(None, error) if error else (next(answers), None) for error in errors]
+
+    def _prepare(
+        self, video: Any, question: Any, roots: Sequence[str], max_new_tokens: int
+    ) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """Return the conversation and the frames of an unchecked row.
+
+        Raises:
+            BadRow: the row cannot be answered.
+            storage.Unavailable: the store is unreachable or failing.
+        """
+        if not _is_text(question):
+            raise BadRow("question is not text")
+        frames = self._decode_unchecked(video, roots)
+        conversation = [_user_message(question, with_video=True)]
+        try:
+            tokens = self.processor.length(conversation, [len(frames)], answer=True) + max_new_tokens
+        except ValueError as error:
+            raise BadRow(f"question: {error}") from error
+        if tokens > self.processor.max_length:
+            limit = self.processor.max_length
+            raise BadRow(f"video, question and answer take up to {tokens} tokens, and the model reads {limit}")
+        return conversation, frames
+
+    def _decode_unchecked(self, video: Any, roots: Sequence[str]) -> np.ndarray:
+        try:
+            if not _is_text(video):
+                raise ValueError(f"{video!a} is not text")
+            return self._decode(_inside(video, roots))
+        except (ValueError, OSError) as error:
+            # S3 also refuses an object that is missing, where the bucket may not be listed.
+            if isinstance(error, storage.Unavailable) and not isinstance(error, storage.Refused):
+                raise
+            log.warning("a row is not answered: %s", ascii(str(error))[1:-1][:300])
+            raise BadRow(NO_VIDEO) from None
+
+    def _generate(
+        self, conversations: Sequence[list[dict[str, Any]]], videos: Sequence[np.ndarray], max_new_tokens: int
+    ) -> list[str]:
+        prompts = self.processor(conversations, [[video] for video in videos], answer=True).to(self.device)
         tokens = self.model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
         new = tokens[:, prompts["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
@@ -136,6 +212,27 @@ def _user_message(question: str, with_video: bool) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "video"}] * with_video + [{"type": "text", "text": question}]}
 
 
+def _is_text(value: Any) -> bool:
+    """Return whether this is a string without half surrogate pairs, which no tokenizer and no file system takes."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _inside(video: str, roots: Sequence[str]) -> str:
+    """Return the path or URI of a row's video, with its links resolved.
+
+    Raises:
+        ValueError: it lies in none of the roots.
+    """
+    if not roots:
+        raise ValueError(f"{video!a}: the model was loaded without roots")
+    uri = resolve_video(video, roots)
+    named = split_time_range(uri)[0]
+    real = storage.real(named)
+    if not storage.within(real, map(storage.real, roots)):
+        raise ValueError(f"{uri!a}: a link leads outside of the roots")
+    return real + uri[len(named) :]
+
+
 @dataclass(frozen=True)
 class Score:
     """Exact-match accuracy of a model on a manifest."""
@@ -144,40 +241,54 @@ class Score:
     """Share of rows whose greedy answer equals the expected one."""
     accuracy_by_kind: dict[str, float]
     """The same for each `kind` of row."""
-    predictions: list[tuple[str, str, str, str]]
-    """(video, question, answer, expected answer) of every row."""
+    predictions: list[tuple[str, str, str | None, str]]
+    """(video, question, answer, expected answer) of every row; no answer where there was an error."""
 
 
-def score(predict: Callable[[list[str], list[str]], list[str]], manifest: Manifest, batch_size: int = 16) -> Score:
+Predict = Callable[[list[str], list[str]], list[tuple[str | None, str | None]]]
+"""Takes videos and questions, returns (answer, error) for each pair."""
+
+
+def score(predict: Predict, manifest: Manifest, batch_size: int = 16) -> Score:
     """Ask the first question of each row and compare the answer with the expected one.
 
     Args:
-        predict: takes videos and questions, returns an answer for each pair.
+        predict: asks the model; rows with an error do not count.
         manifest: rows to score; those without exactly one video are skipped.
         batch_size: rows per call of `predict`.
 
     Raises:
-        ValueError: no row has exactly one video.
+        ValueError: no row has exactly one video, or none could be answered.
     """
     rows = [row for row in manifest.rows if len(row["videos"]) == 1]
     if not rows:
         raise ValueError(f"{manifest.uri}: no row has exactly one video, so there is nothing to ask")
     questions, expected = zip(*(first_turn(row["messages"]) for row in rows), strict=True)
     videos = [row["videos"][0] for row in rows]
-    answers: list[str] = []
+    results: list[tuple[str | None, str | None]] = []
     with Progress(log, "answering", len(rows), "question") as progress:
         for start in range(0, len(rows), batch_size):
             batch = slice(start, start + batch_size)
-            answers += predict(videos[batch], list(questions[batch]))
-            progress.update(len(answers))
-    matches = [answer == right for answer, right in zip(answers, expected, strict=True)]
+            results += predict(videos[batch], list(questions[batch]))
+            progress.update(len(results))
+    failed = [(row["id"], error) for row, (_, error) in zip(rows, results, strict=True) if error]
+    if failed:
+        first = f"{failed[0][0]!a}: {failed[0][1]}"
+        if len(failed) == len(rows):
+            raise ValueError(f"{manifest.uri}: no row could be answered; {first}")
+        log.warning("%d of %d rows could not be answered and do not count; %s", len(failed), len(rows), first)
     matches_by_kind: dict[str, list[bool]] = defaultdict(list)
-    for row, match in zip(rows, matches, strict=True):
-        matches_by_kind[row["kind"] or "all"].append(match)
+    for row, (answer, error), right in zip(rows, results, expected, strict=True):
+        if not error:
+            matches_by_kind[row["kind"] or "all"].append(answer == right)
+    matches = [match for of_kind in matches_by_kind.values() for match in of_kind]
     return Score(
         accuracy=sum(matches) / len(matches),
         accuracy_by_kind={kind: sum(m) / len(m) for kind, m in sorted(matches_by_kind.items())},
-        predictions=list(zip(videos, questions, answers, expected, strict=True)),
+        predictions=[
+            (video, question, answer, right)
+            for video, question, (answer, _), right in zip(videos, questions, results, expected, strict=True)
+        ],
     )
 
 

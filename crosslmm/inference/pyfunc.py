@@ -4,6 +4,7 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
+from crosslmm import storage
 from crosslmm.inference.answerer import Answerer
 
 BATCH_ROWS = 16
@@ -11,21 +12,35 @@ BATCH_ROWS = 16
 
 
 class VideoAnswers(PythonModel):
-    """A pyfunc whose `predict` takes the columns `video` (path or s3:// URI) and `question`: one answer per row."""
+    """A pyfunc that takes the columns `video` and `question` and returns the columns `answer` and `error`.
+
+    A video is a path or s3:// URI inside one of the folders `roots` of the model's configuration, relative to the first
+    or absolute. There are none until whoever loads the model names some: `model_config={"roots": [...]}` of
+    `load_model`, or MLFLOW_PYFUNC_INFERENCE_CONFIG='{"roots": [...]}' in the environment of a server.
+    """
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load weights, processor and decoder; MLflow calls this once."""
+        """Load weights, processor and decoder; MLflow calls this once.
+
+        Raises:
+            ValueError: `roots` is not a list of folders.
+        """
+        roots = context.model_config["roots"]
+        if not isinstance(roots, list) or not all(isinstance(root, str) and root for root in roots):
+            raise ValueError(f"model_config: roots is {roots!r}; expected a list of folders (paths or s3:// URIs)")
+        self.roots = [storage.absolute(root) for root in roots]
         self.answerer = Answerer(context.artifacts["model"])
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, str] | None = None
-    ) -> list[str]:
-        """Return the greedy answer to each row, computed in batches of `BATCH_ROWS`."""
-        answers: list[str] = []
+    ) -> pd.DataFrame:
+        """Return the greedy answer to each row, or the error that this row has; computed in batches of `BATCH_ROWS`."""
+        results: list[tuple[str | None, str | None]] = []
         for start in range(0, len(model_input), BATCH_ROWS):
             rows = model_input.iloc[start : start + BATCH_ROWS]
-            answers += self.answerer(list(rows["video"]), list(rows["question"]))
-        return answers
+            results += self.answerer.answer_rows(list(rows["video"]), list(rows["question"]), self.roots)
+        # object: a column of strings would turn None into NaN, which is no JSON.
+        return pd.DataFrame(results, columns=["answer", "error"], dtype=object)
 
 
 mlflow.models.set_model(VideoAnswers())

@@ -4,8 +4,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
-
 from crosslmm import storage
 from crosslmm.config import RunConfig
 from crosslmm.data.manifest import Manifest
@@ -14,7 +12,7 @@ from crosslmm.run_folder import MODEL_FOLDER
 from crosslmm.sweep import trials
 from crosslmm.sweep.trials import Trial
 from crosslmm.sweep.tuner import SweepFailed
-from crosslmm.tracking import MlflowRun, load_registered, register
+from crosslmm.tracking import MlflowRun, ask, load_registered, register
 from crosslmm.train.run import lineage
 
 log = logging.getLogger(__name__)
@@ -33,7 +31,7 @@ def promote(
         record: MLflow run of the sweep.
 
     Returns:
-        `model_uri`, `trial`, `question`, `answer`, `expected`.
+        `model_uri`, `trial`, `question`, `answer` (None if the video cannot be read), `expected`.
 
     Raises:
         SweepFailed: there is no such trial, or it did not finish.
@@ -51,6 +49,7 @@ def promote(
     held_out = Manifest(str(base.data.validation_manifest), base.data.roots)
     row = next(row for row in held_out.rows if len(row["videos"]) == 1)
     question, expected = first_turn(row["messages"])
-    table = pd.DataFrame({"video": row["videos"], "question": [question]})
-    (answer,) = load_registered(model_uri, base.tracking).predict(table)
+    ((answer, error),) = ask(load_registered(model_uri, base.tracking, held_out.roots), row["videos"], [question])
+    if error:
+        log.warning("%s was asked about %s: %s", model_uri, row["videos"][0], error)
     return {"model_uri": model_uri, "trial": trial.number, "question": question, "answer": answer, "expected": expected}

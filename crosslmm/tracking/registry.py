@@ -1,11 +1,13 @@
 """The model registry: register an exported model as a pyfunc, and load it again."""
 
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 from mlflow.entities import RunTag
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.models import ModelSignature
@@ -19,8 +21,11 @@ UPLOAD_S = 120
 """How long a server may take to store one file of a model [s]."""
 
 SIGNATURE = ModelSignature(
-    Schema([ColSpec("string", "video"), ColSpec("string", "question")]), Schema([ColSpec("string")])
+    Schema([ColSpec("string", "video"), ColSpec("string", "question")]),
+    Schema([ColSpec("string", "answer", required=False), ColSpec("string", "error", required=False)]),
 )
+MODEL_CONFIG: dict[str, list[str]] = {"roots": []}
+"""What whoever loads a registered model may set: the folders that its videos may lie in; none by default."""
 
 
 def register(run: MlflowRun, model_uri: str, tags: dict[str, str]) -> str:
@@ -48,6 +53,7 @@ def register(run: MlflowRun, model_uri: str, tags: dict[str, str]) -> str:
                     artifacts={"model": folder},
                     code_paths=[str(package)],
                     signature=SIGNATURE,
+                    model_config=MODEL_CONFIG,
                     pip_requirements=_requirements(),
                     registered_model_name=name,
                 )
@@ -61,10 +67,24 @@ def register(run: MlflowRun, model_uri: str, tags: dict[str, str]) -> str:
     return f"models:/{name}@{alias}"
 
 
-def load_registered(model_uri: str, config: TrackingConfig) -> Any:
-    """Load a registered model as a pyfunc; `.predict` takes a table with the columns `video` and `question`."""
+def load_registered(model_uri: str, config: TrackingConfig, roots: Sequence[str] = ()) -> Any:
+    """Load a registered model as a pyfunc, whose videos may lie in the folders `roots`; `ask` asks it."""
     mlflow.set_tracking_uri(tracking_uri(config))
-    return mlflow.pyfunc.load_model(model_uri)
+    return mlflow.pyfunc.load_model(model_uri, model_config={"roots": list(roots)})
+
+
+def ask(model: Any, videos: Sequence[str], questions: Sequence[str]) -> list[tuple[str | None, str | None]]:
+    """Ask a model of `load_registered`; return (answer, error) for each video and question, one of which is None.
+
+    Raises:
+        ValueError: the model carries code of an earlier version, which answered without the column `error`.
+    """
+    table = model.predict(pd.DataFrame({"video": videos, "question": questions}))
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(
+            "the model carries code of an earlier version, from before the column error; register it again"
+        )
+    return list(table.itertuples(index=False, name=None))
 
 
 def _requirements() -> list[str]:

@@ -21,6 +21,7 @@ from crosslmm import storage
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig
 from crosslmm.data.samples.shapes import write_sample_set
+from crosslmm.inference.answerer import NO_VIDEO
 from crosslmm.model.loading import build_model, build_processor
 from tests.support.common import conversation, processes
 
@@ -159,10 +160,12 @@ def test_the_registered_model_answers_about_a_real_clip(undisturbed, tracking_ur
     result, _ = undisturbed
     assert result["model_uri"] == "models:/crosslmm@candidate"
     mlflow.set_tracking_uri(tracking_uri)
-    model = mlflow.pyfunc.load_model(result["model_uri"])
+    model = mlflow.pyfunc.load_model(result["model_uri"], model_config={"roots": ["s3://videos/data/real"]})
     clip = f"s3://videos/data/real/{REAL_CLIPS[0].name}"
-    answers = model.predict(pd.DataFrame({"video": [clip, clip], "question": ["What is it?", "Which way?"]}))
-    assert [type(answer) for answer in answers] == [str, str]
+    videos = [clip, clip, "s3://videos/data/real/missing.mp4", "s3://videos/data/still.png"]
+    result = model.predict(pd.DataFrame({"video": videos, "question": ["What is it?", "Which way?", "?", "?"]}))
+    assert [type(answer) for answer in result["answer"]] == [str, str, type(None), type(None)]
+    assert result["error"].tolist() == [None, None, NO_VIDEO, NO_VIDEO]
 
 
 @pytest.mark.fault

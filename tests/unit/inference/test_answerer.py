@@ -23,7 +23,7 @@ def test_score_counts_exact_matches_by_kind(tmp_path):
 
     def predict(videos, questions):
         batches.append(len(videos))
-        return ["red"] * len(questions)
+        return [("red", None)] * len(questions)
 
     result = score(predict, write_manifest(tmp_path / "rows.jsonl", rows), batch_size=2)
     assert batches == [2, 1]
@@ -36,3 +36,15 @@ def test_score_refuses_a_manifest_without_videos(tmp_path):
     rows = [{"id": "a", "messages": conversation("What?", "red", video=False)}]
     with pytest.raises(ValueError, match="no row has exactly one video"):
         score(lambda videos, questions: [], write_manifest(tmp_path / "rows.jsonl", rows))
+
+
+def test_score_leaves_out_rows_with_an_error(tmp_path, caplog):
+    rows = [{"id": f"{i}", "video": f"{i}.mp4", "messages": conversation("?", "red")} for i in range(4)]
+    manifest = write_manifest(tmp_path / "rows.jsonl", rows)
+    results = [("red", None), (None, "gone"), ("blue", None), (None, "gone")]
+    result = score(lambda videos, questions: results, manifest)
+    assert (result.accuracy, result.accuracy_by_kind) == (0.5, {"all": 0.5})
+    assert [answer for _, _, answer, _ in result.predictions] == ["red", None, "blue", None]
+    assert "2 of 4 rows could not be answered and do not count; '1': gone" in caplog.text
+    with pytest.raises(ValueError, match=r"rows\.jsonl: no row could be answered; '0': gone"):
+        score(lambda videos, questions: [(None, "gone")] * 4, manifest)

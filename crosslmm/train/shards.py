@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
+from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
@@ -108,7 +109,8 @@ def write_shard(uri: str, rank: int, parts: Mapping[str, Part]) -> tuple[tuple[i
         OSError: the file cannot be written.
     """
     parts = {name: part for name, part in parts.items() if part.rows.numel()}
-    header, offset = {}, 0
+    header: dict[str, dict[str, Any]] = {}
+    offset = 0
     for name, part in parts.items():
         end = offset + part.rows.nbytes
         header[name] = {

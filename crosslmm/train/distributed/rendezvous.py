@@ -19,6 +19,7 @@ import ray
 import ray.train
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from crosslmm.ray_runtime import free_port, torch_backend
 
@@ -51,13 +52,12 @@ class Meeting:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, interface)  # an operator may have chosen faster ones
         world_size = len(self.addresses)
-        store: dist.Store
         if self.file:
-            store = dist.FileStore(self.file, world_size)
+            store: Store = FileStore(self.file, world_size)
         else:
             host = self.addresses[0]
             listening = _listen(host, self.port) if rank == 0 else None
-            store = dist.TCPStore(
+            store = TCPStore(
                 host, self.port, world_size, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listening
             )
         store.set_timeout(timeout)

@@ -19,7 +19,7 @@ import ray
 import ray.train
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
-from torch._C._distributed_c10d import FileStore, Store, TCPStore
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from crosslmm.ray_runtime import free_port, torch_backend
 

@@ -1,8 +1,8 @@
 """The CrossLMM model as a Transformers model. Importing this package registers it with the Auto classes.
 
 Reading order: configuration, modeling, cross_attention, attention_plan, vision_encoder, pooling; then processing (text
-and frames to tensors), loading (weights) and param_groups. Tensor names end in their axes (`x_BLD`); each module has a
-legend.
+and frames to tensors), weights_source and loading (pretrained weights) and param_groups. Tensor names end in their axes
+(`x_BLD`); each module has a legend.
 """
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor

@@ -121,8 +121,9 @@ class DataConfig(Section):
     """Decoding library; auto is pyav (measurements: docs/decisions.md)."""
     decode_timeout_s: Annotated[float, Field(gt=0)] = setting(60.0, FREE, FEATURES)
     """Deadline for one video; then its decoder is killed and the video counts as unreadable [s]."""
-    decode_memory_gib: Annotated[float, Field(gt=0)] = setting(4.0, FREE, FEATURES)
-    """Memory limit of a decoder process; a video that needs more is unreadable [GiB]."""
+    decode_memory_gib: Annotated[float, Field(gt=0)] = setting(2.0, FREE, FEATURES)
+    """Memory limit of a decoder process; a video that needs more is unreadable. Each decoder reserves it on its node
+    [GiB]."""
     max_video_bytes: Count = setting(64 * 2**30, FIXED, FEATURES)
     """Largest video file that is opened [bytes]."""
     max_video_s: Annotated[float, Field(gt=0)] = setting(24 * 3600.0, FIXED, FEATURES)
@@ -236,7 +237,7 @@ class NodeType(Section):
     most: Count
     """Nodes of this type at a time, at most [nodes]."""
     resources: dict[str, Limit]
-    """Resources of one node: CPU [cores], GPU [GPUs], object_store_memory [bytes], and custom ones."""
+    """Resources of one node: CPU [cores], GPU [GPUs], memory and object_store_memory [bytes], and custom ones."""
     labels: Labels = {}
     """Labels of each node."""
 

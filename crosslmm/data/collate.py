@@ -1,10 +1,13 @@
 """Collates samples into padded batches. The processor is passed in as a callable."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+
+from crosslmm.data.quarantine import QuarantineEntry, to_printable
+from crosslmm.data.video.decode import VideoFailure
 
 Batch = Any
 """Return value of the processor: a mapping of names to tensors, with `.to(device)`."""
@@ -33,7 +36,7 @@ class Sample:
     weight: float
     """Weight of its loss; 0 for rows that pad an epoch."""
     error: str | None
-    """Why its video is unreadable; None if it is readable."""
+    """Why its video is unreadable, or why the model cannot take the row; None if all is well."""
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     """Quarantine entries of the unreadable rows at this position: those that were replaced, or this one."""
 
@@ -50,6 +53,33 @@ class ValidationBatch:
     """The last answers; None for rows of weight 0."""
     kinds: list[str | None]
     """Category of each question."""
+
+
+def quarantine_unusable(
+    samples: Iterable[Sample], require_usable: Callable[[list[dict[str, Any]], list[np.ndarray]], None]
+) -> Iterator[Sample]:
+    """Yield the samples; one that the model cannot take gets an `error` and an entry in `quarantined`.
+
+    This is the one place for such errors: they come from the row, so a restart would meet them again.
+
+    Args:
+        samples: of one rank.
+        require_usable: takes messages and videos; raises any error if no batch can be made of them.
+    """
+    for sample in samples:
+        try:
+            if sample.error is None:
+                require_usable(sample.messages, sample.videos)
+        except MemoryError:  # the machine's, not the row's
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            reason = to_printable(reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}")[
+                :300
+            ]
+            entry = QuarantineEntry.from_row(vars(sample), "", VideoFailure(reason, "process"))
+            sample = replace(sample, error=reason, quarantined=[*sample.quarantined, entry.to_dict()])
+        yield sample
 
 
 def micro_batches(

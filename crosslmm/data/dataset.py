@@ -159,6 +159,7 @@ def build_dataset(
             size=workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
         ),
         num_cpus=cpus_per_worker,
+        memory=None if features else int(data.decode_memory_gib * 2**30),  # of the child process that decodes
         label_selector=dict(decode_on) if decode_on else None,
         fn_constructor_kwargs={
             "layout": layout,

@@ -50,6 +50,8 @@ INDEX = pa.schema(
         "attempts": pa.int32(),
     }
 )
+NEVER_NULL = ("uri", "frames", "offset", "size", "attempts")
+"""Columns of `INDEX` that have a value in every row."""
 
 
 class BadFeatures(Exception):
@@ -86,7 +88,7 @@ def create_feature_folder(root: str, recipe: FeatureRecipe) -> str:
 def write_shard(
     folder: str, videos: Sequence[tuple[str, str | None, np.ndarray]], dtype: DType
 ) -> tuple[list[IndexEntry], float, float]:
-    """Write one shard.
+    """Write one shard. A video whose features cannot be stored gets an entry with the reason, and costs no other.
 
     Args:
         folder: folder of the recipe.
@@ -101,7 +103,11 @@ def write_shard(
     pieces: list[bytes] = []
     entries, offset, squared_error, squared_values = [], 0, 0.0, 0.0
     for uri, version, x_FPD in videos:
-        piece = pack(x_FPD, dtype)
+        try:
+            piece = pack(x_FPD, dtype)
+        except ValueError as error:
+            entries.append(IndexEntry(uri, version, 0, reason=str(error), stage="process"))
+            continue
         rounded = from_bf16(unpack(piece, x_FPD.shape, dtype))
         squared_error += float(np.square(rounded - x_FPD).sum())
         squared_values += float(np.square(x_FPD).sum())
@@ -163,7 +169,10 @@ class FeatureCache:
         return self.__dict__ | {"_shards": set()}
 
     def _read_index(self, name: str) -> pa.Table:
-        return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.folder, name)))).cast(INDEX)
+        table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.folder, name)))).cast(INDEX)
+        if missing := [column for column in NEVER_NULL if table[column].null_count]:
+            raise ValueError(f"{name} has no {missing[0]} in some row")
+        return table
 
     def find(self, uri: str) -> IndexEntry | None:
         """Return the latest index entry of a video, or None."""

@@ -10,7 +10,8 @@ from crosslmm.data.video.decode import VideoFailure
 
 @dataclass(frozen=True)
 class QuarantineEntry:
-    """A row with an unreadable video: one line of quarantine.jsonl. All text is printable ASCII."""
+    """A row with an unreadable video, or one that the model cannot take: one line of quarantine.jsonl. All text is
+    printable ASCII."""
 
     manifest: str
     """Path or URI of the row's manifest."""
@@ -19,11 +20,11 @@ class QuarantineEntry:
     id: str
     """Id of the row."""
     uri: str
-    """URI of the unreadable video."""
+    """URI of the unreadable video; empty if the row itself is at fault (stage "process")."""
     version: str | None
     """ETag of the object when it was tried, if it has one; a later version is tried again."""
     stage: str
-    """Where it failed: read, check, decode, deadline or crash."""
+    """Where it failed, see `Stage`."""
     reason: str
     """Why it failed."""
     attempts: int

@@ -16,6 +16,8 @@ from crosslmm.data.dataset import unpack_block
 from crosslmm.data.feature_cache import IndexEntry, write_shard
 from crosslmm.data.feature_format import FeatureRecipe
 from crosslmm.data.manifest import Rows, VideoReference
+from crosslmm.data.quarantine import QuarantineEntry
+from crosslmm.data.video.decode import VideoFailure
 from crosslmm.model.vision_encoder import encode
 
 
@@ -75,6 +77,11 @@ class Encode:
             for sample, x_FPD in zip(readable, features, strict=True)
         ]
         entries, squared_error, squared_values = write_shard(self.folder, videos, self.recipe.dtype)
+        unstorable = [
+            QuarantineEntry.from_row(vars(sample), entry.uri, VideoFailure(entry.reason, "process", entry.version))
+            for sample, entry in zip(readable, entries, strict=True)
+            if entry.reason is not None
+        ]
         for sample in samples:
             uri, version = self.rows.uris[sample.position], self.rows.versions[sample.position]
             for failure in sample.quarantined:
@@ -82,7 +89,10 @@ class Encode:
                 entries.append(IndexEntry(uri, version, 0, **cause))
         report = {
             "entries": [asdict(entry) for entry in entries],
-            "quarantined": [failure for sample in samples for failure in sample.quarantined],
+            "quarantined": [
+                *(failure for sample in samples for failure in sample.quarantined),
+                *(failure.to_dict() for failure in unstorable),
+            ],
             "squared_error": squared_error,
             "squared_values": squared_values,
             "started": started,

@@ -135,6 +135,38 @@ class CrossLMMProcessor(ProcessorMixin):
         """Return the tokens of a conversation whose videos have `num_frames` frames each; `answer` as for a call."""
         return len(self._tokenize(conversation, num_frames, answer)[0])
 
+    def require_usable(
+        self,
+        conversation: list[dict[str, Any]],
+        videos: Sequence[np.ndarray],
+        features: tuple[int, int] | None = None,
+        new_tokens: int | None = None,
+    ) -> None:
+        """Check that a batch can be made of one conversation, and that the decoder's context holds it.
+
+        Args:
+            conversation: a training conversation.
+            videos: its videos; they and `features` are those of `__call__`.
+            new_tokens: if the last answer will also be generated, the most tokens of it.
+
+        Raises:
+            ValueError: the videos are not what `__call__` takes, or the conversation is too long.
+            Exception: whatever the chat template and the tokenizer raise for malformed messages.
+        """
+        for video in videos:
+            self._check(video, features)
+        frames = [len(video) for video in videos]
+        length = self.length(conversation, frames)
+        if new_tokens is not None:
+            last = max(i for i, message in enumerate(conversation) if message["role"] == "assistant")
+            prompt, _ = self._tokenize(conversation[:last], frames, answer=True)
+            length = max(length, len(prompt) + new_tokens - 1)  # the last token is never fed back
+        if length > self.max_length:
+            raise ValueError(
+                f"the conversation takes {length} positions, and the decoder has {self.max_length}: use less text, "
+                f"fewer frames or a larger pool_stride (now {self.tokens_per_frame} tokens/frame)"
+            )
+
     def _tokenize(
         self, conversation: list[dict[str, Any]], num_frames: Sequence[int], answer: bool
     ) -> tuple[list[int], list[int]]:

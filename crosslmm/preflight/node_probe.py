@@ -212,18 +212,20 @@ def _video(request: dict[str, Any]) -> Check | None:
         return None
     try:
         from crosslmm.config import DataConfig
-        from crosslmm.data.video.decode import VideoFailure, decode_video
+        from crosslmm.data.video.decode import VideoFailure
+        from crosslmm.data.video.decode_pool import Decoder
     except ImportError:
         return None  # the decoder's own check reports it
     data = DataConfig.model_validate(request["config"]["data"])
 
     def check() -> str:
         first_failure = ""
-        for uri in request["videos"]:
-            frames = decode_video(uri, data, request["image_size"])
-            if not isinstance(frames, VideoFailure):
-                return f"{len(frames)} frames of {uri}"
-            first_failure = first_failure or f"{uri}: {frames.reason}"
+        with Decoder(data, request["image_size"]) as decoder:
+            for uri in request["videos"]:
+                (frames,) = decoder([uri])
+                if not isinstance(frames, VideoFailure):
+                    return f"{len(frames)} frames of {uri}"
+                first_failure = first_failure or f"{uri}: {frames.reason}"
         raise ValueError(first_failure)
 
     return _with_retry_policy(request, check)

@@ -10,6 +10,9 @@ import ray
 
 from crosslmm.config import BadConfig, RunConfig
 
+MEMORY = "memory"
+"""Ray's name for the resource "memory of a node's processes" [bytes]."""
+
 
 @dataclass(frozen=True)
 class NodePool:
@@ -25,8 +28,10 @@ class NodePool:
         return labels.items() <= self.labels.items()
 
     def capacity(self, resources: dict[str, float]) -> int:
-        """Return how many processes that reserve these resources fit on all nodes together."""
-        return self.count * min(floor(self.resources.get(k, 0) / v + 1e-6) for k, v in resources.items())
+        """Return how many processes that reserve these resources fit on all nodes together. Node types that do not
+        state their memory count as having enough."""
+        known = {k: v for k, v in resources.items() if k != MEMORY or MEMORY in self.resources}
+        return self.count * min(floor(self.resources.get(k, 0) / v + 1e-6) for k, v in known.items())
 
 
 @dataclass(frozen=True)
@@ -123,11 +128,12 @@ def _check_demand(demand: Demand, pools: Sequence[NodePool]) -> None:
     capacity = sum(pool.capacity(demand.resources) for pool in labelled)
     if capacity < demand.count:
         nodes = f"the nodes with {_format(demand.labels)}" if demand.labels else "the cluster's nodes"
-        on_cpus = ", or train on CPUs with scaling.use_gpu false" if "GPU" in demand.resources else ""
+        remedy = f"lower it or scaling.{resources_key}"
+        remedy += " or data.decode_memory_gib" if MEMORY in demand.resources else ""
+        remedy += ", or train on CPUs with scaling.use_gpu false" if "GPU" in demand.resources else ""
         raise BadConfig(
             f"scaling.{count_key}: {demand.count} {demand.processes} need {_format(demand.resources)} each, and "
-            f"{nodes} ({_format_pools(labelled, demand)}) have room for {capacity}; lower it or "
-            f"scaling.{resources_key}{on_cpus}"
+            f"{nodes} ({_format_pools(labelled, demand)}) have room for {capacity}; {remedy}"
         )
 
 
@@ -159,6 +165,8 @@ def demands(config: RunConfig, workers: int) -> list[Demand]:
     decoders = scaling.decode_workers * (2 if config.data.validation_manifest else 1)
     name = "decoders, half of them for validation," if config.data.validation_manifest else "decoders"
     resources = {"CPU": scaling.cpus_per_decode_worker}
+    if config.data.features is None:
+        resources[MEMORY] = config.data.decode_memory_gib * 2**30
     keys = ("decode_workers", "cpus_per_decode_worker", "decode_on")
     return [train, Demand(name, decoders, resources, scaling.decode_on, keys)]
 
@@ -177,11 +185,18 @@ def _format_pools(pools: Sequence[NodePool], demand: Demand) -> str:
     """Return nodes by size, such as "2 x 8 CPU, 1 GPU; 1 x 4 CPU, 0 GPU"."""
     counts: dict[str, int] = {}
     for pool in pools:
-        size = _format({kind: pool.resources.get(kind, 0.0) for kind in demand.resources})
+        kinds = [kind for kind in demand.resources if kind != MEMORY or MEMORY in pool.resources]
+        size = _format({kind: pool.resources.get(kind, 0.0) for kind in kinds})
         counts[size] = counts.get(size, 0) + pool.count
     return "; ".join(f"{count} x {size}" for size, count in counts.items())
 
 
 def _format(values: dict[str, Any]) -> str:
-    """Return resources as "2 CPU, 1 GPU", labels as "role=train"."""
-    return ", ".join(f"{k}={v}" if isinstance(v, str) else f"{v:g} {k}" for k, v in values.items())
+    """Return resources as "2 CPU, 1.5 GiB memory", labels as "role=train"."""
+
+    def format_one(key: str, value: Any) -> str:
+        if isinstance(value, str):
+            return f"{key}={value}"
+        return f"{value / 2**30:.3g} GiB {key}" if key == MEMORY else f"{value:g} {key}"
+
+    return ", ".join(format_one(key, value) for key, value in values.items())

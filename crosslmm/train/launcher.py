@@ -40,6 +40,8 @@ NON_RETRYABLE_ERRORS = (
     storage.Refused,
 )
 """Errors that would end every further attempt in the same way."""
+ERRORS_OF_CODE_OR_DATA = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+"""Errors that a restart from the same step meets again, unless the machine had a part in them: they get one restart."""
 PEER_FAILURE_MARKERS = ("gloo", "NCCL", "onnection", "socket", "ProcessGroup")
 """Words in the error of a rank that only lost a peer."""
 STOP_TIMEOUT_S = 45.0
@@ -61,7 +63,8 @@ def fit(job: Job) -> None:
     """Train in Ray Train workers, from the run's last checkpoint if it has one. Blocks until the end.
 
     Restarts the workers after any failure of theirs or of Ray Train's controller: without limit as long as new
-    checkpoints are made, and `scaling.max_failures` times in a row without a new one.
+    checkpoints are made, and `scaling.max_failures` times in a row without a new one; once, if it is an error of code
+    or data that comes back in the same words.
 
     Args:
         job: what to train.
@@ -71,6 +74,7 @@ def fit(job: Job) -> None:
         KeyboardInterrupt: the job was told to stop; finished steps are in a checkpoint, if there was time for it.
     """
     latest_step, failures, waiting = checkpoint_store.latest_step(job.folder), 0, False
+    previous = ""
     while True:
         try:
             run_interruptibly(job, lambda: _trainer(job).fit())
@@ -94,7 +98,10 @@ def fit(job: Job) -> None:
             stopped = isinstance(cause, Stopped | PreemptionError)
             failures = 0 if step > latest_step or stopped else failures + 1
             latest_step = max(step, latest_step)
-            if failures > job.config.scaling.max_failures:
+            message = f"{type(cause).__name__}: {cause}"
+            again = failures > 1 and message == previous and isinstance(cause, ERRORS_OF_CODE_OR_DATA)
+            previous = message
+            if again or failures > job.config.scaling.max_failures:
                 tries = f"; given up after {failures - 1} restarts without a new checkpoint" if failures > 1 else ""
                 raise TrainingFailed(f"{line}{tries}") from error
             log.warning("restarting from %s: %s", f"step {step}" if step else "the beginning", line)

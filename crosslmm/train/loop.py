@@ -14,6 +14,7 @@ from transformers import BatchFeature
 
 from crosslmm.config import RunConfig
 from crosslmm.data.collate import ValidationBatch
+from crosslmm.data.quarantine import TooManyUnreadable
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.train.distributed.collectives import gather_json
 from crosslmm.train.optim import set_learning_rate
@@ -22,7 +23,7 @@ Metrics = dict[str, float]
 Phase = Literal["start-up", "data", "step", "validation", "checkpoint"]
 
 MAX_EMPTY_STEPS = 3
-"""Number of steps in a row without a readable sample after which the run ends: storage is at fault, not the videos."""
+"""Number of steps in a row without a readable sample after which the run ends."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def train(
 
     Raises:
         FloatingPointError: the gradient is not finite, and `train.not_finite` is stop.
-        RuntimeError: the batches end before the steps, or contain nothing readable.
+        RuntimeError: the batches end before the steps.
+        TooManyUnreadable: several steps contain nothing readable.
     """
     empty_steps, saving_s, began = 0, 0.0, time.perf_counter()
     for step in steps:
@@ -104,7 +106,9 @@ def train(
         metrics, stop = _train_step(config, model, optimizer, batch, step, step_began, waited_s, callbacks)
         empty_steps = 0 if metrics["labelled_tokens"] else empty_steps + 1
         if empty_steps == min(MAX_EMPTY_STEPS, steps.stop):
-            raise RuntimeError(f"{empty_steps} steps without a readable sample; check that the videos' storage answers")
+            raise TooManyUnreadable(
+                f"{empty_steps} steps without a readable sample; the run's quarantine.jsonl says why"
+            )
         for group in optimizer.param_groups:
             metrics[f"lr/{group['component']}"] = group["lr"]
         metrics["checkpoint_share"] = saving_s / (time.perf_counter() - began)

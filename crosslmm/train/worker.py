@@ -25,7 +25,14 @@ import torch.distributed as dist
 
 from crosslmm import storage
 from crosslmm.config import to_yaml
-from crosslmm.data.collate import Sample, collate, collate_for_validation, mask_unreadable, micro_batches
+from crosslmm.data.collate import (
+    Sample,
+    collate,
+    collate_for_validation,
+    mask_unreadable,
+    micro_batches,
+    quarantine_unusable,
+)
 from crosslmm.data.dataset import BlockLayout, prefetch, unpack_block
 from crosslmm.data.quarantine import ErrorBudget
 from crosslmm.encode.recipe import require_encoder
@@ -202,7 +209,7 @@ class _WorkerCallbacks(loop.Callbacks):
     def validate(self) -> loop.Metrics:
         if self.job.validation_rows is None:
             return {}
-        samples = _samples(self.job, VALIDATION, self.job.validation_layout(dist.get_world_size()))
+        samples = _samples(self.job, VALIDATION, self.job.validation_layout(dist.get_world_size()), self.processor)
         batches = prefetch(samples, lambda s: collate_for_validation(s, self.process))
         self._validation = loop.validate(self.job.config, self.model, self.processor, batches)
         return self._validation
@@ -247,11 +254,11 @@ def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: i
 
     layout = job.training_layout(first_step, dist.get_world_size())
     # Collates the next step while this one is trained on.
-    return prefetch(_samples(job, TRAIN, layout), collate_step, depth=1)
+    return prefetch(_samples(job, TRAIN, layout, processor), collate_step, depth=1)
 
 
-def _samples(job: Job, name: str, layout: BlockLayout) -> Iterator[list[Sample]]:
-    """Yield this rank's samples, a step at a time.
+def _samples(job: Job, name: str, layout: BlockLayout, processor: CrossLMMProcessor) -> Iterator[list[Sample]]:
+    """Yield this rank's samples, a step at a time; those that the model cannot take are marked as unreadable.
 
     Raises:
         RuntimeError: the data delivers other samples than the run's order expects.
@@ -260,7 +267,12 @@ def _samples(job: Job, name: str, layout: BlockLayout) -> Iterator[list[Sample]]
     rank, data = dist.get_rank(), job.config.data
     budget = ErrorBudget(data.max_bad_share, data.bad_allowed)
     blocks = ray.train.get_dataset_shard(name).iter_batches(batch_size=1, prefetch_batches=2)
-    stream = itertools.chain.from_iterable(map(unpack_block, blocks))
+    require_usable = functools.partial(
+        processor.require_usable,
+        features=(job.recipe.patches, job.recipe.width) if job.recipe else None,
+        new_tokens=job.config.train.max_new_tokens if name == VALIDATION else None,
+    )
+    stream = quarantine_unusable(itertools.chain.from_iterable(map(unpack_block, blocks)), require_usable)
     for first in range(0, layout.steps * layout.samples_per_rank, layout.samples_per_rank):
         expected = layout.rank_positions(rank, first + np.arange(layout.samples_per_rank)).tolist()
         samples = list(itertools.islice(stream, layout.samples_per_rank))

@@ -182,7 +182,7 @@ def test_node_types_match_the_clusters_and_have_room_for_a_job(name: str, monkey
         (node_type,) = [one for one in types.values() if one["labels"] == nodes.labels]
         assert node_type["max_workers"] == nodes.count
         room = dict(nodes.resources)
-        objects = room.pop("object_store_memory")
+        objects, memory = room.pop("object_store_memory"), room.pop("memory")
         assert all(node_type["resources"][kind] >= count for kind, count in room.items())
         for cluster in clusters():
             (group,) = [one for one in cluster["workerGroupSpecs"] if one["labels"] == nodes.labels]
@@ -192,3 +192,4 @@ def test_node_types_match_the_clusters_and_have_room_for_a_job(name: str, monkey
             # Ray's default share of a pod's memory; of a whole machine's memory it is more.
             gib = int(requests["memory"].removesuffix("Gi"))
             assert objects == int(DEFAULT_OBJECT_STORE_MEMORY_PROPORTION * gib * 2**30)
+            assert objects + memory <= gib * 2**30

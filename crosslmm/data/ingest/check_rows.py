@@ -53,6 +53,11 @@ class IngestJob:
     data: DataConfig
     """Limits of probing, and the roots that videos may lie in, the manifest's folder first."""
 
+    @property
+    def memory_gib(self) -> float:
+        """Memory that the processes of a task which reads videos may take together; 0 if it reads none [GiB]."""
+        return self.data.decode_memory_gib if self.probe else 0.0
+
 
 @dataclass
 class CheckedBatch:

@@ -123,7 +123,7 @@ def validate(manifest: str, probe: bool, piece_bytes: int | None, data: DataConf
         chunks = [Chunk(uri, "whole")] if whole else split_in_tasks(uri, piece_bytes or default_chunk_bytes(probe))
         with _ChunkMonitor("validating", uri, len(chunks), data) as monitor:
             calls = {number: (job, chunk) for number, chunk in enumerate(chunks)}
-            for number, (summary, chunk_hashes, chunk_lines) in ray_tasks.run_tasks(check_chunk, calls):
+            for number, (summary, chunk_hashes, chunk_lines) in ray_tasks.run_tasks(check_chunk, calls, job.memory_gib):
                 hashes[number], lines[number] = chunk_hashes, chunk_lines
                 monitor.add(summary)
     total = monitor.total
@@ -188,7 +188,7 @@ def _convert_chunks(job: IngestJob, chunks: list[Chunk]) -> list[Summary]:
         for summary in done.values():
             monitor.add(summary)
         remaining = {number: (job, number, chunk) for number, chunk in enumerate(chunks) if number not in done}
-        for number, summary in ray_tasks.run_tasks(convert_chunk, remaining):
+        for number, summary in ray_tasks.run_tasks(convert_chunk, remaining, job.memory_gib):
             done[number] = summary
             monitor.add(summary)
     return [done[number] for number in range(len(chunks))]

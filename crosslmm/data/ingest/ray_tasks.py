@@ -17,7 +17,9 @@ class IngestError(Exception):
     """The preparation stopped, or rows are malformed; the message is one line. The same command resumes."""
 
 
-def run_tasks(function: Callable[..., Any], calls: dict[int, tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+def run_tasks(
+    function: Callable[..., Any], calls: dict[int, tuple[Any, ...]], memory_gib: float = 0.0
+) -> Iterator[tuple[int, Any]]:
     """Call a function with each of these arguments, in tasks of one CPU; yield (key, result) as they finish.
 
     Two tasks per CPU are submitted at any time: no CPU waits for the driver, and an autoscaler sees pending work.
@@ -25,15 +27,23 @@ def run_tasks(function: Callable[..., Any], calls: dict[int, tuple[Any, ...]]) -
     Args:
         function: module-level function.
         calls: arguments by key.
+        memory_gib: memory that a task reserves, so that those of a node fit it together [GiB].
 
     Raises:
-        IngestError: the worker process of one task died `MAX_RETRIES` + 1 times.
+        IngestError: no node has this much memory, or the worker process of one task died `MAX_RETRIES` + 1 times.
         Exception: whatever a task raises.
     """
     if not calls:
         return
     start_ray()
-    remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
+    memory = int(memory_gib * 2**30)
+    largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    if memory > largest:
+        raise IngestError(
+            f"data.decode_memory_gib: a task reads videos in processes of up to {memory_gib:g} GiB together, and no "
+            f"node has more than {largest / 2**30:.1f} GiB for processes; lower it"
+        )
+    remote = ray.remote(num_cpus=1, memory=memory or None, max_retries=MAX_RETRIES)(function)
     pending = deque(calls.items())
     running: dict[Any, int] = {}
     try:

@@ -90,7 +90,7 @@ def _requeue_quarantine(uri: str, data: DataConfig) -> list[RetryResult]:
     """Decode the videos in a quarantine.jsonl, and remove the lines of those that can be read."""
     storage.stamp_of(uri)  # raises if it is missing
     chunks = split_in_tasks(uri, QUARANTINE_CHUNK_BYTES)
-    results = _run_retries(retry_entries, {number: (data, chunk) for number, chunk in enumerate(chunks)})
+    results = _run_retries(retry_entries, {number: (data, chunk) for number, chunk in enumerate(chunks)}, data)
     storage.write_bytes(uri, b"".join(result.entries for result in results))
     return results
 
@@ -103,7 +103,7 @@ def _requeue_folder(target: str, data: DataConfig) -> list[RetryResult]:
     first = max(numbers, default=0) + 1
     job = IngestJob(about["made_from"], target, "", True, data)
     names: list[str] = about.get("waiting", [])
-    results = _run_retries(retry_waiting, {n: (job, first + n, name) for n, name in enumerate(names)})
+    results = _run_retries(retry_waiting, {n: (job, first + n, name) for n, name in enumerate(names)}, data)
     parts = [part for result in results for part in result.parts]
     if parts:
         lengths = pa.concat_tables([table.lengths(), *(result.lengths for result in results if result.lengths)])
@@ -117,12 +117,12 @@ def _requeue_folder(target: str, data: DataConfig) -> list[RetryResult]:
     return results
 
 
-def _run_retries(function: Any, calls: dict[int, tuple[Any, ...]]) -> list[RetryResult]:
+def _run_retries(function: Any, calls: dict[int, tuple[Any, ...]], data: DataConfig) -> list[RetryResult]:
     """Run `function` over the calls in tasks; return the results in order."""
     results: dict[int, RetryResult] = {}
     readable = unreadable = 0
     with Progress(log, "retrying", len(calls), "chunk") as progress:
-        for number, result in ray_tasks.run_tasks(function, calls):
+        for number, result in ray_tasks.run_tasks(function, calls, data.decode_memory_gib):
             results[number] = result
             readable, unreadable = readable + len(result.readable), unreadable + result.unreadable
             progress.update(len(results), f"{readable:,} readable now  {unreadable:,} unreadable")
@@ -171,11 +171,14 @@ def retry_entries(data: DataConfig, chunk: Chunk) -> RetryResult:
             try:
                 entry = json.loads(line)
                 row = {"manifest": entry["manifest"], "line": entry["line"], "id": entry["id"]}
-                uri, attempts = str(entry["uri"]), int(entry["attempts"])
+                uri, attempts, stage = str(entry["uri"]), int(entry["attempts"]), entry["stage"]
             except (ValueError, TypeError, KeyError) as error:
                 raise BadManifest(
                     f"{chunk.uri}: line {number} is not a line of a quarantine.jsonl: {type(error).__name__}"
                 ) from None
+            if stage == "process":  # not its video is at fault
+                remaining.append(line.rstrip(b"\n") + b"\n")
+                continue
             video = decoder([uri])[0]
             if isinstance(video, VideoFailure) and video.stage == "read" and "\\" in uri:
                 # In quarantine.jsonl, names that are not printable ASCII are escaped.

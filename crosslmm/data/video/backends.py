@@ -4,10 +4,12 @@ Neither is imported before it is used. `python -m benchmarks.decoders` compares 
 """
 
 import ctypes
+import io
 from typing import BinaryIO
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 
 from crosslmm.config import DataConfig
@@ -17,6 +19,8 @@ from crosslmm.data.video.pyav import (
     clip_bounds,
     frame_interval,
     open_container,
+    require_allowed,
+    require_size,
     select_video_stream,
 )
 
@@ -24,16 +28,22 @@ from crosslmm.data.video.pyav import (
 def with_decord(
     file: BinaryIO, format_name: str, data: DataConfig, image_size: int, start: float = 0.0, end: float | None = None
 ) -> np.ndarray:
-    """Decode like `with_pyav`, with decord, which reads the whole file into memory and raises its own errors."""
+    """Decode like `with_pyav`, with decord, which reads the whole file into memory and raises its own errors.
+
+    Its FFmpeg is guarded like torchcodec's, see `with_torchcodec`.
+    """
     import decord  # x86_64 only
 
     decord.logging.set_level(decord.logging.QUIET)
-    reader = decord.VideoReader(file, num_threads=1)
+    content = io.BytesIO(file.read())  # what was checked is what is decoded
+    with open_container(content, format_name, data) as container:
+        _require_all_allowed(container, data)
+        select_video_stream(container, data)
+    _require_guess(content, format_name, "decord", decord._ffi.libinfo.find_lib_path()[0])
+    content.seek(0)
+    reader = decord.VideoReader(content, num_threads=1)
     height, width = reader[0].shape[:2]
-    if width * height > data.max_frame_pixels:
-        raise UnreadableVideo(
-            f"its frames are {width} x {height}, and data.max_frame_pixels is {data.max_frame_pixels}"
-        )
+    require_size(width, height, data)
     times = reader.get_frame_timestamp(range(len(reader)))
     order = np.argsort(times[:, 0])
     starts = times[order, 0] - times[:, 0].min()
@@ -62,18 +72,19 @@ def with_torchcodec(
     errors.
 
     Its FFmpeg guesses the container and opens every file that a playlist names, and neither can be turned off. So this
-    function first asks that FFmpeg for its guess, and refuses a file unless the guess is `format_name`. Frames that
-    become larger within the stream are limited by the memory of the process alone, not by `max_frame_pixels`.
+    function first opens the file as `with_pyav` does, then asks that FFmpeg for its guess, and refuses a file unless
+    the guess is `format_name`. Frames that become larger within the stream are limited by the memory of the process
+    alone, not by `max_frame_pixels`.
     """
+    import torchcodec
     from torchcodec.decoders import VideoDecoder
     from torchcodec.transforms import Resize
 
-    with open_container(file, format_name) as container:
+    with open_container(file, format_name, data) as container:
+        _require_all_allowed(container, data)
         stream = select_video_stream(container, data)
         stream_index, interval = stream.index, frame_interval(stream)
-    guess = _guess_format(file)
-    if format_name not in guess.split(","):
-        raise UnreadableVideo(f"it starts as {format_name}, but torchcodec takes it for {guess or 'no known format'}")
+    _require_guess(file, format_name, "torchcodec", torchcodec.core_library_path)
     file.seek(0)
     # One thread. torchcodec applies a phone's rotation itself, and resizes with the same filter as `with_pyav`.
     decoder = VideoDecoder(
@@ -112,15 +123,37 @@ class _ProbeData(ctypes.Structure):
     )
 
 
-def _guess_format(file: BinaryIO) -> str:
-    """Return the format that torchcodec's FFmpeg guesses, as libav names it ("mov,mp4,m4a,..."); empty if it has none.
+def _require_all_allowed(container: InputContainer, data: DataConfig) -> None:
+    """Check codec and size of every video stream, cover pictures included: other libraries' FFmpeg decodes some frames
+    of each to learn about it, and decord selects a stream by itself."""
+    for stream in container.streams.video:
+        require_allowed(stream, data)
+
+
+def _require_guess(file: BinaryIO, format_name: str, decoder: str, library: str) -> None:
+    """Check that a decoder's own FFmpeg takes a file for the container that its first bytes name.
+
+    Args:
+        file: seekable.
+        format_name: libav's name of that container.
+        decoder: name of the decoder, for the message.
+        library: path of a library that is linked with the decoder's FFmpeg.
+
+    Raises:
+        UnreadableVideo: it would open the file as another format.
+    """
+    guess = _guess_format(ctypes.CDLL(library), file)
+    if format_name not in guess.split(","):
+        raise UnreadableVideo(f"it starts as {format_name}, but {decoder} takes it for {guess or 'no known format'}")
+
+
+def _guess_format(library: ctypes.CDLL, file: BinaryIO) -> str:
+    """Return the format that an FFmpeg guesses, as libav names it ("mov,mp4,m4a,..."); empty if it has none.
 
     Repeats what libav does when it opens a file: from the first 2 KiB, 4 KiB, ... accept a guess unless it is weak
     (AVPROBE_SCORE_RETRY), and from 1 MiB accept any.
     """
-    import torchcodec
-
-    guess = ctypes.CDLL(torchcodec.core_library_path).av_probe_input_format2
+    guess = library.av_probe_input_format2
     guess.restype = ctypes.POINTER(ctypes.c_char_p)  # the first field of AVInputFormat is its name
     file.seek(0)
     head = b""

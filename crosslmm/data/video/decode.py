@@ -13,7 +13,8 @@ from crosslmm import storage
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data.frame_sampling import split_time_range
 from crosslmm.data.video.backends import with_decord, with_torchcodec
-from crosslmm.data.video.probe import Probe, probe
+from crosslmm.data.video.image import IMAGE_SIGNATURES, decode_image
+from crosslmm.data.video.probe import Probe, probe, probe_image
 from crosslmm.data.video.pyav import UnreadableVideo, with_pyav
 
 BACKENDS: dict[str, Any] = {
@@ -28,11 +29,10 @@ REMEDIES = {
     "torchcodec": "pip install 'torchcodec>=0.13,<0.14', with the shared libraries of FFmpeg 4 to 8",
 }
 """How to install the optional decoders."""
-IMAGE_SIGNATURES = {"jpeg_pipe": b"\xff\xd8\xff", "png_pipe": b"\x89PNG\r\n\x1a\n"}
-"""First bytes of each image format, by libav's name. An image is read as a video of one frame."""
 
-Stage = Literal["read", "check", "decode", "deadline", "crash"]
-"""Stage at which a video failed: getting its bytes; its type and limits; decoding; deadline; death of the process."""
+Stage = Literal["read", "check", "decode", "deadline", "crash", "process"]
+"""Stage at which a row failed: getting a video's bytes; its type and limits; decoding; deadline; death of the decoder's
+process; making the model's input of conversation and frames, or features of frames."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ def decode_video(uri: str, data: DataConfig, image_size: int) -> np.ndarray | Vi
     """
 
     def decode(file: BinaryIO, format_name: str) -> np.ndarray:
-        backend = "pyav" if format_name in IMAGE_SIGNATURES else data.decoder  # the other backends read no images
-        return BACKENDS[backend](file, format_name, data, image_size, *split_time_range(uri)[1:])
+        if format_name in IMAGE_SIGNATURES:
+            return decode_image(file, format_name, data, image_size)
+        return BACKENDS[data.decoder](file, format_name, data, image_size, *split_time_range(uri)[1:])
 
     return _read_video(uri, data, decode)
 
@@ -71,13 +72,8 @@ def probe_video(uri: str, data: DataConfig) -> Probe | VideoFailure:
     """Read the header of one video; raises the same as `decode_video`."""
 
     def read_header(file: BinaryIO, format_name: str) -> Probe:
-        result = probe(file, format_name, data)
-        is_image = format_name in IMAGE_SIGNATURES
-        if is_image and not result.width * result.height:
-            raise UnreadableVideo("the file has no frames that can be decoded")
-        size = file.seek(0, os.SEEK_END)
-        seconds, frames = (0.0, 1) if is_image else (result.seconds, result.frames)
-        return replace(result, seconds=seconds, frames=frames, bytes=size, version=storage.version_of(file))
+        result = (probe_image if format_name in IMAGE_SIGNATURES else probe)(file, format_name, data)
+        return replace(result, bytes=file.seek(0, os.SEEK_END), version=storage.version_of(file))
 
     return _read_video(uri, data, read_header)
 

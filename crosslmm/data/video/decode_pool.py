@@ -25,6 +25,8 @@ from crosslmm.data.video.probe import Probe
 
 MAX_TASKS_PER_CHILD = 1000
 """Videos after which a child process is replaced, because its libraries leak memory [videos]."""
+HEADER_CHILDREN = 4
+"""Child processes of a `HeaderReader`."""
 STORE_CHECK_TIMEOUT_S = 30.0
 """Default of `store_timeout_s` [s]."""
 
@@ -36,7 +38,7 @@ class VideoPool:
     a context manager, or leave it running until the process ends.
 
     Args:
-        data: deadline and limits.
+        data: deadline and limits, the memory of one child among them.
         read: reads one video in a child.
         children: number of child processes.
         store_timeout_s: after a video's deadline, time in which the store must answer to show that it was not the cause
@@ -141,6 +143,8 @@ class VideoPool:
                 raise storage.Refused(
                     f"{uri}: permission denied, as for all of {_bucket_of(uri)}; check the credentials (AWS_*)"
                 ) from None
+            except (FileNotFoundError, pebble.ProcessExpired):
+                pass  # the readable one was removed
 
     def __enter__(self) -> Self:
         return self
@@ -176,11 +180,12 @@ class HeaderReader(VideoPool):
     """Reads the headers of videos in four child processes, which mostly wait for the store.
 
     Args:
-        data: deadline, limits.
+        data: deadline, limits; the children share `data.decode_memory_gib`.
     """
 
     def __init__(self, data: DataConfig) -> None:
-        super().__init__(data, functools.partial(probe_video, data=data), children=4)
+        share = data.model_copy(update={"decode_memory_gib": data.decode_memory_gib / HEADER_CHILDREN})
+        super().__init__(share, functools.partial(probe_video, data=share), HEADER_CHILDREN)
 
     def __call__(self, uris: Sequence[str]) -> list[Probe | VideoFailure]:
         """Probe whole videos (URIs without `#t=`); return the header or the failure of each, in order.

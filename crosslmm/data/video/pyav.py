@@ -3,7 +3,7 @@
 import contextlib
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import av
@@ -16,6 +16,7 @@ from av.video.stream import VideoStream
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import FrameSampling
+from crosslmm.data.video import mp4
 
 INDEXED_FORMATS = ("mov", "matroska", "avi")
 """Formats whose index names the keyframes. A transport stream has no index and is decoded from its start."""
@@ -23,6 +24,12 @@ ROUNDING_TICKS = 1e-3
 """Added to each moment, so that rounding never puts it just before its frame [ticks of the stream's clock]."""
 MAX_REORDERED = 16
 """Largest number of frames that H.264 decodes before one that is shown earlier [frames]."""
+CODECS = (
+    "h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "msmpeg4v2", "msmpeg4v3", "h263", "mjpeg",
+    "prores", "dnxhd",
+)  # fmt: skip
+"""Codecs of videos that are decoded, by libav's names: what cameras, phones and the web make. libav has some 250 more,
+most of them old formats of games, which few people test and a file could name."""
 
 
 class UnreadableVideo(Exception):
@@ -48,7 +55,7 @@ def with_pyav(
         UnreadableVideo: something is missing from the file, or exceeds a limit.
         av.FFmpegError, OSError: from libav and the file.
     """
-    with open_container(file, format_name) as container:
+    with open_container(file, format_name, data) as container:
         stream = select_video_stream(container, data)
         duration = video_duration(container, stream, data)
         frames, progress = _decode_clip(container, stream, file, data, clip_bounds(start, end, duration), image_size)
@@ -71,9 +78,26 @@ def clip_bounds(start: float, end: float | None, duration: float) -> tuple[float
     return start, duration if end is None else min(end, duration)
 
 
-def open_container(file: BinaryIO, format_name: str) -> InputContainer:
-    """Open a file as this libav format and no other; libav may not follow playlists or open other URLs."""
-    options = {"protocol_whitelist": "none", "format_whitelist": format_name}
+def open_container(
+    file: BinaryIO, format_name: str, data: DataConfig, codecs: Sequence[str] = CODECS
+) -> InputContainer:
+    """Open a file as this libav format and no other; libav may not follow playlists or open other URLs.
+
+    libav decodes some frames to learn about the streams: only of these codecs, and with the same limits as later ones.
+
+    Raises:
+        UnreadableVideo: the header is compressed.
+        av.FFmpegError, OSError: from libav and the file.
+    """
+    if format_name == "mov" and mp4.has_compressed_header(file):
+        raise UnreadableVideo("its header is compressed (cmov); copy it into a new file")
+    file.seek(0)
+    options = {
+        "protocol_whitelist": "none",
+        "format_whitelist": format_name,
+        "codec_whitelist": ",".join((*codecs, "libdav1d")),
+        "max_pixels": str(data.max_frame_pixels),
+    }
     return av.open(file, "r", format=format_name, options=options, metadata_errors="replace")
 
 
@@ -81,25 +105,46 @@ def select_video_stream(container: InputContainer, data: DataConfig) -> VideoStr
     """Return the first video stream that is not a cover picture, and discard the packets of all other streams.
 
     Raises:
-        UnreadableVideo: there is no such stream, no decoder for its codec, or its frames are too large.
+        UnreadableVideo: there is no such stream, its codec is not decoded, or its frames are too large.
     """
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
         raise UnreadableVideo("the file has no video stream")
     selected = streams[0]
-    context = selected.codec_context
-    if context is None:
-        raise UnreadableVideo("no decoder knows its codec")
-    if context.width * context.height > data.max_frame_pixels:
-        raise UnreadableVideo(
-            f"its frames are {context.width} x {context.height}, and data.max_frame_pixels is {data.max_frame_pixels}"
-        )
+    require_allowed(selected, data)
     for stream in container.streams:
         if stream is not selected:
             stream.discard = Discard.all
+    context = selected.codec_context
     context.thread_count = 1
     context.options = {"max_pixels": str(data.max_frame_pixels)}  # frames may become larger within the stream
     return selected
+
+
+def require_allowed(stream: VideoStream, data: DataConfig) -> None:
+    """Check codec and size of a video stream.
+
+    Raises:
+        UnreadableVideo: its codec is not in `CODECS`, or its frames are too large.
+    """
+    context = stream.codec_context
+    if context is None:
+        raise UnreadableVideo("no decoder knows its codec")
+    if (codec := context.codec.canonical_name) not in CODECS:
+        raise UnreadableVideo(f"its codec is {codec}, and only {', '.join(CODECS)} are decoded; encode it again")
+    require_size(context.width, context.height, data)
+
+
+def require_size(width: int, height: int, data: DataConfig) -> None:
+    """Check the size of a frame [px].
+
+    Raises:
+        UnreadableVideo: it exceeds `data.max_frame_pixels`.
+    """
+    if width * height > data.max_frame_pixels:
+        raise UnreadableVideo(
+            f"its frames are {width} x {height}, and data.max_frame_pixels is {data.max_frame_pixels}"
+        )
 
 
 def video_duration(container: InputContainer, stream: VideoStream, data: DataConfig) -> float:
@@ -180,14 +225,19 @@ def _decode_clip(
     resize = VideoReformatter()
     images, last_pts, reached = [], None, float(start)
     for keyframe, segment_moments in segments:
-        for frame, end in _frames_at(container, stream, keyframe, segment_moments):
+        for frame, end in _frames_at(container, stream, data, keyframe, segment_moments):
             if frame.pts == last_pts:
                 continue
             last_pts, reached = frame.pts, end
-            image = resize.reformat(frame, image_size, image_size, format="rgb24").to_ndarray()
-            # Containers store how the phone was held; decoders do not apply it.
-            images.append(np.rot90(image, frame.rotation // 90))
+            images.append(to_image(frame, resize, image_size))
     return images, (reached - start) / max(moments[-1] - start, ROUNDING_TICKS)
+
+
+def to_image(frame: av.VideoFrame, resize: VideoReformatter, image_size: int) -> np.ndarray:
+    """Resize a frame to a square and turn it upright: uint8 (image_size, image_size, 3), RGB."""
+    image = resize.reformat(frame, image_size, image_size, format="rgb24").to_ndarray()
+    # Containers store how the phone was held; decoders do not apply it.
+    return np.rot90(image, frame.rotation // 90)
 
 
 Segment = tuple[int | None, np.ndarray]
@@ -233,10 +283,10 @@ TimedFrame = tuple[av.VideoFrame, float]
 
 
 def _frames_at(
-    container: InputContainer, stream: VideoStream, keyframe: int | None, moments: np.ndarray
+    container: InputContainer, stream: VideoStream, data: DataConfig, keyframe: int | None, moments: np.ndarray
 ) -> Iterator[TimedFrame]:
     """Yield the frames on screen at these moments, each once; moments in a damaged part have none."""
-    frames, from_file_start = _decode_from(container, stream, keyframe, moments)
+    frames, from_file_start = _decode_from(container, stream, data, keyframe, moments)
     pending = 0  # index of the first moment that has no frame yet
     for number, (frame, end) in enumerate(frames):
         # Nothing is on screen before the first frame of the file, so it also serves earlier moments.
@@ -251,7 +301,7 @@ def _frames_at(
 
 
 def _decode_from(
-    container: InputContainer, stream: VideoStream, keyframe: int | None, moments: np.ndarray
+    container: InputContainer, stream: VideoStream, data: DataConfig, keyframe: int | None, moments: np.ndarray
 ) -> tuple[Iterator[TimedFrame], bool]:
     """Start decoding at a keyframe; return the frames up to the last moment, and whether the file's first is the first.
 
@@ -264,14 +314,14 @@ def _decode_from(
                 break
             # libav's seek takes a presentation time and compares it with the times in the index.
             _seek(container, stream, candidate + _presentation_delay(stream))
-            frames = _with_end_times(stream, _decode_until(container, stream, moments[-1]))
+            frames = _with_end_times(stream, _decode_until(container, stream, data, moments[-1]))
             first = next(frames, None)
             if first is None:
                 return frames, False
             if first[0].key_frame and (first[0].pts or 0) <= moments[0]:
                 return itertools.chain([first], frames), False
         _seek(container, stream, 0)
-    return _with_end_times(stream, _decode_until(container, stream, moments[-1])), True
+    return _with_end_times(stream, _decode_until(container, stream, data, moments[-1])), True
 
 
 def _keyframe_before(stream: VideoStream, keyframe: int) -> int | None:
@@ -297,7 +347,9 @@ def _with_end_times(stream: VideoStream, frames: Iterator[av.VideoFrame | None])
         previous = frame if frame is not None and frame.pts is not None else None
 
 
-def _decode_until(container: InputContainer, stream: VideoStream, until: float) -> Iterator[av.VideoFrame | None]:
+def _decode_until(
+    container: InputContainer, stream: VideoStream, data: DataConfig, until: float
+) -> Iterator[av.VideoFrame | None]:
     """Decode from the current position to the frame that is shown at `until`; None stands for a damaged stretch, which
     ends at the next keyframe."""
     damaged = False
@@ -316,9 +368,15 @@ def _decode_until(container: InputContainer, stream: VideoStream, until: float) 
                 heapq.heappush(times, packet.dts)
             try:
                 for frame in packet.decode():
+                    # libav compares `max_pixels` with the size after cropping; a frame costs its size before.
+                    require_size(stream.codec_context.coded_width, stream.codec_context.coded_height, data)
                     yield _intact(frame, times)
             except av.error.InvalidDataError:
                 damaged = True
+            except av.error.ArgumentError:
+                raise UnreadableVideo(
+                    f"a frame has no size, or more than the {data.max_frame_pixels} pixels of data.max_frame_pixels"
+                ) from None
             if damaged or packet.is_corrupt:
                 damaged = True
                 yield None

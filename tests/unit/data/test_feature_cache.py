@@ -344,3 +344,29 @@ def test_features_of_wrong_shape_or_dtype_are_refused(model, processor):
     batch = functools.partial(processor, features=size)(conversations, [[np.zeros((2, *size), np.uint16)]])
     with pytest.raises(ValueError, match=r"features are .*; the encoder gives floats \(frames, 36, 64\)"):
         model(**{**batch, "features": batch["features"][:, :5]})
+
+
+@pytest.mark.parametrize(("dtype", "damage"), [("bf16", np.nan), ("bf16", np.inf), ("int8", np.nan), ("int8", 1e30)])
+def test_a_video_whose_features_cannot_be_stored_costs_no_other(tmp_path, dtype, damage):
+    """1e30 does not fit the scale of int8."""
+    bad = values(2)
+    bad[1, 2, 3] = damage
+    folder = create_feature_folder(str(tmp_path), recipe(dtype))
+    videos = [("a", None, values(3)), ("b", "etag", bad), ("c", None, values(1))]
+    entries, squared_error, _ = write_shard(folder, videos, dtype)
+    assert [entry.frames for entry in entries] == [3, 0, 1]
+    assert np.isfinite(squared_error)
+    assert entries[1] == IndexEntry("b", "etag", 0, reason=entries[1].reason, stage="process")
+    assert "not finite, or too large" in entries[1].reason
+    write_index(folder, entries)
+    cache = FeatureCache(folder)
+    assert cache.find("b") == entries[1]
+    assert cache.find("c").offset == entries[0].size
+
+
+@pytest.mark.parametrize("column", ["frames", "offset", "size"])
+def test_an_index_with_nulls_is_refused_when_it_is_opened(cached, column):
+    entry = IndexEntry("a.mp4", None, **{"frames": 1, "offset": 0, "size": 1} | {column: None})
+    write_index(cached, [entry])
+    with pytest.raises(BadConfig, match=rf"no features can be read there: index-\S+ has no {column} in some row"):
+        FeatureCache(cached)

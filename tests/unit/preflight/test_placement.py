@@ -41,7 +41,7 @@ def test_only_nodes_with_the_labels_count():
     check_resources(run(*ON), node_pools())
     with pytest.raises(BadConfig, match=r"num_workers: 2 workers need 1.5 CPU each.*role=train \(2 x 1 CPU\).*for 0"):
         check_resources(run(*ON, "--scaling.cpus_per_worker=1.5"), node_pools(decode=(1, 64)))
-    with pytest.raises(BadConfig, match=r"decode_workers: 5 decoders need 0.25 CPU each.*role=decode.*for 4; lower it"):
+    with pytest.raises(BadConfig, match=r"decode_workers: 5 decoders need 0.25 CPU, .*role=decode.*for 4; lower it"):
         check_resources(run(*ON, "--scaling.decode_workers=5"), node_pools(train=(2, 64)))
 
 
@@ -73,6 +73,43 @@ def test_a_refusal_is_one_line_with_key_and_remedy(overrides, message):
     with pytest.raises(BadConfig, match=message) as refusal:
         check_resources(run(*overrides), node_pools())
     assert "\n" not in str(refusal.value)
+
+
+GIB = 2**30
+
+
+def test_decoders_fit_the_memory_of_their_nodes():
+    """The tiny preset has a limit of 1 GiB a decoder."""
+    check_resources(run(*ON, "--scaling.decode_workers=4"), node_pools(decode=(0, 1)) + room_of(2) + room_of(2))
+    with pytest.raises(
+        BadConfig,
+        match=r"decode_workers: 4 decoders need 0.25 CPU, 1 GiB memory each.*1 x 1 CPU, 3.5 GiB memory\) have room "
+        r"for 3; lower it or scaling.cpus_per_decode_worker or data.decode_memory_gib$",
+    ):
+        check_resources(run(*ON, "--scaling.decode_workers=4"), node_pools(decode=(0, 1)) + room_of(3.5))
+    check_resources(
+        run(*ON, "--scaling.decode_workers=4", "--data.decode_memory_gib=0.8"), node_pools(decode=(0, 1)) + room_of(3.5)
+    )
+
+
+def room_of(gib):
+    return [NodePool(1, {"CPU": 1, "memory": gib * GIB}, DECODE)]
+
+
+def test_decoders_of_validation_need_memory_too():
+    both = run(*ON, "--scaling.decode_workers=2", "--data.validation_manifest=a.jsonl")
+    with pytest.raises(BadConfig, match=r"4 decoders, half of them for validation, .* have room for 3"):
+        check_resources(both, node_pools(decode=(0, 1)) + room_of(3.5))
+
+
+def test_a_run_that_reads_features_decodes_nothing():
+    reads = run(*ON, "--scaling.decode_workers=4", "--data.features=somewhere", "--train.learning_rate.vision=0")
+    check_resources(reads, node_pools(decode=(0, 1)) + room_of(0.1))
+
+
+def test_memory_limits_concurrent_runs():
+    config = run(*ON, "--scaling.num_workers=1", "--scaling.cpus_per_worker=0.1")
+    assert max_concurrent_runs(config, node_pools(decode=(0, 1)) + room_of(2.5), 0.01) == 2
 
 
 def test_elastic_workers_with_their_own_resource_are_accepted():

@@ -1,0 +1,51 @@
+"""What libav does not tell about an mp4 or mov file: read from its boxes."""
+
+import io
+import math
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+
+def has_compressed_header(file: BinaryIO) -> bool:
+    """Return whether the index is compressed: libav would unpack up to 4 GiB from a thousandth of that."""
+    for box, start, end in _boxes(file, 0, file.seek(0, io.SEEK_END)):
+        if box == b"moov":
+            return any(child == b"cmov" for child, _, _ in _boxes(file, start, end))
+    return False
+
+
+def read_rotation(file: BinaryIO, track: int) -> int:
+    """Return the rotation in the display matrix of an mp4's track [degrees]. PyAV has it only for decoded frames."""
+    header = b""
+    for box, box_start, box_end in _boxes(file, 0, file.seek(0, io.SEEK_END)):
+        for child, start, end in _boxes(file, box_start, box_end) if box == b"moov" else ():
+            for name, position, _ in _boxes(file, start, end) if child == b"trak" else ():
+                if name == b"tkhd":
+                    file.seek(position)
+                    header = file.read(92)
+                    has_long_times = header[:1] == b"\1"  # version 1: times of 8 bytes
+                    number, matrix = (20, 52) if has_long_times else (12, 40)
+                    if len(header) >= matrix + 16 and struct.unpack_from(">I", header, number)[0] == track:
+                        a, b, _, c, d = struct.unpack_from(">5i", header + bytes(4), matrix)
+                        angle = math.atan2(b * math.hypot(a, c), a * math.hypot(b, d))
+                        return -round(math.degrees(angle))
+    return 0
+
+
+def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name and content [start, end) of each mp4 box between two offsets; stop at a malformed box."""
+    while start + 8 <= end:
+        file.seek(start)
+        head = file.read(16)
+        if len(head) < 8:
+            return
+        size, name, header_size = int.from_bytes(head[:4]), head[4:8], 8
+        if size == 1:
+            size, header_size = int.from_bytes(head[8:16]), 16
+        elif size == 0:
+            size = end - start
+        if size < header_size:
+            return
+        yield name, start + header_size, min(start + size, end)
+        start += size

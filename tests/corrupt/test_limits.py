@@ -13,7 +13,7 @@ import pytest
 
 from crosslmm.config import DataConfig
 from crosslmm.data.video.decode import VideoFailure, probe_video
-from crosslmm.data.video.decode_pool import VideoPool
+from crosslmm.data.video.decode_pool import HEADER_CHILDREN, Decoder, HeaderReader, VideoPool
 from tests.support import misbehave, zoo
 
 pytestmark = pytest.mark.corrupt
@@ -87,3 +87,134 @@ def cropped(width, height):
 
 def black(number, width, height):
     return np.zeros((height, width, 3), np.uint8)
+
+
+def unpacks_to(mib):
+    """Return zlib data that unpacks to this much."""
+    packer = zlib.compressobj(9)
+    return b"".join(packer.compress(bytes(2**20)) for _ in range(mib)) + packer.flush()
+
+
+def box(name, *contents):
+    content = b"".join(contents)
+    return struct.pack(">I4s", 8 + len(content), name) + content
+
+
+def compressed_header(mib):
+    """Return an .mp4 whose index is compressed."""
+    packed = box(b"cmvd", struct.pack(">I", mib * 2**20), unpacks_to(mib))
+    return box(b"ftyp", b"qt  \0\0\0\0qt  ") + box(b"moov", box(b"cmov", box(b"dcom", b"zlib"), packed))
+
+
+def growing_stream(width, height):
+    """Return a transport stream whose frames become too large halfway."""
+    fast = {"preset": "ultrafast", "tune": "zerolatency", "bf": "0"}
+    large = zoo.video("mpegts", frames=2, times=[2, 2.1], size=(width, height), picture=black, **fast)
+    return zoo.video("mpegts", frames=20) + large
+
+
+REFUSED = {
+    "png": (lambda: png(17000, 17000), TOO_LARGE),
+    "jpeg": (lambda: jpeg(20000, 20000), TOO_LARGE),
+    "png called mp4": (lambda: png(9000, 9000), TOO_LARGE),
+    "png that is one row": (lambda: png(40_000_000, 1), TOO_LARGE),
+    "png that is one column": (lambda: png(1, 1_000_000), "Invalid argument"),
+    "png of no pixels": (lambda: png(0, 9), "no frames that can be decoded"),
+    "jpeg whose container claims less": (lambda: lying_avi(jpeg(20000, 20000)), "."),
+    "large frames whose container claims less": (
+        lambda: lying_avi(zoo.video("avi", "mjpeg", frames=1, size=(10000, 10000))), r"pixels of data\.max_frame_pixels"
+    ),
+    "mp4 whose header is compressed": (lambda: compressed_header(1000), r"its header is compressed \(cmov\)"),
+    "gif": (lambda: b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(900), "not an mp4"),
+    "webp": (lambda: b"RIFF\xff\0\0\0WEBPVP8X" + bytes(900), "not an mp4"),
+    "svg": (lambda: b'<svg width="99999" height="99999"><image href="http://127.0.0.1:9/a.png"/></svg>', "not an mp4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_large_file_is_refused_before_it_costs_much(measured, kind):
+    make, reason = REFUSED[kind]
+    result, mib, seconds = measured(make())
+    assert isinstance(result, VideoFailure), result
+    assert re.search(reason, result.reason), result
+    assert mib < MAX_MIB
+    assert seconds < MAX_S
+
+
+def test_frames_that_are_large_before_cropping_are_refused_at_the_first(measured):
+    """libav has decoded two when it tells their size: 96 MiB each, and as much of its own."""
+    result, mib, seconds = measured(cropped(8192, 8192))
+    assert isinstance(result, VideoFailure), result
+    assert result.reason == "its frames are 8192 x 8192, and data.max_frame_pixels is 35651584"
+    assert mib < 4 * MAX_MIB
+    assert seconds < 2 * MAX_S
+
+
+def test_frames_that_become_too_large_are_not_decoded(measured):
+    result, mib, seconds = measured(growing_stream(8192, 8192))
+    assert [zoo.read_number(frame) is not None for frame in result] == [True] * len(result)
+    assert mib < MAX_MIB
+    assert seconds < MAX_S
+
+
+KEPT = {
+    "png with a comment that unpacks to 1.5 GB": lambda: png(64, 64, (b"zTXt", b"Comment\0\0" + unpacks_to(1500))),
+    "png with a profile that unpacks to 1.5 GB": lambda: png(64, 64, (b"iCCP", b"p\0\0" + unpacks_to(1500))),
+    "png with a second one after it": lambda: png(64, 64) + png(17000, 1000),
+    "png with an animation": lambda: png(
+        64, 64, (b"acTL", struct.pack(">II", 10**6, 0)), (b"fcTL", struct.pack(">5I2H2B", 0, 64, 64, 0, 0, 1, 9, 0, 0))
+    ),
+    "jpeg with another one after it": lambda: jpeg(64, 64) + jpeg(20000, 20000),
+    "jpeg with a thousand after it": lambda: jpeg(64, 64) * 1000,
+    "png of one row": lambda: png(1_000_000, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_image_is_its_first_frame_at_little_cost(measured, kind):
+    result, mib, seconds = measured(KEPT[kind]())
+    assert isinstance(result, np.ndarray), result
+    assert result.shape == (1, 64, 64, 3)
+    assert mib < MAX_MIB
+    assert seconds < MAX_S
+
+
+@pytest.mark.parametrize(
+    "kind", ["png", "jpeg", "png that is one row", "png of no pixels", "mp4 whose header is compressed"]
+)
+def test_probing_refuses_the_same(tmp_path, kind):
+    make, reason = REFUSED[kind]
+    (tmp_path / "file").write_bytes(make())
+    failure = probe_video(str(tmp_path / "file"), DATA)
+    assert isinstance(failure, VideoFailure), failure
+    assert re.search(reason, failure.reason), failure
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 48), (1, 9), (3000, 2)])
+def test_size_of_an_image_is_read_from_its_header(tmp_path, width, height):
+    for make in (png, jpeg):
+        (tmp_path / "image").write_bytes(make(width, height))
+        header = probe_video(str(tmp_path / "image"), DATA)
+        assert (header.width, header.height, header.frames, header.seconds) == (width, height, 1, 0)
+
+
+@pytest.fixture(scope="module")
+def measuring():
+    with VideoPool(DATA, functools.partial(misbehave.decode_measured, data=DATA)) as pool:
+        yield pool
+
+
+@pytest.fixture
+def measured(measuring, tmp_path):
+    def measured(content):
+        """Decode a file in a child: the result, how far memory grew [MiB], the time [s]."""
+        (tmp_path / "clip.mp4").write_bytes(content)
+        (result,) = measuring([str(tmp_path / "clip.mp4")])
+        return result if isinstance(result, tuple) else (result, 0, 0)
+
+    return measured
+
+
+def test_children_that_probe_share_the_memory_of_one(tmp_path):
+    with HeaderReader(DATA) as reader, Decoder(DATA, 64) as decoder:
+        assert reader.data.decode_memory_gib * HEADER_CHILDREN == decoder.data.decode_memory_gib

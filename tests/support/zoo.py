@@ -15,6 +15,10 @@ CELL = 16
 RNG_SEED = 0
 
 
+COARSE_CLOCKS = ("mpeg4", "mjpeg", "mpeg2video", "mpeg1video", "msmpeg4v2", "msmpeg4", "wmv2", "flv1")
+"""Encoders whose clock must tick once a frame."""
+
+
 def draw(number, width=8 * CELL, height=4 * CELL):
     """Draw a number as two rows of bits with their complement below, so that a damaged or rotated frame is noticed."""
     bits = np.array([number >> i & 1 for i in range(16)]).reshape(2, 8)
@@ -35,7 +39,7 @@ def read_number(image):
 
 def video(
     form="mp4", codec="libx264", frames=FRAMES, times=None, container=None, audio=False, first=0, size=None,
-    picture=draw, **o,
+    picture=draw, pixels="yuv420p", **o,
 ):  # fmt: skip
     """Encode a video; frame i is shown from times[i] on [s] and has the number first + i."""
     width, height = size or (8 * CELL, 4 * CELL)
@@ -45,8 +49,8 @@ def video(
         with av.open(file.name, "w", format=form, options=container or {}) as output:
             stream = output.add_stream(codec, rate=FPS, options=options)
             stream.width, stream.height = width, height
-            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-            if codec not in ("mpeg4", "mjpeg"):
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else pixels
+            if codec not in COARSE_CLOCKS:
                 stream.codec_context.time_base = Fraction(1, 1000)
             sound = output.add_stream("aac", rate=44100) if audio else None
             ticks = int(1 / stream.codec_context.time_base) if stream.codec_context.time_base else FPS

@@ -19,7 +19,7 @@ from crosslmm.data.video.pyav import (
     clip_bounds,
     frame_interval,
     open_container,
-    require_allowed,
+    require_codec,
     require_size,
     select_video_stream,
 )
@@ -127,7 +127,8 @@ def _require_all_allowed(container: InputContainer, data: DataConfig) -> None:
     """Check codec and size of every video stream, cover pictures included: other libraries' FFmpeg decodes some frames
     of each to learn about it, and decord selects a stream by itself."""
     for stream in container.streams.video:
-        require_allowed(stream, data)
+        require_codec(stream)
+        require_size(stream.codec_context.width, stream.codec_context.height, data, known=True)
 
 
 def _require_guess(file: BinaryIO, format_name: str, decoder: str, library: str) -> None:

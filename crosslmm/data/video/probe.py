@@ -51,6 +51,7 @@ def probe(file: BinaryIO, format_name: str, data: DataConfig) -> Probe:
         stream = select_video_stream(container, data)
         duration = video_duration(container, stream, data)
         context = stream.codec_context
+        require_size(context.width, context.height, data, known=True)
         result = Probe(
             seconds=duration,
             frames=stream.frames or None,

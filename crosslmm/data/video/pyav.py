@@ -111,7 +111,8 @@ def select_video_stream(container: InputContainer, data: DataConfig) -> VideoStr
     if not streams:
         raise UnreadableVideo("the file has no video stream")
     selected = streams[0]
-    require_allowed(selected, data)
+    require_codec(selected)
+    require_size(selected.codec_context.width, selected.codec_context.height, data)
     for stream in container.streams:
         if stream is not selected:
             stream.discard = Discard.all
@@ -121,26 +122,33 @@ def select_video_stream(container: InputContainer, data: DataConfig) -> VideoStr
     return selected
 
 
-def require_allowed(stream: VideoStream, data: DataConfig) -> None:
-    """Check codec and size of a video stream.
+def require_codec(stream: VideoStream) -> None:
+    """Check the codec of a video stream.
 
     Raises:
-        UnreadableVideo: its codec is not in `CODECS`, or its frames are too large.
+        UnreadableVideo: it is not in `CODECS`.
     """
-    context = stream.codec_context
-    if context is None:
+    if stream.codec_context is None:
         raise UnreadableVideo("no decoder knows its codec")
-    if (codec := context.codec.canonical_name) not in CODECS:
+    if (codec := stream.codec_context.codec.canonical_name) not in CODECS:
         raise UnreadableVideo(f"its codec is {codec}, and only {', '.join(CODECS)} are decoded; encode it again")
-    require_size(context.width, context.height, data)
 
 
-def require_size(width: int, height: int, data: DataConfig) -> None:
+def require_size(width: int, height: int, data: DataConfig, known: bool = False) -> None:
     """Check the size of a frame [px].
 
+    Args:
+        width, height: zero if unknown, as after libav has met a frame that is too large.
+        data: the limit.
+        known: refuse an unknown size, too.
+
     Raises:
-        UnreadableVideo: it exceeds `data.max_frame_pixels`.
+        UnreadableVideo: it exceeds `data.max_frame_pixels`, or is unknown.
     """
+    if known and not width * height:
+        raise UnreadableVideo(
+            f"its frames have no size, or more than the {data.max_frame_pixels} pixels of data.max_frame_pixels"
+        )
     if width * height > data.max_frame_pixels:
         raise UnreadableVideo(
             f"its frames are {width} x {height}, and data.max_frame_pixels is {data.max_frame_pixels}"
@@ -374,9 +382,7 @@ def _decode_until(
             except av.error.InvalidDataError:
                 damaged = True
             except av.error.ArgumentError:
-                raise UnreadableVideo(
-                    f"a frame has no size, or more than the {data.max_frame_pixels} pixels of data.max_frame_pixels"
-                ) from None
+                require_size(0, 0, data, known=True)
             if damaged or packet.is_corrupt:
                 damaged = True
                 yield None

@@ -1,7 +1,6 @@
 """Read videos in child processes that can be killed: decoders are old native code that parses untrusted files."""
 
 import functools
-import multiprocessing
 import os
 import resource
 import threading
@@ -9,7 +8,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as DeadlineExceeded
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +18,7 @@ import psutil
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import split_time_range
+from crosslmm.data.video.children import context, end_with_owner
 from crosslmm.data.video.decode import VideoFailure, decode_video, probe_video
 from crosslmm.data.video.probe import Probe
 
@@ -64,7 +63,7 @@ class VideoPool:
         return pebble.ProcessPool(
             max_workers=self._children,
             max_tasks=MAX_TASKS_PER_CHILD,
-            context=_context(),
+            context=context(),
             initializer=_initialise_child,
             initargs=(int(self.data.decode_memory_gib * 2**30), dict(os.environ)),
         )
@@ -206,17 +205,6 @@ def _read_first_byte(uri: str) -> None:
         file.read(1)
 
 
-def _context() -> BaseContext:
-    """Return a context that forks children from a server process which has imported what they need.
-
-    Forking this process would copy its threads and open readers in an unusable state. From the server, a replacement
-    starts within milliseconds. s3fs is preloaded because fsspec would import it in each child.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "crosslmm.data.video.decode_pool", "s3fs"])
-    return context
-
-
 def _call_without_retries(function: Callable[[str], Any], uri: str) -> Any:
     """Call a function in a child. The pool's owner retries while a store is unavailable: in the child, that would count
     towards the video's deadline."""
@@ -231,6 +219,7 @@ def _initialise_child(memory_bytes: int, environment: dict[str, str]) -> None:
         memory_bytes: how much its address space may grow.
         environment: of the pool's owner; that of the fork server may be older and lack credentials.
     """
+    end_with_owner()
     os.environ.update(environment)
     limit = psutil.Process().memory_info().vms + memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -31,6 +31,7 @@ UNREADABLE = {
     "missing": "no such file",
     "empty": "the file is empty",
     "text": "not an mp4, mov, mkv, webm, avi or ts file",
+    "long": "positions, and the decoder has 2048",
 }
 
 
@@ -43,7 +44,7 @@ def png():
 
 @pytest.fixture(scope="module")
 def manifest(store):
-    """Write generated clips, three real ones, a row with clip and image, and three unreadable rows; return the URI."""
+    """Write generated clips, three real ones, a row with clip and image, and four unusable rows; return the URI."""
     folder = "s3://videos/data"
     write_sample_set(folder, train=40, held_out=8)
     rows = storage.read_bytes(f"{folder}/train.jsonl").decode().splitlines()
@@ -60,7 +61,10 @@ def manifest(store):
     rows.append(json.dumps({"id": "several", "messages": talk}))
     storage.write_bytes(f"{folder}/empty.mp4", b"")
     storage.write_bytes(f"{folder}/text.mp4", b"#EXTM3U\nhttp://localhost/secret\n")
-    for name in UNREADABLE:
+    stills = [{"type": "image", "image": "still.png"}] * 200  # 16 tokens each
+    talk = [{"role": "user", "content": stills}, {"role": "assistant", "content": "many"}]
+    rows.append(json.dumps({"id": "long", "messages": talk}))
+    for name in ("missing", "empty", "text"):
         rows.append(json.dumps({"id": name, "video": f"{name}.mp4", "messages": conversation("What?", "nothing")}))
     storage.write_bytes(f"{folder}/mixed.jsonl", ("\n".join(rows) + "\n").encode())
     stills = [
@@ -118,7 +122,7 @@ def losses(tracking_uri, run_id):
 
 def test_a_job_with_everything_in_an_object_store(undisturbed, manifest, tracking_uri):
     result, output = undisturbed
-    assert f"47 rows of {manifest}, 5 rows of s3://videos/data/stills.json, 3 : 1" in output
+    assert f"48 rows of {manifest}, 5 rows of s3://videos/data/stills.json, 3 : 1" in output
     client = MlflowClient(tracking_uri)
     run = client.get_run(result["run_id"])
     assert run.info.status == "FINISHED"
@@ -149,10 +153,10 @@ def test_unreadable_rows_are_listed_and_skipped(undisturbed, manifest, tracking_
         assert json.loads(rows[row["line"] - 1])["id"] == row["id"]
         assert UNREADABLE[row["id"]] in row["reason"]
         assert f"line {row['line']} ({row['id']}): {row['reason']}" in output
-    assert "3 rows could not be read" in output
+    assert "4 rows could not be read" in output
     in_the_run = storage.read_bytes("s3://videos/runs/undisturbed/quarantine.jsonl").decode().splitlines()
     assert [json.loads(line) for line in in_the_run] == ledger
-    assert {row["stage"] for row in ledger} == {"read", "check"}
+    assert {row["stage"] for row in ledger} == {"read", "check", "process"}
 
 
 def test_the_registered_model_answers_about_a_real_clip(undisturbed, tracking_uri, monkeypatch):

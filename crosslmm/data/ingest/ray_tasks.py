@@ -43,7 +43,7 @@ def run_tasks(
             f"data.decode_memory_gib: a task reads videos in processes of up to {memory_gib:g} GiB together, and no "
             f"node has more than {largest / 2**30:.1f} GiB for processes; lower it"
         )
-    remote = ray.remote(num_cpus=1, memory=memory or None, max_retries=MAX_RETRIES)(function)
+    remote = ray.remote(num_cpus=1, memory=memory, max_retries=MAX_RETRIES)(function)
     pending = deque(calls.items())
     running: dict[Any, int] = {}
     try:

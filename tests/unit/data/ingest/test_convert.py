@@ -26,7 +26,7 @@ class LocalTasks:
     def __init__(self):
         self.called, self.max_chunks = [], None
 
-    def __call__(self, function, calls):
+    def __call__(self, function, calls, memory_gib=0.0):
         for key, arguments in calls.items():
             if self.max_chunks is not None and self.called.count("convert_chunk") >= self.max_chunks:
                 raise KeyboardInterrupt

@@ -156,6 +156,17 @@ def test_quarantined_videos_are_decoded_again(tmp_path, video):
         retry_entries(DataConfig(), jsonl(tmp_path / "rows.jsonl", [{"id": "a"}]))
 
 
+def test_rows_that_the_model_cannot_take_stay_in_the_quarantine(tmp_path):
+    """Their videos can be decoded: that is not what is wrong with them."""
+    entry = {
+        "manifest": "m", "line": 3, "id": "a", "uri": "", "version": None, "stage": "process", "reason": "too long",
+        "attempts": 1, "split": "train",
+    }  # fmt: skip
+    result = retry_entries(DataConfig(), jsonl(tmp_path / "quarantine.jsonl", [entry]))
+    assert (result.readable, result.unreadable) == ([], 1)
+    assert json.loads(result.entries) == entry
+
+
 def test_waiting_rows_are_probed_again(tmp_path, video):
     rows = [clip("a", "clip.mp4"), clip("late", "late.mp4"), clip("gone", "gone.mp4")]
     target, settings = str(tmp_path / "out"), job(tmp_path, probe=True)

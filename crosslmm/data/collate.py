@@ -1,8 +1,8 @@
 """Collates samples into padded batches. The processor is passed in as a callable."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Sample:
     weight: float
     """Weight of its loss; 0 for rows that pad an epoch."""
     error: str | None
-    """Why its video is unreadable, or why the model cannot take the row; None if all is well."""
+    """Why its video is unreadable, or why no batch can be made of the row; None if all is well."""
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     """Quarantine entries of the unreadable rows at this position: those that were replaced, or this one."""
 
@@ -55,31 +55,34 @@ class ValidationBatch:
     """Category of each question."""
 
 
-def quarantine_unusable(
-    samples: Iterable[Sample], require_usable: Callable[[list[dict[str, Any]], list[np.ndarray]], None]
-) -> Iterator[Sample]:
-    """Yield the samples; one that the model cannot take gets an `error` and an entry in `quarantined`.
+Made = TypeVar("Made")
 
-    This is the one place for such errors: they come from the row, so a restart would meet them again.
 
-    Args:
-        samples: of one rank.
-        require_usable: takes messages and videos; raises any error if no batch can be made of them.
+def make_batch(samples: list[Sample], make: Callable[[list[Sample]], Made]) -> tuple[list[Sample], Made]:
+    """Return the samples, and the batch that `make` makes of them.
+
+    Whatever `make` raises for a sample belongs to that row, and a restart would meet it again: the row gets an `error`
+    and an entry in `quarantined`, so that it counts like an unreadable one. This is the only place for such errors.
     """
-    for sample in samples:
-        try:
-            if sample.error is None:
-                require_usable(sample.messages, sample.videos)
-        except MemoryError:  # the machine's, not the row's
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            reason = to_printable(reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}")[
-                :300
-            ]
-            entry = QuarantineEntry.from_row(vars(sample), "", VideoFailure(reason, "process"))
-            sample = replace(sample, error=reason, quarantined=[*sample.quarantined, entry.to_dict()])
-        yield sample
+    try:
+        return samples, make(samples)
+    except Exception:
+        samples = [sample if sample.error else _quarantined_if_bad(sample, make) for sample in samples]
+        return samples, make(samples)
+
+
+def _quarantined_if_bad(sample: Sample, make: Callable[[list[Sample]], Any]) -> Sample:
+    """Return the sample; with an error and a quarantine entry, if no batch can be made of it alone."""
+    try:
+        make([sample])
+        return sample
+    except MemoryError:  # the machine's, not the row's
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        reason = to_printable(text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:300]
+        entry = QuarantineEntry.from_row(vars(sample), "", VideoFailure(reason, "process"))
+        return replace(sample, error=reason, quarantined=[*sample.quarantined, entry.to_dict()])
 
 
 def micro_batches(

@@ -50,8 +50,6 @@ INDEX = pa.schema(
         "attempts": pa.int32(),
     }
 )
-NEVER_NULL = ("uri", "frames", "offset", "size", "attempts")
-"""Columns of `INDEX` that have a value in every row."""
 
 
 class BadFeatures(Exception):
@@ -169,10 +167,7 @@ class FeatureCache:
         return self.__dict__ | {"_shards": set()}
 
     def _read_index(self, name: str) -> pa.Table:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.folder, name)))).cast(INDEX)
-        if missing := [column for column in NEVER_NULL if table[column].null_count]:
-            raise ValueError(f"{name} has no {missing[0]} in some row")
-        return table
+        return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.folder, name)))).cast(INDEX)
 
     def find(self, uri: str) -> IndexEntry | None:
         """Return the latest index entry of a video, or None."""

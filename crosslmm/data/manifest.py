@@ -93,14 +93,14 @@ class Manifest:
         video and image parts, in the order of the conversation.
 
         Raises:
-            BadManifest: a prepared row names a video outside of the roots, or its messages are not JSON.
+            BadManifest: a prepared row names a video outside of the roots.
         """
         rows = self._table.take(pa.array(indices, pa.int64())).select(["id", "videos", "messages", "kind", "line"])
         return [
             row
             | {
                 "videos": [self._resolve(video, f"line {row['line']}") for video in row["videos"]],
-                "messages": self._messages(row),
+                "messages": json.loads(row["messages"]),
                 "manifest": self.uri,
             }
             for row in rows.to_pylist()
@@ -128,13 +128,6 @@ class Manifest:
             return resolve_video(video, self.roots)
         except ValueError as error:
             raise BadManifest(f"{self.uri}: {location}: {error}") from None
-
-    def _messages(self, row: dict[str, Any]) -> Any:
-        """Return a row's messages."""
-        try:
-            return json.loads(row["messages"])
-        except (ValueError, TypeError, RecursionError) as error:
-            raise BadManifest(f"{self.uri}: line {row['line']}: messages: {type(error).__name__}: {error}") from None
 
     def estimate_tokens(self, sampling: FrameSampling, tokens_per_frame: int) -> np.ndarray:
         """Estimate the tokens of each row without opening a video: float32 (rows,).

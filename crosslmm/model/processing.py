@@ -78,6 +78,7 @@ class CrossLMMProcessor(ProcessorMixin):
         weights: Sequence[float] | None = None,
         answer: bool = False,
         features: tuple[int, int] | None = None,
+        new_tokens: int = 1,
     ) -> BatchFeature:
         """Convert conversations to one padded batch.
 
@@ -89,6 +90,7 @@ class CrossLMMProcessor(ProcessorMixin):
             answer: for `generate`: append the start of the assistant's turn and pad on the left.
             features: (patches, width): `videos` holds encoded features instead, each uint16 (frames, patches,
                 width) with the bits of bfloat16.
+            new_tokens: with `answer`, how many tokens will be generated at most.
 
         Returns:
             `input_ids`, `attention_mask` (B, L), `pixel_values` (F, 3, H, W) uint8 or else `features` (F, P, D)
@@ -96,14 +98,15 @@ class CrossLMMProcessor(ProcessorMixin):
             `labels` (B, L) with -100 outside the assistant's answers.
 
         Raises:
-            ValueError: the numbers of video parts and videos differ, a video has no frames, or frames or features have
-                another dtype or shape.
+            ValueError: the numbers of video parts and videos differ, a video has no frames, frames or features have
+                another dtype or shape, or a conversation does not fit the decoder's context.
         """
         ids, labels, arrays = [], [], []
         for i, (conversation, sample_videos) in enumerate(zip(messages, videos, strict=True)):
             for video in sample_videos:
                 self._check(video, features)
             tokens, is_target = self._tokenize(conversation, [len(video) for video in sample_videos], answer)
+            self._check_length(len(tokens) + (new_tokens - 1) * answer)  # the last new token is not fed back
             dropped = weights is not None and weights[i] == 0
             ids.append(torch.tensor(tokens))
             labels.append(
@@ -135,38 +138,6 @@ class CrossLMMProcessor(ProcessorMixin):
         """Return the tokens of a conversation whose videos have `num_frames` frames each; `answer` as for a call."""
         return len(self._tokenize(conversation, num_frames, answer)[0])
 
-    def require_usable(
-        self,
-        conversation: list[dict[str, Any]],
-        videos: Sequence[np.ndarray],
-        features: tuple[int, int] | None = None,
-        new_tokens: int | None = None,
-    ) -> None:
-        """Check that a batch can be made of one conversation, and that the decoder's context holds it.
-
-        Args:
-            conversation: a training conversation.
-            videos: its videos; they and `features` are those of `__call__`.
-            new_tokens: if the last answer will also be generated, the most tokens of it.
-
-        Raises:
-            ValueError: the videos are not what `__call__` takes, or the conversation is too long.
-            Exception: whatever the chat template and the tokenizer raise for malformed messages.
-        """
-        for video in videos:
-            self._check(video, features)
-        frames = [len(video) for video in videos]
-        length = self.length(conversation, frames)
-        if new_tokens is not None:
-            last = max(i for i, message in enumerate(conversation) if message["role"] == "assistant")
-            prompt, _ = self._tokenize(conversation[:last], frames, answer=True)
-            length = max(length, len(prompt) + new_tokens - 1)  # the last token is never fed back
-        if length > self.max_length:
-            raise ValueError(
-                f"the conversation takes {length} positions, and the decoder has {self.max_length}: use less text, "
-                f"fewer frames or a larger pool_stride (now {self.tokens_per_frame} tokens/frame)"
-            )
-
     def _tokenize(
         self, conversation: list[dict[str, Any]], num_frames: Sequence[int], answer: bool
     ) -> tuple[list[int], list[int]]:
@@ -184,7 +155,7 @@ class CrossLMMProcessor(ProcessorMixin):
             tokens += [token] * repeats
             is_target += [target] * repeats
         if not answer and self.video_token_id not in tokens[self.max_length :]:
-            # Truncate long text rather than fail the run. Frames are never cut: the model raises an error.
+            # Truncate long text rather than lose the row. Frames are never cut.
             tokens, is_target = tokens[: self.max_length], is_target[: self.max_length]
         return tokens, is_target
 
@@ -241,6 +212,13 @@ class CrossLMMProcessor(ProcessorMixin):
         if backend.pre_tokenizer is not None:
             words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
         return [token.id for word in words for token in backend.model.tokenize(word)]
+
+    def _check_length(self, length: int) -> None:
+        if length > self.max_length:
+            raise ValueError(
+                f"the conversation takes {length} positions, and the decoder has {self.max_length}: use less text, "
+                f"fewer frames or a larger pool_stride (now {self.tokens_per_frame} tokens/frame)"
+            )
 
     def _check(self, video: np.ndarray, features: tuple[int, int] | None) -> None:
         side = self.image_size

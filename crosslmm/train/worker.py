@@ -26,12 +26,13 @@ import torch.distributed as dist
 from crosslmm import storage
 from crosslmm.config import to_yaml
 from crosslmm.data.collate import (
+    Made,
     Sample,
     collate,
     collate_for_validation,
+    make_batch,
     mask_unreadable,
     micro_batches,
-    quarantine_unusable,
 )
 from crosslmm.data.dataset import BlockLayout, prefetch, unpack_block
 from crosslmm.data.quarantine import ErrorBudget
@@ -209,8 +210,9 @@ class _WorkerCallbacks(loop.Callbacks):
     def validate(self) -> loop.Metrics:
         if self.job.validation_rows is None:
             return {}
-        samples = _samples(self.job, VALIDATION, self.job.validation_layout(dist.get_world_size()), self.processor)
-        batches = prefetch(samples, lambda s: collate_for_validation(s, self.process))
+        process = functools.partial(self.process, new_tokens=self.job.config.train.max_new_tokens)
+        layout = self.job.validation_layout(dist.get_world_size())
+        batches = _prefetched(self.job, VALIDATION, layout, lambda samples: collate_for_validation(samples, process))
         self._validation = loop.validate(self.job.config, self.model, self.processor, batches)
         return self._validation
 
@@ -254,25 +256,39 @@ def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: i
 
     layout = job.training_layout(first_step, dist.get_world_size())
     # Collates the next step while this one is trained on.
-    return prefetch(_samples(job, TRAIN, layout, processor), collate_step, depth=1)
+    return _prefetched(job, TRAIN, layout, collate_step, depth=1)
 
 
-def _samples(job: Job, name: str, layout: BlockLayout, processor: CrossLMMProcessor) -> Iterator[list[Sample]]:
-    """Yield this rank's samples, a step at a time; those that the model cannot take are marked as unreadable.
+def _prefetched(
+    job: Job, name: str, layout: BlockLayout, make: Callable[[list[Sample]], Made], depth: int = 2
+) -> Iterator[Made]:
+    """Yield what `make` makes of this rank's samples, a step at a time, and report the unreadable ones among them.
+
+    Raises:
+        TooManyUnreadable: see `ErrorBudget`.
+    """
+    budget = ErrorBudget(job.config.data.max_bad_share, job.config.data.bad_allowed)
+
+    def make_step(samples: list[Sample]) -> Made:
+        samples, made = make_batch(samples, make)
+        unreadable = [entry for sample in samples for entry in sample.quarantined]
+        for entry in unreadable:
+            job.events.post.remote("unreadable", {"split": name, **entry})
+        budget.record([sample.manifest for sample in samples], unreadable)
+        return made
+
+    return prefetch(_samples(job, name, layout), make_step, depth)
+
+
+def _samples(job: Job, name: str, layout: BlockLayout) -> Iterator[list[Sample]]:
+    """Yield this rank's samples, a step at a time.
 
     Raises:
         RuntimeError: the data delivers other samples than the run's order expects.
-        TooManyUnreadable: see `ErrorBudget`.
     """
-    rank, data = dist.get_rank(), job.config.data
-    budget = ErrorBudget(data.max_bad_share, data.bad_allowed)
+    rank = dist.get_rank()
     blocks = ray.train.get_dataset_shard(name).iter_batches(batch_size=1, prefetch_batches=2)
-    require_usable = functools.partial(
-        processor.require_usable,
-        features=(job.recipe.patches, job.recipe.width) if job.recipe else None,
-        new_tokens=job.config.train.max_new_tokens if name == VALIDATION else None,
-    )
-    stream = quarantine_unusable(itertools.chain.from_iterable(map(unpack_block, blocks)), require_usable)
+    stream = itertools.chain.from_iterable(map(unpack_block, blocks))
     for first in range(0, layout.steps * layout.samples_per_rank, layout.samples_per_rank):
         expected = layout.rank_positions(rank, first + np.arange(layout.samples_per_rank)).tolist()
         samples = list(itertools.islice(stream, layout.samples_per_rank))
@@ -280,8 +296,4 @@ def _samples(job: Job, name: str, layout: BlockLayout, processor: CrossLMMProces
             raise RuntimeError(
                 f"the data delivered positions {[s.position for s in samples]} of the run's order instead of {expected}"
             )
-        unreadable = [entry for sample in samples for entry in sample.quarantined]
-        for entry in unreadable:
-            job.events.post.remote("unreadable", {"split": name, **entry})
-        budget.record([sample.manifest for sample in samples], unreadable)
         yield samples

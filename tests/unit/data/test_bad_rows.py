@@ -1,16 +1,14 @@
 """A row of which no batch can be made is quarantined with its reason, and costs no other row."""
 
 import bisect
+import functools
 import json
 import re
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from crosslmm.data import manifest_shards
-from crosslmm.data.collate import Sample, collate, collate_for_validation, quarantine_unusable
-from crosslmm.data.manifest import BadManifest, Manifest
+from crosslmm.data.collate import Sample, collate, collate_for_validation, make_batch
 from crosslmm.data.quarantine import ErrorBudget, TooManyUnreadable
 from tests.support.common import conversation, random_frames
 
@@ -59,30 +57,31 @@ BAD_IN_VALIDATION = {
 }
 
 
-def require_usable(processor, new_tokens=None):
-    return lambda messages, videos: processor.require_usable(messages, videos, new_tokens=new_tokens)
-
-
 @pytest.mark.parametrize("kind", BAD)
-def test_an_unusable_row_is_quarantined_alone(processor, model, kind):
+def test_a_row_of_which_no_batch_can_be_made_is_quarantined_alone(processor, model, kind):
     messages, videos, reason = BAD[kind]
-    samples = list(quarantine_unusable([GOOD, sample(2, messages, videos), GOOD], require_usable(processor)))
+    samples, batch = make_batch([GOOD, sample(2, messages, videos), GOOD], training(processor))
     require_quarantined(samples, reason)
-    batch = collate(samples, processor)
     assert ((batch["labels"] != -100).sum(1) > 0).tolist() == [True, False, True]
     assert model(**batch).loss.isfinite()
 
 
 @pytest.mark.parametrize("kind", BAD | BAD_IN_VALIDATION)
-def test_an_unusable_row_of_validation_is_quarantined_alone(processor, model, kind):
+def test_a_row_of_validation_is_quarantined_alone(processor, model, kind):
     messages, videos, reason = (BAD | BAD_IN_VALIDATION)[kind]
-    check = require_usable(processor, NEW_TOKENS)
-    samples = list(quarantine_unusable([GOOD, sample(2, messages, videos), GOOD], check))
+    samples, batch = make_batch([GOOD, sample(2, messages, videos), GOOD], validation(processor))
     require_quarantined(samples, reason)
-    batch = collate_for_validation(samples, processor)
     assert batch.expected == ["red", None, "red"]
     assert model(**batch.inputs).loss.isfinite()
     assert len(model.generate(**batch.prompts, max_new_tokens=NEW_TOKENS, do_sample=False)) == 3
+
+
+def training(processor):
+    return functools.partial(collate, processor=processor)
+
+
+def validation(processor):
+    return functools.partial(collate_for_validation, processor=functools.partial(processor, new_tokens=NEW_TOKENS))
 
 
 def require_quarantined(samples, reason):
@@ -96,53 +95,52 @@ def require_quarantined(samples, reason):
 
 
 def test_long_text_is_truncated_and_not_refused(processor, model):
-    (long,) = quarantine_unusable([sample(2, conversation(LONG, "red", video=False))], require_usable(processor))
+    (long,), batch = make_batch([sample(2, conversation(LONG, "red", video=False))], training(processor))
     assert long.error is None
-    assert model(**collate([long], processor)).loss is not None
+    assert model(**batch).loss is not None
 
 
 def test_prompts_up_to_the_limit_are_generated_from(processor, model):
     """The longest prompt that is accepted leaves room for all new tokens."""
 
-    def row(count):
-        return sample(2, conversation("up " * count, "red", video=False))
+    def make(count):
+        row = sample(2, conversation("up " * count, "red", video=False))
+        (made,), batch = make_batch([row], validation(processor))
+        return made.error, batch
 
-    def is_refused(count):
-        (checked,) = quarantine_unusable([row(count)], require_usable(processor, NEW_TOKENS))
-        return checked.error is not None
-
-    longest = bisect.bisect_left(range(3000), True, key=is_refused) - 1
-    batch = collate_for_validation([row(longest)], processor)
-    assert 2048 - batch.prompts["input_ids"].shape[1] in (NEW_TOKENS - 1, NEW_TOKENS)
-    assert len(model.generate(**batch.prompts, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)) == 1
+    longest = bisect.bisect_left(range(3000), True, key=lambda count: make(count)[0] is not None) - 1
+    prompts = make(longest)[1].prompts
+    assert 2048 - prompts["input_ids"].shape[1] in (NEW_TOKENS - 1, NEW_TOKENS)
+    assert len(model.generate(**prompts, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)) == 1
 
 
-def test_known_unreadable_samples_are_not_checked_again(processor):
-    unreadable = Sample(0, "m", 1, "a", None, [], None, 1.0, "no such file", [{"reason": "no such file"}])
-    assert list(quarantine_unusable([unreadable], require_usable(processor))) == [unreadable]
+def test_good_samples_and_known_bad_ones_are_made_into_a_batch_once():
+    unreadable = Sample(0, "m", 1, "a", [], [], None, 1.0, "no such file", [{"reason": "no such file"}])
+    made = []
+    samples, batch = make_batch([GOOD, unreadable], lambda samples: made.append(samples) or "batch")
+    assert (samples, batch, made) == ([GOOD, unreadable], "batch", [[GOOD, unreadable]])
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 def test_errors_of_the_machine_are_not_the_rows(error):
-    def fail(messages, videos):
+    def fail(samples):
         raise error
 
     with pytest.raises(error):
-        list(quarantine_unusable([GOOD], fail))
+        make_batch([GOOD], fail)
 
 
-def test_unusable_rows_count_in_the_error_budget(processor):
-    rows = [sample(line, None) for line in range(1, 30)]
-    samples = list(quarantine_unusable(rows, require_usable(processor)))
+def test_an_error_that_comes_from_no_row_is_raised():
+    def fail(samples):
+        if len(samples) > 1:
+            raise RuntimeError("only together")
+
+    with pytest.raises(RuntimeError, match="only together"):
+        make_batch([GOOD, GOOD], fail)
+
+
+def test_bad_rows_count_in_the_error_budget(processor):
+    samples, _ = make_batch([sample(line, None) for line in range(1, 30)], training(processor))
     budget = ErrorBudget(max_share=0.1, allowed=20)
     with pytest.raises(TooManyUnreadable, match=r"rows\.jsonl: 29 .* 29 x process: "):
         budget.record([s.manifest for s in samples], [entry for s in samples for entry in s.quarantined])
-
-
-@pytest.mark.parametrize("messages", ["not JSON", "", "[" * 100_000])
-def test_messages_of_a_prepared_row_that_are_not_json_are_named(tmp_path, messages):
-    row = {"id": "a", "videos": [], "messages": messages, "kind": None, "line": 7, "chars": 2, "seconds": []}
-    table = pa.Table.from_pylist([row], manifest_shards.SCHEMA)
-    manifest_shards.seal(str(tmp_path), [manifest_shards.write_part(str(tmp_path), 0, table)], table, {})
-    with pytest.raises(BadManifest, match=r"line 7: messages: "):
-        Manifest(str(tmp_path)).take([0])

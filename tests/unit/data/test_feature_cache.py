@@ -362,11 +362,3 @@ def test_a_video_whose_features_cannot_be_stored_costs_no_other(tmp_path, dtype,
     cache = FeatureCache(folder)
     assert cache.find("b") == entries[1]
     assert cache.find("c").offset == entries[0].size
-
-
-@pytest.mark.parametrize("column", ["frames", "offset", "size"])
-def test_an_index_with_nulls_is_refused_when_it_is_opened(cached, column):
-    entry = IndexEntry("a.mp4", None, **{"frames": 1, "offset": 0, "size": 1} | {column: None})
-    write_index(cached, [entry])
-    with pytest.raises(BadConfig, match=rf"no features can be read there: index-\S+ has no {column} in some row"):
-        FeatureCache(cached)

@@ -120,8 +120,17 @@ def test_long_text_is_truncated_and_frames_are_not(processor):
     assert cut["input_ids"].shape == (1, 30) < full["input_ids"].shape
     assert torch.equal(cut["input_ids"], full["input_ids"][:, :30])
     assert torch.equal(cut["labels"], full["labels"][:, :30])
-    many = short([TALK], [[clip(20)]])
-    assert int((many["input_ids"] == processor.video_token_id).sum()) == 20 * PER_FRAME
+    with pytest.raises(ValueError, match="takes 136 positions, and the decoder has 30"):
+        short([TALK], [[clip(20)]])
+
+
+def test_a_prompt_leaves_room_for_new_tokens(processor):
+    short = type(processor)(processor.tokenizer, image_size=SIDE, tokens_per_frame=PER_FRAME, max_length=30)
+    prompt = [{"role": "user", "content": "up or down?"}]
+    length = short([prompt], [[]], answer=True)["input_ids"].shape[1]
+    short([prompt], [[]], answer=True, new_tokens=31 - length)
+    with pytest.raises(ValueError, match="takes 31 positions, and the decoder has 30"):
+        short([prompt], [[]], answer=True, new_tokens=32 - length)
 
 
 @pytest.mark.parametrize(

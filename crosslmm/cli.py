@@ -4,6 +4,8 @@ Also what an entry point does to its own process: logging, SIGTERM, one line for
 """
 
 import argparse
+import contextlib
+import io
 import itertools
 import shutil
 import signal
@@ -25,7 +27,7 @@ from jsonargparse import (  # type: ignore[attr-defined]
 from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, flatten, validate_run
 from crosslmm.progress import set_up_logging
-from crosslmm.text import one_line, redacted
+from crosslmm.text import one_line, one_printable_line, redacted
 
 PRESETS = resources.files("crosslmm") / "presets"
 
@@ -117,8 +119,13 @@ def parse_job(
     if any(argument in ("-h", "--help") for argument in argv):
         print_help(parser, everything="all" in argv, defaults=_preset_values(argv))
         raise SystemExit(0)
+    printed = io.StringIO()  # by --print_config, before any value is validated
     try:
-        values = parser.parse_args(argv).as_dict()
+        with contextlib.redirect_stdout(printed):
+            values = parser.parse_args(argv).as_dict()
+    except SystemExit:
+        sys.stdout.write(redacted(printed.getvalue()))
+        raise
     except ArgumentError as error:
         hint = "; --help all lists the keys" if "accept option" in str(error) or "unrecognized" in str(error) else ""
         raise BadConfig(one_line(str(error)) + hint) from error
@@ -181,7 +188,7 @@ def print_help(parser: ArgumentParser, everything: bool, defaults: dict[str, tup
     if not everything:
         hint = f"--help all explains all {keys} keys; --print_config prints the configuration as YAML."
         lines += ["", hint]
-    print("\n".join(lines))  # noqa: T201
+    print(redacted("\n".join(lines)))  # noqa: T201
 
 
 def _shown(action: argparse.Action, everything: bool) -> bool:
@@ -229,5 +236,10 @@ def start_job(run: str | None = None) -> None:
 
 def fail(error: Exception) -> NoReturn:
     """Print an error as one line and exit with 2: the request was refused."""
-    print(f"error: {redacted(one_line(str(error)))}", file=sys.stderr)  # noqa: T201
+    print_error(error)
     raise SystemExit(2)
+
+
+def print_error(error: object) -> None:
+    """Print an error as one line, without credentials and control characters."""
+    print(f"error: {one_printable_line(redacted(one_line(str(error))))}", file=sys.stderr)  # noqa: T201

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from crosslmm.text import USERINFO, one_line
+from crosslmm.text import holds_credentials, one_line
 
 
 class Role(enum.Enum):
@@ -308,6 +308,13 @@ class WatchdogConfig(Section):
     """Waiting for one checkpoint, or for the export at the end [s]."""
 
 
+CREDENTIALS = (
+    "holds credentials, which belong in the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (for a "
+    "database, its whole URI in MLFLOW_TRACKING_URI), or AWS_*; an @ that belongs to a path is written %40"
+)
+"""Why a setting is refused."""
+
+
 class RunConfig(Section):
     """The run."""
 
@@ -349,11 +356,8 @@ class RunConfig(Section):
         values["data"]["manifest"] = list(self.data.manifests)
         for key, value in flatten(values).items():
             for text in value if isinstance(value, list) else [value]:
-                if USERINFO.search(str(text)):
-                    raise ValueError(
-                        f"{key}: holds credentials, which belong in the environment: MLFLOW_TRACKING_USERNAME and "
-                        "MLFLOW_TRACKING_PASSWORD (for a database, its whole URI in MLFLOW_TRACKING_URI), or AWS_*"
-                    )
+                if holds_credentials(str(text)):
+                    raise ValueError(f"{key}: {CREDENTIALS}")
         return self
 
     @model_validator(mode="after")
@@ -398,6 +402,12 @@ class RunConfig(Section):
 
 class BadConfig(Exception):
     """A configuration that cannot be run. The message is one line: the key, and what it accepts."""
+
+
+def require_no_credentials(argument: str, uri: str | None) -> None:
+    """Raise BadConfig if the value of a job's own argument holds credentials."""
+    if uri and holds_credentials(uri):
+        raise BadConfig(f"{argument}: {CREDENTIALS}")
 
 
 def validate_run(values: dict[str, Any]) -> RunConfig:

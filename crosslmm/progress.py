@@ -6,15 +6,19 @@ that only imports the package keeps its own logging configuration.
 
 import logging
 import os
+import sys
 import time
+import traceback
 from types import TracebackType
 from typing import Any, Self
 
 import rich
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from crosslmm.config import BadConfig
+from crosslmm.text import one_printable_line, printable, redacted
 
 PLAIN_INTERVAL_S = 10.0
 """Interval between log lines about progress where the output is not a terminal [s]."""
@@ -22,6 +26,15 @@ PLAIN_WIDTH = 120
 """Width of tables that are written to a file or a pipe [characters]."""
 PLAIN_FORMAT = "%(asctime)s %(levelname)s run=%(run)s %(message)s"
 """Format of log lines that go to a file or a pipe; `rank` and `step` are further fields that a format can use."""
+
+
+class SafeFormatter(logging.Formatter):
+    """Formats log records without credentials and control characters. Further lines are indented, so that no text from
+    elsewhere looks like a record of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        return printable(redacted(super().format(record))).replace("\n", "\n    ")
 
 
 class _ConsoleHandler(logging.Handler):
@@ -51,7 +64,7 @@ class _RunFields(logging.Filter):
 
 
 def set_up_logging(run: str | None = None) -> None:
-    """Send the log of this package to the terminal; for entry points only.
+    """Send the log of this package to the terminal, and tracebacks without credentials; for entry points only.
 
     A terminal gets the bare messages, a file or pipe gets `PLAIN_FORMAT`. CROSSLMM_LOG_LEVEL (default INFO) and
     CROSSLMM_LOG_FORMAT (a `logging` format) override both.
@@ -66,9 +79,10 @@ def set_up_logging(run: str | None = None) -> None:
     rich.reconfigure(highlight=False, soft_wrap=True, **({"width": PLAIN_WIDTH} if plain else {}))
     handler = _ConsoleHandler()
     handler.setFormatter(
-        logging.Formatter(os.environ.get("CROSSLMM_LOG_FORMAT") or (PLAIN_FORMAT if plain else "%(message)s"))
+        SafeFormatter(os.environ.get("CROSSLMM_LOG_FORMAT") or (PLAIN_FORMAT if plain else "%(message)s"))
     )
     handler.addFilter(_RunFields(run))
+    sys.excepthook = _print_traceback
     log = logging.getLogger("crosslmm")
     log.handlers = [handler]
     log.propagate = False
@@ -76,6 +90,15 @@ def set_up_logging(run: str | None = None) -> None:
         log.setLevel(os.environ.get("CROSSLMM_LOG_LEVEL", "INFO").upper())
     except ValueError as error:
         raise BadConfig(f"CROSSLMM_LOG_LEVEL: {error}; it takes DEBUG, INFO, WARNING or ERROR") from error
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(printable(redacted("".join(traceback.format_exception(kind, error, trace)))))
+
+
+def cell(text: object) -> Text:
+    """Return a text for a table, exactly as it is: without markup, control characters and credentials."""
+    return Text(one_printable_line(redacted(str(text))))
 
 
 class Progress:

@@ -37,7 +37,7 @@ from typing import Any
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, to_yaml, tracking_uri
-from crosslmm.text import without_password
+from crosslmm.text import without_credentials
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -87,7 +87,7 @@ def begin_run(
     }
     run = first | (read_run(folder) if has_run(folder) else {})
     # A resume may use another MLflow server. Its password, if the URI has one, is never written.
-    tracking = config.tracking.model_copy(update={"uri": without_password(tracking_uri(config.tracking))})
+    tracking = config.tracking.model_copy(update={"uri": without_credentials(tracking_uri(config.tracking))})
     run |= {"order": order, "tracking": tracking.model_dump(), "status": None, "end_time": None, "lineage": None}
     if not storage.exists(storage.join(folder, CONFIG_FILE)):
         storage.write_bytes(storage.join(folder, CONFIG_FILE), to_yaml(config).encode())

@@ -34,13 +34,15 @@ def main() -> None:
     from rich.table import Table
 
     from crosslmm import storage
-    from crosslmm.config import TrackingConfig
+    from crosslmm.config import TrackingConfig, require_no_credentials
     from crosslmm.data.manifest import BadManifest, Manifest
     from crosslmm.inference.answerer import score
+    from crosslmm.progress import cell
     from crosslmm.tracking import ask, load_registered, quiet_mlflow
 
     quiet_mlflow()
     try:
+        require_no_credentials("--tracking_uri", arguments.tracking_uri)
         manifest = Manifest(arguments.manifest, arguments.roots) if arguments.manifest else None
         tracking = TrackingConfig(uri=arguments.tracking_uri)
         model = load_registered(arguments.model, tracking, manifest.roots if manifest else ())
@@ -51,11 +53,11 @@ def main() -> None:
                 print(conversation.ask(question), flush=True)
             return
         result = score(functools.partial(ask, model), manifest)
-    except (BadManifest, MlflowException, ValueError, OSError) as error:
+    except (BadConfig, BadManifest, MlflowException, ValueError, OSError) as error:
         fail(error)
-    table = Table("kind", "exact match", title=f"{arguments.model} on {arguments.manifest}")
+    table = Table("kind", "exact match", title=cell(f"{arguments.model} on {arguments.manifest}"))
     for kind, accuracy in [*result.accuracy_by_kind.items(), ("all", result.accuracy)]:
-        table.add_row(kind, f"{accuracy:.3f}")
+        table.add_row(cell(kind), f"{accuracy:.3f}")
     rich.get_console().print(table)
     accuracies = {"accuracy": result.accuracy, "accuracy_by_kind": result.accuracy_by_kind}
     print(json.dumps({**accuracies, "asked": result.predictions}))

@@ -21,9 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from crosslmm import storage
-from crosslmm.cli import fail
+from crosslmm.cli import fail, print_error
 from crosslmm.config import BadConfig
 from crosslmm.progress import set_up_logging
+from crosslmm.text import one_printable_line
 from crosslmm.train import checkpoint_store
 
 
@@ -40,7 +41,9 @@ def list_checkpoints(run: str, as_json: bool) -> int:
         return 0
     table = Table("step", "sealed", "workers", "size", "validation")
     for one in sealed:
-        metrics = "\n".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in one.metrics.items())
+        metrics = "\n".join(
+            f"{one_printable_line(name.removeprefix('validation/'))} {value:.4g}" for name, value in one.metrics.items()
+        )
         sealed_at = datetime.fromtimestamp(one.sealed_at).strftime("%Y-%m-%d %H:%M:%S")
         table.add_row(f"{one.step:,}", sealed_at, str(one.world_size), decimal(one.size), Text(metrics))
     rich.get_console().print(table)
@@ -104,7 +107,7 @@ def main() -> int:
     except (BadConfig, storage.BadLocation) as error:
         fail(error)
     except OSError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print_error(error)
         return 1
 
 

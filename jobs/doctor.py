@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING
 
 import rich
 from rich.table import Table
-from rich.text import Text
 
 from crosslmm.cli import fail, parse_run
 from crosslmm.config import BadConfig
-from crosslmm.progress import set_up_logging
-from crosslmm.text import redacted
+from crosslmm.progress import cell, set_up_logging
 
 if TYPE_CHECKING:
     from crosslmm.preflight.findings import Finding
@@ -64,8 +62,8 @@ def _table(findings: "list[Finding]") -> Table:
         table.add_column(column, overflow="fold")
     for finding in findings:
         status = "ok" if finding.ok else "FAIL"
-        row = (status, finding.name, finding.node, redacted(finding.message), finding.remedy)
-        table.add_row(*map(Text, row), style=None if finding.ok else "bold red")
+        row = (status, finding.name, finding.node, finding.message, finding.remedy)
+        table.add_row(*map(cell, row), style=None if finding.ok else "bold red")
     return table
 
 

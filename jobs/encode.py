@@ -18,7 +18,7 @@ import sys
 
 from jsonargparse import ArgumentParser
 
-from crosslmm.cli import fail, parse_job, start_job
+from crosslmm.cli import fail, parse_job, print_error, start_job
 from crosslmm.config import BadConfig
 
 
@@ -46,7 +46,7 @@ def main() -> int:
         print("stopped; the same command resumes where it stopped", file=sys.stderr)
         return 130
     except (EncodingFailed, Unavailable) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     print(json.dumps(dataclasses.asdict(result)))
     return 0

@@ -13,7 +13,7 @@ bad request.
 
 import sys
 
-from crosslmm.cli import fail, start_job
+from crosslmm.cli import fail, print_error, start_job
 from crosslmm.config import BadConfig
 from crosslmm.data.ingest.commands import parse
 
@@ -39,7 +39,7 @@ def main() -> int:
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
     except (IngestError, TooManyUnreadable, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print_error(error)
         return 1
     print(line)
     return status

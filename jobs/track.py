@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from crosslmm import run_folder
-from crosslmm.cli import fail
-from crosslmm.config import BadConfig, TrackingConfig
+from crosslmm.cli import fail, print_error
+from crosslmm.config import BadConfig, TrackingConfig, require_no_credentials
+from crosslmm.progress import cell, set_up_logging
 from crosslmm.storage import BadLocation
-from crosslmm.text import one_line
 
 
 def replay(args: argparse.Namespace) -> int:
@@ -39,13 +39,14 @@ def replay(args: argparse.Namespace) -> int:
         try:
             done = tracking.replay(folder, args.uri)
         except Exception as error:  # go on: the next run may have another server or artifact store
-            table.add_row(name, "", "", "not delivered", "")
-            errors.append(f"error: {name}: {one_line(str(error))}")
+            row = (name, "", "", "not delivered", "")
+            errors.append(f"{name}: {error}")
         else:
-            table.add_row(name, done.run_id, f"{done.points:,}", done.status or "not ended", done.model_uri or "")
+            row = (name, done.run_id, f"{done.points:,}", done.status or "not ended", done.model_uri or "")
+        table.add_row(*map(cell, row))
     _console().print(table)
     for line in errors:
-        print(line, file=sys.stderr)
+        print_error(line)
     return int(bool(errors))
 
 
@@ -62,7 +63,8 @@ def prune(args: argparse.Namespace) -> int:
     for one in decisions:
         days = f"{(time.time() - one.tree.ended) / 86400:.1f}"
         counts = [f"{len(one.tree.runs) - 1:,}", f"{len(one.tree.versions):,}"]
-        table.add_row(one.tree.name, one.tree.run_id, days, *counts, "remove" if one.remove else "keep", one.reason)
+        row = (one.tree.name, one.tree.run_id, days, *counts, "remove" if one.remove else "keep", one.reason)
+        table.add_row(*map(cell, row))
     console.print(table)
     trees = [one.tree for one in decisions if one.remove]
     if args.delete != "true":
@@ -72,7 +74,7 @@ def prune(args: argparse.Namespace) -> int:
     for tree in trees:
         done = retention.remove(tree)
         removed += done
-        console.print(f"{tree.name} {'is removed' if done else 'is kept: it is in use again'}", markup=False)
+        console.print(cell(f"{tree.name} {'is removed' if done else 'is kept: it is in use again'}"))
     console.print(f"{removed} of {len(decisions)} removed; `mlflow gc` deletes their rows in MLflow's database")
     return 0
 
@@ -85,11 +87,13 @@ def main() -> int:
     """Parse the arguments and run the command."""
     args = _parser().parse_args()
     try:
+        set_up_logging()
+        require_no_credentials("--tracking.uri", args.uri)
         return replay(args) if args.command == "replay" else prune(args)
     except (BadConfig, BadLocation) as error:
         fail(error)
     except OSError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        print_error(error)
         return 1
 
 

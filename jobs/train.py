@@ -16,9 +16,8 @@ import json
 import os
 import sys
 
-from crosslmm.cli import fail, parse_run, start_job
+from crosslmm.cli import fail, parse_run, print_error, start_job
 from crosslmm.config import BadConfig
-from crosslmm.text import redacted
 
 
 def main() -> int:
@@ -48,7 +47,7 @@ def main() -> int:
         ray.shutdown()
         os._exit(130)
     except (TrainingFailed, OSError) as error:  # OSError: the store is down when the driver itself needs it
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        print_error(error)
         return 1
     print(json.dumps(dataclasses.asdict(result)))
     return 0

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from crosslmm.cli import fail, parse_job, start_job
+from crosslmm.cli import fail, parse_job, print_error, start_job
 from crosslmm.config import BadConfig
 
 SPACES = Path(__file__).parent.parent / "tune_spaces"
@@ -63,7 +63,7 @@ def main() -> int:
         print("stopped; the same --name continues the sweep", file=sys.stderr)
         return 130
     except (SweepFailed, EncodingFailed, Unavailable) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     print(json.dumps(dataclasses.asdict(result)))
     return 0

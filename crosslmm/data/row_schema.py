@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from crosslmm import storage
 from crosslmm.data import formats
 from crosslmm.data.frame_sampling import split_time_range
+from crosslmm.text import redacted
 
 
 class _Strict(BaseModel):
@@ -140,7 +141,7 @@ def parse_rows(
                 raise ValueError(f"id {record['id']!r} is also on line {earlier}")
             records.append(record)
         except (ValueError, TypeError, RecursionError) as error:  # JSON from outside can have any shape
-            malformed.append((line, _one_line(error)))
+            malformed.append((line, redacted(_one_line(error))))
     return records, malformed
 
 

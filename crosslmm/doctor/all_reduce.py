@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crosslmm import ray_runtime
 from crosslmm.preflight.findings import Finding, format_bytes, nodes_label
+from crosslmm.text import in_brief
 from crosslmm.train.distributed.rendezvous import Meeting
 
 DURATION_S = 2.0
@@ -120,7 +121,7 @@ def _findings(tasks: dict[Any, str], all_nodes: str, backend: str) -> list[Findi
         except GetTimeoutError:
             failures.append(Finding("all-reduce", node, False, f"{backend} did not finish", NETWORK_REMEDY))
         except RayError as error:
-            message = f"{backend}: {str(error).strip().splitlines()[-1][:300]}"
+            message = f"{backend}: {in_brief(str(error).strip().splitlines()[-1])}"
             failures.append(Finding("all-reduce", node, False, message, NETWORK_REMEDY))
     message = f"{backend}, {format_bytes(min(rates, default=0))}/s per node"
     return failures or [Finding("all-reduce", all_nodes, True, message)]

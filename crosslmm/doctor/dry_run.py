@@ -12,6 +12,7 @@ from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.encode.recipe import open_features
 from crosslmm.preflight import hardware, placement
 from crosslmm.preflight.findings import Finding
+from crosslmm.text import in_brief
 from crosslmm.train import launcher
 from crosslmm.train.job import Job
 from crosslmm.train.run import build_job
@@ -90,7 +91,7 @@ def _fit(job: Job, timeout_s: float) -> str:
             launcher.fit(job)
             results.append("")
         except Exception as error:
-            results.append(" ".join(str(error).split())[:500])
+            results.append(in_brief(error, 500))
 
     thread = threading.Thread(target=run, name="dry run", daemon=True)
     thread.start()

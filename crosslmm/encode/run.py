@@ -31,6 +31,7 @@ from crosslmm.model.vision_encoder import digest
 from crosslmm.planning import cost
 from crosslmm.preflight import hardware, placement
 from crosslmm.preflight.resolve import require_durable, resolve_config
+from crosslmm.text import in_brief
 
 log = logging.getLogger(__name__)
 
@@ -215,4 +216,4 @@ def _first_cause(error: BaseException) -> str:
     cause = error
     while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
         cause = inner
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+    return f"{type(cause).__name__}: {in_brief(cause, 500)}"

@@ -20,6 +20,7 @@ from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.processing import CrossLMMProcessor, tiny_tokenizer
 from crosslmm.model.vision_encoder import build_vision_encoder
 from crosslmm.model.weights_source import CONFIG, TOKENIZER, WEIGHTS, WeightsSource
+from crosslmm.text import in_brief
 
 
 def build_config(config: ModelConfig, video_token_id: int | None = None) -> CrossLMMConfig:
@@ -62,7 +63,7 @@ def _published_config(part: str, uri: str, revision: str | None) -> dict[str, An
         with WeightsSource(uri, revision).local(CONFIG) as arguments:
             published = AutoConfig.from_pretrained(**arguments, trust_remote_code=False)
     except Exception as error:  # a broken file can make its reader raise anything
-        raise BadConfig(f"model.{part}_weights: {uri} cannot be read: {_first_line(error)}") from error
+        raise BadConfig(f"model.{part}_weights: {uri} cannot be read: {in_brief(error)}") from error
     return (
         published.vision_config if part == "vision" and hasattr(published, "vision_config") else published
     ).to_dict()
@@ -83,7 +84,7 @@ def build_processor(config: ModelConfig) -> CrossLMMProcessor:
             with WeightsSource(config.tokenizer, config.language_revision).local(TOKENIZER) as arguments:
                 tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=False)
         except Exception as error:  # a broken file can make its reader raise anything
-            raise BadConfig(f"model.tokenizer: {config.tokenizer} cannot be loaded: {_first_line(error)}") from error
+            raise BadConfig(f"model.tokenizer: {config.tokenizer} cannot be loaded: {in_brief(error)}") from error
     processor = CrossLMMProcessor(
         tokenizer,
         image_size=model.vision_config.image_size,
@@ -121,7 +122,7 @@ def build_model(
     try:
         model = CrossLMMForConditionalGeneration(model_config)
     except (ValueError, ImportError) as error:  # flash-attn may not be installed
-        raise BadConfig(f"model: {_first_line(error)}") from error
+        raise BadConfig(f"model: {in_brief(error)}") from error
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     if not config.vision_weights:
@@ -206,8 +207,4 @@ def _load_weights(key: str, part: nn.Module, auto_class: Any, source: WeightsSou
                 )
         part.load_state_dict({k: pretrained[k] for k in expected.keys() & pretrained.keys()}, strict=False)
     except Exception as error:  # a broken file can make its reader raise anything
-        raise BadConfig(f"{key}: {source.uri} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        raise BadConfig(f"{key}: {source.uri} cannot be loaded: {in_brief(error)}") from error

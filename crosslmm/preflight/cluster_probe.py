@@ -15,7 +15,7 @@ from crosslmm.config import RunConfig, tracking_uri
 from crosslmm.data.manifest import Manifest
 from crosslmm.model.loading import build_config
 from crosslmm.preflight import node_probe
-from crosslmm.text import without_password
+from crosslmm.text import holds_credentials, in_brief
 
 PROBE_TIMEOUT_S = 60.0
 """Deadline for a node's report, the start of its worker process included [s]."""
@@ -103,7 +103,7 @@ def node_fields(name: str, node: Mapping[str, Any], request: Mapping[str, Any]) 
 
 def _last_line(error: Exception) -> str:
     """Return the last line of a task's error, whose text is a traceback."""
-    return str(error).strip().splitlines()[-1].strip()[:300]
+    return in_brief(str(error).strip().splitlines()[-1])
 
 
 def probe_request(
@@ -123,7 +123,7 @@ def probe_request(
             videos += row["videos"]
     # The environment of a node may not name the MLflow server, so the driver's URI is sent, unless it holds a password.
     uri = tracking_uri(config.tracking)
-    if uri == without_password(uri):
+    if not holds_credentials(uri):
         config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
     return {
         "config": config.model_dump(mode="json"),

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from crosslmm.text import in_brief
+
 Report = Mapping[str, Any]
 """Report of one node: the result of `node_probe.probe_node`, `sent_at` and `received_at`."""
 Reports = Mapping[str, Report]
@@ -177,7 +179,7 @@ def node_checks(reports: Reports) -> list[Finding]:
     for node, report in reports.items():
         for name, error, message in report["checks"]:
             remedy = remedy_of(name, error) if error else ""
-            by_check.setdefault(name, []).append(Finding(name, node, not error, message, remedy))
+            by_check.setdefault(name, []).append(Finding(name, node, not error, in_brief(message), remedy))
     findings = []
     for name, results in by_check.items():
         failures = [finding for finding in results if not finding.ok]

@@ -149,7 +149,7 @@ def _run_check(name: str, check: Check | None) -> CheckResult | None:
     try:
         return name, "", check()
     except Exception as error:
-        message = " ".join(str(error).split())[:300]
+        message = " ".join(str(error).split())  # the driver shortens it, after credentials are removed
         kind = "PermissionError" if getattr(error, "errno", 0) in PERMISSION_ERRNOS else type(error).__name__
         if "refuses" in message and name == "MLflow":
             kind = "refuses"
@@ -236,7 +236,7 @@ def _mlflow(request: dict[str, Any]) -> Check | None:
         return None
 
     from crosslmm.config import TrackingConfig, tracking_uri
-    from crosslmm.text import without_password
+    from crosslmm.text import redacted
     from crosslmm.tracking.client import quiet_mlflow, require_answer
 
     quiet_mlflow()  # changes only this process, which is the probe's own
@@ -248,7 +248,7 @@ def _mlflow(request: dict[str, Any]) -> Check | None:
                 "MLFLOW_TRACKING_URI is not set here; the driver's holds a password, and is not sent to other nodes"
             )
         require_answer(config)
-        return f"{without_password(tracking_uri(config))} answers"
+        return f"{redacted(tracking_uri(config))} answers"
 
     return check
 

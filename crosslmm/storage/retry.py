@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from crosslmm.text import in_brief
+
 SCHEMES = ("file", "s3")
 
 
@@ -162,13 +164,13 @@ def classified_errors(uri: str) -> Iterator[None]:
         yield
     except Exception as error:
         remote = scheme_of(uri) == "s3"
-        kind, message = type(error).__name__, " ".join(str(error).split())
+        kind, message = type(error).__name__, in_brief(error, 1000)
         if remote and isinstance(error, FileNotFoundError):
             _require_bucket(uri)
             raise FileNotFoundError(f"{uri}: no such object") from error
         if remote and (isinstance(error, PermissionError) or kind == "NoCredentialsError"):
             raise PermissionError(f"{uri}: permission denied; check AWS_* or the machine's role") from error
-        if remote and kind == "ParamValidationError":
+        if remote and (kind == "ParamValidationError" or message.startswith("Invalid endpoint")):
             raise BadLocation(f"{uri}: {message[:100]}") from error
         if isinstance(error, OSError) and (error.errno in NO_SPACE_ERRNOS or http_status(error) == OUT_OF_SPACE):
             raise OSError(error.errno, f"no space left for {uri}; free some, or write elsewhere") from error
@@ -211,4 +213,4 @@ def _require_bucket(uri: str) -> None:
     except PermissionError:
         pass  # it may exist and not be listed
     except Exception as error:
-        raise Unavailable(f"{uri}: {type(error).__name__}: {error}") from error
+        raise Unavailable(f"{uri}: {type(error).__name__}: {in_brief(error)}") from error

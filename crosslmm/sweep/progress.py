@@ -11,10 +11,12 @@ from rich import box
 from rich.live import Live
 from rich.table import Table
 
+from crosslmm.progress import cell
 from crosslmm.sweep import trials
 from crosslmm.sweep.figures import quantity
 from crosslmm.sweep.search import Search
 from crosslmm.sweep.trials import Rung, State, Trial
+from crosslmm.text import in_brief
 from crosslmm.tracking import MlflowRun
 
 log = logging.getLogger(__name__)
@@ -101,9 +103,7 @@ class SweepProgress(Callback):
         sweep_trial.state = "failed"
         if sweep_trial.error is None:
             cause = trial.get_pickled_error()
-            sweep_trial.error = (
-                f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}" if cause else "its process died"
-            )
+            sweep_trial.error = f"{type(cause).__name__}: {in_brief(cause, 500)}" if cause else "its process died"
         self._end(sweep_trial)
 
     def worker_seconds(self) -> float:
@@ -131,7 +131,7 @@ class SweepProgress(Callback):
                 *((str(last.step), f"{last.loss:.3f}", f"{last.accuracy:.3f}") if last else ("", "", "")),
                 f"{trial.seconds:.0f}",
                 trial.state,
-                _point(trial),
+                cell(_point(trial)),
                 style=STYLE[trial.state],
             )
         return table

@@ -17,6 +17,7 @@ from crosslmm.sweep import trials as selection
 from crosslmm.sweep.figures import number, quantity, tokens
 from crosslmm.sweep.paper import ABSENT
 from crosslmm.sweep.trials import Point, Trial
+from crosslmm.text import printable, redacted
 
 MAX_REASONS = 10
 """Number of different reasons for rejection that the page lists at most."""
@@ -216,7 +217,7 @@ def duration(seconds: float) -> str:
 
 
 def _text(value: object) -> str:
-    return html.escape(str(value))
+    return html.escape(printable(redacted(str(value))))
 
 
 REPRODUCE_NOTE = """Add the arguments of the configuration; <code>sweep.json</code> in the sweep's folder and the

@@ -29,6 +29,7 @@ from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import Space, changes_features, distribution, grid, is_grid
 from crosslmm.sweep.trials import Trial
 from crosslmm.sweep.tuner import SweepFailed, max_concurrent_trials, run_trials
+from crosslmm.text import holds_credentials, redacted
 from crosslmm.tracking import MlflowRun
 
 log = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ def _trial_base(config: RunConfig, folder: str, features: str | None, record: Ml
     data = config.data.model_copy(update={"features": features})
     # A URI with credentials came from the environment, and trials take it from theirs.
     uri = tracking_uri(config.tracking)
-    tracking = config.tracking.model_copy(update={"uri": uri if uri == record.uri else None})
+    tracking = config.tracking.model_copy(update={"uri": None if holds_credentials(uri) else uri})
     return config.model_copy(update={"data": data, "storage": folder, "tracking": tracking})
 
 
@@ -254,7 +255,7 @@ def _report(
         record.log_file(page)
     if search.rejected:
         lines = [json.dumps({"point": point, "reason": reason}) + "\n" for point, reason in search.rejected]
-        record.log_text("left_out.jsonl", "".join(lines))
+        record.log_text("left_out.jsonl", redacted("".join(lines)))
     return storage.join(folder, run_folder.REPORT_FILE)
 
 

@@ -19,6 +19,7 @@ from crosslmm.sweep.search import Search, prefill
 from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import apply
 from crosslmm.sweep.trials import Rung, Trial
+from crosslmm.text import in_brief
 from crosslmm.tracking import quiet_mlflow
 from crosslmm.train.run import TrialContext, run_training
 
@@ -142,7 +143,7 @@ def _trainable(base: RunConfig, total_steps: int) -> Callable[[dict[str, Any]], 
         try:
             result = run_training(config, TrialContext(trial.run_id, report, trial.last.step if trial.last else 0))
         except Exception as error:
-            tune.report({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"})
+            tune.report({"error": f"{type(error).__name__}: {in_brief(error, 500)}"})
             raise
         return {"finished": True, "train_s": result.train_s}
 

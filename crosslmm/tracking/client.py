@@ -10,7 +10,8 @@ from mlflow.exceptions import InvalidUrlException, MlflowException
 from mlflow.tracking import MlflowClient
 
 from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
-from crosslmm.text import without_password
+from crosslmm.progress import SafeFormatter
+from crosslmm.text import in_brief, redacted
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,10 @@ def quiet_mlflow() -> None:
     a server is down, and this package retries itself; the one retry that stays is for stale connections. Variables that
     the environment already sets keep their values.
     """
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    mlflow_log = logging.getLogger("mlflow")
+    mlflow_log.setLevel(logging.WARNING)
+    for handler in mlflow_log.handlers:
+        handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # While the server is down, MLflow's monitor would report only that machine metrics were lost.
     logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # logs a line for each retry
@@ -57,7 +61,7 @@ def require_answer(tracking: TrackingConfig) -> None:
     try:
         MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:
-        raise BadConfig(f"tracking.uri: {describe_failure(without_password(uri), error)}") from error
+        raise BadConfig(f"tracking.uri: {describe_failure(redacted(uri), error)}") from error
 
 
 def refuses(error: BaseException) -> bool:
@@ -68,9 +72,14 @@ def refuses(error: BaseException) -> bool:
     return isinstance(error, BadConfig)
 
 
+def refuses_item(error: MlflowException) -> bool:
+    """Return whether the server refuses what a call contains, such as a name with a character that it does not take."""
+    return bool(error.error_code == "INVALID_PARAMETER_VALUE")
+
+
 def describe_failure(uri: str, error: Exception | None) -> str:
     """Return a failed call in one line: "http://... does not answer". `error` is None for a call still waiting."""
-    message = " ".join(str(error).split())[:300]
+    message = in_brief(error)
     if isinstance(error, BadConfig):
         return message
     if error and refuses(error):
@@ -90,7 +99,7 @@ class RetryingClient:
     """
 
     def __init__(self, uri: str, retry_s: float = RETRY_S) -> None:
-        self._uri, self._client, self._retry_s = without_password(uri), MlflowClient(uri), retry_s
+        self._uri, self._client, self._retry_s = redacted(uri), MlflowClient(uri), retry_s
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._client, name)

@@ -23,6 +23,7 @@ from crosslmm.data.quarantine import TooManyUnreadable
 from crosslmm.preflight import hardware, placement
 from crosslmm.ray_runtime import QUIET_ENVIRONMENT, worker_group_errors
 from crosslmm.run_folder import RAY_FOLDER
+from crosslmm.text import in_brief
 from crosslmm.train import checkpoint_store, worker
 from crosslmm.train.distributed.rendezvous import PrivateTorchConfig
 from crosslmm.train.job import TRAIN, VALIDATION, DeferredDatasets, Job, placeholder_dataset
@@ -152,7 +153,7 @@ def _root_cause(error: Exception) -> tuple[Exception, str]:
     cause = failures[rank]
     if isinstance(cause, (WORKER_DIED, RayActorError)):
         return cause, f"{where}its process ended: it was killed, ran out of memory, or its node is gone"
-    return cause, f"{where}{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+    return cause, f"{where}{type(cause).__name__}: {in_brief(cause, 500)}"
 
 
 def _trainer(job: Job) -> TorchTrainer:

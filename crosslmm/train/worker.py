@@ -40,6 +40,7 @@ from crosslmm.encode.recipe import require_encoder
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.run_folder import MODEL_CONFIG_FILE, MODEL_FOLDER, NON_FINITE_FOLDER
+from crosslmm.text import in_brief
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.checkpoint import Saver
 from crosslmm.train.distributed.collectives import broadcast_json, gather_json
@@ -169,7 +170,7 @@ class StopListener:
             return result
         except Exception as error:
             if what not in self._failing and not self._closed.is_set():
-                log.warning("cannot check for a %s: %s; trying again", what, " ".join(str(error).split())[:200])
+                log.warning("cannot check for a %s: %s; trying again", what, in_brief(error, 200))
             self._failing.add(what)
             return False
 

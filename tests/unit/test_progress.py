@@ -1,12 +1,14 @@
+import io
 import logging
 
 import pytest
 import rich
 from rich.console import Console
+from rich.table import Table
 
 from crosslmm.cli import start_job
 from crosslmm.config import BadConfig
-from crosslmm.progress import Progress, set_up_logging
+from crosslmm.progress import Progress, cell, set_up_logging
 
 log = logging.getLogger("crosslmm.test")
 
@@ -26,6 +28,17 @@ def test_plain_log_lines_carry_level_and_run(output):
     set_up_logging("first-try")
     log.info("a [bold]message[/bold] of %s", "a module")
     assert "INFO run=first-try a [bold]message[/bold] of a module" in output()
+
+
+def test_a_cell_of_a_table_shows_any_text_as_it_is():
+    table = Table(title=cell("[/title]"))
+    table.add_row(cell("[/x] [red]a\x1b[2J\nb"), cell("http://user:s3cr3t/x@host:5000/a"))
+    console = Console(width=100, file=io.StringIO())
+    console.print(table)
+    printed = console.file.getvalue()
+    assert "[/title]" in printed
+    assert r"[/x] [red]a\x1b[2J\nb" in printed
+    assert "http://***@host:5000/a" in printed
 
 
 def test_a_log_format_can_use_rank_and_step(output, monkeypatch):

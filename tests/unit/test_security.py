@@ -5,11 +5,15 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from mlflow.store.db.utils import create_sqlalchemy_engine
+from mlflow.tracking import MlflowClient
 
 from crosslmm import storage
 from crosslmm.cli import fail, parse_run
@@ -17,12 +21,14 @@ from crosslmm.config import BadConfig, DataConfig, TrackingConfig
 from crosslmm.data import dataset, manifest_shards
 from crosslmm.data.dataset import BlockLayout, ReadSamples, unpack_block
 from crosslmm.data.manifest import BadManifest, Manifest, Rows
+from crosslmm.data.row_schema import parse_rows
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.data.video.decode import VideoFailure, decode_video
 from crosslmm.model.loading import build_model
 from crosslmm.run_folder import begin_run
-from crosslmm.tracking import BackgroundSync, MlflowRun
+from crosslmm.text import redacted
+from crosslmm.tracking import BackgroundSync, MlflowRun, require_answer
 from tests.support.common import ROOT, conversation
 
 SIDE = 32
@@ -276,6 +282,9 @@ def test_every_loader_says_that_foreign_code_does_not_run():
         f'--data.roots=["s3://bucket", "s3://key:{SECRET}@bucket"]',
         f"--model.vision_weights=s3://key:{SECRET}@bucket/weights",
         f"--model.init_from=s3://key:{SECRET}@bucket/model",
+        "--tracking.uri=http://user:5000/s3cr3t@host",
+        "--tracking.uri=postgresql://host/db?user=me&password=s3cr3t",
+        "--data.manifest=https://host/rows.jsonl?X-Amz-Signature=s3cr3t",
     ],
 )
 def test_credentials_in_a_configuration_are_refused(argument, capsys):
@@ -285,12 +294,28 @@ def test_credentials_in_a_configuration_are_refused(argument, capsys):
     with pytest.raises(SystemExit):
         fail(raised.value)
     assert "s3cr3t" not in str(raised.value) + "".join(capsys.readouterr())
+    for shows in ("--print_config", "--help"):  # before anything is validated
+        with pytest.raises(SystemExit):
+            parse_run([argument, shows], "test")
+        assert "s3cr3t" not in "".join(capsys.readouterr())
+
+
+def test_a_presigned_address_in_a_row_is_refused_without_its_signature():
+    """The reasons of malformed rows are printed, and stored with a prepared manifest."""
+    video = "https://bucket.s3.amazonaws.com/a.mp4?X-Amz-Credential=AKs3cr3t&X-Amz-Signature=s3cr3t"
+    for odd in (video, "ftp://user:s3cr3t/x@host/a.mp4"):
+        _, ((line, reason),) = parse_rows([(1, row("a", odd))], ["/data"])
+        assert line == 1
+        assert "only local paths" in reason
+        assert "s3cr3t" not in reason
+    assert odd.partition("@")[2] in reason
 
 
 def test_a_place_without_credentials_is_no_matter(tmp_path):
     for uri in (
         "http://host:5000",
-        "http://host:5000/a@b",
+        "http://host/a@b",
+        "http://host:5000/a%40b",
         "sqlite:////data/a@b.db",
         "s3://bucket/a@b",
         "https://h/a:b@c",
@@ -301,16 +326,122 @@ def test_a_place_without_credentials_is_no_matter(tmp_path):
     assert "s3cr3t" not in str(raised.value)
 
 
-def test_password_from_the_environment_is_not_shown(monkeypatch, capsys):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@127.0.0.1:9")
+def test_a_configuration_file_s_credentials_are_not_in_the_help(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(f"tracking: {{uri: 'http://user:{SECRET}@host:5000'}}")
+    with pytest.raises(SystemExit):
+        parse_run([f"--config={tmp_path}/run.yaml", "--help"], "test")
+    printed = capsys.readouterr().out
+    assert "http://***@host:5000" in printed
+    assert "s3cr3t" not in printed
+
+
+CANARIES = ["s3cr3t/with+slash", "p@s3cr3t", "p:s3cr3t", "p#s3cr3t", "p?s3cr3t", "12/s3cr3t", "p%2Fs3cr3t", "s3cr3t"]
+
+
+@pytest.mark.parametrize("password", CANARIES)
+def test_password_from_the_environment_is_not_shown(password, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://localhost:{password}@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     record = MlflowRun(TrackingConfig(), "0" * 32)
     assert record.uri == "http://***@127.0.0.1:9"
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(Exception, match=r"127\.0\.0\.1") as raised:
-        record.log_values({"x": 1.0}, {})
-    with pytest.raises(SystemExit):
-        fail(raised.value)
-    assert "s3cr3t" not in record.uri + capsys.readouterr().err
+    record.client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    for call in (lambda: record.log_values({"x": 1.0}, {}), lambda: require_answer(TrackingConfig())):
+        with pytest.raises(Exception, match=r"127|port|URL|host|refuses|answer") as raised:
+            call()
+        with pytest.raises(SystemExit):
+            fail(raised.value)
+    assert "s3cr3t" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("password", CANARIES)
+def test_no_file_and_no_line_of_a_run_shows_the_tracking_server_s_password(password, tmp_path):
+    """In processes of their own, as a person would see it: a run whose server is away, its replay, and a bug."""
+    script = """if True:
+        import sys
+        from crosslmm import run_folder, tracking
+        from crosslmm.cli import parse_run, start_job
+        start_job("x")
+        tracking.quiet_mlflow()
+        folder, config = sys.argv[1], parse_run(["--name=x"], "")
+        run_folder.begin_run(config, folder, {}, [])
+        tracking.BackgroundSync(folder, config.tracking, tracking.SyncTimeouts(start_s=5, end_s=1)).finish("FINISHED")
+    """
+    uri = f"http://localhost:{password}@127.0.0.1:9"  # a parser may take the user for the host
+    environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "COLUMNS": "500"}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 250}
+    ran = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], **options)
+    replay = [sys.executable, "jobs/track.py", "replay", "--storage", str(tmp_path)]
+    told = subprocess.run(replay, **options)
+    assert json.loads((tmp_path / "x" / "run.json").read_text())["tracking"]["uri"] == "http://127.0.0.1:9"
+    assert told.returncode == 1
+    assert "127.0.0.1:9" in told.stderr
+    for printed in (ran.stdout, ran.stderr, told.stdout, told.stderr):
+        assert "s3cr3t" not in printed
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"s3cr3t" in path.read_bytes()]
+
+
+def test_credentials_in_a_job_s_own_argument_are_refused():
+    uri = f"http://user:{SECRET}@host:5000"
+    for job, argument in (("track.py replay --storage x", "--tracking.uri"), ("answer.py --video x", "--tracking_uri")):
+        command = [sys.executable, *f"jobs/{job}".split(), f"{argument}={uri}"]
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert refused.stderr.startswith(f"error: {argument}: holds credentials, which belong in the environment")
+        assert "s3cr3t" not in refused.stderr + refused.stdout
+
+
+def test_a_database_s_password_is_not_shown(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg://user:p@s3cr3t-canary@127.0.0.1:9/mlflow")
+    with pytest.raises(Exception, match="s3cr3t-canary") as raised:
+        create_sqlalchemy_engine(os.environ["MLFLOW_TRACKING_URI"]).connect()
+    # SQLAlchemy takes what follows the first @ for the host, and names it.
+    assert "s3cr3t" not in redacted(str(raised.value))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AWS_ENDPOINT_URL", "http://user:s3cr3t/x@127.0.0.1:9"),
+        ("HTTPS_PROXY", "http://user:s3cr3t%2Fx@127.0.0.1:9"),
+        ("HTTPS_PROXY", "http://tok3n-s3cr3t-0123@127.0.0.1:9"),
+    ],
+)
+def test_the_store_s_errors_do_not_show_the_password_of_an_endpoint_or_proxy(variable, value, tmp_path, monkeypatch):
+    """Such an error is the reason of a row in the run's list of unreadable samples, which MLflow gets too."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv(variable, value)
+    with storage.retrying(storage.NO_RETRIES), pytest.raises((OSError, ValueError)) as raised:
+        storage.read_bytes("s3://bucket/x")
+    assert "s3://bucket/x" in str(raised.value)
+    assert "s3cr3t" not in str(raised.value)
+
+
+def test_logs_and_tracebacks_hold_no_credentials_and_obey_nobody(tmp_path):
+    script = r"""if True:
+        import logging
+        from crosslmm.cli import start_job
+        start_job("x")
+        uri = "http://user:s3cr3t/x@host:5000/path"
+        log = logging.getLogger("crosslmm.test")
+        log.warning("left out: %s", "a\x1b[31m\n2026-01-01 00:00:00,000 INFO run=x forged")
+        try:
+            raise OSError(f"no {uri}")
+        except OSError:
+            log.exception("cannot reach %s", uri)
+        raise ValueError(f"a bug in {uri} \x1b]0;title\x07")
+    """
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert "s3cr3t" not in ran.stdout + ran.stderr
+    assert "\x1b" not in ran.stdout + ran.stderr
+    assert "cannot reach http://***@host:5000/path" in ran.stdout
+    assert "OSError: no http://***@host:5000/path" in ran.stdout
+    assert ran.stderr.splitlines()[-1] == r"ValueError: a bug in http://***@host:5000/path \x1b]0;title\x07"
+    assert not [line for line in ran.stdout.splitlines() if line.startswith("2026-01-01")]
 
 
 def test_no_file_of_a_run_holds_credentials(tmp_path, monkeypatch):

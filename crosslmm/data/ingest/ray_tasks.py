@@ -8,6 +8,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from crosslmm.ray_runtime import start_ray
+from crosslmm.text import in_brief
 
 MAX_RETRIES = 3
 """How often Ray retries a task whose worker process died."""
@@ -59,7 +60,7 @@ def run_tasks(
                 except RayTaskError as error:
                     raise error.cause from None
                 except RayError as error:
-                    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    reason = f"{type(error).__name__}: {in_brief(error)}"
                     raise IngestError(f"a worker died {MAX_RETRIES + 1} times on chunk {key}: {reason}") from error
                 yield key, result
     finally:

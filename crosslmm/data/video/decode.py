@@ -16,6 +16,7 @@ from crosslmm.data.video.backends import with_decord, with_torchcodec
 from crosslmm.data.video.image import IMAGE_SIGNATURES, decode_image
 from crosslmm.data.video.probe import Probe, probe, probe_image
 from crosslmm.data.video.pyav import UnreadableVideo, with_pyav
+from crosslmm.text import redacted
 
 BACKENDS: dict[str, Any] = {
     "auto": with_pyav,  # measured by `python -m benchmarks.decoders`
@@ -165,4 +166,4 @@ def _detect_format(file: BinaryIO, max_bytes: int) -> str:
 
 def _printable(error: Exception) -> str:
     # The message may quote the file's content: ascii() keeps it to one line without escape sequences.
-    return ascii(str(error))[1:-1][:200]
+    return ascii(redacted(str(error)))[1:-1][:200]

@@ -1,11 +1,15 @@
 import html
+import io
 import re
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from optuna.distributions import CategoricalDistribution
+from rich.console import Console
 
 from crosslmm.sweep import figures, paper
+from crosslmm.sweep.progress import SweepProgress
 from crosslmm.sweep.report import duration, headline, write
 from crosslmm.sweep.run import reproduce_command
 from crosslmm.sweep.settings import SweepSettings
@@ -36,6 +40,27 @@ def test_joint_space_gets_every_plot(tmp_path):
     assert order == sorted(order)
     assert len(order) == 6
     assert "Table 2" not in text
+
+
+def test_text_from_elsewhere_is_shown_as_it_is(tmp_path):
+    """Markup, control characters, halves of surrogate pairs (bytes of a file's name), and a password."""
+    error = "OSError: \x1b[31m \ud800 <script>alert(1)</script> [/bold] \u202e http://user:s3cr3t/x@host:5000/y"
+    trials = [sweeps.trial(0, state="failed", steps=0, error=error), sweeps.trial(1)]
+    rejected = [({STRIDE: 1}, error)]
+    body, _ = page(tmp_path, JOINT, trials, name="a<b>\x00", rejected=rejected)
+    assert (
+        body.count(r"\x1b[31m \ud800 &lt;script&gt;alert(1)&lt;/script&gt; [/bold] \u202e http://***@host:5000/y") == 3
+    )
+    assert not {"\x1b", "\x00", "\u202e"} & set(body)
+    assert "<script>alert" not in body
+
+
+def test_a_point_is_no_markup_of_the_terminal(tmp_path):
+    point = {"model.vision_weights": "s3://bucket/[/x][red]", "model.tokenizer": "\x1b[2J"}
+    search = SimpleNamespace(trials=[sweeps.trial(point=point)], by_id={})
+    console = Console(width=200, file=io.StringIO())
+    console.print(SweepProgress(str(tmp_path), search, None, 4, 1).table())
+    assert r"vision_weights s3://bucket/[/x][red]  tokenizer \x1b[2J" in console.file.getvalue()
 
 
 def test_headline_names_the_best_and_the_knee():

@@ -5,6 +5,7 @@ A field's docstring is the text of `--help`. Its role (`Role`) says what may hap
 
 import enum
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -221,14 +222,22 @@ class TrackingConfig(Section):
 
     uri: str | None = setting(None, FREE, NOT_SEARCHED)
     """MLflow tracking URI; null takes MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
-    experiment: str = setting("crosslmm", FREE, NOT_SEARCHED)
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] = setting("crosslmm", FREE, NOT_SEARCHED)
     """MLflow experiment."""
     artifacts: str | None = setting(None, FREE, NOT_SEARCHED)
     """Artifact location of a new experiment (path or s3:// URI); null takes MLflow's default."""
-    registered_model: str = setting("crosslmm", FREE, NOT_SEARCHED)
-    """Name in the model registry."""
-    alias: str = setting("candidate", FREE, NOT_SEARCHED)
-    """Alias of the newly registered version."""
+    registered_model: Annotated[str, Field(pattern=r"^[^/:\s][^/:]*$", max_length=200)] = setting(
+        "crosslmm", FREE, NOT_SEARCHED
+    )
+    """Name in the model registry; no slash and no colon."""
+    alias: Annotated[str, Field(pattern=r"^[\w-]+$", max_length=200)] = setting("candidate", FREE, NOT_SEARCHED)
+    """Alias of the newly registered version: letters, digits, _ and -; neither `latest` nor v and a number."""
+
+    @model_validator(mode="after")
+    def _alias_is_not_reserved(self) -> "TrackingConfig":
+        if re.fullmatch(r"latest|v\d+", self.alias, re.IGNORECASE):
+            raise ValueError(f"alias: {self.alias} is a name that MLflow reserves; take another")
+        return self
 
 
 class NodeType(Section):
@@ -330,7 +339,9 @@ class RunConfig(Section):
     """Hardware and placement."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """Time limits of a rank's phases."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = setting(None, FREE, NOT_SEARCHED)
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] | None = setting(
+        None, FREE, NOT_SEARCHED
+    )
     """Name of the run; the same name resumes it. Null takes the date and time."""
     storage: str = setting("runs", FREE, NOT_SEARCHED)
     """Folder of all runs (path or s3:// URI); every node must reach it."""

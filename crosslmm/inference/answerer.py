@@ -240,7 +240,7 @@ class Score:
     accuracy: float
     """Share of rows whose greedy answer equals the expected one."""
     accuracy_by_kind: dict[str, float]
-    """The same for each `kind` of row."""
+    """The same for each `kind` of row; rows without one count only towards `accuracy`."""
     predictions: list[tuple[str, str, str | None, str]]
     """(video, question, answer, expected answer) of every row; no answer where there was an error."""
 
@@ -278,10 +278,12 @@ def score(predict: Predict, manifest: Manifest, batch_size: int = 16) -> Score:
             raise ValueError(f"{manifest.uri}: no row could be answered; {first}")
         log.warning("%d of %d rows could not be answered and do not count; %s", len(failed), len(rows), first)
     matches_by_kind: dict[str, list[bool]] = defaultdict(list)
+    matches: list[bool] = []
     for row, (answer, error), right in zip(rows, results, expected, strict=True):
         if not error:
-            matches_by_kind[row["kind"] or "all"].append(answer == right)
-    matches = [match for of_kind in matches_by_kind.values() for match in of_kind]
+            matches.append(answer == right)
+            if row["kind"] is not None:
+                matches_by_kind[row["kind"]].append(answer == right)
     return Score(
         accuracy=sum(matches) / len(matches),
         accuracy_by_kind={kind: sum(m) / len(m) for kind, m in sorted(matches_by_kind.items())},

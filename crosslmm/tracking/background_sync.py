@@ -87,11 +87,12 @@ class BackgroundSync:
         self.run_id: str | None = None
         self.model_uri: str | None = None
         self._changed = threading.Condition()
-        """Guards the fields up to `_error`."""
+        """Guards the fields up to `_registration_failed`."""
         self._state = State.CONNECTING
         self._waiting: list[StepRecord] = []
         self._run = read_run(folder)  # run.json; its status is set once the run has ended
         self._error: BaseException | None = None
+        self._registration_failed = False
         self._file = threading.Lock()
         """Held while run.json is written."""
         self._sync: RunSync | None = None
@@ -176,12 +177,12 @@ class BackgroundSync:
         return describe_failure(self.uri, error)
 
     def _wait(self, timeout_s: float) -> None:
-        """Wait for a final state; the registration of a model does not count towards the timeout [s]."""
+        """Wait for a final state; the first attempt to register a model does not count towards the timeout [s]."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while self._state not in FINAL and time.monotonic() < deadline:
                 self._changed.wait(min(self.timeouts.retry_s, max(0.0, deadline - time.monotonic())))
-                if self._state is State.REGISTERING:
+                if self._state is State.REGISTERING and not self._registration_failed:
                     deadline = time.monotonic() + timeout_s
 
     def _save_waiting_steps(self) -> None:
@@ -248,7 +249,8 @@ class BackgroundSync:
         if self._run["run_id"] != sync.run_id:
             self._run["run_id"] = sync.run_id
             self._write_run()
-        sync.client.update_run(sync.run_id, status="RUNNING")
+        if self._run["status"] is None:
+            sync.client.update_run(sync.run_id, status="RUNNING")
         with self._changed:
             steps = list(self._waiting)
         sync.log_history(steps)
@@ -262,6 +264,7 @@ class BackgroundSync:
             self._error = error
             self._sync = None  # a replay may run meanwhile: look up again which steps MLflow has
             refused_at_end = self._run["status"] is not None and refuses(error)
+            self._registration_failed |= self._state is State.REGISTERING
             was_connected = self._state in (State.LIVE, State.REGISTERING)
             self._move(State.GIVEN_UP if refused_at_end else State.OFFLINE)
             if was_connected:

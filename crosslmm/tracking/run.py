@@ -1,8 +1,10 @@
 """An MLflow run: find it by its key or create it, and write to it."""
 
 import json
+import logging
 import time
 import uuid
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,11 +16,17 @@ from mlflow.tracking import MlflowClient
 from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, TrackingConfig, flatten, tracking_uri
 from crosslmm.run_folder import git_revision
-from crosslmm.text import redacted
-from crosslmm.tracking.client import RetryingClient
+from crosslmm.text import in_brief, printable, redacted, safe_name
+from crosslmm.tracking.client import RetryingClient, refuses_item
+
+log = logging.getLogger(__name__)
 
 KEY, CREATED = "crosslmm.key", "crosslmm.made"
 """Tags: the run's unique key; the time at which the MLflow run was created for it [unix time, ns]."""
+BATCH_SIZES = {"metrics": 1000, "params": 100, "tags": 100}
+"""Most items that MLflow accepts in one call."""
+ORIGINAL_NAME = "original_name/"
+"""Prefix of the tags that say what a metric or parameter is called where MLflow does not accept its name."""
 
 
 class MlflowRun:
@@ -39,6 +47,8 @@ class MlflowRun:
         # The registry and the models' loader read the process-wide setting.
         mlflow.set_tracking_uri(uri)
         self.client: Any = RetryingClient(uri)
+        self._renamed: set[str] = set()
+        self._refused: set[tuple[str, str]] = set()
 
     @classmethod
     def create(cls, tracking: TrackingConfig, name: str, source: str, parent: str | None = None) -> Self:
@@ -51,10 +61,10 @@ class MlflowRun:
 
     def log_params(self, values: dict[str, Any]) -> None:
         """Log nested values as dotted parameters. Existing ones keep their values: MLflow cannot change them."""
-        known = self.client.get_run(self.run_id).data.params
-        items = [Param(key, str(value)[:6000]) for key, value in flatten(values).items() if key not in known]
-        for i in range(0, len(items), 100):
-            self.client.log_batch(self.run_id, params=items[i : i + 100])
+        known, flat = self.client.get_run(self.run_id).data.params, flatten(values)
+        names = self.names_of(flat)
+        items = [Param(names[key], printable(str(value))[:6000]) for key, value in flat.items()]
+        self.send("params", [item for item in items if item.key not in known])
 
     def log_config(self, config: RunConfig) -> None:
         """Log a configuration as parameters."""
@@ -62,12 +72,49 @@ class MlflowRun:
 
     def log_values(self, metrics: dict[str, float], tags: dict[str, str]) -> None:
         """Log metrics that belong to no step, and tags."""
-        now = int(time.time() * 1000)
-        self.client.log_batch(
-            self.run_id,
-            metrics=[Metric(key, value, now, 0) for key, value in metrics.items()],
-            tags=[RunTag(key, value[:5000]) for key, value in tags.items()],
-        )
+        now, names = int(time.time() * 1000), self.names_of(metrics)
+        self.send("metrics", [Metric(names[key], value, now, 0) for key, value in metrics.items()])
+        self.send("tags", [RunTag(key, value[:5000]) for key, value in tags.items()])
+
+    def names_of(self, originals: Iterable[str]) -> dict[str, str]:
+        """Return the name under which MLflow keeps each metric or parameter. A tag of the run keeps the original of
+        those that are called otherwise."""
+        names = {original: safe_name(original) for original in originals}
+        new = {name: original for original, name in names.items() if name != original and name not in self._renamed}
+        self.send("tags", [RunTag(f"{ORIGINAL_NAME}{name}", printable(new[name])[:5000]) for name in new])
+        self._renamed |= new.keys()
+        return names
+
+    def send(self, field: str, items: Sequence[Metric | Param | RunTag]) -> None:
+        """Log metrics, params or tags. One that MLflow refuses would be refused again: it is left out, and said so
+        once, and the others are sent.
+
+        Args:
+            field: metrics, params or tags.
+            items: any number of them.
+        """
+        items = [item for item in items if (field, item.key) not in self._refused]
+        for i in range(0, len(items), BATCH_SIZES[field]):
+            self._send_batch(field, items[i : i + BATCH_SIZES[field]])
+
+    def _send_batch(self, field: str, items: Sequence[Metric | Param | RunTag]) -> None:
+        try:
+            self.client.log_batch(self.run_id, **{field: items})
+        except MlflowException as error:
+            if not refuses_item(error):
+                raise
+            find_run(self.client, self.run_id)  # a run that was deleted refuses everything
+            if len(items) > 1:
+                middle = len(items) // 2
+                self._send_batch(field, items[:middle])
+                self._send_batch(field, items[middle:])
+            elif (field, items[0].key) not in self._refused:
+                self._refused.add((field, items[0].key))
+                self.leave_out(f"{field} {items[0].key}", error)
+
+    def leave_out(self, what: str, error: MlflowException) -> None:
+        """Log that something is missing in the MLflow run."""
+        log.warning("record: %s refuses %s, which is left out: %s", self.uri, what, in_brief(error))
 
     def log_text(self, name: str, text: str) -> None:
         """Write a text as an artifact."""

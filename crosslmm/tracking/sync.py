@@ -16,15 +16,13 @@ from mlflow.tracking import MlflowClient
 from crosslmm import storage
 from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
 from crosslmm.run_folder import CONFIG_FILE, MODEL_FOLDER, QUARANTINE_FILE, RUN_FILE, StepRecord, read_run, steps_after
-from crosslmm.text import redacted
-from crosslmm.tracking.client import describe_failure, refuses
+from crosslmm.text import redacted, without_credentials
+from crosslmm.tracking.client import describe_failure, refuses, refuses_item
 from crosslmm.tracking.registry import register
-from crosslmm.tracking.run import MlflowRun, find_or_create, find_run, loggable
+from crosslmm.tracking.run import BATCH_SIZES, MlflowRun, find_or_create, find_run, loggable
 
 REGISTERED = "crosslmm.inference.pyfunc"
 """Tag: end time of the run whose model is registered."""
-MAX_METRICS = 1000
-"""Most metrics that MLflow accepts in one call."""
 
 
 class RunSync(MlflowRun):
@@ -64,9 +62,14 @@ class RunSync(MlflowRun):
             source=json.dumps({"uri": uri}),
             profile=json.dumps({"num_rows": rows, "sha256": digest}),
         )
-        self.client.log_inputs(
-            self.run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
-        )
+        try:
+            self.client.log_inputs(
+                self.run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
+            )
+        except MlflowException as error:
+            if not refuses_item(error):
+                raise
+            self.leave_out(f"input {uri}", error)
 
     def log(self, steps: Iterable[StepRecord]) -> int:
         """Send the metrics of steps that MLflow does not have, in order; return the number of points.
@@ -80,16 +83,15 @@ class RunSync(MlflowRun):
                 new.setdefault(step[0], step)
         pending = [new[number] for number in sorted(new)]
         # All metrics of a step in one call, the loss last: its history shows which steps are complete.
-        steps_per_call = max(1, MAX_METRICS // max((len(values) for _, _, values in pending), default=1))
-        sent = 0
+        steps_per_call = max(1, BATCH_SIZES["metrics"] // max((len(values) for _, _, values in pending), default=1))
+        names, sent = self.names_of(dict.fromkeys(name for _, _, values in pending for name in values)), 0
         for i in range(0, len(pending), steps_per_call):
             points = [
-                Metric(name, values[name], int(when * 1000), number)
+                Metric(names[name], values[name], int(when * 1000), number)
                 for number, when, values in pending[i : i + steps_per_call]
                 for name in sorted(values, key="loss".__eq__)
             ]
-            for j in range(0, len(points), MAX_METRICS):
-                self.client.log_batch(self.run_id, metrics=points[j : j + MAX_METRICS])
+            self.send("metrics", points)
             self.last_step = pending[i : i + steps_per_call][-1][0]
             sent += len(points)
         return sent
@@ -143,7 +145,8 @@ def replay(folder: str, uri: str | None = None) -> Delivered:
 
     Args:
         folder: the run's folder.
-        uri: the MLflow server; None for the one in the run's configuration.
+        uri: the MLflow server; None for the one that the run was given. Its user and password, which the folder does
+            not have, are those in MLFLOW_TRACKING_URI, if it names the same server.
 
     Raises:
         BadConfig: the server refuses, or the MLflow run was deleted.
@@ -153,7 +156,9 @@ def replay(folder: str, uri: str | None = None) -> Delivered:
     if "key" not in run:
         raise BadConfig(f"{folder}: its {RUN_FILE} was written by an earlier version; resume the run once")
     tracking = TrackingConfig(**run["tracking"])
-    tracking = tracking.model_copy(update={"uri": uri or tracking.uri})
+    own = tracking_uri(TrackingConfig())
+    uri = uri or (own if without_credentials(own) == tracking.uri else tracking.uri)
+    tracking = tracking.model_copy(update={"uri": uri})
     try:
         sync = RunSync(folder, run, tracking)
         points = sync.log_history()

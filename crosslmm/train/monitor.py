@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 """Pause between two reads of the event channel [s]."""
+MAX_KINDS = 20
+"""Kinds of questions whose accuracy a log line names at most."""
 SETTLE_S = 10.0
 """How long a validation's report waits for its metrics to be in the MLflow record [s]."""
 
@@ -181,8 +183,13 @@ def _key(entry: dict[str, Any]) -> tuple[str, str, int]:
 
 def _validation_line(step: int, metrics: dict[str, float]) -> str:
     prefix = "validation/accuracy/"
-    kinds = "  ".join(f"{k.removeprefix(prefix)} {v:.2f}" for k, v in metrics.items() if k.startswith(prefix))
-    return (
-        f"step {step}  validation loss {metrics['validation/loss']:.3f}  "
-        f"accuracy {metrics['validation/accuracy']:.3f}  {kinds}"
+    kinds = [f"{name.removeprefix(prefix)} {value:.2f}" for name, value in metrics.items() if name.startswith(prefix)]
+    more = [f"and {len(kinds) - MAX_KINDS} more kinds"] if len(kinds) > MAX_KINDS else []
+    return "  ".join(
+        [
+            f"step {step}  validation loss {metrics['validation/loss']:.3f}",
+            f"accuracy {metrics['validation/accuracy']:.3f}",
+            *kinds[:MAX_KINDS],
+            *more,
+        ]
     )

@@ -28,8 +28,23 @@ def test_score_counts_exact_matches_by_kind(tmp_path):
     result = score(predict, write_manifest(tmp_path / "rows.jsonl", rows), batch_size=2)
     assert batches == [2, 1]
     assert result.accuracy == pytest.approx(2 / 3)
-    assert result.accuracy_by_kind == {"all": 1.0, "colour": 0.5}
+    assert result.accuracy_by_kind == {"colour": 0.5}
     assert result.predictions[1] == (f"{tmp_path}/b.mp4", "Which colour?", "red", "blue")
+
+
+def test_a_kind_is_not_mixed_up_with_rows_without_one(tmp_path):
+    rows = [
+        {
+            "id": f"kind {kind}",
+            "video": "a.mp4",
+            "messages": conversation("What?", "red" if kind else "blue"),
+            "kind": kind,
+        }
+        for kind in ("all", "", None)
+    ]
+    result = score(lambda videos, questions: ["red"] * len(videos), write_manifest(tmp_path / "rows.jsonl", rows))
+    assert result.accuracy_by_kind == {"": 0.0, "all": 1.0}
+    assert result.accuracy == pytest.approx(1 / 3)
 
 
 def test_score_refuses_a_manifest_without_videos(tmp_path):

@@ -19,6 +19,7 @@ from mlflow.tracking import MlflowClient
 from crosslmm import run_folder, tracking
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig
+from crosslmm.text import safe_name
 from tests.support.common import ROOT
 
 pytestmark = pytest.mark.fault
@@ -286,6 +287,20 @@ def test_resume_after_a_killed_driver_has_each_step_once(server, client, begin, 
     run.log(steps(3, 4, 5, began=2e9))
     run.finish("FINISHED")
     assert recorded(client, run.run_id) == [*times(1, 2, 3, 4), *times(5, began=2e9)]
+
+
+def test_kinds_of_questions_that_are_no_names_reach_the_server(server, client, begin):
+    kinds = ["what?", "OCR & text", "", "x" * 300, "../loss", "\x1b[31m\n", "हिन्दी"]
+    run, folder, messages = begin("kinds")
+    values = {f"validation/accuracy/{kind}": float(i) for i, kind in enumerate(kinds)}
+    run.log([(1, 1e9 + 1, {"loss": 1.0} | values)])
+    run.finish("FINISHED")
+    assert run.delivered
+    assert not messages
+    data = client.get_run(run.run_id).data
+    assert {name: data.metrics[safe_name(name)] for name in values} == values
+    assert data.tags[f"original_name/{safe_name('validation/accuracy/what?')}"] == "validation/accuracy/what?"
+    assert tracking.replay(str(folder)).points == 0
 
 
 def test_replays_during_a_run_repeat_no_step(server, client, begin):

@@ -130,6 +130,15 @@ def test_a_failed_report_does_not_lose_later_reports(tmp_path, caplog):
     assert "the validation after step 1 could not be reported; the run goes on" in caplog.messages
 
 
+def test_a_validation_names_its_kinds_but_not_hundreds(tmp_path, caplog):
+    kinds = {f"validation/accuracy/{kind}": 0.5 for kind in ("what?", "a\nb", *range(100))}
+    with caplog.at_level(logging.INFO), monitor(tmp_path, None, None, [("step", (2, 2.0, VALIDATED | kinds))]):
+        pass
+    (line,) = [line for line in caplog.messages if "validation loss" in line]
+    assert "what? 0.50  a\nb 0.50  0 0.50" in line
+    assert line.endswith("17 0.50  and 82 more kinds")
+
+
 def test_workers_log_records_keep_level_rank_and_step(tmp_path, caplog):
     with monitor(tmp_path, None, None, [("log", (logging.ERROR, "100% of a step", 1, 7))]):
         pass

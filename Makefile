@@ -8,7 +8,7 @@ PROGRESS = sed --unbuffered --quiet --regexp-extended \
 	's/^ *Downloading (.*\/)?([^-]+)-([^-]+)-[^ ]+ \(([0-9]{2,}\.[0-9]+ MB|[0-9.]+ GB)\).*/    downloading \2 \3 (\4)/p; \
 	s/^Installing collected.*/    unpacking all packages/p; /^ERROR/p'
 
-.PHONY: demo sweep test faults cluster images gpu lint audit format ui clean
+.PHONY: demo sweep test attack faults cluster images gpu lint audit format ui clean
 .DEFAULT_GOAL := demo
 
 .venv/.complete: pyproject.toml constraints.txt
@@ -33,6 +33,10 @@ WANTED = -m 'not fault and not cluster and not image and not gpu'
 test: .venv/.complete
 	$(BIN)/python -m pytest $(WANTED) --ignore tests/jobs --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest $(WANTED) tests/jobs
+
+# Ten minutes of fuzzed files, among others.
+attack: .venv/.complete
+	CROSSLMM_FUZZ_SECONDS=600 $(BIN)/python -m pytest -m attack
 
 # Takes more than an hour.
 faults: .venv/.complete

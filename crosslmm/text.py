@@ -9,6 +9,8 @@ import os
 import re
 from urllib.parse import quote, unquote
 
+from pydantic import ValidationError
+
 _PARAMETER = re.compile(
     r"""((?:(?<=[?&;])(?:sig|key|auth|pass)
         |password|passwd|passphrase|pwd|secret|token|signature|credential|api[_-]?key|access[_-]?key(?:[_-]?id)?)
@@ -162,3 +164,14 @@ def one_line(text: str) -> str:
         .replace(".;", ";")
         .replace(" ;", ";")
     )
+
+
+def first_error(error: Exception) -> str:
+    """Return why foreign data is malformed: the first of pydantic's errors, or the text of another one. It is one line
+    of up to 300 characters without escape sequences or credentials, since it quotes the data."""
+    if not isinstance(error, ValidationError):
+        return in_brief(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return in_brief(f"{key}: {message}" if key else message)

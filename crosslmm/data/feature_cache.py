@@ -17,23 +17,27 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from crosslmm import storage
 from crosslmm.config import BadConfig
 from crosslmm.data.feature_format import FORMAT, DType, FeatureRecipe, from_bf16, pack, unpack
 from crosslmm.data.frame_sampling import split_time_range
+from crosslmm.data.parquet import ParquetFile
+from crosslmm.data.quarantine import to_printable
 from crosslmm.data.video.decode import Stage, VideoFailure
+from crosslmm.text import first_error
 
 RECIPE_FILE, QUARANTINE_FILE = "features.json", "quarantine.jsonl"
 CONCURRENT_READS = 8
 """Videos whose features are fetched at the same time."""
+MAX_INDEX_BYTES, MAX_INDICES_BYTES = 256 * 2**20, 4 * 2**30
+"""Largest index file, and largest size of all in memory, 0.25 kB a video [bytes]."""
 REENCODE_HINT = "run python jobs/encode.py with this run's settings, which encodes what is missing or has changed"
 
 INDEX = pa.schema(
@@ -50,6 +54,8 @@ INDEX = pa.schema(
         "attempts": pa.int32(),
     }
 )
+NEVER_NULL = ("uri", "frames", "offset", "size", "attempts")
+"""Columns of `INDEX` that have a value in every row."""
 
 
 class BadFeatures(Exception):
@@ -142,7 +148,7 @@ class FeatureCache:
         """
         self.folder = storage.absolute(folder).rstrip("/")
         try:
-            recipe = json.loads(storage.read_bytes(storage.join(self.folder, RECIPE_FILE)))
+            recipe = storage.read_json(storage.inside(self.folder, RECIPE_FILE))
             if recipe.get("format") != FORMAT:
                 raise ValueError(f"its format is {recipe.get('format')}, and this version reads {FORMAT}")
             self.recipe = FeatureRecipe.model_validate(recipe)
@@ -150,24 +156,41 @@ class FeatureCache:
                 raise ValueError(f"{RECIPE_FILE} does not match the folder's name")
             names = storage.names_in(self.folder)
             indices = [name for name in names if name.startswith("index-")]
-            with ThreadPoolExecutor(CONCURRENT_READS) as threads:
-                tables = list(threads.map(self._read_index, indices))
-        except (OSError, ValueError, ValidationError, AttributeError) as error:
-            reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            tables = self._read_indices(indices)
+        except (OSError, ValueError, AttributeError) as error:
+            reason = (
+                first_error(error) if type(error) is ValueError else f"{type(error).__name__}: {first_error(error)}"
+            )
             raise BadConfig(
                 f"data.features: {folder}: no features can be read there: {reason}; give the folder that "
                 "jobs/encode.py printed"
             ) from error
         self._shards = {name for name in names if name.startswith("shard-")}
-        table = pa.concat_tables([*tables, INDEX.empty_table()])
+        table = pa.concat_tables(tables)
         # Sorted by URI, the latest entry of a URI last: a binary search finds it, so no process needs a dictionary.
         self._table = table.take(pc.sort_indices(table, [("uri", "ascending")])).combine_chunks()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_shards": set()}
 
+    def _read_indices(self, names: Sequence[str]) -> list[pa.Table]:
+        tables, size = [INDEX.empty_table()], 0
+        with ThreadPoolExecutor(CONCURRENT_READS) as threads:
+            for table in threads.map(self._read_index, names):
+                size += table.nbytes
+                if size > MAX_INDICES_BYTES:
+                    raise ValueError(f"its indices take more than {MAX_INDICES_BYTES} bytes")
+                tables.append(table)
+        return tables
+
     def _read_index(self, name: str) -> pa.Table:
-        return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.folder, name)))).cast(INDEX)
+        data = storage.read_at_most(storage.inside(self.folder, name), MAX_INDEX_BYTES)
+        table = ParquetFile.from_bytes(data).read(INDEX)
+        if missing := [column for column in NEVER_NULL if table[column].null_count]:
+            raise ValueError(f"{name} has no {missing[0]} in some row")
+        for shard in table["shard"].unique().drop_null().to_pylist():
+            storage.join(self.folder, shard)
+        return table
 
     def find(self, uri: str) -> IndexEntry | None:
         """Return the latest index entry of a video, or None."""
@@ -227,15 +250,28 @@ class FeatureCache:
                 f"{uri}: has changed or disappeared since it was encoded into {self.folder}; {REENCODE_HINT}"
             )
         if entry.reason is not None:
-            return VideoFailure(entry.reason, entry.stage or "decode", entry.version, entry.attempts)
-        shard = storage.join(self.folder, str(entry.shard))
+            stage: Stage = entry.stage if entry.stage in get_args(Stage) else "decode"  # type: ignore[assignment]
+            return VideoFailure(to_printable(entry.reason), stage, entry.version, entry.attempts)
+        size = entry.frames * self.recipe.frame_bytes
+        if not 0 < entry.frames <= self.recipe.num_frames or entry.size != size or entry.offset < 0 or not entry.shard:
+            raise BadFeatures(
+                f"{uri}: its entry in the index is damaged; delete {self.folder}/index-*; then {REENCODE_HINT}"
+            )
         try:
-            data = storage.read_bytes(shard, entry.offset, entry.offset + entry.size)
+            shard = storage.inside(self.folder, entry.shard)
+            data = storage.read_bytes(shard, entry.offset, entry.offset + size)
         except FileNotFoundError:
-            raise BadFeatures(f"{uri}: its features are lost: {shard} is missing; {REENCODE_HINT}") from None
-        expected_bytes = entry.frames * self.recipe.frame_bytes
-        if len(data) != expected_bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise BadFeatures(f"{uri}: its features are damaged: delete {shard}; then {REENCODE_HINT}")
+            raise BadFeatures(
+                f"{uri}: its features are lost: {self.folder}/{entry.shard} is missing; {REENCODE_HINT}"
+            ) from None
+        except storage.Unavailable:
+            raise
+        except (OSError, storage.BadLocation) as error:
+            raise BadFeatures(f"{uri}: its features cannot be read: {error}; {REENCODE_HINT}") from None
+        if len(data) != size or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise BadFeatures(
+                f"{uri}: its features are damaged: delete {self.folder}/{entry.shard}; then {REENCODE_HINT}"
+            )
         return unpack(data, (entry.frames, self.recipe.patches, self.recipe.width), self.recipe.dtype)
 
     def _find_stored(self, uri: str) -> IndexEntry | None:

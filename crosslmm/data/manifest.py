@@ -3,10 +3,10 @@
 `formats` reads the file formats, `row_schema` checks rows, `manifest_shards` reads prepared manifests.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +19,27 @@ from crosslmm.data import formats, manifest_shards
 from crosslmm.data.frame_sampling import FrameSampling
 from crosslmm.data.manifest_shards import SCHEMA
 from crosslmm.data.row_schema import parse_rows, resolve_video
+from crosslmm.text import printable
 
 MAX_UNPREPARED_ROWS = 1_000_000
 """Largest manifest that the driver reads and checks in one piece [rows]: about a minute, and 0.3 to 1 kB a row."""
-MAX_UNPREPARED_BYTES = 4 * 2**30
-"""Largest file of such a manifest [bytes]; it is in memory twice while it is split into lines."""
-PREPARE_HINT = "convert it to one that is read in pieces: python jobs/prepare.py convert {uri} FOLDER"
 
 
 class BadManifest(Exception):
     """A manifest that cannot be read; the message names the file, the line and the reason."""
+
+
+@contextlib.contextmanager
+def manifest_errors(manifest: str) -> Iterator[None]:
+    """Context manager: turns errors of reading a manifest into `BadManifest`, which names it."""
+    try:
+        yield
+    except storage.Unavailable:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        remedy = ", or add its target to --data.roots" if isinstance(error, storage.LeadsOut) else ""
+        reason = f"{type(error).__name__}: {printable(str(error))}"
+        raise BadManifest(f"{manifest}: cannot be read: {reason}{remedy}") from error
 
 
 class Manifest:
@@ -58,23 +69,19 @@ class Manifest:
         self.uri = storage.absolute(uri)
         self._table: pa.Table | manifest_shards.PreparedTable
         self._folder = ""
-        try:
+        with manifest_errors(uri):
             self._folder = base_folder(self.uri)
             self.roots = [self._folder, *map(storage.absolute, roots)]
             if manifest_shards.is_prepared(self.uri):
-                self._table = manifest_shards.PreparedTable(self.uri)
+                self._table = manifest_shards.PreparedTable(self.uri, self.roots)
                 self.digest = self._table.digest
                 self.take([0])  # fails if the first row's videos lie outside of the roots; usually so do all others
                 return
-            if self._folder != self.uri and (size := storage.stamp_of(self.uri)[0]) > MAX_UNPREPARED_BYTES:
-                raise BadManifest(f"{uri}: has {size / 1e9:.1f} GB; {PREPARE_HINT.format(uri=uri)}")
-            data, raw_rows = formats.read_rows(self.uri)
-        except (OSError, ValueError, RecursionError) as error:
-            raise BadManifest(f"{uri}: cannot be read: {type(error).__name__}: {error}") from error
+            data, raw_rows = formats.read_rows(self.uri, self.roots)
+            records, reasons = parse_rows(itertools.islice(raw_rows, max_rows + 1), self.roots)
         self.digest = hashlib.sha256(data).hexdigest()
-        records, reasons = parse_rows(itertools.islice(raw_rows, max_rows + 1), self.roots)
         if len(records) + len(reasons) > max_rows:
-            raise BadManifest(f"{uri}: has more than {max_rows} rows; {PREPARE_HINT.format(uri=uri)}")
+            raise BadManifest(f"{uri}: has more than {max_rows} rows; {formats.PREPARE_HINT.format(uri=uri)}")
         if reasons:
             more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
             first_five = "; ".join(f"line {number}: {reason}" for number, reason in reasons[:5])
@@ -93,18 +100,20 @@ class Manifest:
         video and image parts, in the order of the conversation.
 
         Raises:
-            BadManifest: a prepared row names a video outside of the roots.
+            BadManifest: a file of a prepared manifest is damaged, or a row names a video outside of the roots or has
+                messages that are not JSON.
         """
-        rows = self._table.take(pa.array(indices, pa.int64())).select(["id", "videos", "messages", "kind", "line"])
-        return [
-            row
-            | {
-                "videos": [self._resolve(video, f"line {row['line']}") for video in row["videos"]],
-                "messages": json.loads(row["messages"]),
-                "manifest": self.uri,
-            }
-            for row in rows.to_pylist()
-        ]
+        with manifest_errors(self.uri):
+            rows = self._table.take(pa.array(indices, pa.int64())).select(["id", "videos", "messages", "kind", "line"])
+            return [
+                row
+                | {
+                    "videos": [self._resolve(video, f"line {row['line']}") for video in row["videos"]],
+                    "messages": self._messages(row),
+                    "manifest": self.uri,
+                }
+                for row in rows.to_pylist()
+            ]
 
     @functools.cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -113,13 +122,14 @@ class Manifest:
 
     def videos(self) -> Iterator[tuple[str, "VideoReference"]]:
         """Yield (URI, row and duration) of each video and image part of each row, repetitions included."""
-        table = self._table.videos() if isinstance(self._table, manifest_shards.PreparedTable) else self._table
-        table = table.select(["videos", "seconds"])
-        for row, record in enumerate(row for batch in table.to_batches(4096) for row in batch.to_pylist()):
-            durations = record["seconds"] or [None] * len(record["videos"])
-            for video, seconds in zip(record["videos"], durations, strict=True):
-                reference = VideoReference(row, float("nan") if seconds is None else seconds)
-                yield self._resolve(video, f"row {row + 1}"), reference
+        with manifest_errors(self.uri):
+            table = self._table.videos() if isinstance(self._table, manifest_shards.PreparedTable) else self._table
+            table = table.select(["videos", "seconds"])
+            for row, record in enumerate(row for batch in table.to_batches(4096) for row in batch.to_pylist()):
+                durations = record["seconds"] or [None] * len(record["videos"])
+                for video, seconds in zip(record["videos"], durations, strict=True):
+                    reference = VideoReference(row, float("nan") if seconds is None else seconds)
+                    yield self._resolve(video, f"row {row + 1}"), reference
 
     def _resolve(self, video: str, location: str) -> str:
         """Return a video's absolute URI. A prepared manifest was checked against the roots of the job that made it,
@@ -129,13 +139,21 @@ class Manifest:
         except ValueError as error:
             raise BadManifest(f"{self.uri}: {location}: {error}") from None
 
+    def _messages(self, row: dict[str, Any]) -> Any:
+        """Return a row's messages."""
+        try:
+            return storage.parse_json(row["messages"])
+        except ValueError as error:
+            raise BadManifest(f"{self.uri}: line {row['line']}: messages: {printable(str(error))}") from None
+
     def estimate_tokens(self, sampling: FrameSampling, tokens_per_frame: int) -> np.ndarray:
         """Estimate the tokens of each row without opening a video: float32 (rows,).
 
         Four characters count as one token; a video of unknown duration counts as the most frames that the policy
         gives.
         """
-        table = self._table.lengths() if isinstance(self._table, manifest_shards.PreparedTable) else self._table
+        with manifest_errors(self.uri):
+            table = self._table.lengths() if isinstance(self._table, manifest_shards.PreparedTable) else self._table
         seconds = table["seconds"].combine_chunks()
         frames = sampling.count(np.asarray(seconds.flatten().to_numpy(zero_copy_only=False), np.float64))
         ends = np.concatenate([[0], np.cumsum(np.asarray(seconds.value_lengths().fill_null(0)))])

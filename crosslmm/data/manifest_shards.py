@@ -5,18 +5,23 @@ seal is written last: a folder without one is incomplete. Reading a row costs on
 process ever holds a whole manifest. Files that a seal names never change; a later seal names other files.
 """
 
+import functools
 import hashlib
 import io
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field
 
 from crosslmm import storage
+from crosslmm.data.parquet import MAX_FILE_BYTES, BadParquet, ParquetFile
+from crosslmm.text import first_error
 
 SCHEMA = pa.schema(
     {
@@ -31,12 +36,60 @@ SCHEMA = pa.schema(
 )
 LENGTH_COLUMNS = ["chars", "seconds"]
 """Columns that a row's number of tokens is estimated from; one file has those of all rows."""
+REQUIRED_COLUMNS = {"id", "videos", "messages", "line", "chars", "kept", "entry"}
+"""Columns without nulls, wherever they occur."""
 SEAL = "_prepared.json"
 """Name of the seal: lists the parts, with their sizes and digests."""
 GROUP_ROWS = 512
 """Size of a row group [rows]; 50 to 100 kB on the wire."""
 CONCURRENT_READS = 8
 """Row groups or files that are fetched at the same time."""
+MAX_SEAL_BYTES = 16 * 2**20
+"""Largest seal [bytes]: 80,000 parts."""
+
+Count = Annotated[int, Field(ge=0, le=2**48)]
+
+
+class BadSeal(ValueError):
+    """A seal that does not describe its folder; one line, with the remedy."""
+
+
+class Part(BaseModel):
+    """What `write_part` returns."""
+
+    name: str
+    rows: Annotated[Count, Field(ge=1)]
+    bytes: Count
+    footer: Count
+    sha256: str
+
+
+class _About(BaseModel):
+    """How a manifest was made, as far as it is used."""
+
+    model_config = ConfigDict(extra="allow")
+
+    made_from: str = ""
+    plan: str = ""
+    probed: bool = False
+    rejected: Count = 0
+    quarantined: Count = 0
+    videos: Count = 0
+    hours: float = 0.0
+    codecs: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    waiting: list[str] = []
+    probes: list[str] = []
+
+
+class _Seal(BaseModel):
+    """The content of a seal."""
+
+    rows: Count
+    group_rows: Annotated[Count, Field(ge=1)]
+    lengths: str
+    about: _About
+    parts: Annotated[list[Part], Field(min_length=1)]
 
 
 def is_prepared(uri: str) -> bool:
@@ -98,18 +151,28 @@ class PreparedTable:
         parts: what `write_part` returned for each part, in order.
     """
 
-    def __init__(self, folder: str) -> None:
-        data = storage.read_bytes(storage.join(folder, SEAL))
-        self.folder = folder
+    def __init__(self, folder: str, roots: Sequence[str] = ()) -> None:
+        """Read the seal.
+
+        Args:
+            folder: path or URI.
+            roots: further folders that links may lead to.
+
+        Raises:
+            BadSeal: it is damaged, or names files outside of the folder.
+            OSError: it cannot be read.
+        """
+        data = storage.read_at_most(storage.inside(folder, SEAL, roots), MAX_SEAL_BYTES)
+        content = _parse_seal(data)
+        self.folder, self._roots = folder, roots
         self.digest = hashlib.sha256(data).hexdigest()
-        content = json.loads(data)
-        self.num_rows = int(content["rows"])
-        self.about: dict[str, Any] = content["about"]
-        self._group_rows = int(content["group_rows"])
-        self._lengths: str = content["lengths"]
-        self.parts: list[dict[str, Any]] = content["parts"]
+        self.num_rows = content.rows
+        self.about: dict[str, Any] = content.about.model_dump()
+        self.parts: list[dict[str, Any]] = [part.model_dump() for part in content.parts]
+        self._group_rows = content.group_rows
+        self._lengths = content.lengths
         self._ends = np.cumsum([part["rows"] for part in self.parts])
-        self._footers: dict[int, pq.FileMetaData] = {}
+        self._footers: dict[int, ParquetFile] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_footers": {}}
@@ -129,15 +192,25 @@ class PreparedTable:
         return pa.concat_tables(taken).take(pa.array(order))
 
     def lengths(self) -> pa.Table:
-        """Read the `LENGTH_COLUMNS` of all rows."""
-        return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.folder, self._lengths))))
+        """Read the `LENGTH_COLUMNS` of all rows.
+
+        Raises:
+            BadParquet: the file is damaged, or is not about these rows.
+        """
+        schema = pa.schema([SCHEMA.field(name) for name in LENGTH_COLUMNS])
+        table = read_table(self.folder, self._lengths, schema, self._roots)
+        if table.num_rows != self.num_rows:
+            raise BadParquet(f"{self._lengths} is not about the {self.num_rows} rows of the seal")
+        return table
 
     def videos(self) -> pa.Table:
         """Read the columns `videos` and `seconds` of all rows, but not their conversations."""
+        schema = pa.schema([SCHEMA.field(name) for name in ("videos", "seconds")])
 
         def read(part: dict[str, Any]) -> pa.Table:
-            with storage.open_read(storage.join(self.folder, part["name"])) as file:
-                return pq.read_table(file, columns=["videos", "seconds"])
+            # A buffered reader reads on until it has all bytes that it is asked for.
+            with io.BufferedReader(storage.open_read(self._address(part))) as file:  # type: ignore[type-var]
+                return _require_values(ParquetFile(functools.partial(_read_range, file), part["bytes"]).read(schema))
 
         with ThreadPoolExecutor(CONCURRENT_READS) as threads:
             return pa.concat_tables(threads.map(read, self.parts))
@@ -146,41 +219,55 @@ class PreparedTable:
         """Read row group (part, group) by one request for its bytes."""
         number, group = key
         part = self.parts[number]
-        uri = storage.join(self.folder, part["name"])
+        uri = self._address(part)
         if number not in self._footers:
-            tail = storage.read_bytes(uri, part["bytes"] - part["footer"], part["bytes"])
-            self._footers[number] = pq.read_metadata(io.BytesIO(tail))
-        footer = self._footers[number]
-        chunks = [footer.row_group(group).column(i) for i in range(footer.num_columns)]
-        begins = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
-        end = max(b + chunk.total_compressed_size for b, chunk in zip(begins, chunks, strict=True))
-        window = _Window(storage.read_bytes(uri, min(begins), end), min(begins), part["bytes"])
-        return pq.ParquetFile(window, metadata=footer).read_row_group(group, use_threads=False)
+            self._footers[number] = ParquetFile.from_uri(uri, part["bytes"], part["footer"])
+        file = self._footers[number]
+        expected = min(self._group_rows, part["rows"] - group * self._group_rows)
+        if file.rows(group) != expected:
+            raise BadParquet(f"{part['name']} has other rows than the seal says")
+        return _require_values(file.read(SCHEMA, [group]))
+
+    def _address(self, part: dict[str, Any]) -> str:
+        return storage.inside(self.folder, part["name"], self._roots)
 
 
-class _Window(io.RawIOBase):
-    """A file of `size` bytes of which only `data`, from offset `start` on, can be read."""
+def read_table(folder: str, name: str, schema: pa.Schema, roots: Sequence[str] = ()) -> pa.Table:
+    """Read the columns of `schema` of a Parquet file in a folder, in one piece.
 
-    def __init__(self, data: bytes, start: int, size: int) -> None:
-        super().__init__()
-        self._data, self._start, self._size, self._offset = data, start, size, 0
+    Raises:
+        BadParquet: it is damaged or too large.
+        BadLocation: the name leads out of the folder.
+        OSError: it cannot be read.
+    """
+    data = storage.read_at_most(storage.inside(folder, name, roots), MAX_FILE_BYTES)
+    try:
+        return _require_values(ParquetFile.from_bytes(data).read(schema))
+    except BadParquet as error:
+        raise BadParquet(f"{name}: {error}") from None
 
-    def readable(self) -> bool:
-        return True
 
-    def seekable(self) -> bool:
-        return True
+def _parse_seal(data: bytes) -> _Seal:
+    try:
+        seal = _Seal.model_validate(storage.parse_json(data))
+        for name in [seal.lengths, *(part.name for part in seal.parts), *seal.about.waiting, *seal.about.probes]:
+            storage.join("its folder", name)
+        if seal.rows != sum(part.rows for part in seal.parts):
+            raise ValueError(f"its parts do not have {seal.rows} rows")
+    except ValueError as error:
+        raise BadSeal(f"{SEAL} cannot be used: {first_error(error)}; convert the manifest again") from None
+    return seal
 
-    def tell(self) -> int:
-        return self._offset
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._offset = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._size}[whence]
-        return self._offset
+def _require_values(table: pa.Table) -> pa.Table:
+    """Return the table of rows, if all that every row has is there."""
+    for name in REQUIRED_COLUMNS.intersection(table.column_names):
+        column = table[name]
+        if column.null_count or (name == "videos" and pc.list_flatten(column).null_count):
+            raise BadParquet(f"its column {name} has nulls")
+    return table
 
-    def read(self, count: int | None = -1) -> bytes:
-        begin = self._offset - self._start
-        assert begin >= 0, "only the bytes of one row group were fetched"
-        data = self._data[begin:] if count is None or count < 0 else self._data[begin : begin + count]
-        self._offset += len(data)
-        return data
+
+def _read_range(file: BinaryIO, start: int, end: int) -> bytes:
+    file.seek(start)
+    return file.read(end - start)

@@ -5,7 +5,16 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from crosslmm import storage
+from crosslmm.config import BadConfig
 from crosslmm.data.video.decode import VideoFailure
+from crosslmm.run_folder import QUARANTINE_FILE
+from crosslmm.text import first_error
+
+MAX_LEDGER_BYTES = 2**30
+"""Largest quarantine.jsonl that is read in one piece [bytes]."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,39 @@ class QuarantineEntry:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of the entry."""
         return asdict(self)
+
+
+_ENTRY = TypeAdapter(QuarantineEntry)
+
+
+def parse_entry(line: str | bytes) -> dict[str, Any]:
+    """Parse a line of quarantine.jsonl; it may have more keys than `QuarantineEntry`.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    _ENTRY.validate_json(line, strict=True)
+    return storage.parse_json(line)
+
+
+def read_ledger(folder: str) -> list[dict[str, Any]]:
+    """Read the quarantine.jsonl of a run or of features, see `parse_entry`; empty if there is none.
+
+    Raises:
+        BadConfig: it is too large or a link that leads out of the folder, or a line does not belong there.
+    """
+    entries: list[dict[str, Any]] = []
+    lines: list[bytes] = []
+    try:
+        uri = storage.inside(folder, QUARANTINE_FILE)
+        lines = storage.read_at_most(uri, MAX_LEDGER_BYTES).splitlines() if storage.exists(uri) else []
+        entries.extend(map(parse_entry, lines))
+    except storage.Unavailable:
+        raise
+    except (OSError, ValueError) as error:
+        where = f"line {len(entries) + 1} of {QUARANTINE_FILE}" if lines else QUARANTINE_FILE
+        raise BadConfig(f"{folder}: {where} cannot be used: {first_error(error)}; remove it") from None
+    return entries
 
 
 class TooManyUnreadable(Exception):

@@ -4,12 +4,12 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from crosslmm import storage
 from crosslmm.data import formats
 from crosslmm.data.frame_sampling import split_time_range
-from crosslmm.text import redacted
+from crosslmm.text import first_error
 
 
 class _Strict(BaseModel):
@@ -76,7 +76,8 @@ class Row(_Strict):
     video: MediaUri | None = None
     """URI for the one video part without a URI of its own; None if there is no such part."""
     messages: Annotated[
-        list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]], Field(min_length=1)
+        list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]],
+        Field(min_length=1),
     ]
     kind: str | None = None
     """Category of the question; validation reports accuracy for each."""
@@ -141,7 +142,7 @@ def parse_rows(
                 raise ValueError(f"id {record['id']!r} is also on line {earlier}")
             records.append(record)
         except (ValueError, TypeError, RecursionError) as error:  # JSON from outside can have any shape
-            malformed.append((line, redacted(_one_line(error))))
+            malformed.append((line, first_error(error)))
     return records, malformed
 
 
@@ -178,7 +179,9 @@ def resolve_video(video: str, roots: Sequence[str]) -> str:
     Raises:
         ValueError: it lies in none of them, or its `#t=` ends before it begins.
     """
-    uri = storage.join(roots[0], video)
+    uri = storage.resolve(roots[0], video)
+    if "\0" in uri:
+        raise ValueError(f"{uri!a} has a zero byte, as no file's name can")
     if not storage.within(split_time_range(uri)[0], roots):
         raise ValueError(f"{uri!a} lies outside of {roots[0]}; add its folder to --data.roots")
     return uri
@@ -186,14 +189,3 @@ def resolve_video(video: str, roots: Sequence[str]) -> str:
 
 def _characters(parts: Sequence[VideoPart | ImagePart | TextPart]) -> int:
     return sum(len(part.text) for part in parts if isinstance(part, TextPart))
-
-
-def _one_line(error: Exception) -> str:
-    """Return why a row is malformed, in one line."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    # Keys come from the file too: ascii() keeps them on one line and free of escape sequences.
-    return f"{ascii(key)[1:-1]}: {message}" if key else message

@@ -11,7 +11,7 @@ from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.feature_cache import QUARANTINE_FILE, IndexEntry, write_index
 from crosslmm.data.manifest import VideoReference
-from crosslmm.data.quarantine import ErrorBudget, to_printable
+from crosslmm.data.quarantine import ErrorBudget, read_ledger, to_printable
 from crosslmm.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -53,9 +53,8 @@ class EncodingRecorder:
         self._budget = ErrorBudget(data.max_bad_share, data.bad_allowed)
         self._progress = Progress(log, "encoding", len(missing), "video")
         # Videos that this job tries get a new entry, unless they have become readable.
-        quarantine, tried = storage.join(folder, QUARANTINE_FILE), {to_printable(uri) for uri in missing}
-        lines = storage.read_bytes(quarantine).splitlines() if storage.exists(quarantine) else []
-        self._earlier = [entry for entry in map(json.loads, lines) if entry["uri"] not in tried]
+        tried = {to_printable(uri) for uri in missing}
+        self._earlier = [entry for entry in read_ledger(folder) if entry["uri"] not in tried]
 
     def __enter__(self) -> Self:
         self._progress.__enter__()

@@ -227,10 +227,7 @@ def _inside(video: str, roots: Sequence[str]) -> str:
         raise ValueError(f"{video!a}: the model was loaded without roots")
     uri = resolve_video(video, roots)
     named = split_time_range(uri)[0]
-    real = storage.real(named)
-    if not storage.within(real, map(storage.real, roots)):
-        raise ValueError(f"{uri!a}: a link leads outside of the roots")
-    return real + uri[len(named) :]
+    return storage.follow(named, roots) + uri[len(named) :]
 
 
 @dataclass(frozen=True)

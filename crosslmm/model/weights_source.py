@@ -116,14 +116,14 @@ def _inside(folder: Path, name: str) -> str | None:
     Raises:
         ValueError: a link leads out of the folder.
     """
-    real = folder.resolve()
-    path = (folder / name).resolve()
-    roots = [real]
-    if real.parent.name == "snapshots":  # a folder of the hub's cache, whose files are links to ../../blobs
-        roots.append(real.parent.parent / "blobs")
-    if not any(path.is_relative_to(root) for root in roots):
-        raise ValueError(f"{name} is a link that leads out of the folder; put the file itself there")
-    return str(path) if path.is_file() else None
+    snapshots = folder.resolve().parent
+    # Files in a folder of the hub's cache are links to ../../blobs.
+    blobs = [str(snapshots.parent / "blobs")] if snapshots.name == "snapshots" else []
+    try:
+        path = storage.inside(str(folder.absolute()), name, blobs)
+    except storage.LeadsOut:
+        raise ValueError(f"{name} is a link that leads out of the folder; put the file itself there") from None
+    return path if Path(path).is_file() else None
 
 
 def _names_in(file: Path, key: str, pattern: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Files: local paths and `s3://` URIs alike, through fsspec and s3fs."""
 
 from crosslmm.storage.filesystem import (
-    absolute,
+    MAX_JSON_BYTES,
     arrow_filesystem,
     download,
     download_file,
@@ -9,13 +9,13 @@ from crosslmm.storage.filesystem import (
     folders_in,
     is_empty,
     is_folder,
-    join,
     local_path,
     names_in,
     open_read,
-    parent,
+    parse_json,
+    read_at_most,
     read_bytes,
-    real,
+    read_json,
     remove,
     remove_folder,
     stamp_of,
@@ -24,10 +24,10 @@ from crosslmm.storage.filesystem import (
     version,
     version_of,
     will_read,
-    within,
     write_bytes,
     write_chunks,
 )
+from crosslmm.storage.names import LeadsOut, absolute, follow, inside, join, parent, resolve, within
 from crosslmm.storage.retry import (
     NO_RETRIES,
     BadLocation,
@@ -41,9 +41,9 @@ from crosslmm.storage.retry import (
 )
 
 __all__ = [
-    "NO_RETRIES", "BadLocation", "Refused", "RetryPolicy", "Unavailable", "absolute", "arrow_filesystem", "download",
-    "download_file", "exists", "folders_in", "is_empty", "is_folder", "join", "keep_policy", "local_path", "names_in",
-    "open_read", "parent", "read_bytes", "real", "remove", "remove_folder", "retrying", "scheme_of", "stamp_of",
-    "upload", "upload_file", "version", "version_of", "will_read", "with_retries", "within", "write_bytes",
-    "write_chunks",
+    "MAX_JSON_BYTES", "NO_RETRIES", "BadLocation", "LeadsOut", "Refused", "RetryPolicy", "Unavailable", "absolute",
+    "arrow_filesystem", "download", "download_file", "exists", "folders_in", "follow", "inside", "is_empty",
+    "is_folder", "join", "keep_policy", "local_path", "names_in", "open_read", "parent", "parse_json", "read_at_most",
+    "read_bytes", "read_json", "remove", "remove_folder", "resolve", "retrying", "scheme_of", "stamp_of", "upload",
+    "upload_file", "version", "version_of", "will_read", "with_retries", "within", "write_bytes", "write_chunks",
 ]  # fmt: skip

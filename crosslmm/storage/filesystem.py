@@ -1,10 +1,11 @@
 """The only file access in this package: local paths and `s3://` URIs alike, through fsspec and s3fs."""
 
 import itertools
+import json
 import os
-import posixpath
 import secrets
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -14,13 +15,16 @@ from typing import Any, BinaryIO
 import fsspec
 import pyarrow.fs
 
+from crosslmm.storage.names import absolute, follow, join, require_file
 from crosslmm.storage.range_reader import RangedFile
 from crosslmm.storage.retry import (
-    BadLocation,
+    RANGE_NOT_SATISFIABLE,
+    Unavailable,
     call_with_retries,
     classified_errors,
     current_policy,
     filesystem,
+    http_status,
     keep_policy,
     scheme_of,
 )
@@ -31,46 +35,10 @@ PARALLEL_PARTS = 4
 """Parts of one object that are uploaded at the same time, and so also held in memory."""
 PARALLEL_FILES = 8
 """Files of a folder that are downloaded or removed at the same time."""
+MAX_JSON_BYTES = 4 * 2**20
+"""Largest file of `read_json`; one full of empty lists takes thirty times its size in memory [bytes]."""
 ARROW_ATTEMPTS = 13
 """Attempts of Arrow's S3 client. Its n-th pause is 25 ms x 2^n, so these last about as long as `RetryPolicy`."""
-
-
-def absolute(uri: str) -> str:
-    """Make a local path absolute; leave URIs as they are."""
-    return str(Path(uri).absolute()) if "://" not in uri else uri
-
-
-def join(folder: str, name: str) -> str:
-    """Return `name` inside `folder`, or `name` itself if it is a URI or an absolute path."""
-    return name if "://" in name or name.startswith("/") else posixpath.join(folder, name)
-
-
-def parent(uri: str) -> str:
-    """Return the folder of a path or URI."""
-    return posixpath.dirname(uri)
-
-
-def within(uri: str, roots: Iterable[str]) -> bool:
-    """Return whether a path or URI lies in one of these folders, judged by name alone: reads no store, follows no link.
-
-    Always False for a key that contains `..`: an object store takes it as a name, but a proxy in front of the store
-    may resolve it as a path.
-    """
-    path = _normalized(uri)
-    folders = (_normalized(root).rstrip("/") + "/" for root in roots)
-    return ".." not in path.split("/") and any(path.startswith(folder) for folder in folders)
-
-
-def real(uri: str) -> str:
-    """Resolve the links of a local path; return a URI of an object store unchanged."""
-    return os.path.realpath(_normalized(uri)) if scheme_of(uri) == "file" else uri
-
-
-def _normalized(uri: str) -> str:
-    if scheme_of(uri) == "s3":
-        return uri
-    # Like fsspec, which removes file:// and decodes no escapes.
-    return os.path.normpath(fsspec.get_filesystem_class("file")._strip_protocol(uri))
 
 
 def open_read(uri: str) -> BinaryIO:
@@ -102,7 +70,9 @@ def version(uri: str) -> str | None:
             return str(call_with_retries(uri, lambda fs, path: fs.info(path)).get("ETag", "")).strip('"') or None
         status = call_with_retries(uri, lambda _, path: Path(path).stat())
         return f"{status.st_size}-{status.st_mtime_ns}"
-    except (FileNotFoundError, PermissionError):
+    except Unavailable:
+        raise
+    except OSError:  # a name that is too long, or has a file where a folder would be, among them
         return None
 
 
@@ -120,6 +90,44 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
         Unavailable: the store is unreachable or failing.
     """
     return call_with_retries(uri, lambda fs, path: fs.cat_file(path, start=start, end=end))
+
+
+def read_at_most(uri: str, most: int) -> bytes:
+    """Read an object of at most `most` bytes, by one request; see `read_bytes`.
+
+    Raises:
+        ValueError: it is larger, and is not read any further.
+    """
+    try:
+        data = read_bytes(uri, 0, most + 1)
+    except OSError as error:
+        if http_status(error) != RANGE_NOT_SATISFIABLE:
+            raise
+        data = b""  # a store has no first byte of an empty object
+    if len(data) > most:
+        raise ValueError(f"{uri!a}: has more than {most} bytes")
+    return data
+
+
+def read_json(uri: str, most: int = MAX_JSON_BYTES) -> Any:
+    """Read and parse a JSON file of at most `most` bytes; see `read_bytes`.
+
+    Raises:
+        ValueError: it is larger, or no JSON.
+    """
+    return parse_json(read_at_most(uri, most))
+
+
+def parse_json(data: str | bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: it is none, or nested too deep to be read.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def write_bytes(uri: str, data: bytes, part_bytes: int = PART_BYTES) -> None:
@@ -257,8 +265,11 @@ def stamp_of(uri: str) -> tuple[int, str]:
 
     Raises:
         OSError: this object does not exist or cannot be read.
+        BadLocation: a local one is neither a file nor a folder.
         Unavailable: the store is unreachable or failing.
     """
+    if scheme_of(uri) == "file":
+        require_file(local_path(uri))
     info = call_with_retries(uri, lambda fs, path: fs.info(path))
     return int(info["size"]), str(info.get("ETag") or info.get("mtime")).strip('"')
 
@@ -280,14 +291,45 @@ def is_folder(uri: str) -> bool:
     return call_with_retries(uri, lambda fs, path: fs.isdir(path))
 
 
-def names_in(folder: str) -> list[str]:
-    """Return the names of all files below a folder, relative to it, sorted; empty if it does not exist."""
+def names_in(folder: str, roots: Sequence[str] | None = None) -> list[str]:
+    """Return the names of all files below a folder, relative to it, sorted; empty if it does not exist.
+
+    Links to local folders are followed, but no folder is listed twice: with two links to itself, a folder has 2^40
+    names that the system accepts.
+
+    Args:
+        folder: path or URI.
+        roots: further folders that links may lead to; None lets them lead anywhere.
+
+    Raises:
+        LeadsOut: a link leads to none of these folders.
+    """
+    if scheme_of(folder) == "file":
+        return call_with_retries(folder, lambda _, path: sorted(_local_names(path, roots)))
 
     def names(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
         root = path.rstrip("/") + "/"
         return sorted(name.removeprefix(root) for name in fs.find(path))
 
     return call_with_retries(folder, names)
+
+
+def _local_names(folder: str, roots: Sequence[str] | None) -> Iterator[str]:
+    listed: set[str] = set()
+    pending = deque([folder])
+    while pending:
+        start = pending.popleft()
+        if roots is not None and start != folder:
+            follow(start, [folder, *roots])
+        for directory, subfolders, files in os.walk(start):
+            if (real := os.path.realpath(directory)) in listed:
+                subfolders.clear()
+                continue
+            listed.add(real)
+            # Links come last: a folder is listed under its own name.
+            paths = [Path(directory, name) for name in sorted(subfolders)]
+            pending += [str(path) for path in paths if path.is_symlink()]
+            yield from (os.path.relpath(f"{directory}/{name}", folder) for name in files)
 
 
 def download_file(uri: str, path: str) -> None:
@@ -313,16 +355,16 @@ def download(uri: str, folder: str) -> None:
     """Copy all files below a folder to a local folder.
 
     Raises:
-        BadLocation: a key with `..` would be written outside of the local folder.
+        BadLocation: a key would be written outside of the local folder.
     """
+    names = names_in(uri)
+    targets = [join(folder, name) for name in names]
 
-    def fetch(name: str) -> None:
-        if not within(f"{folder}/{name}", [folder]):
-            raise BadLocation(f"{uri}: its object {name!r} leads out of the folder")
-        download_file(f"{uri}/{name}", f"{folder}/{name}")
+    def fetch(name: str, target: str) -> None:
+        download_file(join(uri, name), target)
 
     with ThreadPoolExecutor(PARALLEL_FILES) as threads:
-        list(threads.map(keep_policy(fetch), names_in(uri)))
+        list(threads.map(keep_policy(fetch), names, targets))
 
 
 def upload(folder: str, uri: str, part_bytes: int = PART_BYTES) -> None:

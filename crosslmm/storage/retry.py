@@ -51,7 +51,7 @@ STORE_ERRNOS = {
     errno.EBUSY, errno.EREMOTEIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH,
 }  # fmt: skip
 NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
-PRECONDITION_FAILED, OUT_OF_SPACE = 412, 507
+PRECONDITION_FAILED, RANGE_NOT_SATISFIABLE, OUT_OF_SPACE = 412, 416, 507
 RETRYABLE_STATUSES = {408, 429, 500, 502, 503, 504}
 CLIENT_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "http")
 """Packages of the S3 client; their own exceptions mean that the store is unreachable."""

@@ -15,7 +15,9 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, TrainConfig
@@ -28,6 +30,7 @@ from crosslmm.run_folder import (
     RUN_FILE,
     SEAL_FILE,
 )
+from crosslmm.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ RUN_FILES = {RUN_FILE, CONFIG_FILE, RAY_SNAPSHOT_FILE}
 """Files that identify a run's folder before its first checkpoint."""
 FORMAT = 2
 """Version of the files' format, in every seal. Seals of version 1, which was PyTorch's with its pickles, lack it."""
-BAD_FILE_ERRNOS = {errno.EIO, errno.EISDIR, errno.ENOTDIR}
+BAD_FILE_ERRNOS = {errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 """Errors that concern one file; all others (no space, no permission) do not mean that a checkpoint is damaged."""
 
 
@@ -56,19 +59,21 @@ class Checkpoint:
     """Size [bytes] and sha256 (hex) by file name."""
 
     @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Self:
+    def from_fields(cls, fields: dict[str, Any]) -> "Checkpoint":
         """Return the checkpoint that `asdict` made into plain data.
 
         Raises:
-            ValueError, TypeError, KeyError, AttributeError: the data is not a checkpoint's.
+            ValueError: the data is not a checkpoint's.
         """
-        files = {str(name): (int(size), str(digest)) for name, (size, digest) in fields["files"].items()}
-        return cls(**fields | {"files": files})
+        return _CHECKPOINT.validate_python(fields)
 
     @property
     def size(self) -> int:
         """Size of all files [bytes]."""
         return sum(size for size, _ in self.files.values())
+
+
+_CHECKPOINT = TypeAdapter(Checkpoint)
 
 
 def list_sealed(run: str) -> list[Checkpoint]:
@@ -85,10 +90,8 @@ def list_sealed(run: str) -> list[Checkpoint]:
         uri = storage.join(run, name)
         if SEAL_FILE in files:
             try:
-                seal = json.loads(storage.read_bytes(storage.join(uri, SEAL_FILE)))
-                version = seal.pop("format", 1)
-                checkpoint = Checkpoint.from_fields(seal | {"uri": uri})
-            except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+                version, checkpoint = _read_seal(uri)
+            except (FileNotFoundError, ValueError):
                 continue
             if version != FORMAT:
                 raise BadConfig(
@@ -97,6 +100,31 @@ def list_sealed(run: str) -> list[Checkpoint]:
                 )
             checkpoints.append(checkpoint)
     return sorted(checkpoints, key=lambda c: (c.step, c.sealed_at), reverse=True)
+
+
+def _read_seal(uri: str) -> tuple[int, Checkpoint]:
+    """Read the seal of a checkpoint; return the version of its format with it.
+
+    Raises:
+        FileNotFoundError: it was removed.
+        ValueError: it is damaged, or names files outside of the checkpoint.
+    """
+    seal = _read_json(uri, SEAL_FILE)
+    if not isinstance(seal, dict):
+        raise ValueError(f"{SEAL_FILE} is not an object")
+    checkpoint = Checkpoint.from_fields(seal | {"uri": uri})
+    for name in checkpoint.files:
+        storage.join(uri, name)
+    return seal.get("format", 1), checkpoint
+
+
+def _read_json(uri: str, name: str) -> Any:
+    try:
+        return storage.read_json(storage.inside(uri, name))
+    except OSError as error:
+        if error.errno not in BAD_FILE_ERRNOS:
+            raise
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from None
 
 
 def list_unsealed(run: str, sealed: list[Checkpoint]) -> list[str]:
@@ -123,10 +151,10 @@ def unsealed_reason(uri: str) -> str | None:
     if storage.exists(storage.join(uri, SEAL_FILE)):
         return f"its {SEAL_FILE} cannot be read"
     try:
-        return str(json.loads(storage.read_bytes(storage.join(uri, BROKEN_SEAL_FILE)))["damage"])
+        return printable(str(_read_json(uri, BROKEN_SEAL_FILE)["damage"]))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, LookupError):
         return f"its {BROKEN_SEAL_FILE} cannot be read"
 
 
@@ -156,11 +184,12 @@ def verify_file(checkpoint: Checkpoint, name: str) -> str | None:
         storage.Unavailable: the store does not answer.
     """
     expected_size, expected_digest = checkpoint.files[name]
-    uri = storage.join(checkpoint.uri, name)
     try:
-        with storage.open_read(uri) as file:
+        with storage.open_read(storage.inside(checkpoint.uri, name)) as file:
             digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
             size = file.tell()
+    except storage.BadLocation as error:
+        return str(error)
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:

@@ -12,6 +12,7 @@ from typing import Any, Self
 import ray
 
 from crosslmm import storage, tracking
+from crosslmm.data.quarantine import read_ledger
 from crosslmm.progress import Progress
 from crosslmm.run_folder import QUARANTINE_FILE
 from crosslmm.train.job import Job
@@ -58,9 +59,8 @@ class TrainingMonitor:
         self._ledger_uri = storage.join(job.folder, QUARANTINE_FILE)
         self._ledger_outdated = False
         # A resumed run extends its ledger.
-        ledger = storage.read_bytes(self._ledger_uri) if storage.exists(self._ledger_uri) else b""
-        entries = [json.loads(line) for line in ledger.splitlines()]
-        self._unreadable: dict[tuple[str, str, int], dict[str, Any]] = {_key(entry): entry for entry in entries}
+        earlier = read_ledger(job.folder)
+        self._unreadable: dict[tuple[str, str, int], dict[str, Any]] = {_key(entry): entry for entry in earlier}
         self._progress = Progress(log, "starting workers", job.total_steps, "step")
         self._channel_failed = False
         self._stop = threading.Event()

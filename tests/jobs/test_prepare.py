@@ -177,7 +177,7 @@ def test_requeue_adds_readable_rows_and_removes_their_entries(prepared, cluster)
     )
     storage.write_bytes(f"{SOURCE}/gone.mp4", clip(8))
     for place in (TARGET, quarantine):
-        status, output = run(cluster, "requeue", place)
+        status, output = run(cluster, "requeue", place, "--data.roots", f'["{SOURCE}"]')
         assert status == 0, output
         assert f"readable now: {SOURCE}/rows.jsonl line 18 (row 17)" in output
     assert storage.read_bytes(f"{TARGET}/quarantine.jsonl") == b""

@@ -1,6 +1,8 @@
 """Reads from a real object store over HTTP: bytes and requests that they cost, and the cause of errors."""
 
+import json
 import os
+import re
 import socket
 import time
 from fractions import Fraction
@@ -8,17 +10,20 @@ from fractions import Fraction
 import av
 import boto3
 import numpy as np
+import pyarrow as pa
 import pytest
 from s3fs import S3FileSystem
 
 from crosslmm import storage
 from crosslmm.config import DataConfig
+from crosslmm.data import manifest_shards
 from crosslmm.data.feature_cache import BadFeatures, FeatureCache, create_feature_folder, write_index, write_shard
 from crosslmm.data.feature_format import FeatureRecipe
+from crosslmm.data.manifest import BadManifest, Manifest
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.data.video.decode import VideoFailure, decode_video
 from crosslmm.data.video.decode_pool import Decoder
-from tests.support.common import ROOT
+from tests.support.common import ROOT, conversation
 from tests.support.object_store import REGION, USER, running_object_store
 from tests.support.wire import Wire
 
@@ -244,6 +249,61 @@ def test_download_refuses_keys_that_leave_the_folder(store, wire, tmp_path):
     session.client("s3", endpoint_url=store.endpoint).put_object(Bucket="videos", Key="weights/a/../../out", Body=b"x")
     storage.write_bytes("s3://videos/weights/a/b", b"b")
     assert storage.names_in("s3://videos/weights") == ["a/../../out", "a/b"]
-    with pytest.raises(storage.BadLocation, match="leads out of the folder"):
+    with pytest.raises(storage.BadLocation, match="is not a name inside"):
         storage.download("s3://videos/weights", str(tmp_path / "copy"))
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_keys_that_look_like_addresses_lead_nowhere(wire, tmp_path):
+    (tmp_path / "secret.json").write_text(json.dumps({"messages": conversation("?", "secret")}))
+    for suffix in ("mp4", "json"):
+        storage.write_bytes(f"s3://videos/set/{tmp_path}/secret.{suffix}", b"{}")  # after two slashes
+        storage.write_bytes(f"s3://videos/other/secret.{suffix}", (tmp_path / "secret.json").read_bytes())
+    assert f"{tmp_path}/secret.json" in storage.names_in("s3://videos/set")
+    with pytest.raises(BadManifest, match="is not a name inside s3://videos/set"):
+        Manifest("s3://videos/set")
+    storage.remove_folder("s3://videos/set")
+    assert (tmp_path / "secret.json").exists()
+    # Text: keys of these names.
+    for name in ("s3://videos/other/secret.json", "file:///etc/passwd", "..\\x", "%2e%2e/x"):
+        uri = storage.inside("s3://videos/set", name)
+        with pytest.raises(FileNotFoundError, match="no such object"):
+            storage.read_bytes(uri)
+        storage.write_bytes(uri, b"ours")
+        assert storage.read_bytes(uri) == b"ours"
+    assert len(storage.names_in("s3://videos/set")) == 4
+    for name in ("/etc/passwd", "../other/secret.json", ".", ""):
+        with pytest.raises(storage.BadLocation, match="is not a name inside"):
+            storage.inside("s3://videos/set", name)
+
+
+def test_a_seal_in_the_store_names_nothing_in_another_bucket(wire):
+    rows = [{"id": "a", "videos": [], "messages": "[]", "kind": None, "line": 1, "chars": 2, "seconds": []}]
+    table = pa.Table.from_pylist(rows, manifest_shards.SCHEMA)
+    for folder in ("s3://videos/prepared", "s3://videos/others"):
+        manifest_shards.seal(folder, [manifest_shards.write_part(folder, 0, table)], table, {})
+    assert len(Manifest("s3://videos/prepared")) == 1
+    seal = json.loads(storage.read_bytes("s3://videos/prepared/_prepared.json"))
+    for name, says in {
+        "s3://videos/others/part-00000.parquet": "FileNotFoundError: s3://videos/prepared/s3://videos/others/part",
+        "../others/part-00000.parquet": "_prepared.json cannot be used: '../others/part-00000.parquet' is not a name",
+        "/etc/passwd": "_prepared.json cannot be used: '/etc/passwd' is not a name",
+    }.items():
+        seal["parts"][0]["name"] = name
+        storage.write_bytes("s3://videos/prepared/_prepared.json", json.dumps(seal).encode())
+        with pytest.raises(BadManifest, match=re.escape(says)):
+            Manifest("s3://videos/prepared")
+
+
+def test_small_objects_only(wire):
+    for data in (b"", b"1", b"12", b"123"):
+        storage.write_bytes("s3://videos/small", data)
+        before = wire.requests
+        if len(data) > 2:
+            with pytest.raises(ValueError, match="has more than 2 bytes"):
+                storage.read_at_most("s3://videos/small", 2)
+        else:
+            assert storage.read_at_most("s3://videos/small", 2) == data
+        assert wire.requests == before + 1
+    with pytest.raises(FileNotFoundError):
+        storage.read_at_most("s3://videos/none", 2)

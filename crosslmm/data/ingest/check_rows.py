@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import split_time_range
 from crosslmm.data.ingest import split
 from crosslmm.data.ingest.split import Chunk
 from crosslmm.data.ingest.summary import Summary
-from crosslmm.data.manifest import BadManifest
+from crosslmm.data.manifest import manifest_errors
 from crosslmm.data.manifest_shards import LENGTH_COLUMNS, SCHEMA
 from crosslmm.data.quarantine import QuarantineEntry, to_printable
 from crosslmm.data.row_schema import parse_rows
@@ -108,7 +107,7 @@ def check_batches(job: IngestJob, chunk: Chunk, batch_rows: int = BATCH_ROWS) ->
 
 
 def _row_batches(job: IngestJob, chunk: Chunk, batch_rows: int) -> Iterator[list[tuple[int, Any]]]:
-    rows = split.read_rows(chunk)
+    rows = split.read_rows(chunk, job.data.roots)
     while True:
         with manifest_errors(job.manifest):
             batch = list(itertools.islice(rows, batch_rows))
@@ -174,14 +173,3 @@ def index_of(batch: CheckedBatch) -> pa.Table:
 def _hash_id(name: str) -> int:
     # The odds that any two of 20 million ids share a hash are 1 : 100,000.
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest())
-
-
-@contextlib.contextmanager
-def manifest_errors(manifest: str) -> Iterator[None]:
-    """Context manager: turns errors of reading a manifest into `BadManifest`, which names it."""
-    try:
-        yield
-    except (storage.Unavailable, storage.BadLocation):
-        raise
-    except (OSError, ValueError) as error:
-        raise BadManifest(f"{manifest}: cannot be read: {type(error).__name__}: {error}") from error

@@ -16,9 +16,9 @@ from pydantic import Field
 from crosslmm.cli import describe_type
 from crosslmm.config import BadConfig, DataConfig
 
-LIMITS = {"decode_timeout_s", "decode_memory_gib", "max_video_bytes", "max_video_s", "max_frame_pixels"}
+LIMITS = {"decode_timeout_s", "decode_memory_gib", "max_video_bytes", "max_video_s", "max_frame_pixels", "roots"}
 """Keys of `DataConfig` that all commands with videos take."""
-TOLERANCES = {"max_bad_share", "bad_allowed", "roots"}
+TOLERANCES = {"max_bad_share", "bad_allowed"}
 """Keys of `DataConfig` that the commands on manifests take as well."""
 DEFAULTS = DataConfig()
 ChunkBytes = Annotated[int, Field(ge=1)]
@@ -85,8 +85,8 @@ def validate(
 def requeue(place: str, data: DataConfig = DEFAULTS) -> Result:
     """Retry unreadable videos of a run or of a prepared folder.
 
-        python jobs/prepare.py requeue runs/first-try/quarantine.jsonl
-        python jobs/prepare.py requeue s3://bucket/train
+        python jobs/prepare.py requeue runs/first-try/quarantine.jsonl --data.roots '["s3://bucket/clips"]'
+        python jobs/prepare.py requeue s3://bucket/train --data.roots '["s3://bucket"]'
 
     The videos in a run's quarantine.jsonl are decoded, and lines of those that can be read now are removed. The videos
     of a prepared folder are probed, and rows that can be read now are added to the folder. What still fails stays, with
@@ -94,7 +94,8 @@ def requeue(place: str, data: DataConfig = DEFAULTS) -> Result:
     on, but cannot be resumed.
 
     Args:
-        place: Path or s3:// URI of the quarantine.jsonl of a run that is not running, or of a prepared folder.
+        place: Path or s3:// URI of the quarantine.jsonl of a run that is not running, or of a prepared folder. Videos
+            that lie elsewhere are opened only if data.roots says so.
     """
     from crosslmm.data.ingest.retry_unreadable import requeue
 

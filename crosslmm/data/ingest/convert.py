@@ -11,7 +11,9 @@
 The driver holds counts, 16 bytes per row to find duplicate ids, and the lengths of all rows; never the rows.
 """
 
-import json
+import contextlib
+import errno
+import functools
 import logging
 import re
 import time
@@ -22,13 +24,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data import manifest_shards
 from crosslmm.data.ingest import ray_tasks, split
-from crosslmm.data.ingest.check_rows import IngestJob, check_chunk, manifest_errors
+from crosslmm.data.ingest.check_rows import INDEX, IngestJob, check_chunk
 from crosslmm.data.ingest.duplicates import find_duplicates
 from crosslmm.data.ingest.plan import (
     QUARANTINE_FILE,
@@ -40,6 +41,7 @@ from crosslmm.data.ingest.plan import (
 )
 from crosslmm.data.ingest.ray_tasks import IngestError
 from crosslmm.data.ingest.shard_tasks import (
+    WAITING,
     convert_chunk,
     drop_rows,
     duplicate_reasons,
@@ -47,14 +49,18 @@ from crosslmm.data.ingest.shard_tasks import (
     sort_by_line,
 )
 from crosslmm.data.ingest.split import Chunk
-from crosslmm.data.ingest.summary import Summary
-from crosslmm.data.manifest import BadManifest, base_folder
-from crosslmm.data.manifest_shards import LENGTH_COLUMNS
+from crosslmm.data.ingest.summary import Summary, parse_summary
+from crosslmm.data.manifest import BadManifest, base_folder, manifest_errors
+from crosslmm.data.manifest_shards import LENGTH_COLUMNS, read_table
 from crosslmm.data.quarantine import ErrorBudget, to_printable
 from crosslmm.progress import Progress
+from crosslmm.text import first_error, printable
 
 Duplicates = dict[int, list[tuple[int, int]]]
 """By chunk number: (line, earlier line with the same id) of each duplicate."""
+
+LOST = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""Errors that concern one file, and say that it is not what was written."""
 
 log = logging.getLogger(__name__)
 
@@ -98,14 +104,29 @@ def convert(
         log.info("%s: already prepared from %s, which has not changed", target, uri)
         return _result(target, table.num_rows, table.about, len(table.parts), began)
     job = IngestJob(uri, target, plan.key, probe, data)
-    summaries = _convert_chunks(job, plan.chunks)
-    duplicates = _find_duplicates(target, summaries)
-    if duplicates and skip_bad:
-        calls = {number: (job, number, summaries[number], lines) for number, lines in duplicates.items()}
-        for number, summary in ray_tasks.run_tasks(drop_rows, calls):
-            summaries[number] = summary
-        duplicates = {}
-    return _seal(job, summaries, duplicates, skip_bad, began)
+    with _output_errors(target):
+        summaries = _convert_chunks(job, plan.chunks)
+        duplicates = _find_duplicates(target, summaries)
+        if duplicates and skip_bad:
+            calls = {number: (job, number, summaries[number], lines) for number, lines in duplicates.items()}
+            for number, summary in ray_tasks.run_tasks(drop_rows, calls):
+                summaries[number] = summary
+            duplicates = {}
+        return _seal(job, summaries, duplicates, skip_bad, began)
+
+
+@contextlib.contextmanager
+def _output_errors(target: str) -> Iterator[None]:
+    """Context manager: turns errors about files of an earlier call that are lost or damaged into `BadConfig`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if not isinstance(error, LOST) and getattr(error, "errno", None) != errno.ELOOP:
+            raise
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise BadConfig(
+            f"{target}: a file of an earlier call is lost or damaged: {reason}; give another folder"
+        ) from error
 
 
 def validate(manifest: str, probe: bool, piece_bytes: int | None, data: DataConfig) -> Summary:
@@ -197,11 +218,19 @@ def _convert_chunks(job: IngestJob, chunks: list[Chunk]) -> list[Summary]:
 def _read_summaries(target: str, plan: str) -> dict[int, Summary]:
     """Read the summaries of the chunks that are done, by number."""
     names = storage.names_in(storage.join(target, "pieces"))
-    numbers = [int(name.removesuffix(".json")) for name in names if re.fullmatch(r"\d+\.json", name)]
+    names = [f"pieces/{name}" for name in names if re.fullmatch(r"\d+\.json", name)]
     with ThreadPoolExecutor(manifest_shards.CONCURRENT_READS) as threads:
-        files = threads.map(lambda n: storage.read_bytes(storage.join(target, f"pieces/{n:05d}.json")), numbers)
-        summaries = {number: Summary(**json.loads(data)) for number, data in zip(numbers, files, strict=True)}
-    return {number: summary for number, summary in summaries.items() if summary.plan == plan}
+        summaries = dict(zip(names, threads.map(functools.partial(_read_summary, target), names), strict=True))
+    return {int(name[7:-5]): summary for name, summary in summaries.items() if summary and summary.plan == plan}
+
+
+def _read_summary(target: str, name: str) -> Summary | None:
+    """Read the summary of a chunk; None if it cannot be used, so that its chunk is converted again."""
+    try:
+        return parse_summary(storage.read_at_most(storage.inside(target, name), storage.MAX_JSON_BYTES), target)
+    except ValueError as error:
+        log.warning("%s/%s is ignored: %s", target, name, first_error(error))
+        return None
 
 
 def _read_indices(target: str, summaries: list[Summary]) -> Iterator[pa.Table]:
@@ -210,9 +239,7 @@ def _read_indices(target: str, summaries: list[Summary]) -> Iterator[pa.Table]:
     batch = manifest_shards.CONCURRENT_READS
     with ThreadPoolExecutor(batch) as threads:
         for start in range(0, len(names), batch):
-            uris = [storage.join(target, name) for name in names[start : start + batch]]
-            for data in threads.map(storage.read_bytes, uris):
-                yield pq.read_table(pa.BufferReader(data))
+            yield from threads.map(lambda name: read_table(target, name, INDEX), names[start : start + batch])
 
 
 def _find_duplicates(target: str, summaries: list[Summary]) -> Duplicates:
@@ -268,15 +295,14 @@ def _seal(
 def _rejected_lines(target: str, summaries: list[Summary], duplicates: Duplicates) -> Iterator[bytes]:
     for number, summary in enumerate(summaries):
         name = summary.files.get("rejected")
-        lines = storage.read_bytes(storage.join(target, name)) if name else b""
+        lines = storage.read_bytes(storage.inside(target, name)) if name else b""
         reasons = duplicate_reasons(duplicates.get(number, []))
         yield sort_by_line(lines + rejected_lines(reasons)) if reasons else lines
 
 
 def _quarantine_lines(target: str, waiting: list[str]) -> Iterator[bytes]:
     for name in waiting:
-        data = storage.read_bytes(storage.join(target, name))
-        for entry in pq.read_table(pa.BufferReader(data), columns=["entry"])["entry"].to_pylist():
+        for entry in read_table(target, name, pa.schema([WAITING.field("entry")]))["entry"].to_pylist():
             yield entry.encode() + b"\n"
 
 

@@ -7,25 +7,31 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from crosslmm import storage
 from crosslmm.config import BadConfig
 from crosslmm.data import manifest_shards
 from crosslmm.data.ingest import ray_tasks, split
-from crosslmm.data.ingest.check_rows import manifest_errors
 from crosslmm.data.ingest.shard_tasks import relative_to
 from crosslmm.data.ingest.split import Chunk
-from crosslmm.data.manifest import BadManifest
+from crosslmm.data.manifest import BadManifest, manifest_errors
+from crosslmm.text import first_error
 
 CHUNK_BYTES, PROBED_CHUNK_BYTES = 32 * 2**20, 4 * 2**20
 """Default sizes of a chunk without and with probing, which takes much longer per row [bytes]."""
 
 PLAN_FILE, REJECTED_FILE, QUARANTINE_FILE = "pieces/plan.json", "rejected.jsonl", "quarantine.jsonl"
+MAX_PLAN_BYTES = 256 * 2**20
+"""Largest plan [bytes]: a million chunks."""
 OUTPUT_FILES = re.compile(
     r"_prepared\.json|pieces/.*|(part|probes|waiting|lengths)-\w+\.parquet|(rejected|quarantine)\.jsonl", re.DOTALL
 )
 """Names of all files that a conversion writes into its folder; no other file is ever removed."""
 
 log = logging.getLogger(__name__)
+
+_CHUNKS = TypeAdapter(list[Chunk])
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ class Plan:
     @classmethod
     def from_json(cls, data: bytes) -> "Plan":
         """Parse the content of a plan's file."""
-        content = json.loads(data)
-        return cls(content["asked"], content["stamp"], [Chunk(**chunk) for chunk in content.get("pieces", [])])
+        content = storage.parse_json(data)
+        return cls(content["asked"], content["stamp"], _CHUNKS.validate_python(content.get("pieces", [])))
 
 
 def default_chunk_bytes(probe: bool) -> int:
@@ -64,9 +70,16 @@ def default_chunk_bytes(probe: bool) -> int:
 
 
 def read_plan(target: str) -> Plan | None:
-    """Read the plan in a folder; None if no conversion to this folder was started."""
-    uri = storage.join(target, PLAN_FILE)
-    return Plan.from_json(storage.read_bytes(uri)) if storage.exists(uri) else None
+    """Read the plan in a folder; None if no conversion to this folder was started.
+
+    Raises:
+        BadConfig: it is damaged.
+    """
+    try:
+        uri = storage.inside(target, PLAN_FILE)
+        return Plan.from_json(storage.read_at_most(uri, MAX_PLAN_BYTES)) if storage.exists(uri) else None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadConfig(f"{target}: {PLAN_FILE} cannot be used: {first_error(error)}; give another folder") from None
 
 
 def make_plan(uri: str, target: str, settings: dict[str, Any], previous: Plan | None) -> Plan:
@@ -90,10 +103,11 @@ def make_plan(uri: str, target: str, settings: dict[str, Any], previous: Plan | 
             # Claim the folder before anything else is written, so that a call after an interruption recognises it.
             storage.write_bytes(storage.join(target, PLAN_FILE), Plan({}, [], []).to_json())
         if previous and stamp and (previous.stamp, previous.settings) == (stamp, settings):
+            _require_own_chunks(previous, uri, target)
             return previous
         if split.needs_whole_read(uri):
             log.info("splitting a manifest that one process has to read from start to end")
-            arguments = (uri, storage.join(target, "pieces"), settings["piece_bytes"])
+            arguments = (uri, storage.join(target, "pieces"), settings["piece_bytes"], settings["roots"])
             ((_, chunks),) = ray_tasks.run_tasks(split.split_whole_file, {0: arguments})
         else:
             log.info("splitting a manifest of %s MB and counting its lines", f"{stamp[0] / 1e6:,.1f}")
@@ -106,6 +120,15 @@ def make_plan(uri: str, target: str, settings: dict[str, Any], previous: Plan | 
     if plan != previous:
         storage.write_bytes(storage.join(target, PLAN_FILE), plan.to_json())
     return plan
+
+
+def _require_own_chunks(plan: Plan, uri: str, target: str) -> None:
+    """Raise BadConfig if a stored plan names another file than the manifest or a part of it in the folder."""
+    for name in {chunk.uri for chunk in plan.chunks} - {uri}:
+        try:
+            storage.follow(name, [storage.join(target, "pieces")])
+        except ValueError as error:
+            raise BadConfig(f"{target}: {PLAN_FILE} cannot be used: {error}; give another folder") from None
 
 
 def split_in_tasks(uri: str, chunk_bytes: int) -> list[Chunk]:

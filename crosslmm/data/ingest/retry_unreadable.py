@@ -5,28 +5,30 @@ import contextlib
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data import manifest_shards
 from crosslmm.data.frame_sampling import split_time_range
 from crosslmm.data.ingest import ray_tasks, split
-from crosslmm.data.ingest.check_rows import IngestJob, add_durations, manifest_errors
+from crosslmm.data.ingest.check_rows import IngestJob, add_durations
 from crosslmm.data.ingest.plan import QUARANTINE_FILE, split_in_tasks
-from crosslmm.data.ingest.shard_tasks import probes_table, records_table, waiting_table, write_table
+from crosslmm.data.ingest.shard_tasks import WAITING, probes_table, records_table, waiting_table, write_table
 from crosslmm.data.ingest.split import Chunk
-from crosslmm.data.manifest import BadManifest
+from crosslmm.data.manifest import BadManifest, manifest_errors
 from crosslmm.data.manifest_shards import LENGTH_COLUMNS
-from crosslmm.data.quarantine import QuarantineEntry, to_printable
+from crosslmm.data.quarantine import QuarantineEntry, parse_entry, to_printable
+from crosslmm.data.row_schema import resolve_video
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder, HeaderReader
 from crosslmm.data.video.probe import Probe
 from crosslmm.progress import Progress
+from crosslmm.text import first_error
 
 QUARANTINE_CHUNK_BYTES = 256 * 2**10
 """Size of the part of a quarantine.jsonl that one task retries [bytes]."""
@@ -97,12 +99,13 @@ def _requeue_quarantine(uri: str, data: DataConfig) -> list[RetryResult]:
 
 def _requeue_folder(target: str, data: DataConfig) -> list[RetryResult]:
     """Probe the videos of a folder's waiting rows, and seal the folder with those that can be read as new parts."""
-    table = manifest_shards.PreparedTable(target)
+    data = data.model_copy(update={"roots": [target, *map(storage.absolute, data.roots)]})
+    table = manifest_shards.PreparedTable(target, data.roots)
     about = table.about
-    numbers = [int(re.findall(r"\d+", part["name"])[0]) for part in table.parts]
+    numbers = [int(number) for part in table.parts for number in re.findall(r"\d{1,15}", part["name"])[:1]]
     first = max(numbers, default=0) + 1
     job = IngestJob(about["made_from"], target, "", True, data)
-    names: list[str] = about.get("waiting", [])
+    names: list[str] = about["waiting"]
     results = _run_retries(retry_waiting, {n: (job, first + n, name) for n, name in enumerate(names)}, data)
     parts = [part for result in results for part in result.parts]
     if parts:
@@ -132,14 +135,13 @@ def _run_retries(function: Any, calls: dict[int, tuple[Any, ...]], data: DataCon
 def retry_waiting(job: IngestJob, number: int, name: str) -> RetryResult:
     """Probe the videos of the waiting rows in the file `name`, and write rows that can be read as part `number`."""
     target = job.target
-    rows = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(target, name)))).to_pylist()
-    attempts = {entry["line"]: entry["attempts"] for entry in (json.loads(row.pop("entry")) for row in rows)}
-    records = [{**row, "videos": [storage.join(target, video) for video in row["videos"]]} for row in rows]
+    data = job.data.model_copy(update={"roots": [target, *job.data.roots]})
+    records, attempts = _read_waiting(target, name, data.roots)
     uris = list(dict.fromkeys(split_time_range(uri)[0] for record in records for uri in record["videos"]))
-    with HeaderReader(job.data) as header_reader:
+    with HeaderReader(data) as header_reader:
         probed = dict(zip(uris, header_reader(uris), strict=True))
     readable, waiting = add_durations(records, probed, job.manifest)
-    waiting = [(row, replace(entry, attempts=entry.attempts + attempts[entry.line])) for row, entry in waiting]
+    waiting = [(row, replace(entry, attempts=entry.attempts + attempts.get(entry.line, 0))) for row, entry in waiting]
     result = RetryResult(
         readable=[(to_printable(job.manifest), record["line"], to_printable(record["id"])) for record in readable],
         entries=b"".join(json.dumps(entry.to_dict()).encode() + b"\n" for _, entry in waiting),
@@ -159,34 +161,58 @@ def retry_waiting(job: IngestJob, number: int, name: str) -> RetryResult:
     return result
 
 
+def _read_waiting(target: str, name: str, roots: Sequence[str]) -> tuple[list[dict[str, Any]], dict[int, int]]:
+    """Return the waiting rows in the file `name`, with absolute URIs of their videos, and the attempts by line.
+
+    Raises:
+        BadManifest: a row names a video outside of the roots, or its entry is damaged.
+    """
+    records: list[dict[str, Any]] = []
+    attempts: dict[int, int] = {}
+    for row in manifest_shards.read_table(target, name, WAITING, roots).to_pylist():
+        try:
+            attempts[row["line"]] = parse_entry(row.pop("entry"))["attempts"]
+            records.append({**row, "videos": [resolve_video(video, roots) for video in row["videos"]]})
+        except ValueError as error:
+            raise BadManifest(f"{target}: {name}: row {len(records) + 1}: {first_error(error)}") from None
+    return records, attempts
+
+
 def retry_entries(data: DataConfig, chunk: Chunk) -> RetryResult:
     """Decode the videos that some lines of a run's quarantine.jsonl name.
 
+    Args:
+        data: limits, and further folders that the videos may lie in besides the file's own.
+        chunk: lines of the file.
+
     Raises:
-        BadManifest: a line does not belong in a quarantine.jsonl.
+        BadManifest: a line does not belong in a quarantine.jsonl, or names a video outside of the roots.
     """
     result, remaining = RetryResult(), []
-    with Decoder(data, IMAGE_SIZE) as decoder:
+    roots = [storage.parent(chunk.uri), *map(storage.absolute, data.roots)]
+    with Decoder(data.model_copy(update={"roots": roots}), IMAGE_SIZE) as decoder:
         for number, line in split.read_rows(chunk):
             try:
-                entry = json.loads(line)
-                row = {"manifest": entry["manifest"], "line": entry["line"], "id": entry["id"]}
-                uri, attempts, stage = str(entry["uri"]), int(entry["attempts"]), entry["stage"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise BadManifest(
-                    f"{chunk.uri}: line {number} is not a line of a quarantine.jsonl: {type(error).__name__}"
-                ) from None
-            if stage == "process":  # not its video is at fault
+                entry = parse_entry(line)
+            except ValueError as error:
+                reason = f"is not a line of a quarantine.jsonl: {first_error(error)}"
+                raise BadManifest(f"{chunk.uri}: line {number} {reason}") from None
+            if entry["stage"] == "process":  # not its video is at fault
                 remaining.append(line.rstrip(b"\n") + b"\n")
                 continue
+            try:
+                uri = resolve_video(entry["uri"], roots)
+            except ValueError as error:
+                raise BadManifest(f"{chunk.uri}: line {number}: {error}") from None
+            row = {"manifest": entry["manifest"], "line": entry["line"], "id": entry["id"]}
             video = decoder([uri])[0]
             if isinstance(video, VideoFailure) and video.stage == "read" and "\\" in uri:
                 # In quarantine.jsonl, names that are not printable ASCII are escaped.
                 with contextlib.suppress(ValueError):
-                    video = decoder([codecs.decode(uri, "unicode_escape")])[0]
+                    video = decoder([resolve_video(codecs.decode(uri, "unicode_escape"), roots)])[0]
             if isinstance(video, VideoFailure):
-                failure = replace(video, attempts=attempts + video.attempts)
-                updated = {**entry, **QuarantineEntry.from_row(row, uri, failure).to_dict()}
+                failure = replace(video, attempts=entry["attempts"] + video.attempts)
+                updated = {**entry, **QuarantineEntry.from_row(row, entry["uri"], failure).to_dict()}
                 remaining.append(json.dumps(updated).encode() + b"\n")
             else:
                 result.readable.append((to_printable(str(row["manifest"])), row["line"], to_printable(str(row["id"]))))

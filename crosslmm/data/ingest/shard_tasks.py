@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from crosslmm import storage
 from crosslmm.data import manifest_shards
@@ -104,26 +103,26 @@ def drop_rows(job: IngestJob, number: int, summary: Summary, duplicates: list[tu
     target = job.target
     lines = pa.array([line for line, _ in duplicates], pa.int64())
 
-    def remaining_rows(name: str) -> pa.Table:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(target, name))))
+    def remaining_rows(name: str, schema: pa.Schema) -> pa.Table:
+        table = manifest_shards.read_table(target, name, schema)
         return table.filter(pc.invert(pc.is_in(table["line"], lines)))
 
     writer = _PartWriter(target, number * PARTS_PER_CHUNK + PARTS_PER_CHUNK // 2, PART_ROWS)
     for part in summary.parts:
-        writer.add(remaining_rows(part["name"]))
+        writer.add(remaining_rows(part["name"], SCHEMA))
     rejected = duplicate_reasons(duplicates)
     result = replace(summary, parts=writer.finish(), files=dict(summary.files))
     result.reject(rejected)
     result.rows = sum(part["rows"] for part in result.parts)
     result.files["index"] = f"pieces/{number:05d}-1.parquet"
-    write_table(target, result.files["index"], remaining_rows(summary.files["index"]))
+    write_table(target, result.files["index"], remaining_rows(summary.files["index"], INDEX))
     if name := result.files.pop("waiting", None):
-        waiting = remaining_rows(name)
+        waiting = remaining_rows(name, WAITING)
         result.quarantined = waiting.num_rows
         if waiting.num_rows:
             result.files["waiting"] = f"waiting-{number:05d}_1.parquet"
             write_table(target, result.files["waiting"], waiting)
-    before = storage.read_bytes(storage.join(target, summary.files["rejected"])) if summary.rejected else b""
+    before = storage.read_bytes(storage.inside(target, summary.files["rejected"])) if summary.rejected else b""
     result.files["rejected"] = f"pieces/{number:05d}-1.rejected.jsonl"
     data = sort_by_line(before + rejected_lines(rejected))
     storage.write_bytes(storage.join(target, result.files["rejected"]), data)
@@ -175,13 +174,13 @@ def waiting_table(rows: Sequence[Waiting], target: str) -> pa.Table:
 
 def write_table(target: str, name: str, table: pa.Table) -> None:
     """Write a table as the Parquet file `name` of the folder `target`."""
-    storage.write_bytes(storage.join(target, name), manifest_shards.to_bytes(table))
+    storage.write_bytes(storage.inside(target, name), manifest_shards.to_bytes(table))
 
 
 def relative_to(uri: str, folder: str) -> str:
     """Return a URI relative to a folder if it lies in it, so that both can be moved together; else the URI."""
     relative = uri.removeprefix(f"{folder}/")
-    return relative if storage.join(folder, relative) == uri else uri
+    return relative if storage.resolve(folder, relative) == uri else uri
 
 
 def duplicate_reasons(duplicates: list[tuple[int, int]]) -> list[tuple[int, str]]:

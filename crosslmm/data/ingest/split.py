@@ -1,23 +1,20 @@
 """Split a manifest into chunks of similar size that any process can read, with the right line numbers."""
 
 import codecs
-import contextlib
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
-
 from crosslmm import storage
 from crosslmm.data import formats
+from crosslmm.data.parquet import ParquetFile
 
 SEARCH_BYTES = 64 * 2**10
 """Size of the first read that searches for the end of a line; it doubles until one is found [bytes]."""
 MAX_LINE_BYTES = 256 * 2**20
-"""Longest line of a manifest [bytes]."""
+"""Longest line that the search for its end reads; rows have a smaller limit [bytes]."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +100,19 @@ def number_rows(chunks: Iterable[Chunk]) -> list[Chunk]:
     return numbered
 
 
-def split_whole_file(uri: str, folder: str, chunk_bytes: int) -> list[Chunk]:
+def split_whole_file(uri: str, folder: str, chunk_bytes: int, roots: Sequence[str] = ()) -> list[Chunk]:
     """Read a manifest from start to end, and write its rows into files of lines in `folder`.
+
+    Args:
+        uri: manifest.
+        folder: path or URI.
+        chunk_bytes: size of a file [bytes].
+        roots: further folders that links in a manifest that is a folder may lead to.
 
     Raises:
         OSError, ValueError: it cannot be read, or its content does not match its suffix.
     """
-    data, rows = formats.read_rows(uri)
+    data, rows = formats.read_rows(uri, roots)
     prefix = f"{hashlib.sha256(data).hexdigest()[:16]}-{chunk_bytes}"
     chunks: list[Chunk] = []
     lines, size, first = [], 0, 1
@@ -124,17 +127,16 @@ def split_whole_file(uri: str, folder: str, chunk_bytes: int) -> list[Chunk]:
     return chunks
 
 
-def read_rows(chunk: Chunk) -> Iterator[tuple[int, Any]]:
+def read_rows(chunk: Chunk, roots: Sequence[str] = ()) -> Iterator[tuple[int, Any]]:
     """Yield the line number and the raw row of each row of a chunk, as `formats.read_rows` does.
 
     Raises:
         OSError, ValueError: it cannot be read, or its content does not match its suffix.
     """
     if chunk.form == "whole":
-        yield from formats.read_rows(chunk.uri)[1]
+        yield from formats.read_rows(chunk.uri, roots)[1]
     elif chunk.form == "parquet":
-        with _open_parquet(chunk.uri) as file:
-            yield from formats.parquet_rows(file, range(chunk.begin, chunk.end), chunk.first)
+        yield from formats.parquet_rows(_open_parquet(chunk.uri), range(chunk.begin, chunk.end), chunk.first)
     else:
         data = storage.read_bytes(chunk.uri, chunk.begin, chunk.end)
         yield from formats.numbered_lines(data if chunk.begin else data.removeprefix(codecs.BOM_UTF8), chunk.first)
@@ -155,8 +157,7 @@ def _next_line_start(uri: str, offset: int, size: int, search_bytes: int, max_li
 
 def _split_parquet(uri: str, chunk_bytes: int) -> list[Chunk]:
     """Return runs of row groups of about `chunk_bytes` uncompressed bytes."""
-    with _open_parquet(uri) as file:
-        metadata = file.metadata
+    metadata = _open_parquet(uri).footer
     identity = f"{storage.stamp_of(uri)} {metadata.created_by} {metadata.schema}"
     chunks: list[Chunk] = []
     begin, size, rows, first = 0, 0, 0, 1
@@ -171,11 +172,8 @@ def _split_parquet(uri: str, chunk_bytes: int) -> list[Chunk]:
     return chunks
 
 
-@contextlib.contextmanager
-def _open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    # Arrow mistakes a short read for the end of the file; a buffered reader reads on until it has all bytes.
-    with io.BufferedReader(storage.open_read(uri), 2**20) as file:  # type: ignore[type-var]
-        yield pq.ParquetFile(file)
+def _open_parquet(uri: str) -> ParquetFile:
+    return ParquetFile.from_uri(uri, storage.stamp_of(uri)[0])
 
 
 def _write_lines(folder: str, name: str, lines: list[bytes], first: int) -> Chunk:

@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from crosslmm import storage
+from crosslmm.data.manifest_shards import Part
 from crosslmm.data.quarantine import to_printable
 
 MAX_EXAMPLES = 5
@@ -90,3 +94,22 @@ class Summary:
         examples = "; ".join(f"line {line}: {reason}" for line, reason in self.named)
         more = f"; and {self.rejected - MAX_EXAMPLES} more" if self.rejected > MAX_EXAMPLES else ""
         return f"{to_printable(manifest)}: {self.rejected} rows are malformed: {examples}{more}"
+
+
+_SUMMARY, _PARTS = TypeAdapter(Summary), TypeAdapter(list[Part])
+_REASONS = TypeAdapter(dict[str, tuple[int, list[int], str]])
+
+
+def parse_summary(data: bytes, target: str) -> Summary:
+    """Parse the summary of a chunk of the conversion to the folder `target`.
+
+    Raises:
+        ValueError: it is none, or names files outside of the folder.
+    """
+    summary = _SUMMARY.validate_python(storage.parse_json(data))
+    _REASONS.validate_python(summary.reasons)
+    for name in [*(part.name for part in _PARTS.validate_python(summary.parts)), *summary.files.values()]:
+        storage.join(target, name)
+    if "index" not in summary.files or bool(summary.rejected) != ("rejected" in summary.files):
+        raise ValueError("it does not name all files of its chunk")
+    return summary

@@ -127,9 +127,11 @@ def _resolve_links(uri: str, roots: Sequence[str]) -> str:
     """
     if not roots:
         return uri
-    if not storage.within(storage.real(uri), map(storage.real, roots)):
-        raise UnreadableVideo("a link leads outside of the manifest's folder; add its target to --data.roots")
-    return storage.real(uri)
+    try:
+        return storage.follow(uri, roots)
+    except storage.LeadsOut:
+        reason = "a link leads outside of the manifest's folder; add its target to --data.roots"
+        raise UnreadableVideo(reason) from None
 
 
 def _detect_format(file: BinaryIO, max_bytes: int) -> str:

@@ -112,7 +112,7 @@ def test_folder_rows_are_its_videos_with_sidecars(tmp_path):
     [
         ("rows.json", "{}", "cannot be read: BadRow: a .json manifest is a list of objects"),
         ("rows.json", "[", "cannot be read: JSONDecodeError"),
-        ("rows.parquet", "no parquet", "cannot be read: ArrowInvalid"),
+        ("rows.parquet", "no parquet", "cannot be read: BadParquet: not a Parquet file"),
         ("rows.json", '[{"conversations": [{"from": "nobody", "value": "x"}]}]', "line 1: a turn of conversations is"),
         ("rows.json", '[{"conversations": []}]', "line 1: messages: List should have at least 1 item"),
         ("rows.json", "[3]", "line 1: Input should be an object"),

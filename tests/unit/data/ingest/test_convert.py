@@ -87,6 +87,52 @@ def test_a_stopped_conversion_resumes(convert, tasks, tmp_path):
     assert (again["rows"], again["parts"]) == (50, chunks)
 
 
+def change(path, update):
+    content = json.loads(path.read_text())
+    update(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_summary_that_cannot_be_used_is_made_again(convert, tasks, tmp_path):
+    write(tmp_path / "rows.jsonl", map(text, range(50)))
+    tasks.max_chunks = 3
+    with pytest.raises(KeyboardInterrupt):
+        convert()
+    tasks.max_chunks = None
+    pieces = tmp_path / "out/pieces"
+    change(pieces / "00000.json", lambda summary: summary["files"].update(index="../../secret.parquet"))
+    (pieces / "00001.json").write_text("[" * 100_000)
+    (tmp_path / "summary.json").write_bytes((pieces / "00002.json").read_bytes())
+    (pieces / "00002.json").unlink()
+    (pieces / "00002.json").symlink_to("../../summary.json")
+    result, output = convert()
+    assert "pieces/00000.json is ignored: '../../secret.parquet' is not a name inside" in output
+    assert "pieces/00001.json is ignored: nested too deep" in output
+    assert "pieces/00002.json is ignored: " in output
+    assert "a link leads out of its folder" in output
+    assert tasks.called.count("convert_chunk") == result["parts"]
+    assert ids(tmp_path) == [f"{i}" for i in range(50)]
+
+
+@pytest.mark.parametrize("uri", ["/etc/passwd", "s3://other/rows.jsonl", "{out}/pieces/../../secret.jsonl", "{out}/x"])
+def test_a_plan_names_the_manifest_and_its_pieces_only(convert, tasks, tmp_path, uri):
+    write(tmp_path / "rows.jsonl", map(text, range(50)))
+    tasks.max_chunks = 1
+    with pytest.raises(KeyboardInterrupt):
+        convert()
+    tasks.max_chunks = None
+    plan = tmp_path / "out/pieces/plan.json"
+    change(plan, lambda plan: plan["pieces"][1].update(uri=uri.format(out=tmp_path / "out")))
+    with pytest.raises(
+        BadConfig, match=r"out: pieces/plan\.json cannot be used: .*lies outside of.*; give another folder"
+    ):
+        convert()
+    for content in ("[]", "{}", "[" * 100_000, '{"asked": {}, "stamp": [], "pieces": [{"uri": 3}]}'):
+        plan.write_text(content)
+        with pytest.raises(BadConfig, match=r"out: pieces/plan\.json cannot be used"):
+            convert()
+
+
 def test_only_a_changed_manifest_is_converted_again(convert, tasks, tmp_path):
     write(tmp_path / "rows.jsonl", map(text, range(50)))
     convert()
@@ -165,7 +211,7 @@ def test_too_many_unreadable_videos_stop_with_their_reasons(convert, tmp_path):
         ("none.jsonl", BadManifest, r"none\.jsonl: cannot be read: FileNotFoundError"),
         ("blank.jsonl", BadManifest, r"blank\.jsonl: is empty"),
         ("empty.jsonl", BadManifest, r"empty\.jsonl: is empty"),
-        ("rows.parquet", BadManifest, r"rows\.parquet: cannot be read: ArrowInvalid"),
+        ("rows.parquet", BadManifest, r"rows\.parquet: cannot be read: BadParquet: not a Parquet file"),
         ("rows.json", BadManifest, r"rows\.json: cannot be read: BadRow: a \.json manifest is a list"),
         ("bad.jsonl", IngestError, r"no row is left: 1 are malformed"),
     ],

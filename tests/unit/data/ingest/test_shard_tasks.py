@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +13,8 @@ from crosslmm.data.ingest.plan import OUTPUT_FILES
 from crosslmm.data.ingest.retry_unreadable import retry_entries, retry_waiting
 from crosslmm.data.ingest.shard_tasks import convert_chunk, drop_rows
 from crosslmm.data.ingest.split import Chunk
-from crosslmm.data.ingest.summary import Summary
+from crosslmm.data.ingest.summary import Summary, parse_summary
+from crosslmm.data.manifest import BadManifest
 from crosslmm.data.samples.clips import encode_clip
 from tests.support.common import conversation
 
@@ -144,7 +146,7 @@ def test_quarantined_videos_are_decoded_again(tmp_path, video):
 
     (tmp_path / "é.mp4").write_bytes(video.read_bytes())
     rows = [
-        entry("good", str(video)), entry("part", f"{video}#t=1,2"), entry("gone", "/gone.mp4", split="train"),
+        entry("good", str(video)), entry("part", f"{video}#t=1,2"), entry("gone", "gone.mp4", split="train"),
         entry("é", f"{tmp_path}/\\xe9.mp4"),
     ]  # fmt: skip
     result = retry_entries(DataConfig(), jsonl(tmp_path / "quarantine.jsonl", rows))
@@ -152,6 +154,17 @@ def test_quarantined_videos_are_decoded_again(tmp_path, video):
     assert [json.loads(line) for line in result.entries.splitlines()] == [
         {**rows[2], "reason": "no such file", "attempts": 3}
     ]
+    for uri in ("/etc/passwd", "../x.mp4", "s3://other/x.mp4", "http://host/x.mp4"):
+        with pytest.raises(
+            BadManifest, match=r"quarantine\.jsonl: line 2: .*(lies outside of .*--data\.roots|only local)"
+        ):
+            retry_entries(DataConfig(), jsonl(tmp_path / "quarantine.jsonl", [rows[0], entry("x", uri)]))
+    # Unescaped, this is `..`.
+    hidden = [entry("x", "\\x2e\\x2e/clip.mp4")]
+    (tmp_path / "runs").mkdir()
+    assert not retry_entries(DataConfig(), jsonl(tmp_path / "runs/quarantine.jsonl", hidden)).readable
+    elsewhere = jsonl(tmp_path / "runs/quarantine.jsonl", [rows[0]])
+    assert len(retry_entries(DataConfig(roots=[str(tmp_path)]), elsewhere).readable) == 1
     with pytest.raises(Exception, match=r"line 1 is not a line of a quarantine\.jsonl"):
         retry_entries(DataConfig(), jsonl(tmp_path / "rows.jsonl", [{"id": "a"}]))
 
@@ -182,3 +195,42 @@ def test_waiting_rows_are_probed_again(tmp_path, video):
     assert read(target, some.waiting)["id"].to_pylist() == ["gone"]
     # The current seal names the old file.
     assert storage.read_bytes(storage.join(target, name)) == before
+
+
+def test_waiting_rows_outside_of_the_roots_are_not_opened(tmp_path, video):
+    rows = [clip("a", "clip.mp4"), clip("gone", "gone.mp4")]
+    settings = job(tmp_path, probe=True)
+    name = convert_chunk(settings, 0, jsonl(tmp_path / "rows.jsonl", rows)).files["waiting"]
+    foreign = replace(settings, data=DataConfig(roots=[]))
+    with pytest.raises(BadManifest, match=rf"{name}: row 1: '.*gone\.mp4' lies outside of .*/out; add its folder to"):
+        retry_waiting(foreign, 1, name)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../rows.parquet", "", "pieces/../../rows.parquet"])
+def test_waiting_rows_are_read_from_the_folder_only(tmp_path, video, name):
+    rows = [clip("a", "clip.mp4"), clip("gone", "gone.mp4")]
+    settings = job(tmp_path, probe=True)
+    before = convert_chunk(settings, 0, jsonl(tmp_path / "rows.jsonl", rows))
+    (tmp_path / "rows.parquet").write_bytes((tmp_path / "out" / before.files["waiting"]).read_bytes())
+    with pytest.raises(storage.BadLocation, match="is not a name inside"):
+        retry_waiting(settings, 1, name)
+    (tmp_path / "out/linked.parquet").symlink_to(tmp_path / "rows.parquet")
+    with pytest.raises(storage.LeadsOut):
+        retry_waiting(replace(settings, data=DataConfig()), 1, "linked.parquet")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "."])
+def test_a_summary_names_files_of_its_folder_only(tmp_path, video, name):
+    rows = [clip("a", "clip.mp4"), "{"]
+    summary = convert_chunk(job(tmp_path, probe=True), 0, jsonl(tmp_path / "rows.jsonl", rows))
+    assert parse_summary(json.dumps(asdict(summary)).encode(), "/out") == summary
+    changed = [
+        {"parts": [summary.parts[0] | {"name": name}]},
+        *({"files": summary.files | {key: name}} for key in summary.files),
+    ]
+    for change in changed:
+        with pytest.raises(ValueError, match="is not a name inside"):
+            parse_summary(json.dumps(asdict(summary) | change).encode(), "/out")
+    for change in ({"files": {}}, {"parts": [{}]}, {"reasons": {"a": [1]}}, {"rows": "many"}):
+        with pytest.raises(ValueError, match=r".*"):
+            parse_summary(json.dumps(asdict(summary) | change).encode(), "/out")

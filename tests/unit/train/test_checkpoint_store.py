@@ -1,0 +1,55 @@
+"""Seals of checkpoints that somebody else wrote."""
+
+import json
+
+import pytest
+
+from crosslmm import storage
+from crosslmm.train import checkpoint_store
+
+SEAL = {"step": 3, "world_size": 1, "sealed_at": 1.0, "metrics": {"loss": 0.5}, "files": {"a": [1, "0" * 64]}}
+
+
+@pytest.fixture
+def seal(tmp_path):
+    def write(**changes):
+        path = tmp_path / "run/step-00000003-test/seal.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(SEAL | changes))
+        return str(tmp_path / "run")
+
+    return write
+
+
+def test_a_seal_is_read(seal):
+    (checkpoint,) = checkpoint_store.list_sealed(seal())
+    assert (checkpoint.step, checkpoint.files) == (3, {"a": (1, "0" * 64)})
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../run.json", "a/../../x", "", ".", "..", "C:/x"])
+def test_a_seal_that_names_files_elsewhere_does_not_count(seal, name):
+    run = seal(files={"a": [1, "0" * 64], name: [1, "0" * 64]})
+    assert checkpoint_store.list_sealed(run) == []
+    (uri,) = checkpoint_store.list_unsealed(run, [])
+    assert checkpoint_store.unsealed_reason(uri) == "its seal.json cannot be read"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": "many"}, {"step": None}, {"metrics": []}, {"files": {"a": [float("inf"), ""]}}, {"files": []},
+     {"sealed_at": "x"}, {"world_size": {}}, {"files": {"a": 3}}],
+)  # fmt: skip
+def test_a_seal_of_other_types_does_not_count(seal, changes):
+    assert checkpoint_store.list_sealed(seal(**changes)) == []
+
+
+def test_a_seal_that_is_no_object_or_links_out_does_not_count(seal, tmp_path):
+    run = seal()
+    path = tmp_path / "run/step-00000003-test/seal.json"
+    for text in ("[" * 100_000, "[]", "3", "", "x" * (storage.MAX_JSON_BYTES + 1)):
+        path.write_text(text)
+        assert checkpoint_store.list_sealed(run) == []
+    path.unlink()
+    (tmp_path / "seal.json").write_text(json.dumps(SEAL))
+    path.symlink_to(tmp_path / "seal.json")
+    assert checkpoint_store.list_sealed(run) == []

@@ -188,10 +188,14 @@ class Retention:
             root, name = run.data.params.get("storage"), run.data.params.get("name")
             if root is None or name is None or root.rstrip("/") != self.root:
                 continue
+            try:
+                folder = storage.join(self.root, name)
+            except storage.BadLocation:  # as no run of this package is called
+                continue
             tree = (run, *children.get(run.info.run_id, []))
             versions = [version for one in tree for version in self._versions(one)]
             aliases = [alias for version in versions for alias in self._aliases(version)]
-            yield Tree(tree, tuple(versions), tuple(aliases), storage.join(self.root, name))
+            yield Tree(tree, tuple(versions), tuple(aliases), folder)
 
     def _runs_unknown_to_mlflow(self) -> Iterator[tuple[str, set[str]]]:
         """Yield (name, configuration values) of runs in storage that MLflow does not have: they wait for a replay."""

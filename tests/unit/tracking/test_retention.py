@@ -1,5 +1,6 @@
 """Retention of runs over sqlite and local folders."""
 
+import json
 import subprocess
 import sys
 import time
@@ -185,6 +186,20 @@ def test_runs_in_another_storage_folder_are_ignored(lab, tmp_path):
     lab.run("old", 40)
     elsewhere = tracking.Retention(str(tmp_path / "elsewhere"), lab.config("x").tracking)
     assert elsewhere.decide(0, 0) == []
+
+
+@pytest.mark.parametrize("name", ["../victim", "{root}/victim", "", "a/../../victim"])
+def test_a_record_names_no_folder_outside_of_storage(lab, tmp_path, name):
+    lab.run("old", 40)
+    storage.write_bytes(f"{tmp_path}/victim/run.json", json.dumps({"key": "k", "status": "FINISHED"}).encode())
+    experiment = lab.client.get_experiment_by_name(lab.name).experiment_id
+    run_id = lab.client.create_run(experiment, 0, {retention.KEY: "k"}).info.run_id
+    lab.client.log_param(run_id, "storage", str(lab.runs))
+    lab.client.log_param(run_id, "name", name.format(root=tmp_path))
+    lab.client.set_terminated(run_id, end_time=1)
+    assert lab.prune() == [True]
+    assert not (lab.runs / "old").exists()
+    assert (tmp_path / "victim/run.json").exists()
 
 
 def test_prune_lists_runs_and_removes_them_on_delete(lab):

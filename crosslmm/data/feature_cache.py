@@ -28,9 +28,9 @@ from crosslmm import storage
 from crosslmm.config import BadConfig
 from crosslmm.data.feature_format import FORMAT, DType, FeatureRecipe, from_bf16, pack, unpack
 from crosslmm.data.frame_sampling import split_time_range
-from crosslmm.data.parquet import ParquetFile
 from crosslmm.data.quarantine import to_printable
 from crosslmm.data.video.decode import Stage, VideoFailure
+from crosslmm.storage.parquet import ParquetFile
 from crosslmm.text import first_error
 
 RECIPE_FILE, QUARANTINE_FILE = "features.json", "quarantine.jsonl"

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from crosslmm import storage
-from crosslmm.data.parquet import OBJECT_BYTES, BadParquet, ParquetFile, string_bytes, unpacked_limit
+from crosslmm.storage.parquet import OBJECT_BYTES, BadParquet, ParquetFile, string_bytes, unpacked_limit
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts")
 PLACEHOLDER = re.compile("<video>|<image>")

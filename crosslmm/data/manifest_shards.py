@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from crosslmm import storage
-from crosslmm.data.parquet import MAX_FILE_BYTES, BadParquet, ParquetFile
+from crosslmm.storage.parquet import MAX_FILE_BYTES, BadParquet, ParquetFile
 from crosslmm.text import first_error
 
 SCHEMA = pa.schema(

@@ -117,10 +117,11 @@ def _inside(folder: Path, name: str) -> str | None:
         ValueError: a link leads out of the folder.
     """
     snapshots = folder.resolve().parent
+    blobs = snapshots.parent / "blobs"
     # Files in a folder of the hub's cache are links to ../../blobs.
-    blobs = [str(snapshots.parent / "blobs")] if snapshots.name == "snapshots" else []
+    in_cache = snapshots.name == "snapshots" and not blobs.is_symlink()
     try:
-        path = storage.inside(str(folder.absolute()), name, blobs)
+        path = storage.inside(str(folder.absolute()), name, [str(blobs)] if in_cache else [])
     except storage.LeadsOut:
         raise ValueError(f"{name} is a link that leads out of the folder; put the file itself there") from None
     return path if Path(path).is_file() else None

@@ -289,7 +289,9 @@ def read_verified(checkpoint: Checkpoint, name: str) -> bytes:
 def _read_file(checkpoint: Checkpoint, name: str, start: int, end: int) -> bytes:
     """Read bytes [start, end) of a file of the checkpoint; fewer if the file ends before."""
     try:
-        return storage.read_bytes(storage.join(checkpoint.uri, name), start, end)
+        return storage.read_bytes(storage.inside(checkpoint.uri, name), start, end)
+    except storage.BadLocation as error:
+        raise Damaged(str(error)) from None
     except FileNotFoundError:
         raise Damaged(f"{name} is missing") from None
     except OSError as error:

@@ -11,6 +11,7 @@ Each case is written into FOLDER/KIND/case and read as a job reads it. The progr
 FOLDER/KIND/case keeps the files of the last case, also if the process dies.
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -28,6 +29,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -44,12 +46,13 @@ from crosslmm.data.quarantine import TooManyUnreadable
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.data.video.decode import decode_video, probe_video
 from crosslmm.encode.recorder import EncodingRecorder
-from crosslmm.train import checkpoint_store
+from crosslmm.text import one_printable_line
+from crosslmm.train import checkpoint_store, shards
 from tests.support.common import conversation
 from tests.support.fuzz_mutations import damaged, hostile_texts, mutated
 from tests.support.fuzz_watch import Watch
 
-ERRORS = (BadManifest, BadConfig, BadFeatures, IngestError, TooManyUnreadable, storage.BadLocation)
+ERRORS = (BadManifest, BadConfig, BadFeatures, IngestError, TooManyUnreadable, storage.BadLocation, shards.Damaged)
 MAX_GROWN = 600 * 2**20  # of the resident set [bytes]
 MAX_ADDRESSES = 8 * 2**30  # of the address space, of which Arrow reserves much [bytes]
 
@@ -228,6 +231,24 @@ def read_checkpoints(folder: Path) -> None:
         checkpoint_store.verify(checkpoint)
 
 
+def make_tensors(folder: Path) -> None:
+    parts = {
+        "model/w": shards.Part(torch.ones(6, 4), 0, (6, 4), True),
+        "step": shards.Part(torch.ones(()), 0, (), False),
+    }
+    shards.write_index(str(folder), [shards.write_shard(str(folder), 0, parts)[1]])
+
+
+def read_tensors(folder: Path) -> None:
+    """Read a checkpoint whose seal fits whatever its files are now."""
+    files = {
+        path.name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in folder.iterdir()
+        if path.is_file() and not path.is_symlink()
+    }
+    shards.read(checkpoint_store.Checkpoint(str(folder), 1, 1, 1.5, {}, files), 0, 2)
+
+
 KINDS = {
     "jsonl": Kind(
         lambda f: write_rows(f / "rows.jsonl", [*ROWS, *LLAVA]), lambda f: read_manifest(f / "rows.jsonl"), "rows.jsonl"
@@ -244,6 +265,7 @@ KINDS = {
     "ledgers": Kind(make_ledger, read_ledger),
     "features": Kind(make_features, read_features),
     "checkpoints": Kind(make_checkpoints, read_checkpoints),
+    "tensors of a checkpoint": Kind(make_tensors, read_tensors),
 }
 
 
@@ -356,7 +378,7 @@ def read_expecting_errors(kind: Kind, case: Path) -> None:
         kind.read(case)
     except ERRORS as error:
         message = str(error)
-    assert message.isprintable(), message
+    assert message == one_printable_line(message), message
 
 
 def fix_sizes(case: Path, changes: dict[str, bytes]) -> None:

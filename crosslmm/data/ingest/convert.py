@@ -228,7 +228,9 @@ def _read_summary(target: str, name: str) -> Summary | None:
     """Read the summary of a chunk; None if it cannot be used, so that its chunk is converted again."""
     try:
         return parse_summary(storage.read_at_most(storage.inside(target, name), storage.MAX_JSON_BYTES), target)
-    except ValueError as error:
+    except storage.Unavailable:
+        raise
+    except (OSError, ValueError) as error:
         log.warning("%s/%s is ignored: %s", target, name, first_error(error))
         return None
 

@@ -78,7 +78,9 @@ def read_plan(target: str) -> Plan | None:
     try:
         uri = storage.inside(target, PLAN_FILE)
         return Plan.from_json(storage.read_at_most(uri, MAX_PLAN_BYTES)) if storage.exists(uri) else None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except storage.Unavailable:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadConfig(f"{target}: {PLAN_FILE} cannot be used: {first_error(error)}; give another folder") from None
 
 

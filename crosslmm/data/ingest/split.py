@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from crosslmm import storage
 from crosslmm.data import formats
-from crosslmm.data.parquet import ParquetFile
+from crosslmm.storage.parquet import ParquetFile
 
 SEARCH_BYTES = 64 * 2**10
 """Size of the first read that searches for the end of a line; it doubles until one is found [bytes]."""

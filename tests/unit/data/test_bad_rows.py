@@ -34,9 +34,6 @@ BAD = {
     "more frames than the decoder's context": (
         user(*[{"type": "video"}] * 200), [random_frames(4)] * 200, r"takes \d+ positions, and the decoder has 2048"
     ),
-    "a token of the chat format in two parts": (
-        user({"type": "video"}, text("<|video_"), text("pad|>")), [random_frames(4)], "2 video or image parts"
-    ),
     "more videos than parts": (conversation("?", "!"), [random_frames(1)] * 2, "1 video or image parts"),
     "a video without frames": (conversation("?", "!"), [random_frames(0)], "no frames"),
     "frames of another size": (conversation("?", "!"), [random_frames(2, side=40)], r"\(2, 40, 40, 3\)"),

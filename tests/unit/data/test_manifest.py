@@ -39,7 +39,7 @@ def read(tmp_path):
         (row(id="b", video=None), "no video is given, but the messages have 1 video parts"),
         (row(id="b", messages=[VIDEO_QUESTION]), "there is no message of the assistant"),
         (row(id="b", messages=[]), "messages: List should have at least 1"),
-        (row(id="b", **{"k\x1b\n": 1}), r"k\\x1b\\n: Extra inputs"),
+        (row(id="b", **{"k\x1b\n": 1}), r"k\\x1b : Extra inputs"),
         (row(id="b", messages=[ANSWER, VIDEO_QUESTION, ANSWER]), "the assistant speaks first"),
         (row(id="b", messages=[TEXT_QUESTION, ANSWER, VIDEO_QUESTION]), "a video comes after the last answer"),
         (row(id="a"), "id 'a' is also on line 1"),

@@ -42,7 +42,9 @@ def test_a_kind_is_not_mixed_up_with_rows_without_one(tmp_path):
         }
         for kind in ("all", "", None)
     ]
-    result = score(lambda videos, questions: ["red"] * len(videos), write_manifest(tmp_path / "rows.jsonl", rows))
+    result = score(
+        lambda videos, questions: [("red", None)] * len(videos), write_manifest(tmp_path / "rows.jsonl", rows)
+    )
     assert result.accuracy_by_kind == {"": 0.0, "all": 1.0}
     assert result.accuracy == pytest.approx(1 / 3)
 
@@ -58,7 +60,7 @@ def test_score_leaves_out_rows_with_an_error(tmp_path, caplog):
     manifest = write_manifest(tmp_path / "rows.jsonl", rows)
     results = [("red", None), (None, "gone"), ("blue", None), (None, "gone")]
     result = score(lambda videos, questions: results, manifest)
-    assert (result.accuracy, result.accuracy_by_kind) == (0.5, {"all": 0.5})
+    assert (result.accuracy, result.accuracy_by_kind) == (0.5, {})
     assert [answer for _, _, answer, _ in result.predictions] == ["red", None, "blue", None]
     assert "2 of 4 rows could not be answered and do not count; '1': gone" in caplog.text
     with pytest.raises(ValueError, match=r"rows\.jsonl: no row could be answered; '0': gone"):

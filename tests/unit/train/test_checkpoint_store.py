@@ -5,9 +5,17 @@ import json
 import pytest
 
 from crosslmm import storage
+from crosslmm.config import BadConfig
 from crosslmm.train import checkpoint_store
 
-SEAL = {"step": 3, "world_size": 1, "sealed_at": 1.0, "metrics": {"loss": 0.5}, "files": {"a": [1, "0" * 64]}}
+SEAL = {
+    "format": checkpoint_store.FORMAT,
+    "step": 3,
+    "world_size": 1,
+    "sealed_at": 1.0,
+    "metrics": {"loss": 0.5},
+    "files": {"a": [1, "0" * 64]},
+}
 
 
 @pytest.fixture
@@ -53,3 +61,13 @@ def test_a_seal_that_is_no_object_or_links_out_does_not_count(seal, tmp_path):
     (tmp_path / "seal.json").write_text(json.dumps(SEAL))
     path.symlink_to(tmp_path / "seal.json")
     assert checkpoint_store.list_sealed(run) == []
+
+
+def test_a_checkpoint_of_an_earlier_format_stops_the_run_and_stays(seal, tmp_path):
+    """Were it taken for unfinished, the next checkpoint would remove it."""
+    run = seal(format=1)
+    with pytest.raises(
+        BadConfig, match=r"step-00000003-test: its format is version 1, .* start it again under another"
+    ):
+        checkpoint_store.list_sealed(run)
+    assert (tmp_path / "run/step-00000003-test/seal.json").exists()

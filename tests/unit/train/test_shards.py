@@ -130,6 +130,17 @@ def test_an_index_that_lies_is_refused_before_anything_is_read(tmp_path, change,
         shards.read(resealed(checkpoint, tmp_path, index), 0, 1)
 
 
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "index.json"])
+def test_a_file_that_links_out_of_the_checkpoint_is_not_read(tmp_path, name):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    checkpoint = write(folder, 1)
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(Damaged, match="a link leads out of its folder"):
+        shards.read(checkpoint, 0, 1)
+
+
 @pytest.mark.parametrize("file", ["/etc/passwd", "../secret", "rank-00009.safetensors", "s3://bucket/key"])
 def test_an_index_names_only_files_of_the_seal(tmp_path, file):
     checkpoint = write(tmp_path, 1)

@@ -131,6 +131,22 @@ def test_a_plan_names_the_manifest_and_its_pieces_only(convert, tasks, tmp_path,
         plan.write_text(content)
         with pytest.raises(BadConfig, match=r"out: pieces/plan\.json cannot be used"):
             convert()
+    plan.unlink()
+    plan.mkdir()
+    with pytest.raises(BadConfig, match=r"out: pieces/plan\.json cannot be used: .*Is a directory"):
+        convert()
+
+
+def test_a_lost_file_of_an_earlier_call_is_named(convert, tmp_path):
+    write(tmp_path / "rows.jsonl", map(text, range(50)))
+    convert()
+    (tmp_path / "out/_prepared.json").unlink()
+    (tmp_path / "out/pieces/00001.parquet").write_bytes(b"no Parquet")
+    with pytest.raises(BadConfig, match=r"out: a file of an earlier call is lost or damaged: BadParquet: pieces/00001"):
+        convert()
+    (tmp_path / "out/pieces/00001.parquet").unlink()
+    with pytest.raises(BadConfig, match=r"lost or damaged: FileNotFoundError: .*00001\.parquet.*; give another folder"):
+        convert()
 
 
 def test_only_a_changed_manifest_is_converted_again(convert, tasks, tmp_path):

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crosslmm.data import formats, parquet, thrift
+from crosslmm.data import formats
 from crosslmm.data.formats import BadRow
 from crosslmm.data.manifest import BadManifest, Manifest
-from crosslmm.data.parquet import BadParquet, ParquetFile
+from crosslmm.storage import parquet, thrift
+from crosslmm.storage.parquet import BadParquet, ParquetFile
 from tests.support.common import ROOT, conversation
 
 MB = 2**20

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from crosslmm import storage
-from crosslmm.data import thrift
+from crosslmm.storage import thrift
 
 MAX_FILE_BYTES = 2**30
 """Largest file that is read in one piece, and largest row group, as stored [bytes]."""

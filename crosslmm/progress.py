@@ -7,6 +7,7 @@ that only imports the package keeps its own logging configuration.
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from types import TracebackType
@@ -83,6 +84,7 @@ def set_up_logging(run: str | None = None) -> None:
     )
     handler.addFilter(_RunFields(run))
     sys.excepthook = _print_traceback
+    threading.excepthook = _print_traceback_of_thread
     log = logging.getLogger("crosslmm")
     log.handlers = [handler]
     log.propagate = False
@@ -94,6 +96,11 @@ def set_up_logging(run: str | None = None) -> None:
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.stderr.write(printable(redacted("".join(traceback.format_exception(kind, error, trace)))))
+
+
+def _print_traceback_of_thread(arguments: threading.ExceptHookArgs) -> None:
+    if arguments.exc_value is not None and not isinstance(arguments.exc_value, SystemExit):
+        _print_traceback(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
 
 
 def cell(text: object) -> Text:

@@ -17,6 +17,10 @@ from typing import Any
 
 import ray
 
+from crosslmm.config import BadConfig
+
+log = logging.getLogger(__name__)
+
 LONGEST_PARENT = 25
 """Longest path of a folder in which Ray's folder may lie [bytes]."""
 QUIET_ENVIRONMENT = {
@@ -35,15 +39,25 @@ def start_ray(**options: Any) -> None:
 
     Args:
         options: further arguments of `ray.init`.
+
+    Raises:
+        BadConfig: RAY_ADDRESS is auto and there is no such cluster, or Ray's token cannot be written.
     """
     if ray.is_initialized():
         return
     # Concurrent trials run more processes than the machine has cores, which Ray would warn about.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     options = {"runtime_env": {"env_vars": QUIET_ENVIRONMENT}} | options
-    if "RAY_ADDRESS" not in os.environ and not _own_cluster_runs():
-        _create_token()
-        options["_temp_dir"] = private_folder()
+    requested = os.environ.get("RAY_ADDRESS")
+    if not requested or requested == "auto":
+        if address := _address_of_own_cluster():
+            options["address"] = address
+        elif requested:
+            raise BadConfig("RAY_ADDRESS: auto: you started no cluster on this machine; give its HOST:PORT, or none")
+        else:
+            os.environ.pop("RAY_ADDRESS", None)
+            _create_token()
+            options["_temp_dir"] = private_folder()
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     if callable(handler) and threading.current_thread() is threading.main_thread():
@@ -51,33 +65,47 @@ def start_ray(**options: Any) -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _own_cluster_runs() -> bool:
-    """Return whether `ray start` of this user left the address of a cluster on this machine.
+def _address_of_own_cluster() -> str | None:
+    """Return the address of a cluster that this user's `ray start` left on this machine; None without one.
 
-    Ray would follow such an address whoever wrote it, and the folder is open to all.
+    Ray itself would follow such an address whoever wrote it, and the folder is open to all.
     """
     from ray._common.utils import get_ray_address_file
 
     try:
-        return Path(get_ray_address_file(None)).lstat().st_uid == os.getuid()
-    except OSError:
-        return False
+        with os.fdopen(os.open(get_ray_address_file(None), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            own = status.st_uid == os.getuid() and stat.S_ISREG(status.st_mode)
+            return file.read(300).strip() or None if own else None
+    except (OSError, ValueError):
+        return None
 
 
 def _create_token() -> None:
-    """Create the file with Ray's token, if there is none, or make it private: Ray would create it readable to all."""
+    """Create the file with Ray's token, if there is none, or make it private: Ray would create it readable to all.
+
+    Raises:
+        BadConfig: the folder cannot be written.
+    """
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         return
     path = Path.home() / ".ray" / "auth_token"
-    with contextlib.suppress(FileExistsError):
-        path.parent.mkdir(mode=0o700)
-    # Whoever may write into the folder could put another token in place of this one.
-    path.parent.chmod(path.parent.stat().st_mode & ~0o022)
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir(mode=0o700)
+        # Whoever may write into the folder could put another token in place of this one.
+        path.parent.chmod(path.parent.stat().st_mode & ~0o022)
+        # Complete before it has its name: another job that starts now must not read half of it.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:
             file.write(secrets.token_hex(32))
-    except FileExistsError:
+            file.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(file.name, path)
         path.chmod(0o600)
+    except OSError as error:
+        raise BadConfig(
+            f"{path}: {error.strerror}; Ray keeps its token there. Set RAY_AUTH_TOKEN_PATH to a file of yours with one"
+        ) from error
 
 
 def private_folder() -> str:
@@ -89,7 +117,10 @@ def private_folder() -> str:
     from ray._common.utils import get_default_system_temp_dir
 
     parent = get_default_system_temp_dir()
-    folder = Path(parent if len(parent) <= LONGEST_PARENT else "/tmp") / f"ray-{os.getuid()}"
+    if len(os.fsencode(parent)) > LONGEST_PARENT:
+        log.warning("the path %s is too long for Ray's sockets; Ray's files are in /tmp", parent)
+        parent = "/tmp"
+    folder = Path(parent) / f"ray-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     status = folder.lstat()
@@ -172,3 +203,10 @@ def torch_backend() -> Any:
     from ray.train.torch.config import _TorchBackend
 
     return _TorchBackend
+
+
+def set_rank_variables() -> None:
+    """Set the variables by which torch and Accelerate know a worker's rank and GPU; runs in the worker."""
+    from ray.train.torch.config import _set_torch_distributed_env_vars
+
+    _set_torch_distributed_env_vars()

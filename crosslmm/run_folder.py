@@ -41,7 +41,7 @@ from crosslmm.text import without_credentials
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
-HISTORY_FOLDER = "history"
+HISTORY_FOLDER, HISTORY_FILE = "history", re.compile(r"step-(\d{8,12})\.jsonl")
 QUARANTINE_FILE = "quarantine.jsonl"
 CHECKPOINT_FOLDER = re.compile(r"step-\d{8}-\w+")
 SHARD_FILE, CHECKPOINT_INDEX_FILE = "rank-{:05d}.safetensors", "index.json"
@@ -122,9 +122,10 @@ def steps_after(folder: str, last: int) -> Iterable[StepRecord]:
     """
     folder = storage.join(folder, HISTORY_FOLDER)
     for name in storage.names_in(folder):
-        if name.startswith("step-") and int(Path(name).stem.split("-")[1]) <= last:
+        of_workers = HISTORY_FILE.fullmatch(name)
+        if of_workers and int(of_workers[1]) <= last:
             continue
-        for line in storage.read_bytes(storage.join(folder, name)).splitlines():
+        for line in storage.read_bytes(storage.inside(folder, name)).splitlines():
             step = json.loads(line)
             yield step["step"], step["time"], step["metrics"]
 

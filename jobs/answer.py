@@ -38,6 +38,7 @@ def main() -> None:
     from crosslmm.data.manifest import BadManifest, Manifest
     from crosslmm.inference.answerer import score
     from crosslmm.progress import cell
+    from crosslmm.text import printable
     from crosslmm.tracking import ask, load_registered, quiet_mlflow
 
     quiet_mlflow()
@@ -50,7 +51,7 @@ def main() -> None:
             answerer = model.unwrap_python_model().answerer
             conversation = answerer.start_conversation(storage.absolute(arguments.video))
             for question in [arguments.question] if arguments.question else iter(_read_question, ""):
-                print(conversation.ask(question), flush=True)
+                print(printable(conversation.ask(question)), flush=True)
             return
         result = score(functools.partial(ask, model), manifest)
     except (BadConfig, BadManifest, MlflowException, ValueError, OSError) as error:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the folder `cluster` is not installed
 
 from cluster.local.cluster import JobFailed, LocalCluster  # noqa: E402
+from crosslmm.text import printable  # noqa: E402
 
 TRACKING_URI = f"sqlite:///{ROOT / 'mlflow.db'}"
 MIN_ACCURACY = 0.85
@@ -73,7 +74,7 @@ def _report(training: dict, began: float) -> int:
     table.add_row("all", f"{scored.accuracy:.3f}", "")
     rich.get_console().print(table)
     for video, question, answer, expected in scored.predictions[:EXAMPLES]:
-        print(f"{os.path.relpath(video, ROOT)}  {question}  {answer}  (expected: {expected})")
+        print(printable(f"{os.path.relpath(video, ROOT)}  {question}  {answer}  (expected: {expected})"))
     video, question, answer, expected = scored.predictions[0]
     print(f"""
 done in {time.time() - began:.0f} s. Next:

@@ -94,7 +94,7 @@ def unreachable(errors: Mapping[str, str]) -> list[Finding]:
     Args:
         errors: reason by node.
     """
-    remedy = "check `ray status` and /tmp/ray/session_latest/logs there; restart Ray on it, or remove the node"
+    remedy = "check `ray status` and the logs of Ray's session there; restart Ray on it, or remove the node"
     return [Finding("report", node, False, error, remedy) for node, error in errors.items()]
 
 

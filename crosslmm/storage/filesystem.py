@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import fsspec
 import pyarrow.fs
 
-from crosslmm.storage.names import absolute, follow, join, require_file
+from crosslmm.storage.names import absolute, follow, inside, join, require_file
 from crosslmm.storage.range_reader import RangedFile
 from crosslmm.storage.retry import (
     RANGE_NOT_SATISFIABLE,
@@ -251,10 +251,11 @@ def _remove(uri: str) -> None:
 
 
 def remove_folder(uri: str) -> None:
-    """Remove a folder and its contents, if it exists."""
+    """Remove a folder and its contents, if it exists; of a link, the link alone."""
     if scheme_of(uri) == "file":
+        remove_tree: Callable[[str], None] = os.unlink if Path(local_path(uri)).is_symlink() else shutil.rmtree
         with suppress(FileNotFoundError):
-            call_with_retries(uri, lambda _, path: shutil.rmtree(path))
+            call_with_retries(uri, lambda _, path: remove_tree(path))
     else:
         with ThreadPoolExecutor(PARALLEL_FILES) as threads:
             list(threads.map(keep_policy(lambda name: remove([f"{uri}/{name}"])), names_in(uri)))
@@ -355,13 +356,13 @@ def download(uri: str, folder: str) -> None:
     """Copy all files below a folder to a local folder.
 
     Raises:
-        BadLocation: a key would be written outside of the local folder.
+        BadLocation: a key would be written outside of the local folder, or a link leads out of `uri`.
     """
-    names = names_in(uri)
+    names = names_in(uri, roots=[])
     targets = [join(folder, name) for name in names]
 
     def fetch(name: str, target: str) -> None:
-        download_file(join(uri, name), target)
+        download_file(inside(uri, name), target)
 
     with ThreadPoolExecutor(PARALLEL_FILES) as threads:
         list(threads.map(keep_policy(fetch), names, targets))

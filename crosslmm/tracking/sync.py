@@ -106,7 +106,7 @@ class RunSync(MlflowRun):
 
     def end(self, run: dict[str, Any]) -> None:
         """Send the list of unreadable samples and, once the run has ended, its status."""
-        quarantine = storage.join(self.folder, QUARANTINE_FILE)
+        quarantine = storage.inside(self.folder, QUARANTINE_FILE)
         if storage.exists(quarantine):
             self.log_text(QUARANTINE_FILE, storage.read_bytes(quarantine).decode())
         if run["status"]:

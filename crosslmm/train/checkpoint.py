@@ -40,8 +40,8 @@ random/RANK/DEVICE."""
 def read_newest(run: str, group: dist.ProcessGroup) -> tuple[Checkpoint, State] | None:
     """Read this rank's part of the newest intact checkpoint; None if there is none.
 
-    A collective: all ranks call it and get the same checkpoint. Together they read every chunk once. A damaged
-    checkpoint is reported and skipped, and its seal is broken.
+    A collective: all ranks call it and get the same checkpoint. Each reads and verifies the chunks of its rows. A
+    damaged checkpoint is reported and skipped, and its seal is broken.
 
     Args:
         run: the run's folder.

@@ -30,7 +30,7 @@ from crosslmm.run_folder import (
     RUN_FILE,
     SEAL_FILE,
 )
-from crosslmm.text import printable
+from crosslmm.text import one_printable_line
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,8 @@ def _read_seal(uri: str) -> tuple[int, Checkpoint]:
     checkpoint = Checkpoint.from_fields(seal | {"uri": uri})
     for name in checkpoint.files:
         storage.join(uri, name)
+        if name != one_printable_line(name):
+            raise ValueError(f"{name!a} is no name of a checkpoint's file")
     return seal.get("format", 1), checkpoint
 
 
@@ -151,7 +153,7 @@ def unsealed_reason(uri: str) -> str | None:
     if storage.exists(storage.join(uri, SEAL_FILE)):
         return f"its {SEAL_FILE} cannot be read"
     try:
-        return printable(str(_read_json(uri, BROKEN_SEAL_FILE)["damage"]))
+        return one_printable_line(str(_read_json(uri, BROKEN_SEAL_FILE)["damage"]))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, LookupError):
@@ -227,9 +229,10 @@ def break_seal(checkpoint: Checkpoint, reason: str) -> None:
 
 
 def remove(uri: str) -> None:
-    """Remove a checkpoint. The seal goes first, so that a partly removed checkpoint is never trusted."""
-    names = storage.names_in(uri)
-    storage.remove([storage.join(uri, name) for name in sorted(names, key=lambda name: name != SEAL_FILE)])
+    """Remove a checkpoint. The seal goes first, so that a partly removed checkpoint is never trusted. Of a link in the
+    folder, the link alone is removed."""
+    if storage.exists(storage.join(uri, SEAL_FILE)):
+        storage.remove([storage.join(uri, SEAL_FILE)])
     storage.remove_folder(uri)
 
 
@@ -262,7 +265,7 @@ def repair(run: str) -> Iterator[str]:
             remove(uri)
         else:
             yield f"{uri} stays until the next checkpoint is sealed, and is not used: {reason}"
-    for name in storage.names_in(run):
+    for name in storage.names_in(run, roots=[]):
         if Path(name).name == RAY_SNAPSHOT_FILE:
             uri = storage.join(run, name)
             yield f"{uri} is removed; nothing reads it"

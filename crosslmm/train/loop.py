@@ -23,7 +23,7 @@ Metrics = dict[str, float]
 Phase = Literal["start-up", "data", "step", "validation", "checkpoint"]
 
 MAX_EMPTY_STEPS = 3
-"""Number of steps in a row without a readable sample after which the run ends."""
+"""Number of steps in a row without a sample to learn from after which the run ends."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def train(
         empty_steps = 0 if metrics["labelled_tokens"] else empty_steps + 1
         if empty_steps == min(MAX_EMPTY_STEPS, steps.stop):
             raise TooManyUnreadable(
-                f"{empty_steps} steps without a readable sample; the run's quarantine.jsonl says why"
+                f"{empty_steps} steps without a sample to learn from; the run's quarantine.jsonl says which rows could "
+                "not be used, and the others had no answer within the decoder's context"
             )
         for group in optimizer.param_groups:
             metrics[f"lr/{group['component']}"] = group["lr"]

@@ -34,6 +34,8 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 READ_THREADS = 16
 """Chunks that a rank reads at the same time; most are small, and a store takes tens of milliseconds for each."""
+MAX_SMALL_FILE_BYTES = 2**30
+"""Largest index or configuration that is read [bytes]; an index takes about 150 bytes for each chunk."""
 PIECE_BYTES = 2**24
 """A chunk is written, read and hashed in pieces of this size [bytes]."""
 
@@ -260,15 +262,18 @@ def read_index(checkpoint: Checkpoint) -> Index:
         raise Damaged(f"{CHECKPOINT_INDEX_FILE}: {error.errors()[0]['msg']}") from None
     for name, entry in index.items():
         if entry.dtype not in DTYPES:
-            raise Damaged(f"{CHECKPOINT_INDEX_FILE}: {name} has the unknown type {entry.dtype}")
+            raise Damaged(f"{CHECKPOINT_INDEX_FILE}: {name!a} has the unknown type {entry.dtype!a}")
+        # A tensor without rows still has strides.
+        if prod(max(side, 1) for side in entry.shape) * DTYPES[entry.dtype].itemsize > checkpoint.size:
+            raise Damaged(f"{CHECKPOINT_INDEX_FILE}: {name!a} is larger than the files")
         row = 0
         for chunk in sorted(entry.chunks, key=lambda chunk: chunk.first_row):
             size, _ = checkpoint.files.get(chunk.file, (0, ""))
             if chunk.first_row != row or chunk.offset + chunk.rows * entry.row_bytes > size:
-                raise Damaged(f"{CHECKPOINT_INDEX_FILE}: the chunks of {name} are not those of its files")
+                raise Damaged(f"{CHECKPOINT_INDEX_FILE}: the chunks of {name!a} are not those of its files")
             row += chunk.rows
         if row != entry.rows:
-            raise Damaged(f"{CHECKPOINT_INDEX_FILE}: the chunks of {name} are not those of its files")
+            raise Damaged(f"{CHECKPOINT_INDEX_FILE}: the chunks of {name!a} are not those of its files")
     return index
 
 
@@ -280,6 +285,8 @@ def read_verified(checkpoint: Checkpoint, name: str) -> bytes:
         storage.Unavailable: the store does not answer.
     """
     size, sha256 = checkpoint.files.get(name, (0, ""))
+    if size > MAX_SMALL_FILE_BYTES:
+        raise Damaged(f"{name} has {size} bytes, of at most {MAX_SMALL_FILE_BYTES}")
     data = _read_file(checkpoint, name, 0, size)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise Damaged(f"{name} is not what was written (sha256)")

@@ -86,10 +86,13 @@ def test_a_planted_folder_of_ray_sessions_is_not_used(others, shared, monkeypatc
     assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_the_address_of_a_cluster_that_another_user_left_is_not_followed(others, shared):
+@pytest.mark.parametrize("requested", [None, ""])
+def test_the_address_of_a_cluster_that_another_user_left_is_not_followed(others, shared, requested):
     """Ray itself would connect to it, and send this user's programs there."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"RAY_TMPDIR": str(shared), "HOME": str(shared), "PYTHONPATH": str(ROOT)}
+    if requested is not None:
+        environment["RAY_ADDRESS"] = requested
     (shared / "ray").mkdir()
     (shared / "ray").chmod(0o777)
     as_user(others[0], (shared / "ray" / "ray_current_cluster").write_text, "127.0.0.1:9")

@@ -100,10 +100,13 @@ def box(name, *contents):
     return struct.pack(">I4s", 8 + len(content), name) + content
 
 
-def compressed_header(mib):
-    """Return an .mp4 whose index is compressed."""
+def compressed_header(mib, *containers):
+    """Return an .mp4 whose index, in these boxes, is compressed."""
     packed = box(b"cmvd", struct.pack(">I", mib * 2**20), unpacks_to(mib))
-    return box(b"ftyp", b"qt  \0\0\0\0qt  ") + box(b"moov", box(b"cmov", box(b"dcom", b"zlib"), packed))
+    index = box(b"cmov", box(b"dcom", b"zlib"), packed)
+    for container in reversed(containers):
+        index = box(container, index)
+    return box(b"ftyp", b"qt  \0\0\0\0qt  ") + index
 
 
 def growing_stream(width, height):
@@ -113,6 +116,7 @@ def growing_stream(width, height):
     return zoo.video("mpegts", frames=20) + large
 
 
+COMPRESSED = r"its header is compressed \(cmov\)"
 REFUSED = {
     "png": (lambda: png(17000, 17000), TOO_LARGE),
     "jpeg": (lambda: jpeg(20000, 20000), TOO_LARGE),
@@ -124,7 +128,9 @@ REFUSED = {
     "large frames whose container claims less": (
         lambda: lying_avi(zoo.video("avi", "mjpeg", frames=1, size=(6144, 6144))), r"pixels of data\.max_frame_pixels"
     ),
-    "mp4 whose header is compressed": (lambda: compressed_header(400), r"its header is compressed \(cmov\)"),
+    "mp4 whose header is compressed": (lambda: compressed_header(400, b"moov"), COMPRESSED),
+    "mp4 that is compressed at its top": (lambda: compressed_header(400), COMPRESSED),
+    "mp4 whose track is compressed": (lambda: compressed_header(400, b"moov", b"trak", b"mdia"), COMPRESSED),
     "gif": (lambda: b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(900), "not an mp4"),
     "webp": (lambda: b"RIFF\xff\0\0\0WEBPVP8X" + bytes(900), "not an mp4"),
     "svg": (lambda: b'<svg width="99999" height="99999"><image href="http://127.0.0.1:9/a.png"/></svg>', "not an mp4"),

@@ -13,6 +13,7 @@ import ray._private.worker
 from ray.exceptions import RayError
 
 from crosslmm import ray_runtime
+from crosslmm.config import BadConfig
 from tests.support.common import ROOT
 
 PRIVATE = re.compile(r"\b_(private|internal|raylet)\b")
@@ -95,3 +96,24 @@ def test_only_ray_runtime_uses_private_parts_of_ray():
         if PRIVATE.search(path.read_text()):
             users.append(path.name)
     assert set(users) == {"ray_runtime.py"}
+
+
+def test_ray_address_auto_finds_only_a_cluster_of_this_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(BadConfig, match=r"^RAY_ADDRESS: auto: you started no cluster on this machine"):
+        ray_runtime.start_ray()
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "elsewhere").write_text("127.0.0.1:9")
+    (tmp_path / "ray" / "ray_current_cluster").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadConfig, match="you started no cluster"):
+        ray_runtime.start_ray()
+
+
+def test_a_home_that_cannot_hold_the_token_is_named(monkeypatch, tmp_path):
+    (tmp_path / ".ray").write_text("a file")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(BadConfig, match=r"\.ray/auth_token: .* Set RAY_AUTH_TOKEN_PATH"):
+        ray_runtime.start_ray()

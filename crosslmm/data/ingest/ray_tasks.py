@@ -1,5 +1,6 @@
 """Run a function over many arguments as Ray tasks, a bounded number at a time."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +10,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from crosslmm.ray_runtime import start_ray
 from crosslmm.text import in_brief
+
+log = logging.getLogger(__name__)
 
 MAX_RETRIES = 3
 """How often Ray retries a task whose worker process died."""
@@ -31,19 +34,19 @@ def run_tasks(
         memory_gib: memory that a task reserves, so that those of a node fit it together [GiB].
 
     Raises:
-        IngestError: no node has this much memory, or the worker process of one task died `MAX_RETRIES` + 1 times.
+        IngestError: the worker process of one task died `MAX_RETRIES` + 1 times.
         Exception: whatever a task raises.
     """
     if not calls:
         return
     start_ray()
     memory = int(memory_gib * 2**30)
-    largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
     if memory > largest:
-        raise IngestError(
-            f"data.decode_memory_gib: a task reads videos in processes of up to {memory_gib:g} GiB together, and no "
-            f"node has more than {largest / 2**30:.1f} GiB for processes; lower it"
-        )
+        log.warning(
+            "data.decode_memory_gib: a task reads videos in processes of up to %g GiB together, and no node has more "
+            "than %.1f GiB for processes; waiting for one, unless you stop and lower it", memory_gib, largest / 2**30,
+        )  # fmt: skip
     remote = ray.remote(num_cpus=1, memory=memory, max_retries=MAX_RETRIES)(function)
     pending = deque(calls.items())
     running: dict[Any, int] = {}

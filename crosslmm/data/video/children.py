@@ -61,3 +61,5 @@ def end_with_owner() -> None:
     fcntl.fcntl(owner.sentinel, fcntl.F_SETSIG, signal.SIGKILL)
     flags = fcntl.fcntl(owner.sentinel, fcntl.F_GETFL)
     fcntl.fcntl(owner.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
+    if not owner.is_alive():  # it ended before the kernel was asked
+        os._exit(1)

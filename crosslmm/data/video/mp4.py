@@ -6,13 +6,23 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
+CONTAINERS = set(b"moov trak mdia minf dinf stbl edts udta mvex moof traf wave".split())
+"""Boxes whose content libav reads as boxes."""
+MAX_DEPTH = 10
+"""Deepest box that libav enters."""
+
 
 def has_compressed_header(file: BinaryIO) -> bool:
     """Return whether the index is compressed: libav would unpack up to 4 GiB from a thousandth of that."""
-    for box, start, end in _boxes(file, 0, file.seek(0, io.SEEK_END)):
-        if box == b"moov":
-            return any(child == b"cmov" for child, _, _ in _boxes(file, start, end))
-    return False
+    return _contains_compressed(file, 0, file.seek(0, io.SEEK_END), MAX_DEPTH)
+
+
+def _contains_compressed(file: BinaryIO, start: int, end: int, depth: int) -> bool:
+    """Look for it in boxes at any depth: libav takes it wherever it stands."""
+    return depth > 0 and any(
+        box == b"cmov" or (box in CONTAINERS and _contains_compressed(file, first, last, depth - 1))
+        for box, first, last in _boxes(file, start, end)
+    )
 
 
 def read_rotation(file: BinaryIO, track: int) -> int:

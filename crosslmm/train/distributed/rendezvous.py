@@ -16,14 +16,15 @@ from typing import Any
 
 import psutil
 import ray
-import ray.train
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from crosslmm.ray_runtime import free_port, torch_backend
+from crosslmm.ray_runtime import free_port, set_rank_variables, torch_backend
 
 LOOPBACK = "127.0.0.1"
+REMOVAL_TIMEOUT_S = 5.0
+"""Deadline for rank 0 to remove the rendezvous file [s]."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,12 @@ class Meeting:
         Raises:
             RuntimeError: the ranks do not find one another in time.
         """
-        interface = interface_of(self.addresses[rank])
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, interface)  # an operator may have chosen faster ones
+        # An operator may have chosen other, faster interfaces.
+        if not os.environ.get("GLOO_SOCKET_IFNAME"):
+            os.environ["GLOO_SOCKET_IFNAME"] = interface_of(self.addresses[rank])
+        if not os.environ.get("NCCL_SOCKET_IFNAME"):
+            os.environ["NCCL_SOCKET_IFNAME"] = f"={interface_of(self.addresses[rank])}"  # =: not all that begin so
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as Ray Train sets it
         world_size = len(self.addresses)
         if self.file:
             store: Store = FileStore(self.file, world_size)
@@ -110,7 +114,7 @@ class _Backend(torch_backend()):  # type: ignore[misc]
             meeting = Meeting(str(Path(self.folder) / "store"), 0, (LOOPBACK,) * len(addresses))
         else:
             meeting = Meeting(None, worker_group.execute_single(0, free_port), addresses)
-        worker_group.execute(_set_rank_variables)
+        worker_group.execute(set_rank_variables)
         timeout = timedelta(seconds=backend_config.timeout_s)
         ray.get(
             [
@@ -121,17 +125,10 @@ class _Backend(torch_backend()):  # type: ignore[misc]
 
     def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """End the process group."""
-        # Not waited for, since rank 0 may hang; what follows has a timeout.
-        worker_group.execute_single_async(0, shutil.rmtree, self.folder, ignore_errors=True)
         super().on_shutdown(worker_group, backend_config)
-
-
-def _set_rank_variables() -> None:
-    """Set the variables by which torch's device meshes know their GPU."""
-    context = ray.train.get_context()
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(context.get_world_rank()), str(context.get_world_size())
-    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
-    os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
+        # NCCL's threads read the store until the group has ended. Rank 0 may hang.
+        removed = worker_group.execute_single_async(0, shutil.rmtree, self.folder, ignore_errors=True)
+        ray.wait([removed], timeout=REMOVAL_TIMEOUT_S)
 
 
 def _make_private_folder() -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from crosslmm import storage
 from crosslmm.config import BadConfig
+from crosslmm.run_folder import steps_after
 from crosslmm.train import checkpoint_store
 
 SEAL = {
@@ -71,3 +72,39 @@ def test_a_checkpoint_of_an_earlier_format_stops_the_run_and_stays(seal, tmp_pat
     ):
         checkpoint_store.list_sealed(run)
     assert (tmp_path / "run/step-00000003-test/seal.json").exists()
+
+
+def test_what_a_link_in_a_checkpoint_leads_to_is_not_removed(seal, tmp_path):
+    run = seal()
+    folder = tmp_path / "run/step-00000003-test"
+    precious = tmp_path / "elsewhere"
+    precious.mkdir()
+    (precious / "file").touch()
+    (precious / "checkpoint_manager_snapshot.json").touch()
+    (folder / "sub").symlink_to(precious)
+    checkpoint_store.remove(str(folder))
+    assert not folder.exists()
+    (tmp_path / "run/link").symlink_to(precious)
+    with pytest.raises(storage.BadLocation, match="a link leads out of its folder"):
+        list(checkpoint_store.repair(run))
+    (tmp_path / "run/step-00000004-test").symlink_to(precious)
+    checkpoint_store.remove(f"{run}/step-00000004-test")
+    assert not (tmp_path / "run/step-00000004-test").is_symlink()
+    assert sorted(path.name for path in precious.iterdir()) == ["checkpoint_manager_snapshot.json", "file"]
+
+
+def test_a_seal_with_names_that_would_forge_lines_does_not_count(seal):
+    assert checkpoint_store.list_sealed(seal(files={"x\x1b]0;owned\x07\nnot sealed: FORGED": [1, "0" * 64]})) == []
+
+
+def test_what_a_link_in_a_run_leads_to_is_not_recorded(tmp_path):
+    (tmp_path / "secret").write_text('{"step": 1, "time": 1.0, "metrics": {}}')
+    (tmp_path / "run/history").mkdir(parents=True)
+    (tmp_path / "run/history/step-00000001.jsonl").symlink_to(tmp_path / "secret")
+    with pytest.raises(storage.BadLocation, match="a link leads out of its folder"):
+        list(steps_after(str(tmp_path / "run"), 0))
+    (tmp_path / "run/model").mkdir()
+    (tmp_path / "run/model/model.safetensors").symlink_to(tmp_path / "secret")
+    with pytest.raises(storage.BadLocation, match="a link leads out of its folder"):
+        storage.download(str(tmp_path / "run/model"), str(tmp_path / "copy"))
+    assert not (tmp_path / "copy/model.safetensors").exists()

@@ -113,11 +113,14 @@ def test_damage_is_named(tmp_path, harm, message, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "PICKLE"}, "weights has the unknown type PICKLE"),
-        ({"shape": [10**12, 5]}, "the chunks of weights are not those of its files"),
-        ({"shape": [7, 10**12]}, "the chunks of weights are not those of its files"),
+        ({"dtype": "PICKLE"}, "'weights' has the unknown type 'PICKLE'"),
+        ({"shape": [10**12, 5]}, "'weights' is larger than the files"),
+        ({"shape": [7, 10**12]}, "'weights' is larger than the files"),
+        ({"shape": [0, 2**62, 2**62], "chunks": []}, "'weights' is larger than the files"),
+        ({"shape": [0, 10**12], "chunks": []}, "'weights' is larger than the files"),
+        ({"shape": [2**70]}, "'weights' is larger than the files"),
         ({"shape": [-7, 5]}, "greater than or equal to 0"),
-        ({"chunks": []}, "the chunks of weights are not those of its files"),
+        ({"chunks": []}, "the chunks of 'weights' are not those of its files"),
         ({"chunks": 3}, "valid array"),
     ],
 )
@@ -146,7 +149,7 @@ def test_an_index_names_only_files_of_the_seal(tmp_path, file):
     checkpoint = write(tmp_path, 1)
     index = json.loads((tmp_path / "index.json").read_text())
     index["weights"]["chunks"][0]["file"] = file
-    with pytest.raises(Damaged, match="the chunks of weights are not those of its files"):
+    with pytest.raises(Damaged, match="the chunks of 'weights' are not those of its files"):
         shards.read(resealed(checkpoint, tmp_path, index), 0, 1)
 
 

@@ -105,7 +105,7 @@ def _fetch(folder: str, name: str, target: Path, revision: str | None) -> bool:
         return False
     if target.suffix in (".safetensors", ".gguf"):
         target.symlink_to(os.path.realpath(path))
-    else:  # a copy, so that Transformers reads what was checked
+    else:  # copied: a link could be changed between our check and Transformers' reading
         shutil.copyfile(path, target)
     return True
 

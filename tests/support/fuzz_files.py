@@ -345,7 +345,7 @@ def run(kind: Kind, seconds: float, number: int, folder: Path, watch: Watch) -> 
     shutil.copytree(case, real, symlinks=True)
     names = [str(path.relative_to(real)) for path in sorted(real.rglob("*")) if path.is_file()]
     files = {name: (real / name).read_bytes() for name in names}
-    kind.read(case)  # the real one, which also imports what is imported late
+    kind.read(case)  # the unchanged file; also triggers the late imports, which open files
     end, count = time.monotonic() + seconds, 0
 
     def check(data: st.DataObject) -> None:

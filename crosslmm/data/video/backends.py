@@ -35,7 +35,7 @@ def with_decord(
     import decord  # x86_64 only
 
     decord.logging.set_level(decord.logging.QUIET)
-    content = io.BytesIO(file.read())  # what was checked is what is decoded
+    content = io.BytesIO(file.read())  # read once: the file could change between the check and the decoding
     with open_container(content, format_name, data) as container:
         _require_all_allowed(container, data)
         select_video_stream(container, data)

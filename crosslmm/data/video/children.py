@@ -40,7 +40,7 @@ class _Context(ForkServerContext):
 
 @functools.cache
 def context() -> ForkServerContext:
-    """Return a context that forks children from a server process which has imported what they need.
+    """Return a context whose children are forked from a server process with their modules already imported.
 
     Forking this process would copy its threads and open readers in an unusable state. From the server, a replacement
     starts within milliseconds. s3fs is preloaded because fsspec would import it in each child.

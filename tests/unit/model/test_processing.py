@@ -209,7 +209,7 @@ def test_text_that_spells_special_tokens_is_text(processor, conversation):
     labelled = written(processor, labels[labels != IGNORED])
     assert labelled == [piece for answer in answers for piece in answer]
     assert processor.length(conversation, [1] * len(videos)) == len(ids)
-    # The prompt of a question is the beginning of what was trained on.
+    # Training and inference agree: the prompt is a prefix of the training conversation's tokens.
     (prompt,) = processor([conversation[:-1]], [videos], answer=True)["input_ids"]
     assert torch.equal(prompt, ids[: len(prompt)])
 

@@ -1,4 +1,4 @@
-"""Published weights are files of strangers: what is opened, and what is not."""
+"""Which files of published weights are opened, and which are refused."""
 
 import contextlib
 import io

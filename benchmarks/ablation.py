@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import crosslmm
 from benchmarks import report
+from crosslmm import scoring
 from crosslmm.cli import parse_run
 from crosslmm.config import DataConfig, RunConfig
 from crosslmm.data.manifest import Manifest
@@ -37,8 +38,11 @@ from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples import digits, shapes
 from crosslmm.data.video.decode import decode_video
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from crosslmm.model.answering import greedy_answers
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.model.param_groups import freeze
+from crosslmm.preflight.answer_length import answer_limit
+from crosslmm.scoring import Outcome, is_right, questions_of
 from crosslmm.train.optim import build_optimizer, learning_rate_factor, set_learning_rate
 
 ARMS = {"none": (), "T2V": ("t2v",), "V2V": ("v2v",), "both": ("v2v", "t2v")}
@@ -196,21 +200,25 @@ def train_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
     return {**score(model.eval(), processor, folder, config), "loss": statistics.mean(losses[-50:]), "gates": gates}
 
 
-@torch.no_grad()
 def score(
     model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor, folder: Path, config: RunConfig
 ) -> dict[str, float]:
-    """Return the exact match of greedy answers on held-out clips: all of them, and those about late digits."""
+    """Return the exact match of greedy answers on held-out clips, which have one question each: all of them, and those
+    about late digits."""
     rows, videos = clips(folder, "held_out", config.data.num_frames)
-    right = []
-    for start in range(0, len(rows), 50):
+    limit = answer_limit(Manifest(str(folder / "held_out.jsonl")), processor)
+    asked = [(prompt, reference) for row in rows for prompt, reference in questions_of(row["messages"])]
+    outcomes: list[Outcome] = []
+    for start in range(0, len(asked), 50):
         part = slice(start, start + 50)
-        prompts = _inputs(processor, [row["messages"][:-1] for row in rows[part]], videos[part], answer=True)
-        tokens = model.generate(**prompts, max_new_tokens=config.train.max_new_tokens, do_sample=False)
-        answers = processor.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += [s.strip() == row["messages"][-1]["content"] for s, row in zip(answers, rows[part], strict=True)]
-    late = [r for r, row in zip(right, rows, strict=True) if row["kind"] == "late digit"]
-    return {"accuracy": statistics.mean(right), "late": statistics.mean(late)}
+        prompts = _inputs(processor, [prompt for prompt, _ in asked[part]], videos[part], answer=True)
+        answers = greedy_answers(model, processor, prompts, limit)
+        outcomes += [
+            (row["kind"], is_right(answer, reference))
+            for row, answer, (_, reference) in zip(rows[part], answers, asked[part], strict=True)
+        ]
+    scored = scoring.score(outcomes)
+    return {"accuracy": scored.overall.share, "late": scored.by_kind["late digit"].share}
 
 
 def _inputs(processor: CrossLMMProcessor, messages: list[Any], videos: list[np.ndarray], **options: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
+from transformers import BatchFeature
 
 from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
@@ -23,9 +24,12 @@ from crosslmm.data.manifest import Manifest
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples import shapes
 from crosslmm.data.video.decode import decode_video
+from crosslmm.model.answering import greedy_answers
 from crosslmm.model.loading import build_encoder, build_model, build_processor
 from crosslmm.model.param_groups import freeze
 from crosslmm.model.vision_encoder import encode
+from crosslmm.preflight.answer_length import answer_limit
+from crosslmm.scoring import is_right, questions_of
 from crosslmm.train.optim import build_optimizer, set_learning_rate
 
 ROOT = Path(__file__).parent.parent
@@ -106,19 +110,14 @@ def train(data: str, folder: str, feature_format: str, seed: int) -> float:
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
+    limit = answer_limit(Manifest(f"{data}/held_out.jsonl"), processor)
+    asked = [question for row in rows["held_out"] for question in questions_of(row["messages"])]  # one of each clip
     correct: list[bool] = []
-    for start in range(0, len(rows["held_out"]), 32):
+    for start in range(0, len(asked), 32):
         part = slice(start, start + 32)
-        conversations = [row["messages"] for row in rows["held_out"][part]]
-        prompts = _inputs(
-            processor, [messages[:-1] for messages in conversations], features["held_out"][part], answer=True
-        )
-        with torch.no_grad():
-            tokens = model.generate(**prompts, max_new_tokens=config.train.max_new_tokens, do_sample=False)
-        answers = processor.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        correct += [
-            text.strip() == messages[-1]["content"] for text, messages in zip(answers, conversations, strict=True)
-        ]
+        prompts = _inputs(processor, [prompt for prompt, _ in asked[part]], features["held_out"][part], answer=True)
+        answers = greedy_answers(model, processor, BatchFeature(prompts), limit)
+        correct += [is_right(answer, reference) for answer, (_, reference) in zip(answers, asked[part], strict=True)]
     return statistics.mean(correct)
 
 

@@ -84,7 +84,6 @@ TRAINING = {
     "train.warmup_steps": 4,
     "train.validate_every": CLIPS,  # and at the end
     "train.checkpoint_every": CLIPS,
-    "train.max_new_tokens": 2,
     "scaling.num_workers": 1,
     "scaling.cpus_per_worker": 1,
     "scaling.decode_workers": 1,

@@ -208,13 +208,14 @@ class TrainConfig(Section):
     """Interval between checkpoints; one more comes at the end [steps]."""
     keep_checkpoints: Count = setting(2, FREE)
     """Newest checkpoints that are kept [checkpoints]."""
-    keep_best: str | None = setting(None, FREE)
-    """Also keep the best checkpoint by this metric of the validation before it: `validation/accuracy` or
-    `validation/loss`."""
+    keep_best: Annotated[str, Field(pattern=r"^validation/(loss|accuracy(/.+)?)$")] | None = setting(None, FREE)
+    """Also keep the best checkpoint by this metric of the validation before it: `validation/accuracy`, that of a kind
+    of question (`validation/accuracy/KIND`), or `validation/loss`."""
     validate_every: Count = setting(500, FREE, COMPARED)
     """Interval between validations; one more comes at the end [steps]."""
-    max_new_tokens: Count = setting(16, FREE, COMPARED)
-    """Length limit of a generated answer in validation [tokens]."""
+    max_new_tokens: Count | None = setting(None, FREE, COMPARED)
+    """Length limit of a generated answer in validation; null takes it from the longest answer of the validation set. A
+    limit shorter than one of these answers is refused [tokens]."""
 
 
 class TrackingConfig(Section):

@@ -4,14 +4,15 @@
     python jobs/answer.py --video clip.mp4                        a conversation: one question per line of stdin
     python jobs/answer.py --manifest runs/sample/held_out.jsonl   exact match per kind of question, and JSON
 
-Rows of a manifest whose video cannot be read do not count, and are reported.
+Every question of a manifest is asked as validation asks it: given the row's own words up to there, its earlier answers
+included. Rows whose video cannot be read do not count, and are reported.
 Exit status: 0 done, 2 bad request (no such model, unreadable video or manifest).
 """
 
 import argparse
-import functools
 import json
 import sys
+from dataclasses import asdict
 
 from jsonargparse import ArgumentParser
 
@@ -36,32 +37,31 @@ def main() -> None:
     from crosslmm import storage
     from crosslmm.config import TrackingConfig, require_no_credentials
     from crosslmm.data.manifest import BadManifest, Manifest
-    from crosslmm.inference.answerer import score
+    from crosslmm.inference.evaluate import evaluate
     from crosslmm.progress import cell
     from crosslmm.text import printable
-    from crosslmm.tracking import ask, load_registered, quiet_mlflow
+    from crosslmm.tracking import load_answerer, quiet_mlflow
 
     quiet_mlflow()
     try:
         require_no_credentials("--tracking_uri", arguments.tracking_uri)
         manifest = Manifest(arguments.manifest, arguments.roots) if arguments.manifest else None
         tracking = TrackingConfig(uri=arguments.tracking_uri)
-        model = load_registered(arguments.model, tracking, manifest.roots if manifest else ())
+        answerer = load_answerer(arguments.model, tracking)
         if manifest is None:
-            answerer = model.unwrap_python_model().answerer
             conversation = answerer.start_conversation(storage.absolute(arguments.video))
             for question in [arguments.question] if arguments.question else iter(_read_question, ""):
                 print(printable(conversation.ask(question)), flush=True)
             return
-        result = score(functools.partial(ask, model), manifest)
+        result = evaluate(answerer, manifest)
     except (BadConfig, BadManifest, MlflowException, ValueError, OSError) as error:
         fail(error)
-    table = Table("kind", "exact match", title=cell(f"{arguments.model} on {arguments.manifest}"))
-    for kind, accuracy in [*result.accuracy_by_kind.items(), ("all", result.accuracy)]:
-        table.add_row(cell(kind), f"{accuracy:.3f}")
+    score = result.score
+    table = Table("kind", "exact match", "n", title=cell(f"{arguments.model} on {arguments.manifest}"))
+    for kind, accuracy in [*score.by_kind.items(), ("all", score.overall)]:
+        table.add_row(cell(kind), f"{accuracy.share:.3f}", str(accuracy.asked))
     rich.get_console().print(table)
-    accuracies = {"accuracy": result.accuracy, "accuracy_by_kind": result.accuracy_by_kind}
-    print(json.dumps({**accuracies, "asked": result.predictions}))
+    print(json.dumps({**score.to_json(), "asked": [asdict(answer) for answer in result.answers]}))
 
 
 def _read_question() -> str:
@@ -79,7 +79,7 @@ def _parser() -> ArgumentParser:
         help="what to ask; without it, questions are read from stdin, one per line, until an empty line; each may "
         "refer to earlier ones, and the video is encoded once",
     )
-    parser.add_argument("--manifest", help="instead of --video: manifest whose first questions are asked and scored")
+    parser.add_argument("--manifest", help="instead of --video: manifest whose questions are asked and scored")
     parser.add_argument(
         "--roots",
         type=list[str],

@@ -8,7 +8,6 @@ Exit status: 0 the model has learnt, 1 it has not, or the job failed.
 """
 
 import argparse
-import functools
 import json
 import os
 import shlex
@@ -61,43 +60,42 @@ def _report(training: dict, began: float) -> int:
     from crosslmm.config import TrackingConfig
     from crosslmm.data.manifest import Manifest
     from crosslmm.data.samples.shapes import CHANCE
-    from crosslmm.inference.answerer import score
-    from crosslmm.tracking import ask, load_registered, quiet_mlflow
+    from crosslmm.inference.evaluate import evaluate
+    from crosslmm.tracking import load_answerer, quiet_mlflow
 
     quiet_mlflow()
     manifest = Manifest(str(ROOT / "runs" / "sample" / "held_out.jsonl"))
-    model = load_registered(training["model_uri"], TrackingConfig(uri=TRACKING_URI), manifest.roots)
-    scored = score(functools.partial(ask, model), manifest)
-    table = Table("kind of question", "accuracy", "chance")
-    for kind, accuracy in scored.accuracy_by_kind.items():
-        table.add_row(kind, f"{accuracy:.3f}", f"{CHANCE[kind]:.3f}")
-    table.add_row("all", f"{scored.accuracy:.3f}", "")
+    evaluation = evaluate(load_answerer(training["model_uri"], TrackingConfig(uri=TRACKING_URI)), manifest)
+    score, first = evaluation.score, evaluation.answers[0]
+    table = Table("kind of question", "accuracy", "n", "chance")
+    for kind, accuracy in score.by_kind.items():
+        table.add_row(kind, f"{accuracy.share:.3f}", str(accuracy.asked), f"{CHANCE[kind]:.3f}")
+    table.add_row("all", f"{score.overall.share:.3f}", str(score.overall.asked), "")
     rich.get_console().print(table)
-    for video, question, answer, expected in scored.predictions[:EXAMPLES]:
-        print(printable(f"{os.path.relpath(video, ROOT)}  {question}  {answer}  (expected: {expected})"))
-    video, question, answer, expected = scored.predictions[0]
+    for one in evaluation.answers[:EXAMPLES]:
+        video = os.path.relpath(one.videos[0], ROOT)
+        print(printable(f"{video}  {one.question}  {one.answer}  (expected: {one.expected})"))
     print(f"""
 done in {time.time() - began:.0f} s. Next:
   make ui       MLflow at http://127.0.0.1:5000: the run, its curves, the registered model
   make sweep    search pooling stride, cross-attention depth and learning rates
-  .venv/bin/python jobs/answer.py --video {os.path.relpath(video, ROOT)} --question "{question}"
+  .venv/bin/python jobs/answer.py --video {os.path.relpath(first.videos[0], ROOT)} --question "{first.question}"
 """)
-    learnt = scored.accuracy >= MIN_ACCURACY
-    learnt &= all(accuracy > 2 * CHANCE[kind] for kind, accuracy in scored.accuracy_by_kind.items())
+    learnt = score.overall.share >= MIN_ACCURACY
+    learnt &= all(accuracy.share > 2 * CHANCE[kind] for kind, accuracy in score.by_kind.items())
     if not learnt:
         print(f"error: accuracy is below {MIN_ACCURACY}, or below twice the chance for some kind", file=sys.stderr)
     summary = {
-        "accuracy": round(scored.accuracy, 4),
-        "accuracy_by_kind": {kind: round(accuracy, 4) for kind, accuracy in scored.accuracy_by_kind.items()},
+        **score.to_json(),
         "chance_by_kind": {kind: round(chance, 4) for kind, chance in CHANCE.items()},
         "train_s": round(training["train_s"], 1),
         "total_s": round(time.time() - began, 1),
         "samples_per_s": round(training["samples"] / training["train_s"], 1),
         "run_id": training["run_id"],
         "model_uri": training["model_uri"],
-        "question": question,
-        "answer": answer,
-        "expected": expected,
+        "question": first.question,
+        "answer": first.answer,
+        "expected": first.expected,
     }
     print(json.dumps(summary))
     return 0 if learnt else 1

@@ -2,15 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
+from crosslmm import scoring
 from crosslmm.data.quarantine import QuarantineEntry, to_printable
 from crosslmm.data.video.decode import VideoFailure
 
 Batch = Any
 """Return value of the processor: a mapping of names to tensors, with `.to(device)`."""
+RequireRoom = Callable[[list[dict[str, Any]], list[int], str], None]
+"""Takes a prompt, the frames of its videos and the answer to compare with. Raises ValueError if such an answer could
+not be generated to its end."""
 
 PLACEHOLDER_MESSAGES = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
 """Conversation that replaces an unreadable sample, with weight 0, so that all ranks stay at the same step."""
@@ -41,18 +46,46 @@ class Sample:
     """Quarantine entries of the unreadable rows at this position: those that were replaced, or this one."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Question:
+    """One answer of a conversation that the model is asked for."""
+
+    position: int
+    """Position of its sample."""
+    kind: str | None
+    """Category of the question."""
+    text: str
+    """The question, without its videos."""
+    reference: str
+    """The answer that the row has."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions that are asked together."""
+
+    asked: list[Question]
+    prompts: Callable[[], Batch]
+    """Makes the prompts, the conversations up to the answers. Each has its own copy of the frames, so they are made
+    when they are asked."""
+
+    def outcomes(self, answers: list[str]) -> list[scoring.Outcome]:
+        """Return the outcomes of the answers to the prompts."""
+        return [(q.kind, scoring.is_right(answer, q.reference)) for q, answer in zip(self.asked, answers, strict=False)]
+
+
+@dataclass(frozen=True)
 class ValidationBatch:
-    """One batch of validation: inputs for the loss, and prompts with the expected answers."""
+    """One batch of validation: inputs for the loss, and the questions."""
 
     inputs: Batch
     """The conversations, with labels."""
-    prompts: Batch
-    """The conversations up to the last answer."""
-    expected: list[str | None]
-    """The last answers; None for rows of weight 0."""
-    kinds: list[str | None]
-    """Category of each question."""
+    questions: list[Questions]
+    """All questions of the conversations, in parts of at most as many as there are samples."""
+    idle: Questions
+    """No question: a rank asks it while others ask more than it has."""
+    unreadable: list[scoring.Outcome]
+    """Outcomes of the questions that cannot be asked."""
 
 
 Made = TypeVar("Made")
@@ -116,17 +149,62 @@ def collate(samples: list[Sample], processor: Callable[..., Batch]) -> Batch:
     return processor(messages, videos, weights=weights)
 
 
-def collate_for_validation(samples: list[Sample], processor: Callable[..., Batch]) -> ValidationBatch:
-    """Collate one validation batch; unreadable samples do not count in the score."""
+def collate_for_validation(
+    samples: list[Sample], processor: Callable[..., Batch], require_room: RequireRoom
+) -> ValidationBatch:
+    """Collate one validation batch; questions about unreadable samples count apart."""
     messages, videos, weights = mask_unreadable(samples)
-    last = [max(i for i, m in enumerate(c) if m["role"] == "assistant") for c in messages]
     return ValidationBatch(
         inputs=processor(messages, videos, weights=weights),
-        # All videos belong to the prompt: manifests allow none after the last answer.
-        prompts=processor([c[:i] for c, i in zip(messages, last, strict=True)], videos, answer=True),
-        expected=[c[i]["content"] if w else None for c, i, w in zip(messages, last, weights, strict=True)],
-        kinds=[sample.kind for sample in samples],
+        questions=collate_questions(samples, processor, require_room),
+        idle=Questions([], partial(processor, [PLACEHOLDER_MESSAGES[:1]], [[]], answer=True)),
+        unreadable=unreadable_questions(samples),
     )
+
+
+def collate_questions(
+    samples: list[Sample], processor: Callable[..., Batch], require_room: RequireRoom
+) -> list[Questions]:
+    """Collate the questions of readable samples, in parts of at most as many as there are samples.
+
+    Raises:
+        ValueError: a sample has no answer to compare with, or one that could not be generated to its end.
+    """
+    asked: list[Question] = []
+    prompts, videos = [], []
+    for sample in samples:
+        if sample.error or not sample.weight:
+            continue
+        before = len(asked)
+        for prompt, reference in scoring.questions_of(sample.messages):
+            seen = sample.videos[: _media_parts(prompt)]
+            require_room(prompt, [len(video) for video in seen], reference)
+            asked.append(Question(sample.position, sample.kind, scoring.question_text(prompt), reference))
+            prompts.append(prompt)
+            videos.append(seen)
+        if len(asked) == before:
+            raise ValueError("the conversation has no answer to compare with")
+    parts = [slice(i, i + len(samples)) for i in range(0, len(asked), len(samples))]
+    return [Questions(asked[part], partial(processor, prompts[part], videos[part], answer=True)) for part in parts]
+
+
+def unreadable_questions(samples: list[Sample]) -> list[scoring.Outcome]:
+    """Return the outcomes of the questions about unreadable samples."""
+    unreadable = [sample for sample in samples if sample.error and sample.weight]
+    return [(sample.kind, None) for sample in unreadable for _ in range(_count_questions(sample.messages))]
+
+
+def _media_parts(messages: list[dict[str, Any]]) -> int:
+    """Return the number of video and image parts."""
+    return sum(part["type"] != "text" for m in messages if isinstance(m["content"], list) for part in m["content"])
+
+
+def _count_questions(messages: Any) -> int:
+    """Return the number of questions of a conversation; at least 1, since one may be what cannot be read."""
+    try:
+        return len(list(scoring.questions_of(messages))) or 1
+    except (TypeError, LookupError, AttributeError):
+        return 1
 
 
 def mask_unreadable(samples: list[Sample]) -> tuple[list[Any], list[list[np.ndarray]], list[float]]:

@@ -1,10 +1,8 @@
-"""Answer questions about videos with an exported model, and score a model on a manifest."""
+"""Answer questions about videos with an exported model."""
 
 import contextlib
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,20 @@ from transformers.utils import logging as transformers_logging
 from crosslmm import storage
 from crosslmm.config import validate_run
 from crosslmm.data.frame_sampling import split_time_range
-from crosslmm.data.manifest import Manifest
 from crosslmm.data.row_schema import resolve_video
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from crosslmm.model.answering import greedy_answers
 from crosslmm.model.weights_source import TOKENIZER, WEIGHTS, WeightsSource
-from crosslmm.progress import Progress
 from crosslmm.run_folder import MODEL_CONFIG_FILE
 
 log = logging.getLogger(__name__)
 
 EXPORTED = (*WEIGHTS, *TOKENIZER, "generation_config.json", "processor_config.json", MODEL_CONFIG_FILE)
 """Files of an exported model that are opened."""
+ANSWER_TOKENS = 64
+"""Least default of the length limit of an answer [tokens]."""
 NO_VIDEO = "video cannot be read or lies outside the roots"
 """What the sender of a row learns about its video: neither whether a file exists nor what is in it."""
 
@@ -44,6 +43,9 @@ class Answerer:
     Args:
         folder: local folder with weights, processor and `run.yaml`, as `crosslmm.train.checkpoint.export` writes it.
         device: device to compute on; default: a GPU if there is one, else the CPU.
+
+    Attributes:
+        max_new_tokens: default length limit of an answer: at least that of the validations of its run [tokens].
     """
 
     def __init__(self, folder: str | Path, device: str | None = None) -> None:
@@ -62,20 +64,22 @@ class Answerer:
                 use_safetensors=True,
             )
         self.model: Any = model.eval().to(self.device)
+        self.max_new_tokens = max(ANSWER_TOKENS, self.config.train.max_new_tokens or 0)
         # The roots in the configuration restrict the manifests of training; here the caller names each video.
         self.decoder = Decoder(self.config.data.model_copy(update={"roots": []}), self.processor.image_size)
 
-    def __call__(self, videos: Sequence[str], questions: Sequence[str], max_new_tokens: int = 64) -> list[str]:
+    def __call__(self, videos: Sequence[str], questions: Sequence[str], max_new_tokens: int | None = None) -> list[str]:
         """Return the greedy answer to each pair of video (path or s3:// URI) and question.
 
         Raises:
             ValueError: a video is unreadable; the message names it and the reason.
         """
         conversations = [[_user_message(question, with_video=True)] for question in questions]
-        return self._generate(conversations, [self._decode(uri) for uri in videos], max_new_tokens)
+        frames = [self._decode(uri) for uri in videos]
+        return self._generate(conversations, frames, max_new_tokens or self.max_new_tokens)
 
     def answer_rows(
-        self, videos: Sequence[Any], questions: Sequence[Any], roots: Sequence[str], max_new_tokens: int = 64
+        self, videos: Sequence[Any], questions: Sequence[Any], roots: Sequence[str], max_new_tokens: int | None = None
     ) -> list[tuple[str | None, str | None]]:
         """Answer rows that nobody has checked; a bad row costs itself and no other.
 
@@ -83,7 +87,7 @@ class Answerer:
             videos: path or s3:// URI of each row's video, relative to the first root or absolute.
             questions: a question about each.
             roots: folders that videos may lie in, links resolved.
-            max_new_tokens: length of an answer [tokens].
+            max_new_tokens: length limit of an answer [tokens]; default: the attribute of this name.
 
         Returns:
             (answer, error) of each row, one of which is None. Why a video is refused goes to the log alone.
@@ -91,6 +95,7 @@ class Answerer:
         Raises:
             storage.Unavailable: the store is unreachable or failing; says nothing about the rows.
         """
+        max_new_tokens = max_new_tokens or self.max_new_tokens
         good: list[tuple[list[dict[str, Any]], np.ndarray]] = []
         errors: list[str | None] = []
         for video, question in zip(videos, questions, strict=True):
@@ -117,7 +122,8 @@ class Answerer:
         frames = self._decode_unchecked(video, roots)
         conversation = [_user_message(question, with_video=True)]
         try:
-            tokens = self.processor.length(conversation, [len(frames)], answer=True) + max_new_tokens
+            # The last new token is not fed back.
+            tokens = self.processor.length(conversation, [len(frames)], answer=True) + max_new_tokens - 1
         except ValueError as error:
             raise BadRow(f"question: {error}") from error
         if tokens > self.processor.max_length:
@@ -140,10 +146,8 @@ class Answerer:
     def _generate(
         self, conversations: Sequence[list[dict[str, Any]]], videos: Sequence[np.ndarray], max_new_tokens: int
     ) -> list[str]:
-        prompts = self.processor(conversations, [[video] for video in videos], answer=True).to(self.device)
-        tokens = self.model.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False)
-        new = tokens[:, prompts["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        prompts = self.processor(conversations, [[video] for video in videos], answer=True)
+        return greedy_answers(self.model, self.processor, prompts, max_new_tokens)
 
     def start_conversation(self, video: str) -> "Conversation":
         """Start a conversation about one video or image.
@@ -170,7 +174,7 @@ class Conversation:
         self._cache: EncoderDecoderCache | None = None
         self._cached_ids = torch.empty(0, dtype=torch.int64)
 
-    def ask(self, question: str, max_new_tokens: int = 64) -> str:
+    def ask(self, question: str, max_new_tokens: int | None = None) -> str:
         """Return the greedy answer to a question, which may refer to earlier turns."""
         processor, model = self.answerer.processor, self.answerer.model
         messages = [*self.messages, _user_message(question, with_video=not self.messages)]
@@ -185,7 +189,7 @@ class Conversation:
         out = model.generate(
             **prompt,
             past_key_values=self._cache,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens or self.answerer.max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
         )
@@ -228,71 +232,3 @@ def _inside(video: str, roots: Sequence[str]) -> str:
     uri = resolve_video(video, roots)
     named = split_time_range(uri)[0]
     return storage.follow(named, roots) + uri[len(named) :]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Exact-match accuracy of a model on a manifest."""
-
-    accuracy: float
-    """Share of rows whose greedy answer equals the expected one."""
-    accuracy_by_kind: dict[str, float]
-    """The same for each `kind` of row; rows without one count only towards `accuracy`."""
-    predictions: list[tuple[str, str, str | None, str]]
-    """(video, question, answer, expected answer) of every row; no answer where there was an error."""
-
-
-Predict = Callable[[list[str], list[str]], list[tuple[str | None, str | None]]]
-"""Takes videos and questions, returns (answer, error) for each pair."""
-
-
-def score(predict: Predict, manifest: Manifest, batch_size: int = 16) -> Score:
-    """Ask the first question of each row and compare the answer with the expected one.
-
-    Args:
-        predict: asks the model; rows with an error do not count.
-        manifest: rows to score; those without exactly one video are skipped.
-        batch_size: rows per call of `predict`.
-
-    Raises:
-        ValueError: no row has exactly one video, or none could be answered.
-    """
-    rows = [row for row in manifest.rows if len(row["videos"]) == 1]
-    if not rows:
-        raise ValueError(f"{manifest.uri}: no row has exactly one video, so there is nothing to ask")
-    questions, expected = zip(*(first_turn(row["messages"]) for row in rows), strict=True)
-    videos = [row["videos"][0] for row in rows]
-    results: list[tuple[str | None, str | None]] = []
-    with Progress(log, "answering", len(rows), "question") as progress:
-        for start in range(0, len(rows), batch_size):
-            batch = slice(start, start + batch_size)
-            results += predict(videos[batch], list(questions[batch]))
-            progress.update(len(results))
-    failed = [(row["id"], error) for row, (_, error) in zip(rows, results, strict=True) if error]
-    if failed:
-        first = f"{failed[0][0]!a}: {failed[0][1]}"
-        if len(failed) == len(rows):
-            raise ValueError(f"{manifest.uri}: no row could be answered; {first}")
-        log.warning("%d of %d rows could not be answered and do not count; %s", len(failed), len(rows), first)
-    matches_by_kind: dict[str, list[bool]] = defaultdict(list)
-    matches: list[bool] = []
-    for row, (answer, error), right in zip(rows, results, expected, strict=True):
-        if not error:
-            matches.append(answer == right)
-            if row["kind"] is not None:
-                matches_by_kind[row["kind"]].append(answer == right)
-    return Score(
-        accuracy=sum(matches) / len(matches),
-        accuracy_by_kind={kind: sum(m) / len(m) for kind, m in sorted(matches_by_kind.items())},
-        predictions=[
-            (video, question, answer, right)
-            for video, question, (answer, _), right in zip(videos, questions, results, expected, strict=True)
-        ],
-    )
-
-
-def first_turn(messages: list[dict[str, Any]]) -> tuple[str, str]:
-    """Return the first question of a conversation, without its videos, and the first answer."""
-    content = next(m["content"] for m in messages if m["role"] == "user")
-    question = content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
-    return question, next(m["content"] for m in messages if m["role"] == "assistant").strip()

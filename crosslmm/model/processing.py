@@ -78,7 +78,6 @@ class CrossLMMProcessor(ProcessorMixin):
         weights: Sequence[float] | None = None,
         answer: bool = False,
         features: tuple[int, int] | None = None,
-        new_tokens: int = 1,
     ) -> BatchFeature:
         """Convert conversations to one padded batch.
 
@@ -90,7 +89,6 @@ class CrossLMMProcessor(ProcessorMixin):
             answer: for `generate`: append the start of the assistant's turn and pad on the left.
             features: (patches, width): `videos` holds encoded features instead, each uint16 (frames, patches,
                 width) with the bits of bfloat16.
-            new_tokens: with `answer`, how many tokens will be generated at most.
 
         Returns:
             `input_ids`, `attention_mask` (B, L), `pixel_values` (F, 3, H, W) uint8 or else `features` (F, P, D)
@@ -106,7 +104,7 @@ class CrossLMMProcessor(ProcessorMixin):
             for video in sample_videos:
                 self._check(video, features)
             tokens, is_target = self._tokenize(conversation, [len(video) for video in sample_videos], answer)
-            self._check_length(len(tokens) + (new_tokens - 1) * answer)  # the last new token is not fed back
+            self._check_length(len(tokens))
             dropped = weights is not None and weights[i] == 0
             ids.append(torch.tensor(tokens))
             labels.append(
@@ -137,6 +135,26 @@ class CrossLMMProcessor(ProcessorMixin):
     def length(self, conversation: list[dict[str, Any]], num_frames: Sequence[int], answer: bool = False) -> int:
         """Return the tokens of a conversation whose videos have `num_frames` frames each; `answer` as for a call."""
         return len(self._tokenize(conversation, num_frames, answer)[0])
+
+    def answer_length(self, text: str) -> int:
+        """Return the tokens of an answer, its end token included."""
+        return len(self._encode_text(text)) + 1
+
+    def require_room(
+        self, prompt: list[dict[str, Any]], num_frames: Sequence[int], reference: str, new_tokens: int
+    ) -> None:
+        """Raise ValueError if an answer as long as the reference could not be generated to its end.
+
+        Args:
+            prompt: conversation up to the answer.
+            num_frames: frames of each of its videos.
+            reference: the answer that the generated one will be compared with.
+            new_tokens: how many tokens will be generated at most.
+        """
+        if (length := self.answer_length(reference)) > new_tokens:
+            raise ValueError(f"an answer takes {length} tokens, and at most {new_tokens} are generated")
+        # The last new token is not fed back.
+        self._check_length(self.length(prompt, num_frames, answer=True) + new_tokens - 1)
 
     def _tokenize(
         self, conversation: list[dict[str, Any]], num_frames: Sequence[int], answer: bool

@@ -81,11 +81,12 @@ class SweepProgress(Callback):
         elif "finished" in result:
             sweep_trial.state, sweep_trial.train_s = "finished", result["train_s"]
         elif not sweep_trial.last or result["step"] > sweep_trial.last.step:
-            sweep_trial.curve.append(Rung(int(result["step"]), float(result["loss"]), float(result["accuracy"])))
-            rung = sweep_trial.curve[-1]
-            self._log(
-                sweep_trial, f"step {rung.step}/{self.total_steps}  loss {rung.loss:.3f}  accuracy {rung.accuracy:.3f}"
+            rung = Rung(
+                int(result["step"]), float(result["loss"]), float(result["accuracy"]), int(result.get("asked", 0))
             )
+            sweep_trial.curve.append(rung)
+            accuracy = f"accuracy {rung.accuracy:.3f} of {rung.asked}"
+            self._log(sweep_trial, f"step {rung.step}/{self.total_steps}  loss {rung.loss:.3f}  {accuracy}")
         self._write(sweep_trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -118,7 +119,7 @@ class SweepProgress(Callback):
         table = Table(
             title=f"{len(self.search.trials)} trials", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
-        for heading in ("trial", "tokens", "MACs", "step", "loss", "accuracy", "s"):
+        for heading in ("trial", "tokens", "MACs", "step", "loss", "accuracy", "n", "s"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("state", no_wrap=True)
         table.add_column("point")
@@ -128,7 +129,7 @@ class SweepProgress(Callback):
                 str(trial.number),
                 str(trial.tokens_per_frame),
                 quantity(trial.macs),
-                *((str(last.step), f"{last.loss:.3f}", f"{last.accuracy:.3f}") if last else ("", "", "")),
+                *((str(last.step), f"{last.loss:.3f}", f"{last.accuracy:.3f}", str(last.asked)) if last else [""] * 4),
                 f"{trial.seconds:.0f}",
                 trial.state,
                 cell(_point(trial)),

@@ -7,12 +7,12 @@ from typing import Any
 from crosslmm import storage
 from crosslmm.config import RunConfig
 from crosslmm.data.manifest import Manifest
-from crosslmm.inference.answerer import first_turn
+from crosslmm.inference.evaluate import evaluate
 from crosslmm.run_folder import MODEL_FOLDER
 from crosslmm.sweep import trials
 from crosslmm.sweep.trials import Trial
 from crosslmm.sweep.tuner import SweepFailed
-from crosslmm.tracking import MlflowRun, ask, load_registered, register
+from crosslmm.tracking import MlflowRun, load_answerer, register
 from crosslmm.train.run import lineage
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def promote(
         record: MLflow run of the sweep.
 
     Returns:
-        `model_uri`, `trial`, `question`, `answer` (None if the video cannot be read), `expected`.
+        `model_uri`, `trial`, and `question`, `answer`, `expected` (None if the video cannot be read).
 
     Raises:
         SweepFailed: there is no such trial, or it did not finish.
@@ -47,9 +47,10 @@ def promote(
     model_uri = register(child, storage.join(trial_folder, MODEL_FOLDER), tags)
     log.info("registered %s: trial %s, %s of the sweep", model_uri, trial.number, choice)
     held_out = Manifest(str(base.data.validation_manifest), base.data.roots)
-    row = next(row for row in held_out.rows if len(row["videos"]) == 1)
-    question, expected = first_turn(row["messages"])
-    ((answer, error),) = ask(load_registered(model_uri, base.tracking, held_out.roots), row["videos"], [question])
-    if error:
-        log.warning("%s was asked about %s: %s", model_uri, row["videos"][0], error)
-    return {"model_uri": model_uri, "trial": trial.number, "question": question, "answer": answer, "expected": expected}
+    try:
+        first = evaluate(load_answerer(model_uri, base.tracking), held_out, rows=1).answers[0]
+    except ValueError as error:
+        log.warning("%s was asked about the first held-out row: %s", model_uri, error)
+        return {"model_uri": model_uri, "trial": trial.number, "question": None, "answer": None, "expected": None}
+    said = {"question": first.question, "answer": first.answer, "expected": first.expected}
+    return {"model_uri": model_uri, "trial": trial.number, **said}

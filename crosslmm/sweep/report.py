@@ -80,7 +80,8 @@ def headline(sweep: Sweep, trials: Sequence[Trial]) -> str:
         )
     seeds = sweep.distributions.get("seed")
     seeds_used = "the best seed of each setting counts" if seeds and not seeds.single() else "one seed per setting"
-    return f"{answer} Based on {len(done)} finished of {len(trials)} trials on this data; {seeds_used}."
+    asked = f", each asked {best.last.asked:,} held-out questions" if best.last.asked else ""
+    return f"{answer} Based on {len(done)} finished of {len(trials)} trials on this data{asked}; {seeds_used}."
 
 
 def _reach(trial: Trial) -> str:
@@ -168,7 +169,7 @@ def _list(title: str, note: str, items: Sequence[str]) -> str:
 def _all_trials(sweep: Sweep, trials: Sequence[Trial]) -> str:
     # The space may have changed since a trial ran; its values are shown all the same.
     paths = list(dict.fromkeys([*sweep.distributions, *(path for trial in trials for path in trial.point)]))
-    units = ["tokens per frame", "prefill MACs", "memory per worker", "steps", "loss", "accuracy", "time"]
+    units = ["tokens per frame", "prefill MACs", "memory per worker", "steps", "loss", "accuracy", "n", "time"]
     header = "".join(
         f'<th><button type="button">{_text(name)}</button></th>' for name in ["trial", "state", *paths, *units]
     )
@@ -176,7 +177,8 @@ def _all_trials(sweep: Sweep, trials: Sequence[Trial]) -> str:
     rows = "".join(_row(trial, paths, special.get(id(trial), "")) for trial in trials)
     return f"""<section><h2>All trials</h2>
 <p>Click a column's heading to sort by it. Memory is the peak per worker that the planner predicts. Loss and accuracy
-are those of the last validation, which came earlier for trials that were stopped early.</p>
+are those of the last validation, which came earlier for trials that were stopped early; n is the number of questions
+that the accuracy is a share of.</p>
 <div class="box"><table id="trials"><thead><tr>{header}<th>error</th></tr></thead><tbody>{rows}</tbody></table></div>
 </section>"""
 
@@ -195,6 +197,7 @@ def _row(trial: Trial, paths: Sequence[str], special: str) -> str:
         (f"{last.step:,}", last.step) if last else (ABSENT, ""),
         (f"{last.loss:.3f}", last.loss) if last else (ABSENT, ""),
         (f"{last.accuracy:.3f}", last.accuracy) if last else (ABSENT, ""),
+        (f"{last.asked:,}", last.asked) if last and last.asked else (ABSENT, ""),
         (duration(trial.seconds), trial.seconds),
     ]
     tds = "".join(f'<td data-by="{_text(by)}">{_text(text)}</td>' for text, by in cells)

@@ -18,7 +18,9 @@ from crosslmm.data.feature_format import FeatureConfig
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.encode.run import run_encoding
+from crosslmm.model.loading import build_processor
 from crosslmm.preflight import checks, connect, hardware, placement
+from crosslmm.preflight.answer_length import answer_limit
 from crosslmm.preflight.resolve import resolve_config
 from crosslmm.sweep import report, trials
 from crosslmm.sweep.progress import SweepProgress
@@ -83,6 +85,7 @@ def run_sweep(config: RunConfig, sweep: SweepSettings, space_name: str, space: S
     config = resolve_config(config)
     manifests = [Manifest(uri, config.data.roots) for uri in config.data.manifests]
     validation = Manifest(str(config.data.validation_manifest), config.data.roots)
+    answer_limit(validation, build_processor(config.model), config.train.max_new_tokens)  # refuses before the trials do
     total_steps = _steps(config, manifests)
     max_trials = _max_trials(config, sweep, space, total_steps)
     folder = storage.join(config.storage, str(config.name))
@@ -315,6 +318,7 @@ def _summary(trial: Trial) -> dict[str, Any]:
     return {
         "trial": trial.number,
         "accuracy": round(trial.last.accuracy, 4),
+        "count": trial.last.asked,
         "loss": round(trial.last.loss, 4),
         "tokens_per_frame": trial.tokens_per_frame,
         "macs": trial.macs,

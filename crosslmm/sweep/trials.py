@@ -23,6 +23,8 @@ class Rung(NamedTuple):
     step: int
     loss: float
     accuracy: float
+    asked: int = 0
+    """Questions that the accuracy is a share of; 0 in files of earlier versions."""
 
 
 @dataclass

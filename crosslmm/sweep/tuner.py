@@ -13,6 +13,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from crosslmm import storage
 from crosslmm.config import RunConfig
 from crosslmm.preflight import placement
+from crosslmm.scoring import ACCURACY, COUNT
 from crosslmm.sweep import trials
 from crosslmm.sweep.progress import SweepProgress
 from crosslmm.sweep.search import Search, prefill
@@ -136,7 +137,9 @@ def _trainable(base: RunConfig, total_steps: int) -> Callable[[dict[str, Any]], 
         config = apply(base, trial.settings | {"name": trial.name})
 
         def report(step: int, metrics: dict[str, float]) -> None:
-            rung = Rung(step, metrics["validation/loss"], metrics["validation/accuracy"])
+            if ACCURACY not in metrics:
+                return  # no question could be asked, which is in the log
+            rung = Rung(step, metrics["validation/loss"], metrics[ACCURACY], int(metrics.get(COUNT, 0)))
             tune.report(_tune_metrics(trial, rung, base, total_steps))
 
         assert trial.run_id

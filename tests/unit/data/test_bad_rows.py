@@ -68,9 +68,11 @@ def test_a_row_of_validation_is_quarantined_alone(processor, model, kind):
     messages, videos, reason = (BAD | BAD_IN_VALIDATION)[kind]
     samples, batch = make_batch([GOOD, sample(2, messages, videos), GOOD], validation(processor))
     require_quarantined(samples, reason)
-    assert batch.expected == ["red", None, "red"]
+    (questions,) = batch.questions
+    assert [question.reference for question in questions.asked] == ["red", "red"]
+    assert batch.unreadable == [("kind", None)]
     assert model(**batch.inputs).loss.isfinite()
-    assert len(model.generate(**batch.prompts, max_new_tokens=NEW_TOKENS, do_sample=False)) == 3
+    assert len(model.generate(**questions.prompts(), max_new_tokens=NEW_TOKENS, do_sample=False)) == 2
 
 
 def training(processor):
@@ -78,7 +80,8 @@ def training(processor):
 
 
 def validation(processor):
-    return functools.partial(collate_for_validation, processor=functools.partial(processor, new_tokens=NEW_TOKENS))
+    require_room = functools.partial(processor.require_room, new_tokens=NEW_TOKENS)
+    return functools.partial(collate_for_validation, processor=processor, require_room=require_room)
 
 
 def require_quarantined(samples, reason):
@@ -106,7 +109,7 @@ def test_prompts_up_to_the_limit_are_generated_from(processor, model):
         return made.error, batch
 
     longest = bisect.bisect_left(range(3000), True, key=lambda count: make(count)[0] is not None) - 1
-    prompts = make(longest)[1].prompts
+    prompts = make(longest)[1].questions[0].prompts()
     assert 2048 - prompts["input_ids"].shape[1] in (NEW_TOKENS - 1, NEW_TOKENS)
     assert len(model.generate(**prompts, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)) == 1
 

@@ -128,9 +128,9 @@ def test_a_prompt_leaves_room_for_new_tokens(processor):
     short = type(processor)(processor.tokenizer, image_size=SIDE, tokens_per_frame=PER_FRAME, max_length=30)
     prompt = [{"role": "user", "content": "up or down?"}]
     length = short([prompt], [[]], answer=True)["input_ids"].shape[1]
-    short([prompt], [[]], answer=True, new_tokens=31 - length)
+    short.require_room(prompt, [], "up", 31 - length)
     with pytest.raises(ValueError, match="takes 31 positions, and the decoder has 30"):
-        short([prompt], [[]], answer=True, new_tokens=32 - length)
+        short.require_room(prompt, [], "up", 32 - length)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from crosslmm.run_folder import QUARANTINE_FILE
 from crosslmm.train.monitor import TrainingMonitor
 
 METRICS = {"samples_per_s": 1.0, "frames_per_s": 4.0, "data_wait_share": 0.0, "loss": 2.0}
-VALIDATED = METRICS | {"validation/loss": 1.0, "validation/accuracy": 0.5}
+COUNTS = {"validation/count": 8.0, "validation/unreadable": 0.0}
+VALIDATED = METRICS | COUNTS | {"validation/loss": 1.0, "validation/accuracy": 0.5}
 UNREADABLE = {"split": "training", "manifest": "m", "line": 3, "id": "x", "reason": "empty"}
 
 
@@ -131,12 +132,29 @@ def test_a_failed_report_does_not_lose_later_reports(tmp_path, caplog):
 
 
 def test_a_validation_names_its_kinds_but_not_hundreds(tmp_path, caplog):
-    kinds = {f"validation/accuracy/{kind}": 0.5 for kind in ("what?", "a\nb", *range(100))}
+    kinds = {
+        f"validation/{name}/{kind}": value
+        for kind in ("what?", "a\nb", *range(100))
+        for name, value in (("accuracy", 0.5), ("count", 2.0))
+    }
     with caplog.at_level(logging.INFO), monitor(tmp_path, None, None, [("step", (2, 2.0, VALIDATED | kinds))]):
         pass
     (line,) = [line for line in caplog.messages if "validation loss" in line]
-    assert "what? 0.50  a\nb 0.50  0 0.50" in line
-    assert line.endswith("17 0.50  and 82 more kinds")
+    assert "accuracy 0.500 of 8  what? 0.50 of 2  a\nb 0.50 of 2  0 0.50 of 2" in line
+    assert line.endswith("17 0.50 of 2  and 82 more kinds")
+
+
+def test_a_validation_tells_what_it_could_not_ask(tmp_path, caplog):
+    some = VALIDATED | {"validation/unreadable": 3.0}
+    nothing = METRICS | {"validation/loss": 0.0, "validation/count": 0.0, "validation/unreadable": 4.0}
+    with caplog.at_level(logging.INFO), monitor(tmp_path, None, None, [("step", (2, 2.0, some))]):
+        pass
+    assert "step 2  validation loss 1.000  accuracy 0.500 of 8  unreadable 3" in caplog.messages
+    with caplog.at_level(logging.INFO), monitor(tmp_path, None, None, [("step", (4, 2.0, nothing))]):
+        pass
+    assert "step 4  validation loss 0.000  unreadable 4" in caplog.messages
+    error = "the validation after step 4 has no accuracy: none of its 4 questions could be asked; quarantine.jsonl says"
+    assert [line for line in caplog.messages if line.startswith(error)]
 
 
 def test_workers_log_records_keep_level_rank_and_step(tmp_path, caplog):

@@ -15,10 +15,12 @@ import json
 import sys
 
 from jsonargparse import ArgumentParser
+from pydantic import ValidationError
 from rich.console import Console
 
 from crosslmm.cli import fail, parse_job
 from crosslmm.config import BadConfig, validate_run
+from crosslmm.text import first_error
 
 
 def main() -> int:
@@ -42,6 +44,8 @@ def main() -> int:
             config = validate_run(values)
         counts = [config.data.num_frames] if frames is None else frame_counts(frames)
         planned = plan(config, counts, Assumptions(**arguments))
+    except ValidationError as error:
+        fail(BadConfig(first_error(error)))
     except BadConfig as error:
         fail(error)
     if as_json:

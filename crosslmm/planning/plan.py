@@ -3,15 +3,23 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from crosslmm.cli import preset_names, resolve_preset
 from crosslmm.config import BadConfig, Count, LearningRates, RunConfig, Section, Share, validate_run
+from crosslmm.data.feature_format import BF16_BYTES
 from crosslmm.planning import cost
 from crosslmm.planning.meta_trace import Trace
+
+
+class Range(NamedTuple):
+    """A value for the low and for the high end of an assumption."""
+
+    low: float
+    high: float
 
 
 class Gpu(NamedTuple):
@@ -39,7 +47,13 @@ GPUS = {
 MOST_GPUS = 1024
 """Largest number of GPUs that the search for a fitting setting tries."""
 
+HOURS_PER_MONTH = 730
+READS_BESIDE_FRAMES = 6
+"""Reads of a video's header and index, at most; each frame costs one read, at most."""
+
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class Assumptions(Section):
@@ -49,9 +63,10 @@ class Assumptions(Section):
     """GPU model."""
     price: Positive | None = None
     """Price of one GPU [USD/hour]; null uses the built-in example price."""
-    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the GPU's dense FLOP/s that a training step reaches, counting recomputation as work (measured: 0.19 and
-    0.24 for the two stages of the 2B in bf16 on one H200)."""
+    utilisation: PositiveShare | tuple[PositiveShare, PositiveShare] = (0.14, 0.3)
+    """Share of the GPU's dense FLOP/s that a training step reaches, counting recomputation as work; a number, or [low,
+    high]. Measured: 0.19 and 0.24, the two stages of the 2B in bf16 on one H200. The default is a quarter wider either
+    way, since neither another model nor several GPUs have been measured."""
     reserve: Share = 0.1
     """Share of the GPU's memory reserved for CUDA's context, NCCL's buffers and fragmentation."""
     text_tokens: Count = 60
@@ -64,6 +79,23 @@ class Assumptions(Section):
     """Bitrate of the stored videos [bit/s]; typical of 640 x 360 H.264."""
     decode_speed: Positive = 62.0
     """Seconds of video that one core decodes per second, decoding all of it (measured: 60 s in 0.97 s)."""
+    storage_price: NotNegative = 0.023
+    """Price of stored videos, checkpoints and model [USD per GB and month]; that of S3 Standard."""
+    traffic_price: NotNegative = 0.0
+    """Price of reading from the store [USD/GB]: nothing within a cloud's region, 0.02 to 0.09 from outside."""
+    request_price: NotNegative = 0.0004
+    """Price of a thousand reads [USD]; that of S3 Standard."""
+
+    @model_validator(mode="after")
+    def _low_comes_first(self) -> "Assumptions":
+        if self.utilisations.low > self.utilisations.high:
+            raise ValueError(f"utilisation: {self.utilisation} is not [low, high]")
+        return self
+
+    @property
+    def utilisations(self) -> Range:
+        """Low and high end of `utilisation`."""
+        return Range(*(self.utilisation if isinstance(self.utilisation, tuple) else [self.utilisation] * 2))
 
 
 @dataclass(frozen=True)
@@ -76,8 +108,23 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Prices:
+    """What a run costs [USD]."""
+
+    gpus: Range
+    """All GPUs while the run lasts."""
+    reading: float
+    """Reading the videos: traffic and requests."""
+    storage_month: float
+    """A month of `Row.storage_bytes`."""
+    total: Range
+    """GPUs, reading, and storage while the run lasts."""
+
+
+@dataclass(frozen=True)
 class Row:
-    """The plan for one number of frames. Bytes and counts are per GPU unless stated otherwise."""
+    """The plan for one number of frames. Bytes and counts are per GPU unless stated otherwise. Ranges come from that of
+    the utilisation."""
 
     frames: int
     positions: int
@@ -96,19 +143,20 @@ class Row:
     nearest_fit: Fit | None
     training_flops_per_sample: int
     """FLOPs of forward, recomputation and backward."""
-    samples_per_s: float
-    decode_cores: float
+    samples_per_s: Range
+    decode_cores: Range
     """CPU cores needed to decode as fast as one GPU trains."""
-    s3_bytes_per_s: float
+    s3_bytes_per_s: Range
     """Storage bandwidth needed to read as fast as one GPU trains [bytes/s]."""
     epoch_samples: int
     epoch_traffic_bytes: int
     """Videos read and checkpoints written in an epoch, of all GPUs."""
     storage_bytes: int
     """Size of the videos, the retained checkpoints and the exported model."""
-    run_hours: float
-    run_price: float
-    """Price of the run, of all GPUs [USD]."""
+    features_bytes: int
+    """Size of all videos' features in bf16, if jobs/encode.py stores them; not in `storage_bytes`."""
+    run_hours: Range
+    price: Prices
 
 
 @dataclass(frozen=True)
@@ -130,7 +178,7 @@ class Plan:
     gpus: int
     price: float
     """Price of one GPU [USD/hour]."""
-    assumptions: dict[str, float | str | None]
+    assumptions: dict[str, Any]
 
 
 def plan(config: RunConfig, frames: Sequence[int], assumptions: Assumptions) -> Plan:
@@ -186,7 +234,8 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     fits = memory.total <= usable_memory(assumptions)
 
     flops_per_sample = traced.flops // train.micro_batch_size
-    samples_per_s = gpu.flops["bf16" if config.in_bf16 else "fp32"] * assumptions.utilisation / flops_per_sample
+    peak = gpu.flops["bf16" if config.in_bf16 else "fp32"] / flops_per_sample
+    samples_per_s = Range(*(peak * utilisation for utilisation in assumptions.utilisations))
     video_bytes = assumptions.video_seconds * assumptions.bitrate / 8
     components = cost.parameters(model)
     weights = cost.FLOAT32 * sum(components.values())
@@ -197,7 +246,9 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     if train.max_steps is not None:
         run_samples = min(run_samples, train.max_steps * train.global_batch_size)
     checkpoints = max(1, epoch_samples // (train.global_batch_size * train.checkpoint_every))
-    hours = run_samples / (samples_per_s * gpus) / 3600
+    hours = Range(*(run_samples / (speed * gpus) / 3600 for speed in reversed(samples_per_s)))
+    storage_bytes = round(epoch_samples * video_bytes) + train.keep_checkpoints * checkpoint + weights
+    frame_features = model.config.patches_per_frame * model.config.vision_config.hidden_size * BF16_BYTES
     return Row(
         frames=frames,
         positions=frames * model.config.tokens_per_frame + assumptions.text_tokens,
@@ -210,14 +261,37 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
         nearest_fit=None if fits else _nearest_fit(config, frames, assumptions, traced),
         training_flops_per_sample=flops_per_sample,
         samples_per_s=samples_per_s,
-        decode_cores=samples_per_s * assumptions.video_seconds / assumptions.decode_speed,
-        s3_bytes_per_s=samples_per_s * video_bytes,
+        decode_cores=Range(*(s * assumptions.video_seconds / assumptions.decode_speed for s in samples_per_s)),
+        s3_bytes_per_s=Range(*(s * video_bytes for s in samples_per_s)),
         epoch_samples=epoch_samples,
         epoch_traffic_bytes=round(epoch_samples * video_bytes) + checkpoints * checkpoint,
-        storage_bytes=round(epoch_samples * video_bytes) + train.keep_checkpoints * checkpoint + weights,
+        storage_bytes=storage_bytes,
+        features_bytes=epoch_samples * frames * frame_features,
         run_hours=hours,
-        run_price=hours * gpus * _price(assumptions),
+        price=_prices(assumptions, Range(*(h * gpus for h in hours)), hours, run_samples, frames, storage_bytes),
     )
+
+
+def _prices(
+    assumptions: Assumptions, gpu_hours: Range, hours: Range, run_samples: int, frames: int, storage_bytes: int
+) -> Prices:
+    """Price a run.
+
+    Args:
+        assumptions: prices.
+        gpu_hours: hours of all GPUs together.
+        hours: how long the run lasts [h].
+        run_samples: videos that are read.
+        frames: frames of each.
+        storage_bytes: what is stored while it runs [bytes].
+    """
+    gpus = Range(*(h * _price(assumptions) for h in gpu_hours))
+    read_bytes = run_samples * assumptions.video_seconds * assumptions.bitrate / 8
+    reads = run_samples * (frames + READS_BESIDE_FRAMES)
+    reading = read_bytes / 1e9 * assumptions.traffic_price + reads / 1000 * assumptions.request_price
+    month = storage_bytes / 1e9 * assumptions.storage_price
+    total = Range(*(g + reading + month * h / HOURS_PER_MONTH for g, h in zip(gpus, hours, strict=True)))
+    return Prices(gpus=gpus, reading=reading, storage_month=month, total=total)
 
 
 def usable_memory(assumptions: Assumptions) -> float:

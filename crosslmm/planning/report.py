@@ -5,7 +5,12 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from crosslmm.planning.plan import Plan, Row
+from crosslmm.planning.plan import Plan, Range, Row
+
+NOT_INCLUDED = (
+    "not in the price: machines without GPUs (head, MLflow, decoders beyond the GPU machines' own cores), validations, "
+    "steps repeated after a failure, disks, storage before and after the run"
+)
 
 
 def print_plan(planned: Plan, console: Console) -> None:
@@ -25,7 +30,7 @@ def print_plan(planned: Plan, console: Console) -> None:
         table.add_row(
             label,
             *(column[i][1] for column in columns),
-            end_section=label.startswith(("prefill MACs: all", "training memory per GPU: total", "fits")),
+            end_section=label.startswith(("prefill MACs: all", "training memory per GPU: total", "fits", "features")),
         )
     console.print(table)
     for row in planned.rows:
@@ -34,9 +39,10 @@ def print_plan(planned: Plan, console: Console) -> None:
             console.print(f"{row.frames} frames would fit with {row.nearest_fit.change}  ({size})")
         elif not row.fits:
             console.print(f"{row.frames} frames do not fit with any setting that was tried")
+    console.print(NOT_INCLUDED)
     console.print("assumptions (change one with its argument):")
     for name, value in {**planned.assumptions, "price": planned.price}.items():
-        console.print(f"  --{name} {value}")
+        console.print(f"  --{name} {list(value) if isinstance(value, tuple) else value}")
 
 
 def _lines(row: Row) -> Iterator[tuple[str, str]]:
@@ -52,10 +58,20 @@ def _lines(row: Row) -> Iterator[tuple[str, str]]:
     yield "answering: KV caches for one video [GB]", f"{row.answering_memory_bytes['kv_caches'] / 1e9:,.2f}"
     yield "answering: total [GB]", f"{sum(row.answering_memory_bytes.values()) / 1e9:,.2f}"
     yield "fits", "yes" if row.fits else "no"
-    yield "samples per second and GPU", f"{row.samples_per_s:,.3f}"
-    yield "CPU cores for decoding per GPU", f"{row.decode_cores:,.2f}"
-    yield "storage bandwidth per GPU [MB/s]", f"{row.s3_bytes_per_s / 1e6:,.2f}"
+    yield "samples per second and GPU", _range(row.samples_per_s, ",.3f")
+    yield "CPU cores for decoding per GPU", _range(row.decode_cores, ",.2f")
+    yield "storage bandwidth per GPU [MB/s]", _range(row.s3_bytes_per_s, ",.2f", 1e6)
     yield "traffic per epoch [TB]", f"{row.epoch_traffic_bytes / 1e12:,.2f}"
     yield "storage: videos, checkpoints, model [TB]", f"{row.storage_bytes / 1e12:,.2f}"
-    yield "hours of the run", f"{row.run_hours:,.1f}"
-    yield "price of the run [USD]", f"{row.run_price:,.0f}"
+    yield "features of all videos, if stored in bf16 [TB]", f"{row.features_bytes / 1e12:,.2f}"
+    yield "hours of the run", _range(row.run_hours, ",.1f")
+    yield "price: GPUs [USD]", _range(row.price.gpus, ",.0f")
+    yield "price: reading the videos, traffic and requests [USD]", f"{row.price.reading:,.0f}"
+    yield "price: storage per month [USD]", f"{row.price.storage_month:,.0f}"
+    yield "price of the run, storage while it lasts included [USD]", _range(row.price.total, ",.0f")
+
+
+def _range(values: Range, form: str, unit: float = 1.0) -> str:
+    """Return "low to high"; one number where both read alike."""
+    low, high = (format(value / unit, form) for value in values)
+    return low if low == high else f"{low} to {high}"

@@ -248,12 +248,39 @@ def test_time_price_and_bandwidth_follow_from_the_assumptions(measured):
     (row,) = plan(measured, [4], assumed).rows
     seconds = row.training_flops_per_sample / (0.5 * GPUS["h100"].flops["fp32"])
     workers, epochs = measured.scaling.num_workers, measured.train.epochs
-    assert row.samples_per_s == pytest.approx(1 / seconds)
-    assert row.decode_cores == pytest.approx(0.5 / seconds)  # 31 s of video at 62 s a second
-    assert row.s3_bytes_per_s == pytest.approx(31e6 / seconds)
-    assert row.run_hours == pytest.approx(min(epochs * 1000, measured.train.max_steps * 2) * seconds / workers / 3600)
-    assert row.run_price == pytest.approx(row.run_hours * workers * 2.0)
+    assert row.samples_per_s == pytest.approx([1 / seconds] * 2)
+    assert row.decode_cores == pytest.approx([0.5 / seconds] * 2)  # 31 s of video at 62 s a second
+    assert row.s3_bytes_per_s == pytest.approx([31e6 / seconds] * 2)
+    samples = min(epochs * 1000, measured.train.max_steps * 2)
+    hours = samples * seconds / workers / 3600
+    assert row.run_hours == pytest.approx([hours] * 2)
+    assert row.price.gpus == pytest.approx([hours * workers * 2.0] * 2)
     assert row.storage_bytes > 1000 * 31e6
+    # Without other prices given: S3 Standard's, within its region.
+    assert row.price.reading == pytest.approx(samples * (4 + 6) / 1000 * 0.0004)
+    assert row.price.storage_month == pytest.approx(row.storage_bytes / 1e9 * 0.023)
+    spent = row.price.gpus.low + row.price.reading + row.price.storage_month * hours / 730
+    assert row.price.total == pytest.approx([spent] * 2)
+
+
+def test_traffic_and_storage_are_priced_by_their_arguments(measured):
+    prices = {"storage_price": 0.1, "traffic_price": 0.09, "request_price": 0.0, "samples": 1000, "bitrate": 8e6}
+    (row,) = plan(changed(measured, "train", max_steps=None), [4], Assumptions(**prices)).rows
+    assert row.price.reading == pytest.approx(measured.train.epochs * 1000 * 60e6 / 1e9 * 0.09)
+    assert row.price.storage_month == pytest.approx(row.storage_bytes / 1e9 * 0.1)
+    assert row.features_bytes == 1000 * 4 * 64 * 64 * 2  # 8 x 8 patches of 64 values in bf16
+
+
+def test_hours_and_price_range_with_the_utilisation(measured):
+    def row(utilisation):
+        return plan(measured, [4], Assumptions(utilisation=utilisation)).rows[0]
+
+    low, high, both = row(0.2), row(0.4), row((0.2, 0.4))
+    assert both.samples_per_s == pytest.approx((low.samples_per_s.low, high.samples_per_s.low))
+    assert both.run_hours == pytest.approx((high.run_hours.low, low.run_hours.low))
+    assert both.price.total == pytest.approx((high.price.total.low, low.price.total.low))
+    hours = plan(measured, [4], Assumptions()).rows[0].run_hours
+    assert hours.high / hours.low == pytest.approx(0.3 / 0.14)
 
 
 @pytest.fixture
@@ -287,7 +314,15 @@ def test_job_prints_only_json_with_json_flag():
 def test_job_prints_a_table_and_the_assumptions(run_job):
     status, out, _ = run_job("--config", "tiny")
     assert status == 0
-    for words in ("attention products", "KV caches", "--utilisation 0.2", "--decode_speed 62.0", "fits"):
+    for words in (
+        "attention products",
+        "KV caches",
+        "--utilisation [0.14, 0.3]",
+        " to ",
+        "not in the price",
+        "--decode_speed 62.0",
+        "fits",
+    ):
         assert words in out
 
 
@@ -300,6 +335,8 @@ def test_job_prints_a_table_and_the_assumptions(run_job):
         (["--gpu", "abacus"], "h100"),
         (["--gpus", "7"], "multiple of 7"),
         (["--price", "-1"], "greater than 0; got: -1"),
+        (["--utilisation", "[0.4,0.2]"], "is not [low, high]"),
+        (["--utilisation", "2"], "utilisation"),
         (["--utilization", "0.5"], "unrecognized"),
     ],
 )

@@ -3,7 +3,6 @@
 A field's docstring is the text of `--help`. Its role (`Role`) says what may happen to the value after a run has begun.
 """
 
-import enum
 import os
 import re
 from collections.abc import Iterator
@@ -11,46 +10,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from crosslmm.schema import (
+    COMPARED,
+    FEATURES,
+    FIXED,
+    FREE,
+    NOT_SEARCHED,
+    Count,
+    Labels,
+    Limit,
+    Rate,
+    Role,
+    Section,
+    Share,
+    setting,
+)
 from crosslmm.text import holds_credentials, one_line
-
-
-class Role(enum.Enum):
-    """What may happen to a setting after a run has begun. Every setting is either FIXED or FREE."""
-
-    FIXED = "determines the samples, their order or the weights: a resume with another value is refused"
-    FREE = "affects only where and how fast a run executes: may differ at each start of a run or sweep"
-    COMPARED = "free for a run, but fixed for a sweep, since it decides how trials are compared"
-    FEATURES = "changes what the frozen vision encoder computes: trials of a sweep that searches it share no features"
-    NOT_SEARCHED = "names where a run's files and records go: cannot be a dimension of a search space"
-
-
-FIXED, FREE, COMPARED, FEATURES, NOT_SEARCHED = Role
-
-
-def setting(default: Any, *roles: Role) -> Any:
-    """Return a field with this default value and these roles."""
-    return Field(default, json_schema_extra={"roles": [role.name for role in roles]})
-
-
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0)]
-Limit = Annotated[float, Field(gt=0)]
-# The syntax of Kubernetes and Ray: an optional domain, a slash, a name.
-LabelKey = Annotated[
-    str, Field(pattern=r"^([a-zA-Z0-9][a-zA-Z0-9.-]*/)?[a-zA-Z0-9]([\w.-]*[a-zA-Z0-9])?$", max_length=316)
-]
-LabelValue = Annotated[str, Field(pattern=r"^[a-zA-Z0-9]([\w.-]*[a-zA-Z0-9])?$", max_length=63)]
-Labels = dict[LabelKey, LabelValue]
-"""Labels of a node, or labels that a node must have."""
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, and values never change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -248,7 +225,7 @@ class NodeType(Section):
     """Nodes of this type at a time, at most [nodes]."""
     resources: dict[str, Limit]
     """Resources of one node: CPU [cores], GPU [GPUs], memory and object_store_memory [bytes], and custom ones."""
-    labels: Labels = {}
+    labels: Labels = Field({})
     """Labels of each node."""
 
 

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from crosslmm.config import DataConfig, Section
+from crosslmm.config import DataConfig
 from crosslmm.data.video.decode import BACKENDS
+from crosslmm.schema import Section
 
 FORMAT = 1
 """Version of the cache's files; part of the key."""

@@ -9,10 +9,11 @@ import yaml
 from pydantic import Field, model_validator
 
 from crosslmm.cli import preset_names, resolve_preset
-from crosslmm.config import BadConfig, Count, LearningRates, RunConfig, Section, Share, validate_run
+from crosslmm.config import BadConfig, LearningRates, RunConfig, validate_run
 from crosslmm.data.feature_format import BF16_BYTES
 from crosslmm.planning import cost
 from crosslmm.planning.meta_trace import Trace
+from crosslmm.schema import Count, Section, Share
 
 
 class Range(NamedTuple):

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from crosslmm.config import BadConfig, Count, RunConfig, Section
+from crosslmm.config import BadConfig, RunConfig
+from crosslmm.schema import Count, Section
 
 NO_CLONES = (
     "it continues trials from other trials' checkpoints or pauses them, which Tune cannot do with Ray Train runs"

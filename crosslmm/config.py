@@ -149,6 +149,20 @@ class LearningRates(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA), trained in place of the encoder's, decoder's or cross-attentions' own weights."""
+
+    rank: Count | None = setting(None, FIXED)
+    """Rank of the adapters; null trains none."""
+    alpha: Limit = setting(32.0, FIXED)
+    """What an adapter adds is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = setting(0.0, FIXED)
+    """Share of an adapter's inputs that a training step drops."""
+    targets: list[Literal["vision", "v2v", "t2v", "decoder"]] = setting(["decoder"], FIXED)
+    """Components whose linear layers get an adapter, which learns at the component's rate; their own weights are
+    frozen. A projector or cross-attention with a rate that is not among them trains whole."""
+
+
 class TrainConfig(Section):
     """Training."""
 
@@ -165,6 +179,8 @@ class TrainConfig(Section):
     Groups samples of similar length and balances tokens over workers [tokens]."""
     learning_rate: LearningRates = LearningRates()
     """Peak learning rate per component."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters."""
     warmup_steps: Annotated[int, Field(ge=0)] = setting(100, FIXED)
     """Linear warm-up; a cosine to `final_learning_rate_share` at the last step follows [steps]."""
     final_learning_rate_share: Share = setting(0.0, FIXED)
@@ -193,6 +209,11 @@ class TrainConfig(Section):
     max_new_tokens: Count | None = setting(None, FREE, COMPARED)
     """Length limit of a generated answer in validation; null takes it from the longest answer of the validation set. A
     limit shorter than one of these answers is refused [tokens]."""
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        """Components that learn through adapters."""
+        return frozenset(self.lora.targets if self.lora.rank else ())
 
 
 class TrackingConfig(Section):
@@ -347,6 +368,24 @@ class RunConfig(Section):
             for text in value if isinstance(value, list) else [value]:
                 if holds_credentials(str(text)):
                     raise ValueError(f"{key}: {CREDENTIALS}")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_learn(self) -> "RunConfig":
+        rates, adapted = self.train.learning_rate.model_dump(), self.train.adapted
+        if self.train.lora.rank and not adapted:
+            raise ValueError("train.lora.targets: name at least one component, or set train.lora.rank to null")
+        for component in sorted(adapted):
+            if not rates[component]:
+                raise ValueError(
+                    f"train.lora.targets: {component} is frozen; set train.learning_rate.{component}, or leave it out"
+                )
+        for component in ("vision", "decoder"):
+            if adapted and rates[component] and component not in adapted:
+                raise ValueError(
+                    f"train.lora.targets: {component} would train whole, which is too large for an adapter; add it, or "
+                    f"set train.learning_rate.{component} to 0"
+                )
         return self
 
     @model_validator(mode="after")

@@ -8,15 +8,19 @@ The folder is the source of truth; MLflow's run is made from it and can be made 
     ├── history/*.jsonl                 {"step": int, "time": unix seconds, "metrics": {name: float}}, a line per step
     ├── quarantine.jsonl                samples that could not be read, a line per sample
     ├── step-XXXXXXXX-ATTEMPT/          a checkpoint
-    │   ├── rank-NNNNN.safetensors          the part of a rank: weights, moments of the optimizer, random state
+    │   ├── rank-NNNNN.safetensors          the part of a rank: weights, moments of the optimizer
     │   ├── index.json                      where the rows of each tensor are, with the sha256 of each chunk
     │   ├── config.yaml                     the configuration that it was written with
+    │   ├── base.json                       of a run that trains adapters: where the other weights are, and their sha256
     │   ├── seal.json                       written last, lists the files; without it the checkpoint does not count
     │   └── broken-seal.json                in place of seal.json once damage was detected; says which
     ├── stacks/*.txt                    stack traces of ranks that the watchdog stopped
     ├── not_finite/step-XXXXXXXX.json   sample ids of a step whose gradient was not finite
     ├── ray/                            Ray Train's own state; nothing is read from it
-    └── model/                          the exported model, in the format of Transformers, and
+    ├── base/                           of a run that trains adapters: the model that it began with, in the format of
+    │                                   Transformers, unless `model.init_from` is that model
+    └── model/                          the exported model, in the format of Transformers, or the adapter, in PEFT's,
+        ├── base.json                       with the model that it belongs to; and
         └── run.yaml                        the configuration that it was trained with
 
     STORAGE/SWEEP/                      a sweep
@@ -53,6 +57,9 @@ RAY_SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of checkpoints."""
 MODEL_FOLDER = "model"
 MODEL_CONFIG_FILE = "run.yaml"
+ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's names."""
+BASE_FOLDER, BASE_FILE = "base", "base.json"
 SWEEP_FILE = "sweep.json"
 TRIALS_FOLDER = "trials"
 REPORT_FILE = "report.html"

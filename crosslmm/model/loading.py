@@ -127,14 +127,15 @@ def build_model(
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     if not config.vision_weights:
         model.vision_tower.load_state_dict(_random_encoder(model_config, seed).state_dict())
+    if weights and config.init_from:  # it has the weights of both parts
+        _load_weights("model.init_from", model, CrossLMMForConditionalGeneration, WeightsSource(config.init_from))
+        return model
     if weights and config.vision_weights:
         source = WeightsSource(config.vision_weights, config.vision_revision)
         _load_weights("model.vision_weights", model.vision_tower, SiglipVisionModel, source)
     if weights and config.language_weights:
         source = WeightsSource(config.language_weights, config.language_revision)
         _load_weights("model.language_weights", model.language_model, AutoModelForCausalLM, source)
-    if weights and config.init_from:
-        _load_weights("model.init_from", model, CrossLMMForConditionalGeneration, WeightsSource(config.init_from))
     return model
 
 

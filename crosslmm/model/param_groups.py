@@ -1,5 +1,7 @@
 """How parameters are grouped: by component (learning rates, freezing) and by FSDP unit (sharding, memory planning)."""
 
+from collections.abc import Collection
+
 from torch import nn
 
 from crosslmm.config import LearningRates
@@ -22,10 +24,23 @@ def component_of(name: str) -> str:
     return "decoder"
 
 
-def freeze(model: nn.Module, rates: LearningRates) -> None:
-    """Set `requires_grad` of every parameter: False where the learning rate of its component is zero."""
+def is_of_adapter(name: str) -> bool:
+    """Return whether the parameter called `name` belongs to an adapter (LoRA)."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def freeze(model: nn.Module, rates: LearningRates, adapted: Collection[str] = ()) -> None:
+    """Set `requires_grad` of every parameter.
+
+    Args:
+        model: whose parameters learn or not.
+        rates: a component whose learning rate is zero is frozen.
+        adapted: components of which only the adapters learn.
+    """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(getattr(rates, component_of(name)) > 0)
+        component = component_of(name)
+        frozen = component in adapted and not is_of_adapter(name)
+        parameter.requires_grad_(getattr(rates, component) > 0 and not frozen)
 
 
 def fsdp_units(model: CrossLMMForConditionalGeneration) -> list[nn.Module]:

@@ -7,6 +7,7 @@ from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, tracking_uri
 from crosslmm.data.samples import shapes
 from crosslmm.data.video.decode import require_backend
+from crosslmm.model.adapter_base import require_no_adapter
 from crosslmm.model.loading import build_config
 
 
@@ -18,6 +19,7 @@ def resolve_config(config: RunConfig) -> RunConfig:
             would be deleted together with the job.
     """
     build_config(config.model)
+    require_no_adapter(config.model)
     require_backend(config.data.decoder)
     require_durable("storage", config.storage)
     require_durable("tracking.uri", tracking_uri(config.tracking))

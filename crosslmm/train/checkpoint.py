@@ -19,10 +19,18 @@ import yaml
 from torch.distributed.tensor import DTensor
 
 from crosslmm import storage
-from crosslmm.config import BadConfig, RunConfig, to_yaml, validate_run
-from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from crosslmm.config import BadConfig, LoraConfig, RunConfig, to_yaml, validate_run
+from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor, lora
+from crosslmm.model.adapter_base import Base, open_base
 from crosslmm.model.loading import build_model, build_processor
-from crosslmm.run_folder import CHECKPOINT_INDEX_FILE, CONFIG_FILE, MODEL_CONFIG_FILE, SHARD_FILE, checkpoint_folder
+from crosslmm.run_folder import (
+    BASE_FILE,
+    CHECKPOINT_INDEX_FILE,
+    CONFIG_FILE,
+    MODEL_CONFIG_FILE,
+    SHARD_FILE,
+    checkpoint_folder,
+)
 from crosslmm.train import checkpoint_store, shards
 from crosslmm.train.checkpoint_store import Checkpoint
 from crosslmm.train.distributed.collectives import broadcast_json, gather_json
@@ -33,8 +41,7 @@ log = logging.getLogger(__name__)
 
 
 State = dict[str, torch.Tensor]
-"""This rank's part of a checkpoint, in CPU memory, by name: model/PARAMETER, optimizer/PARAMETER/MOMENT,
-random/RANK/DEVICE."""
+"""This rank's part of a checkpoint, in CPU memory, by name: model/PARAMETER, optimizer/PARAMETER/MOMENT."""
 
 
 def read_newest(run: str, group: dist.ProcessGroup) -> tuple[Checkpoint, State] | None:
@@ -49,16 +56,13 @@ def read_newest(run: str, group: dist.ProcessGroup) -> tuple[Checkpoint, State] 
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for checkpoint in _list_on_rank_0(run, group):
-
-        def wanted(name: str, same_ranks: bool = checkpoint.world_size == world_size) -> bool:
-            return not name.startswith("random/") or (same_ranks and name.startswith(f"random/{rank}/"))
-
         state: State = {}
         damage = None
         try:
             if rank == 0:
                 shards.read_verified(checkpoint, CONFIG_FILE)
-            state = shards.read(checkpoint, rank, world_size, wanted)
+                read_base(checkpoint)
+            state = shards.read(checkpoint, rank, world_size, _is_state)
         except shards.Damaged as error:
             damage = str(error)
         of_all_ranks = [reason for reason in gather_json(damage, group) if reason]
@@ -69,6 +73,25 @@ def read_newest(run: str, group: dist.ProcessGroup) -> tuple[Checkpoint, State] 
             log.warning("checkpoint %s is damaged: %s; trying the one before it", checkpoint.uri, reason)
             checkpoint_store.break_seal(checkpoint, reason)
     return None
+
+
+def _is_state(name: str) -> bool:
+    """Return whether a tensor is part of the state; earlier versions stored the random states of the ranks, too."""
+    return not name.startswith("random/")
+
+
+def read_base(checkpoint: Checkpoint) -> Base | None:
+    """Return the model that the adapters in a checkpoint belong to; None if it has the whole model.
+
+    Raises:
+        shards.Damaged: the file is not what was written.
+    """
+    if BASE_FILE not in checkpoint.files:
+        return None
+    try:
+        return Base.from_json(shards.read_verified(checkpoint, BASE_FILE))
+    except ValueError as error:
+        raise shards.Damaged(f"{BASE_FILE}: {error}") from None
 
 
 def _list_on_rank_0(run: str, group: dist.ProcessGroup) -> list[Checkpoint]:
@@ -83,7 +106,7 @@ def _list_on_rank_0(run: str, group: dist.ProcessGroup) -> list[Checkpoint]:
 
 
 def load(state: State, model: CrossLMMForConditionalGeneration, optimizer: torch.optim.Optimizer) -> None:
-    """Copy a checkpoint's state into model and optimizer, and restore the random state if it has this rank's.
+    """Copy a checkpoint's state into model and optimizer.
 
     Args:
         state: from `read_newest`.
@@ -110,10 +133,6 @@ def load(state: State, model: CrossLMMForConditionalGeneration, optimizer: torch
             "param_groups": optimizer.state_dict()["param_groups"],
         }
     )
-    for device, set_state in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
-        random_state = state.get(f"random/{dist.get_rank()}/{device}")
-        if random_state is not None:
-            set_state(random_state)
 
 
 @torch.no_grad()
@@ -135,7 +154,10 @@ def _load_weights(state: State, model: CrossLMMForConditionalGeneration) -> None
 
 
 def _weights(model: CrossLMMForConditionalGeneration) -> State:
-    """Return parameters and persistent buffers by name, each once: tied weights have the name of the first."""
+    """Return parameters and persistent buffers by name, each once: tied weights have the name of the first. Of a model
+    with adapters, only what learns: the rest is in its base."""
+    if lora.is_adapted(model):
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     persistent = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     return {**dict(model.named_parameters()), **buffers}
@@ -154,14 +176,12 @@ def _like(parameter: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _state(model: CrossLMMForConditionalGeneration, optimizer: torch.optim.Optimizer) -> State:
-    """Return the state that a checkpoint holds. Schedule, learning rates and sample order are functions of the step."""
+    """Return the state that a checkpoint holds. Schedule, learning rates, random numbers and sample order are functions
+    of the step."""
     state: State = {f"model/{name}": tensor.detach() for name, tensor in _weights(model).items()}
     for name, parameter in model.named_parameters():
         for moment, value in optimizer.state.get(parameter, {}).items():
             state[f"optimizer/{name}/{moment}"] = value
-    state[f"random/{dist.get_rank()}/cpu"] = torch.get_rng_state()
-    if next(model.parameters()).device.type == "cuda":
-        state[f"random/{dist.get_rank()}/cuda"] = torch.cuda.get_rng_state()
     return state
 
 
@@ -177,7 +197,7 @@ class _Staging:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         for name, tensor in state.items():
             sharded = isinstance(tensor, DTensor)
-            if not sharded and rank and not name.startswith("random/"):
+            if not sharded and rank:
                 continue  # rank 0 writes it
             local = _local(tensor)
             if name not in self._buffers:
@@ -205,10 +225,13 @@ class Saver:
         config: written into each checkpoint; says how many are kept.
         attempt: differs between starts of the workers, so that none overwrites what an earlier one left.
         group: a gloo group of all ranks that nothing else uses while checkpoints are written.
+        base: on rank 0, the model that the adapters belong to; None without adapters.
     """
 
-    def __init__(self, run: str, config: RunConfig, attempt: str, group: dist.ProcessGroup) -> None:
-        self.run, self.config, self.attempt, self.group = run, config, attempt, group
+    def __init__(
+        self, run: str, config: RunConfig, attempt: str, group: dist.ProcessGroup, base: Base | None = None
+    ) -> None:
+        self.run, self.config, self.attempt, self.group, self.base = run, config, attempt, group, base
         self._staging = _Staging()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -260,7 +283,9 @@ class Saver:
                 files[CHECKPOINT_INDEX_FILE] = shards.write_index(
                     uri, [shards.from_json(index) for _, index in written]
                 )
-                files[CONFIG_FILE] = self._write_config(uri)
+                files[CONFIG_FILE] = _write_small(uri, CONFIG_FILE, to_yaml(self.config).encode())
+                if self.base:
+                    files[BASE_FILE] = _write_small(uri, BASE_FILE, self.base.to_json())
                 self._seal(Checkpoint(uri, step, dist.get_world_size(), time.time(), metrics, files))
                 self._retain()
         except OSError as error:
@@ -292,11 +317,6 @@ class Saver:
         entry, index = shards.write_shard(uri, rank, parts)
         return entry, shards.to_json(index)
 
-    def _write_config(self, uri: str) -> tuple[int, str]:
-        data = to_yaml(self.config).encode()
-        storage.write_bytes(storage.join(uri, CONFIG_FILE), data)
-        return len(data), hashlib.sha256(data).hexdigest()
-
     def _seal(self, checkpoint: Checkpoint) -> None:
         """Write the history of the steps up to the checkpoint, then its seal."""
         if self._history:
@@ -312,49 +332,89 @@ class Saver:
             log.warning("superfluous checkpoints were not removed: %s; the next checkpoint tries again", error)
 
 
-def export(folder: Path, model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor) -> None:
-    """Gather all shards and write one `from_pretrained` folder on rank 0; all ranks call it."""
+def _write_small(uri: str, name: str, data: bytes) -> tuple[int, str]:
+    """Write a file of a checkpoint; return its size [bytes] and sha256."""
+    storage.write_bytes(storage.join(uri, name), data)
+    return len(data), hashlib.sha256(data).hexdigest()
+
+
+def export(
+    folder: Path,
+    model: CrossLMMForConditionalGeneration,
+    processor: CrossLMMProcessor,
+    adapters: LoraConfig | None = None,
+    base: Base | None = None,
+) -> None:
+    """Gather all shards and write one folder on rank 0, for `from_pretrained` or of adapters; all ranks call it.
+
+    Args:
+        folder: local folder.
+        model, processor: what is written.
+        adapters, base: of a model with adapters, their settings and, on rank 0, the model that they belong to.
+    """
     weights = {}
     for name, tensor in _weights(model).items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if dist.get_rank() == 0:
             weights[name] = whole.detach().cpu()
     if dist.get_rank() == 0:
-        model.save_pretrained(folder, state_dict=weights)
+        if adapters and base:
+            lora.save(folder, weights, adapters, base)
+        else:
+            model.save_pretrained(folder, state_dict=weights)
         processor.save_pretrained(folder)
 
 
-def export_sealed(checkpoint: Checkpoint, folder: str) -> list[str]:
+def export_sealed(checkpoint: Checkpoint, folder: str, merged: bool = False) -> list[str]:
     """Verify a checkpoint's weights and export them, in one CPU process, however many ranks wrote it.
 
     Args:
         checkpoint: from `checkpoint_store`.
-        folder: path or URI of an empty folder, which gets what `export` writes, and the configuration.
+        folder: path or URI of an empty folder, which gets what `export` writes.
+        merged: of a run that trains adapters, export the whole model instead.
 
     Returns:
         What is damaged; empty if the model was exported.
 
     Raises:
-        BadConfig: the configuration is not one that this version builds, or the weights belong to another model.
+        BadConfig: the configuration is not one that this version builds, or the weights belong to another model; or
+            there are no adapters to merge.
     """
     try:
-        config = shards.read_verified(checkpoint, CONFIG_FILE)
+        data = shards.read_verified(checkpoint, CONFIG_FILE)
+        recorded = read_base(checkpoint)
         state = shards.read(checkpoint, 0, 1, lambda name: name.startswith("model/"))
     except shards.Damaged as error:
         return [str(error)]
-    model, processor = _build(validate_run(yaml.safe_load(config)))
-    _load_weights(state, model)
+    if merged and recorded is None:
+        raise BadConfig(f"--merge: {checkpoint.uri} has the whole model and no adapters; leave --merge out")
+    config = validate_run(yaml.safe_load(data))
+    # The machine that trained may have had flash attention; this one need not have it.
+    config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})
+    processor, run = build_processor(config.model), storage.parent(checkpoint.uri)
     with tempfile.TemporaryDirectory() as exported:
-        model.save_pretrained(exported)
+        if recorded is None:
+            model = build_model(config.model, processor, config.seed, weights=False)
+            _load_weights(state, model)
+            model.save_pretrained(exported)
+        elif merged:
+            _merged(state, config, run, processor, recorded).save_pretrained(exported)
+        else:
+            weights = {name.removeprefix("model/"): tensor for name, tensor in state.items()}
+            lora.save(Path(exported), weights, config.train.lora, recorded.located(run))
         processor.save_pretrained(exported)
-        (Path(exported) / MODEL_CONFIG_FILE).write_bytes(config)
+        (Path(exported) / MODEL_CONFIG_FILE).write_bytes(data)
         storage.upload(exported, folder)
     return []
 
 
-def _build(config: RunConfig) -> tuple[CrossLMMForConditionalGeneration, CrossLMMProcessor]:
-    """Return the model, with random weights, and its processor, as they are built without a process group."""
-    # The machine that trained may have had flash attention; this one need not have it.
-    model_config = config.model.model_copy(update={"attention": "sdpa"})
-    processor = build_processor(model_config)
-    return build_model(model_config, processor, config.seed, weights=False), processor
+def _merged(
+    state: State, config: RunConfig, run: str, processor: CrossLMMProcessor, recorded: Base
+) -> CrossLMMForConditionalGeneration:
+    """Return a run's model with the adapters merged into it."""
+    with open_base(config, run, processor, recorded) as (_, model_config):
+        model = build_model(model_config, processor, config.seed)
+    lora.prepare_training(model, config.train)
+    _load_weights(state, model)
+    lora.merge(model)
+    return model

@@ -1,7 +1,7 @@
 """Sealed checkpoints in a run's storage: list, seal, verify, retain, repair. Imports neither torch nor the model.
 
     runs/NAME/step-00000200-3f9c/
-        rank-00000.safetensors, rank-00001.safetensors, index.json    weights, optimizer, random states (`shards`)
+        rank-00000.safetensors, rank-00001.safetensors, index.json    weights, optimizer (`shards`)
         config.yaml                                                   the full configuration
         seal.json                                                     step, size and sha256 of each file above
 

@@ -1,5 +1,6 @@
 """The optimizer step, the training loop, and validation. Needs torch.distributed, but neither Ray nor MLflow."""
 
+import hashlib
 import itertools
 import math
 import time
@@ -149,6 +150,7 @@ def _train_step(
         Metrics, and whether any rank was asked to stop.
     """
     device = _device_of(model)
+    _seed(config.seed, step)
     labelled_tokens, passes, stop = _exchange_counts(batch, callbacks.stop_requested(), device)
     # FSDP needs every rank in every pass: ranks with fewer micro-batches repeat their last one, without labels.
     micro_batches = [*batch.micro, *[_without_labels(batch.micro[-1])] * (passes - len(batch.micro))]
@@ -177,6 +179,13 @@ def _train_step(
         "samples_per_s": config.train.global_batch_size / seconds,
         "data_wait_share": mean_wait_s / seconds,
     }, stop
+
+
+def _seed(seed: int, step: int) -> None:
+    """Make all that a step draws, such as what dropout drops, depend on the run's seed, the step and the rank alone: a
+    resume then repeats it without a stored random state."""
+    digest = hashlib.sha256(f"{seed} {step} {dist.get_rank()}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def _exchange_counts(batch: StepBatch, stop_requested: bool, device: torch.device) -> tuple[int, int, bool]:

@@ -1,5 +1,6 @@
 """One training process: one FSDP rank, from the last checkpoint to the exported model."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -38,11 +39,14 @@ from crosslmm.data.dataset import BlockLayout, prefetch, unpack_block
 from crosslmm.data.quarantine import ErrorBudget
 from crosslmm.encode.recipe import require_encoder
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from crosslmm.model.adapter_base import Base, open_base
 from crosslmm.model.loading import build_model, build_processor
+from crosslmm.model.lora import require_open_gates
 from crosslmm.run_folder import MODEL_CONFIG_FILE, MODEL_FOLDER, NON_FINITE_FOLDER
 from crosslmm.text import in_brief
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.checkpoint import Saver
+from crosslmm.train.checkpoint_store import Checkpoint
 from crosslmm.train.distributed.collectives import broadcast_json, gather_json
 from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.events import forward_logs
@@ -90,14 +94,7 @@ def train(train_loop_config: dict[str, Any]) -> None:
     # Data loading starts here and goes on while the model is built.
     batches = _batches(job, processor, process, first_step)
 
-    def build(weights: bool) -> CrossLMMForConditionalGeneration:
-        # A checkpoint overwrites published weights, so a resume does not fetch them.
-        model = build_model(config.model, processor, config.seed, weights and newest is None)
-        if weights and newest is None and job.recipe:
-            require_encoder(model, job.recipe, str(config.data.features))
-        return model
-
-    model = parallelize(build, config.train, ray.train.torch.get_device())
+    model, base = _build_sharded(job, processor, newest)
     optimizer = build_optimizer(model, config.train)
     if newest:
         checkpoint.load(state, model, optimizer)
@@ -105,7 +102,7 @@ def train(train_loop_config: dict[str, Any]) -> None:
     if rank == 0:
         job.events.post.remote("started", (first_step, sum(p.numel() for p in model.parameters())))
 
-    saver = Saver(job.folder, config, attempt[0], group)
+    saver = Saver(job.folder, config, attempt[0], group, base)
     with StopListener(job.events, rank) as listener:
         callbacks = _WorkerCallbacks(
             job, model, optimizer, processor, process, saver, watchdog, listener, newest.metrics if newest else {}
@@ -118,12 +115,34 @@ def train(train_loop_config: dict[str, Any]) -> None:
         raise Stopped(f"after step {done}")
     watchdog.enter("checkpoint")
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.export(Path(folder), model, processor)
+        checkpoint.export(Path(folder), model, processor, config.train.lora, base and base.located(job.folder))
         if rank == 0:
             (Path(folder) / MODEL_CONFIG_FILE).write_text(to_yaml(config))
             storage.upload(folder, storage.join(job.folder, MODEL_FOLDER))
     dist.barrier(group)
     watchdog.close()
+
+
+def _build_sharded(
+    job: Job, processor: CrossLMMProcessor, newest: Checkpoint | None
+) -> tuple[CrossLMMForConditionalGeneration, Base | None]:
+    """Return the sharded model and, on rank 0 of a run that trains adapters, the model that they belong to."""
+    config, base, model_config = job.config, None, job.config.model
+    with contextlib.ExitStack() as stack:
+        if config.train.adapted and dist.get_rank() == 0:
+            recorded = checkpoint.read_base(newest) if newest else None
+            base, model_config = stack.enter_context(open_base(config, job.folder, processor, recorded))
+
+        def build(weights: bool) -> CrossLMMForConditionalGeneration:
+            # A checkpoint overwrites published weights, so a resume does not fetch them; but not those of a base.
+            model = build_model(model_config, processor, config.seed, weights and (newest is None or base is not None))
+            if weights and newest is None:
+                require_open_gates(model, config.train)
+                if job.recipe:
+                    require_encoder(model, job.recipe, str(config.data.features))
+            return model
+
+        return parallelize(build, config.train, ray.train.torch.get_device()), base
 
 
 class StopListener:

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from crosslmm.config import TrainConfig
 from crosslmm.model import CrossLMMForConditionalGeneration
-from crosslmm.model.param_groups import freeze, fsdp_units
+from crosslmm.model.lora import prepare_training
+from crosslmm.model.param_groups import fsdp_units
 
 
 def parallelize(
@@ -24,13 +25,15 @@ def parallelize(
 
     Args:
         build: builds the model: with weights if its argument is true, otherwise (on the meta device) only shapes.
-        config: precision, activation checkpointing, and learning rates (a component with rate 0 is frozen).
+        config: precision, activation checkpointing, learning rates (a component with rate 0 is frozen), and adapters.
         device: device of the shards.
     """
     source = build(True) if dist.get_rank() == 0 else None
+    if source is not None:
+        prepare_training(source, config)
     with torch.device("meta"):
         model = build(False)
-    freeze(model, config.learning_rate)
+    prepare_training(model, config)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     _shard(model, config, device)

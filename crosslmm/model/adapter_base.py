@@ -1,0 +1,179 @@
+"""The model that the adapters of a run belong to, which does not change while they are trained.
+
+It is `model.init_from`, if that is a model of the run's configuration. Otherwise the run's first start writes the model
+that it begins with into its own folder. Checkpoints hold what learns, and the digest of the rest.
+"""
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from crosslmm import storage
+from crosslmm.config import BadConfig, ModelConfig, RunConfig, to_yaml
+from crosslmm.model.configuration import CrossLMMConfig
+from crosslmm.model.loading import build_config, build_model
+from crosslmm.model.processing import CrossLMMProcessor
+from crosslmm.model.weights_source import CONFIG, WEIGHTS, WeightsSource
+from crosslmm.run_folder import ADAPTER_CONFIG_FILE, BASE_FOLDER, MODEL_CONFIG_FILE
+from crosslmm.text import in_brief
+
+HASHING_THREADS = 8
+"""Tensors that are hashed at the same time."""
+SAYS_NOTHING = {"_name_or_path", "architectures", "dtype", "encoder_chunk", "transformers_version"}
+"""Fields of a configuration in which two copies of a model may differ."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that adapters belong to."""
+
+    uri: str
+    """Folder in the format of Transformers: path, URI, or hub name. In a checkpoint, `base` is the run's own."""
+    sha256: str
+    """See `weights_digest`."""
+
+    def to_json(self) -> bytes:
+        """Return the content of base.json."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Base":
+        """Return what `to_json` wrote.
+
+        Raises:
+            ValueError: it is not that.
+        """
+        fields = storage.parse_json(data)
+        if not isinstance(fields, dict) or {type(fields.get(key)) for key in ("uri", "sha256")} != {str}:
+            raise ValueError("it does not name a model and its sha256")
+        return cls(fields["uri"], fields["sha256"])
+
+    def located(self, run: str) -> "Base":
+        """Return the base of a checkpoint in the run's folder `run` with its absolute address."""
+        return replace(self, uri=storage.join(run, BASE_FOLDER)) if self.uri == BASE_FOLDER else self
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Return the sha256 [hex] of all tensors in a local folder's safetensors files: names, types, shapes, values."""
+
+    def digest_of(item: tuple[str, Path]) -> bytes:
+        name, file = item
+        with safe_open(file, "pt") as opened:
+            tensor = opened.get_tensor(name)
+        sha = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        return sha.digest()
+
+    names: dict[str, Path] = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            names |= dict.fromkeys(opened.keys(), file)
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        return hashlib.sha256(b"".join(threads.map(digest_of, sorted(names.items())))).hexdigest()
+
+
+@contextlib.contextmanager
+def open_base(
+    config: RunConfig, run: str, processor: CrossLMMProcessor, recorded: Base | None
+) -> Iterator[tuple[Base, ModelConfig]]:
+    """Yield the base of a run, and the model's configuration with a local copy of the base as its `init_from`.
+
+    Args:
+        config: the run, which trains adapters.
+        run: its folder.
+        processor: of the model.
+        recorded: the base according to a checkpoint from which the run resumes; None at the start, where the run's own
+            base is written, if it has one.
+
+    Raises:
+        BadConfig: the base cannot be read, or is not that of the checkpoint.
+    """
+    own = storage.join(run, BASE_FOLDER)
+    is_own = recorded.uri == BASE_FOLDER if recorded else not _is_whole_model(config.model, processor)
+    if is_own and (recorded is None or _digest_of(own) != recorded.sha256):
+        _write(config, own, processor)
+    uri = own if is_own else str(config.model.init_from)
+    with _weights_of(uri) as folder:
+        digest = weights_digest(folder)
+        if recorded and digest != recorded.sha256:
+            raise BadConfig(
+                f"model.init_from: {uri} is not the model that the run's adapters belong to: its weights have the "
+                f"sha256 {digest[:12]}..., and the run began with {recorded.sha256[:12]}..."
+            )
+        base = Base(BASE_FOLDER if is_own else _absolute(uri), digest)
+        yield base, config.model.model_copy(update={"init_from": folder})
+
+
+def require_no_adapter(config: ModelConfig) -> None:
+    """Raise BadConfig if `model.init_from` is the folder of an adapter, which is no whole model."""
+    uri = config.init_from
+    is_folder = uri and (storage.scheme_of(uri) == "s3" or Path(uri).is_dir())
+    if is_folder and storage.exists(storage.join(str(uri), ADAPTER_CONFIG_FILE)):
+        raise BadConfig(
+            f"model.init_from: {uri} is an adapter; make a whole model of it with "
+            "python jobs/checkpoint.py export RUN FOLDER --merge"
+        )
+
+
+@contextlib.contextmanager
+def _weights_of(uri: str) -> Iterator[str]:
+    """Yield a local folder with the configuration and the weights of a model."""
+    with contextlib.ExitStack() as stack:
+        try:
+            arguments = stack.enter_context(WeightsSource(uri).local(WEIGHTS))
+        except (OSError, ValueError) as error:
+            raise BadConfig(f"model.init_from: {uri} cannot be loaded: {in_brief(error)}") from error
+        yield arguments["pretrained_model_name_or_path"]
+
+
+def _digest_of(uri: str) -> str | None:
+    """Return the digest of a model's weights; None if they cannot be read."""
+    try:
+        with WeightsSource(uri).local(WEIGHTS) as arguments:
+            return weights_digest(arguments["pretrained_model_name_or_path"])
+    except storage.Unavailable:
+        raise
+    except Exception:  # a broken file can make its reader raise anything
+        return None
+
+
+def _write(config: RunConfig, uri: str, processor: CrossLMMProcessor) -> None:
+    """Write the model that the run begins with."""
+    model = build_model(config.model, processor, config.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (Path(folder) / MODEL_CONFIG_FILE).write_text(to_yaml(config))
+        storage.upload(folder, uri)
+
+
+def _is_whole_model(config: ModelConfig, processor: CrossLMMProcessor) -> bool:
+    """Return whether the model in `init_from` computes what the run's model computes before its first step."""
+    if not config.init_from:
+        return False
+    try:
+        with WeightsSource(config.init_from).local(CONFIG) as arguments:
+            theirs = CrossLMMConfig.from_pretrained(**arguments)
+    except Exception as error:  # a broken file can make its reader raise anything
+        raise BadConfig(f"model.init_from: {config.init_from} cannot be loaded: {in_brief(error)}") from error
+    return _telling(theirs.to_dict()) == _telling(build_config(config, processor.video_token_id).to_dict())
+
+
+def _telling(fields: Any) -> Any:
+    if not isinstance(fields, dict):
+        return fields
+    return {key: _telling(value) for key, value in fields.items() if key not in SAYS_NOTHING}
+
+
+def _absolute(uri: str) -> str:
+    """Return the address of a local folder from the root; a hub name as it is."""
+    return storage.absolute(uri) if Path(uri).is_dir() else uri

@@ -85,7 +85,7 @@ def weights_digest(folder: str | Path) -> str:
 def open_base(
     config: RunConfig, run: str, processor: CrossLMMProcessor, recorded: Base | None
 ) -> Iterator[tuple[Base, ModelConfig]]:
-    """Yield the base of a run, and the model's configuration with a local copy of the base as its `init_from`.
+    """Yield the base of a run, and the model's configuration with the base, or a local copy of it, as its `init_from`.
 
     Args:
         config: the run, which trains adapters.
@@ -110,7 +110,9 @@ def open_base(
                 f"sha256 {digest[:12]}..., and the run began with {recorded.sha256[:12]}..."
             )
         base = Base(BASE_FOLDER if is_own else _absolute(uri), digest)
-        yield base, config.model.model_copy(update={"init_from": folder})
+        # An object store is asked for the weights once. In a copy of a local folder there are links, which lead out.
+        copied = storage.scheme_of(uri) == "s3"
+        yield base, config.model.model_copy(update={"init_from": folder if copied else uri})
 
 
 def require_no_adapter(config: ModelConfig) -> None:

@@ -177,7 +177,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"features are {features_FPD.dtype} {tuple(features_FPD.shape)}; "
                 f"the encoder gives floats (frames, {per_frame[0]}, {per_frame[1]})"
             )
-        return features_FPD.to(cast(nn.Linear, self.projector[1]).weight.dtype)
+        return features_FPD.to(next(self.projector.parameters()).dtype)
 
     def _check_length(self, length: int) -> None:
         limit = self.config.text_config.max_position_embeddings

@@ -10,8 +10,9 @@ from torch import nn
 
 from crosslmm.config import BadConfig, LearningRates, ModelConfig, RunConfig
 from crosslmm.model.loading import build_config
+from crosslmm.model.lora import prepare_training
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
-from crosslmm.model.param_groups import COMPONENTS, component_of, freeze, fsdp_units
+from crosslmm.model.param_groups import COMPONENTS, component_of, fsdp_units
 from crosslmm.model.vision_encoder import ChunkedEncoderLayer
 from crosslmm.planning.meta_trace import Trace, trace
 
@@ -33,6 +34,17 @@ def empty_model(config: ModelConfig) -> CrossLMMForConditionalGeneration:
             return CrossLMMForConditionalGeneration(model_config)
     except ValueError as error:
         raise BadConfig(f"model: {error}") from error
+
+
+def training_model(config: RunConfig) -> CrossLMMForConditionalGeneration:
+    """Build the model on the meta device as a run trains it: with its adapters, and what does not learn frozen.
+
+    Raises:
+        BadConfig: the model cannot be built.
+    """
+    model = empty_model(config.model)
+    prepare_training(model, config.train)
+    return model
 
 
 def check_lengths(model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int) -> None:
@@ -64,6 +76,15 @@ def parameters(model: nn.Module) -> dict[str, int]:
 def trainable(counts: dict[str, int], rates: LearningRates) -> int:
     """Count the parameters of the components whose learning rate is above zero."""
     return sum(count for component, count in counts.items() if getattr(rates, component) > 0)
+
+
+def learning(config: RunConfig) -> int:
+    """Count the parameters that a run trains.
+
+    Raises:
+        BadConfig: the model cannot be built.
+    """
+    return sum(parameter.numel() for parameter in training_model(config).parameters() if parameter.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -173,9 +194,8 @@ def training_trace(config: RunConfig, frames: int, text_tokens: int) -> Trace:
     Raises:
         BadConfig: the model cannot be built, or the sample does not fit its context.
     """
-    model = empty_model(config.model)
+    model = training_model(config)
     check_lengths(model, frames, text_tokens)
-    freeze(model, config.train.learning_rate)
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -194,9 +214,7 @@ def training_memory(config: RunConfig, traced: Trace, sharded: bool = True) -> M
         traced: the `training_trace` of the run.
         sharded: sharded with FSDP over `scaling.num_workers`; False: a single process without FSDP.
     """
-    model = empty_model(config.model)
-    freeze(model, config.train.learning_rate)
-    return _Layout.of(model, config, sharded).training(traced)
+    return _Layout.of(training_model(config), config, sharded).training(traced)
 
 
 def answering_memory(config: RunConfig, frames: int, text_tokens: int) -> Memory:

@@ -193,12 +193,12 @@ def plan(config: RunConfig, frames: Sequence[int], assumptions: Assumptions) -> 
         cost.check_lengths(model, count, assumptions.text_tokens)
     components = cost.parameters(model)
     stages = {name: _rates(name) for name in preset_names() if name.startswith("stage-")}
-    stages["as configured"] = config.train.learning_rate
+    trainable = {stage: cost.trainable(components, rates) for stage, rates in stages.items()}
     return Plan(
         parameters=Parameters(
             total=sum(components.values()),
             components=components,
-            trainable={stage: cost.trainable(components, rates) for stage, rates in stages.items()},
+            trainable={**trainable, "as configured": cost.learning(config)},
         ),
         rows=[_row(config, count, assumptions) for count in frames],
         gpus=config.scaling.most_workers,
@@ -238,9 +238,10 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     peak = gpu.flops["bf16" if config.in_bf16 else "fp32"] / flops_per_sample
     samples_per_s = Range(*(peak * utilisation for utilisation in assumptions.utilisations))
     video_bytes = assumptions.video_seconds * assumptions.bitrate / 8
-    components = cost.parameters(model)
-    weights = cost.FLOAT32 * sum(components.values())
-    checkpoint = weights + cost.MOMENTS * cost.FLOAT32 * cost.trainable(components, train.learning_rate)
+    weights = cost.FLOAT32 * sum(cost.parameters(model).values())
+    learning = cost.FLOAT32 * cost.learning(config)
+    # With adapters, the weights that do not learn are stored once.
+    checkpoint = (learning if train.adapted else weights) + cost.MOMENTS * learning
 
     epoch_samples = assumptions.samples
     run_samples = train.epochs * epoch_samples

@@ -94,7 +94,7 @@ def train(train_loop_config: dict[str, Any]) -> None:
     # Data loading starts here and goes on while the model is built.
     batches = _batches(job, processor, process, first_step)
 
-    model, base = _build_sharded(job, processor, newest)
+    model, base = _build_sharded(job, processor, newest, ray.train.torch.get_device())
     optimizer = build_optimizer(model, config.train)
     if newest:
         checkpoint.load(state, model, optimizer)
@@ -124,7 +124,7 @@ def train(train_loop_config: dict[str, Any]) -> None:
 
 
 def _build_sharded(
-    job: Job, processor: CrossLMMProcessor, newest: Checkpoint | None
+    job: Job, processor: CrossLMMProcessor, newest: Checkpoint | None, device: torch.device
 ) -> tuple[CrossLMMForConditionalGeneration, Base | None]:
     """Return the sharded model and, on rank 0 of a run that trains adapters, the model that they belong to."""
     config, base, model_config = job.config, None, job.config.model
@@ -142,7 +142,7 @@ def _build_sharded(
                     require_encoder(model, job.recipe, str(config.data.features))
             return model
 
-        return parallelize(build, config.train, ray.train.torch.get_device()), base
+        return parallelize(build, config.train, device), base
 
 
 class StopListener:

@@ -32,6 +32,8 @@ class Setting(NamedTuple):
     """Number of FSDP workers; 0 for one process without FSDP."""
     precision: str = "fp32"
     accumulation: int = 1
+    rank: int | None = None
+    """Rank of adapters in encoder, decoder and cross-attentions; None trains their own weights."""
 
     @property
     def name(self) -> str:
@@ -41,6 +43,7 @@ class Setting(NamedTuple):
             *(["checkpointing"] if self.checkpointing else []),
             *([f"fsdp{self.workers}", self.precision] if self.workers else []),
             *([f"accumulation{self.accumulation}"] if self.accumulation > 1 else []),
+            *([f"rank{self.rank}"] if self.rank else []),
         ])  # fmt: skip
 
 
@@ -57,6 +60,8 @@ SETTINGS = [
     Setting(48, 4, True, workers=2),
     Setting(16, 4, True, workers=2, accumulation=2),
     Setting(16, 4, True, workers=2, precision="bf16"),
+    Setting(16, 4, False, rank=16),
+    Setting(16, 4, True, workers=2, precision="bf16", rank=16),
 ]
 
 
@@ -107,6 +112,7 @@ def build_run(setting: Setting) -> RunConfig:
             "pool_stride": setting.pool_stride, "cross_attention_every": 4,
         },
         "train": {"learning_rate": rates, "activation_checkpointing": setting.checkpointing,
+                  "lora": {"rank": setting.rank, "targets": ["vision", "v2v", "t2v", "decoder"]},
                   "precision": setting.precision, "micro_batch_size": 1,
                   "global_batch_size": workers * setting.accumulation},
         "scaling": {"use_gpu": False, "num_workers": workers},
@@ -127,11 +133,14 @@ def _train(setting: Setting, rank: int, port: int) -> int:
 
     from crosslmm.model import CrossLMMForConditionalGeneration
     from crosslmm.model.loading import build_config
+    from crosslmm.model.lora import prepare_training
     from crosslmm.train.distributed.parallel import parallelize
     from crosslmm.train.optim import build_optimizer
 
     torch.set_num_threads(1)
     config = build_run(setting)
+    if setting.rank:
+        import peft.tuners.lora.model  # noqa: F401
     before = _resident("VmRSS")
 
     def build(weights: bool) -> CrossLMMForConditionalGeneration:
@@ -145,6 +154,7 @@ def _train(setting: Setting, rank: int, port: int) -> int:
         model = parallelize(build, config.train, torch.device("cpu"))
     else:
         model = build(True)
+        prepare_training(model, config.train)
         if setting.checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()

@@ -3,6 +3,7 @@
     python jobs/answer.py --video clip.mp4 --question "Which shape is it?"
     python jobs/answer.py --video clip.mp4                        a conversation: one question per line of stdin
     python jobs/answer.py --manifest runs/sample/held_out.jsonl   exact match per kind of question, and JSON
+    python jobs/answer.py --video clip.mp4 --model models:/crosslmm/1 --adapter runs/sports/model   with an adapter
 
 Every question of a manifest is asked as validation asks it: given the row's own words up to there, its earlier answers
 included. Rows whose video cannot be read do not count, and are reported.
@@ -47,7 +48,8 @@ def main() -> None:
         require_no_credentials("--tracking_uri", arguments.tracking_uri)
         manifest = Manifest(arguments.manifest, arguments.roots) if arguments.manifest else None
         tracking = TrackingConfig(uri=arguments.tracking_uri)
-        answerer = load_answerer(arguments.model, tracking)
+        require_no_credentials("--adapter", arguments.adapter)
+        answerer = load_answerer(arguments.model, tracking, arguments.adapter)
         if manifest is None:
             conversation = answerer.start_conversation(storage.absolute(arguments.video))
             for question in [arguments.question] if arguments.question else iter(_read_question, ""):
@@ -89,6 +91,12 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--model", default="models:/crosslmm@candidate", metavar="URI", help="MLflow model URI (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="URI",
+        help="answer with this adapter of the model: the `model` folder of a run that trained one (path or s3:// URI), "
+        "or another version that belongs to the same model, models:/NAME/VERSION",
     )
     parser.add_argument(
         "--tracking_uri", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)"

@@ -71,8 +71,8 @@ def repair(run: str) -> int:
     return 0
 
 
-def export(run: str, folder: str, step: int | None) -> int:
-    """Write a `from_pretrained` folder of the newest intact checkpoint, or of a given step."""
+def export(run: str, folder: str, step: int | None, merge: bool) -> int:
+    """Write a folder for `from_pretrained` (of adapters, for PEFT) from the newest intact checkpoint or a given step."""
     # These import torch, which the other commands need not wait for.
     from transformers.utils import logging as transformers_logging
 
@@ -82,7 +82,7 @@ def export(run: str, folder: str, step: int | None) -> int:
     if not storage.is_empty(folder):
         raise BadConfig(f"{folder}: is not empty; give another folder, or empty it")
     for one in checkpoint_store.select(run, step):
-        if damage := checkpoint.export_sealed(one, folder):
+        if damage := checkpoint.export_sealed(one, folder, merge):
             _print_damage(run, one.uri, damage)
         else:
             print(f"{folder}: the model after step {one.step}")
@@ -133,10 +133,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("repair", parents=[run], help="stop trusting what is damaged", description=text)
     command.set_defaults(command=repair)
 
-    text = "write a from_pretrained folder of a checkpoint, in one process on the CPU"
+    text = """write a from_pretrained folder of a checkpoint, in one process on the CPU; of a run that trains adapters,
+    their folder, which PEFT loads"""
     command = commands.add_parser("export", parents=[run], help="write a from_pretrained folder", description=text)
     command.add_argument("folder", metavar="FOLDER", help="path or s3:// URI of an empty or new folder")
     command.add_argument("--step", type=int, help="the checkpoint after this step (default: newest intact one)")
+    command.add_argument(
+        "--merge", action="store_true", help="of a run that trains adapters, write the whole model instead of them"
+    )
     command.set_defaults(command=export)
     return parser
 

@@ -18,7 +18,8 @@ from crosslmm.data.frame_sampling import split_time_range
 from crosslmm.data.row_schema import resolve_video
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
-from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor, lora
+from crosslmm.model.adapter_base import absolute, open_adapter
 from crosslmm.model.answering import greedy_answers
 from crosslmm.model.weights_source import TOKENIZER, WEIGHTS, WeightsSource
 from crosslmm.run_folder import MODEL_CONFIG_FILE
@@ -41,28 +42,40 @@ class Answerer:
     """An exported model that answers questions about videos.
 
     Args:
-        folder: local folder with weights, processor and `run.yaml`, as `crosslmm.train.checkpoint.export` writes it.
+        folder: folder (path, s3:// URI or hub name) with weights, processor and `run.yaml`, as
+            `crosslmm.train.checkpoint.export` writes it.
         device: device to compute on; default: a GPU if there is one, else the CPU.
+        adapter: folder of an adapter (path or s3:// URI) that belongs to this model. Its own processor and `run.yaml`
+            apply, if it has them.
 
     Attributes:
         max_new_tokens: default length limit of an answer: at least that of the validations of its run [tokens].
+
+    Raises:
+        ValueError: the adapter belongs to another model, or is not one that `crosslmm.model.lora` loads.
     """
 
-    def __init__(self, folder: str | Path, device: str | None = None) -> None:
+    def __init__(self, folder: str | Path, device: str | None = None, adapter: str | Path | None = None) -> None:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with WeightsSource(str(Path(folder).absolute())).local(EXPORTED) as arguments, _no_progress_bar():
-            run = Path(arguments["pretrained_model_name_or_path"], MODEL_CONFIG_FILE)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_no_progress_bar())
+            whole = stack.enter_context(WeightsSource(absolute(str(folder))).local(EXPORTED))
+            own = stack.enter_context(open_adapter(str(adapter), **whole)) if adapter else whole
+            source = own if Path(own["pretrained_model_name_or_path"], MODEL_CONFIG_FILE).exists() else whole
+            run = Path(source["pretrained_model_name_or_path"], MODEL_CONFIG_FILE)
             self.config = validate_run(yaml.safe_load(run.read_text()))
             half = self.device.startswith("cuda") and self.config.train.precision == "bf16"
-            self.processor = CrossLMMProcessor.from_pretrained(**arguments, trust_remote_code=False)
+            self.processor = CrossLMMProcessor.from_pretrained(**source, trust_remote_code=False)
             # SDPA whatever the training used: flash-attn may be missing on this machine.
             model = CrossLMMForConditionalGeneration.from_pretrained(
-                **arguments,
+                **whole,
                 attn_implementation="sdpa",
                 dtype=torch.bfloat16 if half else torch.float32,
                 trust_remote_code=False,
                 use_safetensors=True,
             )
+            if adapter:
+                lora.load(model, Path(own["pretrained_model_name_or_path"]))
         self.model: Any = model.eval().to(self.device)
         self.max_new_tokens = max(ANSWER_TOKENS, self.config.train.max_new_tokens or 0)
         # The roots in the configuration restrict the manifests of training; here the caller names each video.

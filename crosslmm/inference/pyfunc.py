@@ -17,6 +17,9 @@ class VideoAnswers(PythonModel):
     A video is a path or s3:// URI inside one of the folders `roots` of the model's configuration, relative to the first
     or absolute. There are none until whoever loads the model names some: `model_config={"roots": [...]}` of
     `load_model`, or MLFLOW_PYFUNC_INFERENCE_CONFIG='{"roots": [...]}' in the environment of a server.
+
+    A version that is an adapter names its base in `base`. Whoever loads a version may name an `adapter` of the same
+    base to answer with: a folder (path or s3:// URI), or another version, models:/NAME/VERSION.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -29,7 +32,10 @@ class VideoAnswers(PythonModel):
         if not isinstance(roots, list) or not all(isinstance(root, str) and root for root in roots):
             raise ValueError(f"model_config: roots is {roots!r}; expected a list of folders (paths or s3:// URIs)")
         self.roots = [storage.absolute(root) for root in roots]
-        self.answerer = Answerer(context.artifacts["model"])
+        folder, base, adapter = (context.artifacts["model"], *map(context.model_config.get, ("base", "adapter")))
+        if base:
+            folder, adapter = _folder_of(base), adapter or folder
+        self.answerer = Answerer(folder, adapter=_folder_of(adapter) if adapter else None)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, str] | None = None
@@ -41,6 +47,15 @@ class VideoAnswers(PythonModel):
             results += self.answerer.answer_rows(list(rows["video"]), list(rows["question"]), self.roots)
         # object: a column of strings would turn None into NaN, which is no JSON.
         return pd.DataFrame(results, columns=["answer", "error"], dtype=object)
+
+
+def _folder_of(uri: str) -> str:
+    """Return the folder of what a version models:/NAME/VERSION registers, downloaded; anything else as it is."""
+    if not uri.startswith("models:/"):
+        return uri
+    version = mlflow.artifacts.download_artifacts(artifact_uri=uri)
+    artifacts = mlflow.models.Model.load(version).flavors["python_function"]["artifacts"]
+    return storage.join(version, artifacts["model"]["path"])
 
 
 mlflow.models.set_model(VideoAnswers())

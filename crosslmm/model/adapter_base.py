@@ -22,10 +22,12 @@ from crosslmm.config import BadConfig, ModelConfig, RunConfig, to_yaml
 from crosslmm.model.configuration import CrossLMMConfig
 from crosslmm.model.loading import build_config, build_model
 from crosslmm.model.processing import CrossLMMProcessor
-from crosslmm.model.weights_source import CONFIG, WEIGHTS, WeightsSource
-from crosslmm.run_folder import ADAPTER_CONFIG_FILE, BASE_FOLDER, MODEL_CONFIG_FILE
+from crosslmm.model.weights_source import CONFIG, TOKENIZER, WEIGHTS, WeightsSource
+from crosslmm.run_folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASE_FILE, BASE_FOLDER, MODEL_CONFIG_FILE
 from crosslmm.text import in_brief
 
+ADAPTER = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASE_FILE, *TOKENIZER, "processor_config.json", MODEL_CONFIG_FILE)
+"""Files of an adapter that are opened."""
 HASHING_THREADS = 8
 """Tensors that are hashed at the same time."""
 SAYS_NOTHING = {"_name_or_path", "architectures", "dtype", "encoder_chunk", "transformers_version"}
@@ -109,10 +111,34 @@ def open_base(
                 f"model.init_from: {uri} is not the model that the run's adapters belong to: its weights have the "
                 f"sha256 {digest[:12]}..., and the run began with {recorded.sha256[:12]}..."
             )
-        base = Base(BASE_FOLDER if is_own else _absolute(uri), digest)
+        base = Base(BASE_FOLDER if is_own else absolute(uri), digest)
         # An object store is asked for the weights once. In a copy of a local folder there are links, which lead out.
         copied = storage.scheme_of(uri) == "s3"
         yield base, config.model.model_copy(update={"init_from": folder if copied else uri})
+
+
+@contextlib.contextmanager
+def open_adapter(uri: str, pretrained_model_name_or_path: str) -> Iterator[dict[str, Any]]:
+    """Yield a local folder with an adapter, as `WeightsSource.local` does.
+
+    Args:
+        uri: folder of the adapter: path, s3:// URI or hub name.
+        pretrained_model_name_or_path: local folder of the model that the adapter is added to.
+
+    Raises:
+        ValueError: it belongs to another model.
+    """
+    with WeightsSource(absolute(uri)).local(ADAPTER) as arguments:
+        file = Path(arguments["pretrained_model_name_or_path"], BASE_FILE)
+        if file.exists():  # PEFT alone writes none
+            wanted = Base.from_json(file.read_bytes())
+            digest = weights_digest(pretrained_model_name_or_path)
+            if digest != wanted.sha256:
+                raise ValueError(
+                    f"{uri}: this adapter belongs to another model, {ascii(wanted.uri)[1:-1]}: its weights have the "
+                    f"sha256 {ascii(wanted.sha256[:12])[1:-1]}..., and those of the given model {digest[:12]}..."
+                )
+        yield arguments
 
 
 def require_no_adapter(config: ModelConfig) -> None:
@@ -176,6 +202,6 @@ def _telling(fields: Any) -> Any:
     return {key: _telling(value) for key, value in fields.items() if key not in SAYS_NOTHING}
 
 
-def _absolute(uri: str) -> str:
+def absolute(uri: str) -> str:
     """Return the address of a local folder from the root; a hub name as it is."""
     return storage.absolute(uri) if Path(uri).is_dir() else uri

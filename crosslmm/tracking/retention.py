@@ -25,6 +25,7 @@ from crosslmm.config import BadConfig, TrackingConfig, flatten, tracking_uri
 from crosslmm.run_folder import CONFIG_FILE, RUN_FILE, SWEEP_FILE, has_run, list_runs, read_run
 from crosslmm.text import redacted
 from crosslmm.tracking.client import describe_failure, refuses
+from crosslmm.tracking.registry import BASE_TAG
 from crosslmm.tracking.run import KEY
 
 PARENT = "mlflow.parentRunId"
@@ -57,8 +58,10 @@ class Tree:
 
     @property
     def values(self) -> set[str]:
-        """Values of its configuration, among them paths of the weights that it started from."""
-        return {value for run in self.runs for value in run.data.params.values()}
+        """Values of its configuration, among them paths of the weights that it started from, and the versions that its
+        adapters belong to."""
+        bases = {version.tags[BASE_TAG] for version in self.versions if BASE_TAG in version.tags}
+        return bases | {value for run in self.runs for value in run.data.params.values()}
 
     @property
     def ended(self) -> float:
@@ -256,11 +259,14 @@ def _read_run_if_any(folder: str) -> dict[str, Any] | None:
 
 
 def _depends_on(values: Iterable[str], other: Tree) -> bool:
-    """Return whether a configuration names a path in a tree's folder, such as weights to start from.
+    """Return whether a configuration names a path in a tree's folder, such as weights to start from, or its version.
 
     The working directory of a relative path is no longer known; one that contains the tree's name counts.
     """
+    versions = {f"models:/{version.name}/{version.version}" for version in other.versions}
     for value in values:
+        if value in versions:
+            return True
         relative = "://" not in value and not value.startswith("/")
         if relative and "/" in value and other.name in PurePosixPath(value).parts:
             return True

@@ -1,14 +1,15 @@
-"""The paper's Table 2a on data that needs fine detail: no cross-attention, T2V, V2V and both, one token a frame.
+"""The paper's Table 2a on data that needs fine detail: no cross-attention, T2V, V2V and both, one token per frame.
 
-python -m benchmarks.ablation [--json] prints a table, and as its last line one JSON object. About 25 minutes on two
-cores; interrupted, the same command goes on where it was.
+    python -m benchmarks.ablation [--json]           a table, and as its last line one JSON object: about 25 minutes on
+                                                     two cores; interrupted, the same command resumes
+    python -m benchmarks.ablation --prepare FOLDER   only clips, encoder and settings for a sweep (docs/sweeps.md)
 
 Real handwritten digits stand small on plates of four colours, each for a moment, and the question is about the red one:
-which digits a frame shows survives pooling, which of them is red has to be looked up (guessing among the digits of a
-clip is right in 0.325 of cases). The vision encoder is frozen, as in the paper's first stage: no published weights are
-a download away here, so one encoder is first taught to name, patch by patch, digits and colours of still frames, from
-the training digits alone. All arms start from that encoder and see the same clips in the same order; projector, decoder
-and cross-attentions start from random weights, and are trained by the project's own loss and optimizer.
+pooled tokens tell which digits a frame shows, but not which of them is red (guessing among the digits of a clip is
+right in 0.325 of cases). The vision encoder is frozen, as in the paper's first stage. It is not a published one: it is
+first trained to name, patch by patch, the digits and colours of still frames, from the training digits alone. All arms
+start from that encoder and see the same clips in the same order. Projector, decoder and cross-attentions start from
+random weights, and are trained by the project's own loss and optimizer.
 """
 
 import argparse
@@ -25,8 +26,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import yaml
 from rich.table import Table
 from torch import Tensor, nn
+from transformers import SiglipVisionModel
 
 import crosslmm
 from benchmarks import report
@@ -43,6 +46,7 @@ from crosslmm.model.loading import build_model, build_processor
 from crosslmm.model.param_groups import freeze
 from crosslmm.preflight.answer_length import answer_limit
 from crosslmm.scoring import Outcome, is_right, questions_of
+from crosslmm.sweep.resume import nest_keys
 from crosslmm.train.optim import build_optimizer, learning_rate_factor, set_learning_rate
 
 ARMS = {"none": (), "T2V": ("t2v",), "V2V": ("v2v",), "both": ("v2v", "t2v")}
@@ -59,18 +63,25 @@ FOLDER = ROOT / "runs" / "ablation"
 
 
 def main() -> None:
-    """Run the arms that are not done yet, and print the table."""
+    """Run the arms that have no result yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
-    as_json = parser.parse_args().json
+    parser.add_argument(
+        "--prepare",
+        metavar="FOLDER",
+        type=Path,
+        help="write its clips, its encoder and sweep.yaml into FOLDER, and stop",
+    )
+    arguments = parser.parse_args()
     began = time.perf_counter()
+    if arguments.prepare:
+        print(json.dumps(prepare(arguments.prepare)))
+        return
     folder = FOLDER / _digest()
-    if not (folder / "held_out.jsonl").exists():
-        digits.write_digits(str(folder), TRAIN_CLIPS, HELD_OUT_CLIPS)
     # One thread each: two on two busy cores spin.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        encoder_digits = pool.submit(load_or_measure, folder / "encoder.json", teach_encoder, folder).result()
+        encoder_digits = pool.submit(load_or_measure, folder / "encoder.json", prepare, folder).result()
         runs = {
             (arm, seed): pool.submit(load_or_measure, folder / f"{arm}-{seed}.json", train_arm, folder, arm, seed)
             for seed in SEEDS
@@ -84,7 +95,7 @@ def main() -> None:
         "encoder": encoder_digits,
         "runs": [{"arm": arm, "seed": seed, **result} for (arm, seed), result in results.items()],
     }
-    report("ablation", _table(results, encoder_digits), figures, detail, as_json)
+    report("ablation", _table(results, encoder_digits), figures, detail, arguments.json)
     # Stored results serve an interrupted run; the next run measures again.
     shutil.rmtree(FOLDER)
 
@@ -105,10 +116,28 @@ def load_or_measure(file: Path, measure: Any, *arguments: Any) -> dict[str, Any]
     return json.loads(file.read_text())
 
 
-def configure(arm: str, seed: int) -> RunConfig:
-    """Return the `tiny` preset with 8 x 8 patches merged into one token a frame, and a frozen encoder."""
+def prepare(folder: Path) -> dict[str, Any]:
+    """Write the clips, the trained encoder, and `sweep.yaml`; return what `train_encoder` measured."""
+    if not (folder / "held_out.jsonl").exists():
+        digits.write_digits(str(folder), TRAIN_CLIPS, HELD_OUT_CLIPS)
+    measured = train_encoder(folder)
+    every = ARM_STEPS // 4
+    settings = settings_of("both") | {
+        "model.vision_weights": str(folder.absolute() / "encoder"),
+        "data.manifest": str(folder.absolute() / "train.jsonl"),
+        "data.validation_manifest": str(folder.absolute() / "held_out.jsonl"),
+        "train.max_steps": ARM_STEPS,
+        "train.validate_every": every,
+        "train.checkpoint_every": every,
+    }
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(nest_keys(settings)))
+    return measured
+
+
+def settings_of(arm: str) -> dict[str, Any]:
+    """Return what an arm changes in the preset `tiny`: 8 x 8 patches, one token per frame, a frozen encoder."""
     rates = {"vision": 0, "projector": 1e-3, "decoder": 1e-3} | {b: 3e-3 * (b in ARMS[arm]) for b in ("v2v", "t2v")}
-    settings = {
+    return {
         "model.vision.image_size": shapes.SIDE,
         "model.vision.patch_size": 8,
         "model.pool_stride": 8,
@@ -117,13 +146,17 @@ def configure(arm: str, seed: int) -> RunConfig:
         "data.num_frames": 4,
         "train.global_batch_size": 32,
         "train.learning_rate": rates,
-        "seed": seed,
     }
+
+
+def configure(arm: str, seed: int) -> RunConfig:
+    """Return the configuration of an arm."""
+    settings = settings_of(arm) | {"seed": seed}
     return parse_run([f"--{key}={json.dumps(value)}" for key, value in settings.items()], "")
 
 
-def teach_encoder(folder: Path) -> dict[str, Any]:
-    """Train the encoder of all arms and save its weights -> its accuracy on patches of held-out digits."""
+def train_encoder(folder: Path) -> dict[str, Any]:
+    """Train the encoder of all arms and save it as a SigLIP; return its accuracy on patches of held-out digits."""
     config = configure("none", seed=0)
     model = build_model(config.model, build_processor(config.model), config.seed)
     width = model.config.vision_config.hidden_size
@@ -144,7 +177,9 @@ def teach_encoder(folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         pixels, digit, _ = stills(rng, known["held_out"], 256)
         right = head(model.encode(pixels)).split(NAMES, dim=-1)[0].argmax(dim=-1) == digit
-    torch.save(model.vision_tower.state_dict(), folder / "encoder.pt")
+    published = SiglipVisionModel(model.config.vision_config)
+    published.load_state_dict(model.vision_tower.state_dict())
+    published.save_pretrained(folder / "encoder")
     return {"patches_named": float(right[(digit >= 0) & (digit < 10)].float().mean())}
 
 
@@ -175,11 +210,11 @@ def stills(rng: np.random.Generator, known: digits.Digits, count: int) -> tuple[
 
 
 def train_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
-    """Train one arm -> exact match of its greedy answers about held-out clips, and where its gates ended."""
+    """Train one arm; return the exact match of its greedy answers about held-out clips, and its gates at the end."""
     config = configure(arm, seed)
     processor = build_processor(config.model)
-    model = build_model(config.model, processor, config.seed)
-    model.vision_tower.load_state_dict(torch.load(folder / "encoder.pt", weights_only=True))
+    weights = config.model.model_copy(update={"vision_weights": str(folder / "encoder")})
+    model = build_model(weights, processor, config.seed)
     freeze(model, config.train.learning_rate)
     optimizer = build_optimizer(model, config.train)
     rows, videos = clips(folder, "train", config.data.num_frames)

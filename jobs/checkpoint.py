@@ -72,7 +72,7 @@ def repair(run: str) -> int:
 
 
 def export(run: str, folder: str, step: int | None, merge: bool) -> int:
-    """Write a folder for `from_pretrained` (of adapters, for PEFT) from the newest intact checkpoint or a given step."""
+    """Write a folder for `from_pretrained` (of adapters, for PEFT) of a given step, or of the newest intact one."""
     # These import torch, which the other commands need not wait for.
     from transformers.utils import logging as transformers_logging
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import SiglipVisionModel
 
 from benchmarks import ablation
 from crosslmm.data.samples import digits, shapes
@@ -15,7 +16,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablation, "ENCODER_STEPS", 2)
         digits.write_digits(str(folder), train=64, held_out=12)
-        ablation.teach_encoder(folder)
+        ablation.train_encoder(folder)
     return folder
 
 
@@ -36,7 +37,7 @@ def test_arm_trains_all_but_the_stored_encoder(folder, monkeypatch):
     monkeypatch.setattr(ablation, "score", lambda model, *_: trained.append(model) or {})
     result = ablation.train_arm(folder, "both", seed=0)
     (model,) = trained
-    encoder = torch.load(folder / "encoder.pt")
+    encoder = SiglipVisionModel.from_pretrained(folder / "encoder").state_dict()
     assert all(torch.equal(weight, encoder[name]) for name, weight in model.vision_tower.state_dict().items())
     assert len(result["gates"]) == 4
     assert all(result["gates"].values())

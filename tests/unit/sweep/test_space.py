@@ -13,7 +13,7 @@ from crosslmm.sweep.space import OnlyIf
 from tests.support.common import ROOT
 
 SPACES = ROOT / "tune_spaces"
-NAMES = ["ablation", "depth", "joint", "learning_rate", "pooling"]
+NAMES = ["ablation", "depth", "joint", "learning_rate", "pooling", "tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,16 @@ def test_pooling_has_each_token_count_once(tiny):
     paper = parse_run(["--config=paper-2b"], "")
     strides = [p["model.pool_stride"] for p in spaces.grid(spaces.load("pooling", SPACES, paper), paper)]
     assert {27, 9, 7, 2, 1} <= set(strides)
+
+
+def test_tokens_pairs_each_count_with_and_without_attention(tiny):
+    grid = spaces.grid(spaces.load("tokens", SPACES, tiny), tiny)
+    pairs = [(-(-8 // p["model.pool_stride"]), p["model.cross_attention_every"]) for p in grid]
+    assert sorted(pairs) == [(side, every) for side in (1, 2, 3, 4) for every in (0, 2)]
+    rates = [f"--train.learning_rate.{branch}=0" for branch in ("v2v", "t2v")]
+    without = parse_run(["--config=tiny", "--model.cross_attention_every=0", *rates], "")
+    with pytest.raises(BadConfig, match="--space tokens: needs"):
+        spaces.load("tokens", SPACES, without)
 
 
 def test_absent_branches_have_no_learning_rate(tiny):

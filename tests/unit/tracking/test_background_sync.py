@@ -148,7 +148,7 @@ def test_server_away_at_start_and_hanging_later(one_server, client, begin, impat
     one_server.kill()
     began = time.monotonic()
     run, folder, messages = begin("late")
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10  # without its own limit, MLflow retries for half a minute and more
     assert messages == [f"record: {one_server.uri} does not answer; the run goes on, and its record waits in {folder}"]
     assert json.loads((folder / "run.json").read_text())["run_id"] is None
     run.log(steps(1, 2))

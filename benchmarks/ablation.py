@@ -122,7 +122,8 @@ def prepare(folder: Path) -> dict[str, Any]:
         digits.write_digits(str(folder), TRAIN_CLIPS, HELD_OUT_CLIPS)
     measured = train_encoder(folder)
     every = ARM_STEPS // 4
-    settings = settings_of("both") | {
+    settings = {key: value for key, value in settings_of("both").items() if not key.startswith("model.vision.")} | {
+        "model.vision": None,  # as the weights say
         "model.vision_weights": str(folder.absolute() / "encoder"),
         "data.manifest": str(folder.absolute() / "train.jsonl"),
         "data.validation_manifest": str(folder.absolute() / "held_out.jsonl"),

@@ -127,6 +127,7 @@ def prepare(folder: Path) -> dict[str, Any]:
         "model.vision_weights": str(folder.absolute() / "encoder"),
         "data.manifest": str(folder.absolute() / "train.jsonl"),
         "data.validation_manifest": str(folder.absolute() / "held_out.jsonl"),
+        "train.epochs": -(-ARM_STEPS * 32 // TRAIN_CLIPS),
         "train.max_steps": ARM_STEPS,
         "train.validate_every": every,
         "train.checkpoint_every": every,

@@ -24,7 +24,7 @@ def setting(default: Any, *roles: Role) -> Any:
     return Field(default, json_schema_extra={"roles": [role.name for role in roles]})
 
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**15)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 Limit = Annotated[float, Field(gt=0)]

@@ -26,7 +26,6 @@ SPACES = Path(__file__).parent.parent / "tune_spaces"
 def main() -> int:
     """Parse the arguments, search, print the result."""
     from crosslmm.sweep.settings import SweepSettings
-    from crosslmm.sweep.space import load
 
     names = ", ".join(sorted(path.stem for path in SPACES.glob("*.py") if path.stem != "__init__"))
 
@@ -41,6 +40,8 @@ def main() -> int:
         space_name = own.pop("space")
         settings = SweepSettings(**own)
         settings.check(config)
+        from crosslmm.sweep.space import load  # takes seconds: refuse invalid arguments first
+
         space = load(space_name, SPACES, config)
     except BadConfig as error:
         fail(error)

@@ -115,7 +115,7 @@ def test_later_files_and_overrides_win(tmp_path):
         ("--model.pool_stride=nine", r"model\.pool_stride.*integer.*nine"),
         ("--model.pool_stride=0", r"model\.pool_stride.*greater than or equal to 1"),
         ("--train.final_learning_rate_share=2", r"train\.final_learning_rate_share.*less than or equal to 1"),
-        ("--train.precision=fp16", r"train\.precision.*'fp32', 'bf16'.*fp16"),
+        ("--train.precision=fp16", r"train\.precision.*fp32 \| bf16.*fp16"),
         ("--train.weight_decay=inf", r"train\.weight_decay.*finite"),
         ("--train.learning_rate.vision=-1", r"train\.learning_rate\.vision.*greater than or equal to 0"),
         ("--train.global_batch_size=33 --train.micro_batch_size=8", r"train\.global_batch_size is 33.*multiple of 16"),

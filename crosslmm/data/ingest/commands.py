@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from pydantic import Field
 
-from crosslmm.cli import describe_type
+from crosslmm.cli_help import describe_type
 from crosslmm.config import BadConfig, DataConfig
 
 LIMITS = {"decode_timeout_s", "decode_memory_gib", "max_video_bytes", "max_video_s", "max_frame_pixels", "roots"}

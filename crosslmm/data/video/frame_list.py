@@ -17,7 +17,7 @@ import numpy as np
 from crosslmm import storage
 from crosslmm.data.frame_sampling import split_time_range
 
-PREFIX = '{"frames":'
+PREFIX = '{"frames"'
 """First characters of each such address; no absolute path and no URI begins with them."""
 MAX_FRAMES = 10_000
 """Most frame files of a video."""
@@ -145,4 +145,4 @@ def describe_video(video: str) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf

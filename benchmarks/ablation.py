@@ -36,6 +36,7 @@ from benchmarks import report
 from crosslmm import scoring
 from crosslmm.cli import parse_run
 from crosslmm.config import DataConfig, RunConfig
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples import digits, shapes
@@ -215,8 +216,8 @@ def train_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
     """Train one arm; return the exact match of its greedy answers about held-out clips, and its gates at the end."""
     config = configure(arm, seed)
     processor = build_processor(config.model)
-    weights = config.model.model_copy(update={"vision_weights": str(folder / "encoder")})
-    model = build_model(weights, processor, config.seed)
+    with_encoder = config.model.model_copy(update={"vision_weights": str(folder / "encoder")})
+    model = build_model(with_encoder, processor, config.seed)
     freeze(model, config.train.learning_rate)
     optimizer = build_optimizer(model, config.train)
     rows, videos = clips(folder, "train", config.data.num_frames)
@@ -268,7 +269,8 @@ def clips(folder: Path, split: str, num_frames: int) -> tuple[list[dict], list[n
     rows = Manifest(str(folder / f"{split}.jsonl")).rows
     data = DataConfig(num_frames=num_frames)
     videos = [decode_video(row["videos"][0], data, shapes.SIDE) for row in rows]
-    return rows, cast("list[np.ndarray]", videos)  # all of them were written a moment ago
+    # All of them were written a moment ago.
+    return rows, [video.images for video in cast("list[SampledFrames]", videos)]
 
 
 def _table(results: dict[tuple[str, int], dict[str, Any]], encoder: dict[str, Any]) -> Table:

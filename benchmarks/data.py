@@ -43,6 +43,7 @@ from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data import frame_sampling
 from crosslmm.data.dataset import BlockLayout, build_dataset, rows_per_block, unpack_block
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.video.decode import VideoFailure, decode_video
@@ -148,10 +149,10 @@ def median_ratio(measured: dict[str, list[float]], over: str, under: str) -> flo
     return statistics.median(a / b for a, b in zip(measured[over], measured[under], strict=True))
 
 
-def assert_same(ours: np.ndarray | VideoFailure, theirs: np.ndarray) -> None:
+def assert_same(ours: SampledFrames | VideoFailure, theirs: np.ndarray) -> None:
     """Check that two variants decode the same frames."""
-    assert isinstance(ours, np.ndarray), ours
-    assert np.array_equal(ours, theirs), "the variants decode different frames"
+    assert isinstance(ours, SampledFrames), ours
+    assert np.array_equal(ours.images, theirs), "the variants decode different frames"
 
 
 def cpu_s(work: Callable[[], Any]) -> float:

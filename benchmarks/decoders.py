@@ -30,6 +30,7 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.data import cpu_s, in_turns, median_ratio
 from crosslmm.config import BadConfig, DataConfig
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.video.decode import BACKENDS, VideoFailure, require_backend
 from crosslmm.data.video.decode_pool import Decoder
 from tests.support import zoo
@@ -171,9 +172,9 @@ def main() -> None:
     report("decoders", table, figures, detail, arguments.json)
 
 
-def judge(kind: Kind, result: np.ndarray | VideoFailure) -> tuple[int, int, int]:
+def judge(kind: Kind, result: SampledFrames | VideoFailure) -> tuple[int, int, int]:
     """Return the numbers of right, wrong and expected frames, for the end of the video that fits best."""
-    numbers = [] if isinstance(result, VideoFailure) else kind.numbers(result)
+    numbers = [] if isinstance(result, VideoFailure) else kind.numbers(result.images)
     expected = max((kind.expected(end) for end in kind.ends), key=lambda shown: len(set(shown) & set(numbers)))
     right = len(set(expected) & set(numbers))
     return right, len(numbers) - right, len(expected)

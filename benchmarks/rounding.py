@@ -20,6 +20,7 @@ from transformers import BatchFeature
 from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
 from crosslmm.data.feature_format import DType, from_bf16, pack, to_bf16, unpack
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples import shapes
@@ -72,8 +73,8 @@ def encode_split(data: str, split: str, folder: str) -> None:
     tower = build_encoder(config.model, processor, config.seed).requires_grad_(False)
     features = []
     for row in Manifest(f"{data}/{split}.jsonl").rows:
-        video = cast("np.ndarray", decode_video(row["videos"][0], config.data, processor.image_size))
-        pixels = torch.from_numpy(video).permute(0, 3, 1, 2).contiguous()
+        video = cast("SampledFrames", decode_video(row["videos"][0], config.data, processor.image_size))
+        pixels = torch.from_numpy(video.images).permute(0, 3, 1, 2).contiguous()
         features.append(encode(tower, pixels, config.model.encoder_chunk).numpy())
     np.save(f"{folder}/{split}.npy", np.stack(features))
 

@@ -38,6 +38,7 @@ def main() -> None:
     from crosslmm import storage
     from crosslmm.config import TrackingConfig, require_no_credentials
     from crosslmm.data.manifest import BadManifest, Manifest
+    from crosslmm.data.video.frame_list import map_files
     from crosslmm.inference.evaluate import evaluate
     from crosslmm.progress import cell
     from crosslmm.text import printable
@@ -51,7 +52,7 @@ def main() -> None:
         require_no_credentials("--adapter", arguments.adapter)
         answerer = load_answerer(arguments.model, tracking, arguments.adapter)
         if manifest is None:
-            conversation = answerer.start_conversation(storage.absolute(arguments.video))
+            conversation = answerer.start_conversation(map_files(arguments.video, storage.absolute))
             for question in [arguments.question] if arguments.question else iter(_read_question, ""):
                 print(printable(conversation.ask(question)), flush=True)
             return

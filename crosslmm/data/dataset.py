@@ -24,14 +24,18 @@ from crosslmm.config import DataConfig
 from crosslmm.data.collate import Sample
 from crosslmm.data.feature_cache import BadFeatures, FeatureCache
 from crosslmm.data.feature_format import BF16_BYTES, FeatureRecipe
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.manifest import BadManifest, Rows
 from crosslmm.data.quarantine import QuarantineEntry
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
+from crosslmm.data.video.frame_list import describe_video
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Video = SampledFrames | np.ndarray
+"""A decoded video, or its features, uint16 (frames, patches, width)."""
 
 # A block costs Ray Data 30 to 50 ms whatever its size, so small samples share one.
 MAX_BLOCK_BYTES = 16 * 2**20
@@ -45,7 +49,7 @@ MAX_SUBSTITUTES = 8
 FATAL_ERRORS = (storage.Refused, storage.Unavailable, BadFeatures, BadManifest)
 """Errors that end a run, whichever row they occur at."""
 
-EMPTY_ROW: dict[str, Any] = {"manifest": "", "line": 0, "id": "", "kind": None, "messages": []}
+EMPTY_ROW: dict[str, Any] = {"manifest": "", "line": 0, "id": "", "kind": None, "messages": [], "videos": []}
 """Stands for each sample of a block that a fatal error interrupted."""
 
 
@@ -231,7 +235,7 @@ class ReadSamples:
         samples, frames = [], []
         for i, (row, result) in enumerate(zip(rows, videos, strict=True)):
             readable = [] if isinstance(result, QuarantineEntry) else result
-            frames += readable
+            frames += [video.images if isinstance(video, SampledFrames) else video for video in readable]
             samples.append(
                 {key: row[key] for key in ("manifest", "line", "id", "kind", "messages")}
                 | {
@@ -240,6 +244,11 @@ class ReadSamples:
                     "videos": [len(video) for video in readable],
                     "error": result.reason if isinstance(result, QuarantineEntry) else None,
                     "quarantined": quarantined[i],
+                    "shortfalls": [
+                        f"{describe_video(uri)}: {video.shortfall}"
+                        for uri, video in zip(row["videos"], readable, strict=False)
+                        if isinstance(video, SampledFrames) and video.shortfall
+                    ],
                 }
             )
         packed = np.empty(1, dtype=object)
@@ -248,7 +257,7 @@ class ReadSamples:
 
     def _read_or_replace(
         self, positions: np.ndarray, index: np.ndarray, weight: np.ndarray
-    ) -> tuple[list[dict[str, Any]], list[list[np.ndarray] | QuarantineEntry], list[list[dict[str, Any]]]]:
+    ) -> tuple[list[dict[str, Any]], list[list[Video] | QuarantineEntry], list[list[dict[str, Any]]]]:
         """Read the rows `index`; in training replace unreadable ones, in `index` too.
 
         Returns:
@@ -256,7 +265,7 @@ class ReadSamples:
             entry, and the quarantine entries of all rows that were tried there.
         """
         rows: list[dict[str, Any]] = [EMPTY_ROW] * len(index)
-        videos: list[list[np.ndarray] | QuarantineEntry] = [[] for _ in index]
+        videos: list[list[Video] | QuarantineEntry] = [[] for _ in index]
         quarantined: list[list[dict[str, Any]]] = [[] for _ in index]
         pending = list(range(len(index)))
         for attempt in range(1, MAX_SUBSTITUTES + 2):
@@ -273,12 +282,12 @@ class ReadSamples:
                 index[i] = self.layout.sampler.substitute(int(positions[i]), attempt)
         return rows, videos, quarantined
 
-    def _read(self, numbers: list[int], rows: list[dict[str, Any]]) -> list[list[np.ndarray] | QuarantineEntry]:
+    def _read(self, numbers: list[int], rows: list[dict[str, Any]]) -> list[list[Video] | QuarantineEntry]:
         """Return the videos of each row, or the quarantine entry of one of them. Known unreadable rows are not tried
         again."""
         new = {number: row for number, row in zip(numbers, rows, strict=True) if number not in self.unreadable}
         decoded = iter(self.decoder([uri for row in new.values() for uri in row["videos"]]))
-        videos: dict[int, list[np.ndarray]] = {}
+        videos: dict[int, list[Video]] = {}
         for number, row in new.items():
             videos[number] = []
             for uri in row["videos"]:

@@ -27,9 +27,9 @@ import pyarrow.parquet as pq
 from crosslmm import storage
 from crosslmm.config import BadConfig
 from crosslmm.data.feature_format import FORMAT, DType, FeatureRecipe, from_bf16, pack, unpack
-from crosslmm.data.frame_sampling import split_time_range
 from crosslmm.data.quarantine import to_printable
-from crosslmm.data.video.decode import Stage, VideoFailure
+from crosslmm.data.video.decode import Stage, VideoFailure, video_version
+from crosslmm.data.video.frame_list import describe_video
 from crosslmm.storage.parquet import ParquetFile
 from crosslmm.text import first_error
 
@@ -223,7 +223,8 @@ class FeatureCache:
         missing = [uri for uri in uris if self._find_stored(uri) is None]
         if missing:
             raise BadConfig(
-                f"data.features: {self.folder} lacks {len(missing)} videos of the manifests, {missing[0]} first; "
+                f"data.features: {self.folder} lacks {len(missing)} videos of the manifests, "
+                f"{describe_video(missing[0])} first; "
                 f"{REENCODE_HINT}"
             )
 
@@ -242,12 +243,12 @@ class FeatureCache:
 
         Returns `VideoFailure` if the video could not be encoded.
         """
-        entry = self.find(uri)
+        name, entry = describe_video(uri), self.find(uri)
         if entry is None:
-            raise BadFeatures(f"{uri}: {self.folder} has no features of it; {REENCODE_HINT}")
-        if storage.version(split_time_range(uri)[0]) != entry.version:
+            raise BadFeatures(f"{name}: {self.folder} has no features of it; {REENCODE_HINT}")
+        if video_version(uri, self.recipe.frame_sampling) != entry.version:
             raise BadFeatures(
-                f"{uri}: has changed or disappeared since it was encoded into {self.folder}; {REENCODE_HINT}"
+                f"{name}: has changed or disappeared since it was encoded into {self.folder}; {REENCODE_HINT}"
             )
         if entry.reason is not None:
             stage: Stage = entry.stage if entry.stage in get_args(Stage) else "decode"  # type: ignore[assignment]
@@ -255,22 +256,22 @@ class FeatureCache:
         size = entry.frames * self.recipe.frame_bytes
         if not 0 < entry.frames <= self.recipe.num_frames or entry.size != size or entry.offset < 0 or not entry.shard:
             raise BadFeatures(
-                f"{uri}: its entry in the index is damaged; delete {self.folder}/index-*; then {REENCODE_HINT}"
+                f"{name}: its entry in the index is damaged; delete {self.folder}/index-*; then {REENCODE_HINT}"
             )
         try:
             shard = storage.inside(self.folder, entry.shard)
             data = storage.read_bytes(shard, entry.offset, entry.offset + size)
         except FileNotFoundError:
             raise BadFeatures(
-                f"{uri}: its features are lost: {self.folder}/{entry.shard} is missing; {REENCODE_HINT}"
+                f"{name}: its features are lost: {self.folder}/{entry.shard} is missing; {REENCODE_HINT}"
             ) from None
         except storage.Unavailable:
             raise
         except (OSError, storage.BadLocation) as error:
-            raise BadFeatures(f"{uri}: its features cannot be read: {error}; {REENCODE_HINT}") from None
+            raise BadFeatures(f"{name}: its features cannot be read: {error}; {REENCODE_HINT}") from None
         if len(data) != size or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise BadFeatures(
-                f"{uri}: its features are damaged: delete {self.folder}/{entry.shard}; then {REENCODE_HINT}"
+                f"{name}: its features are damaged: delete {self.folder}/{entry.shard}; then {REENCODE_HINT}"
             )
         return unpack(data, (entry.frames, self.recipe.patches, self.recipe.width), self.recipe.dtype)
 

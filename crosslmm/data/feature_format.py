@@ -9,11 +9,12 @@ import numpy as np
 from pydantic import Field
 
 from crosslmm.config import DataConfig
+from crosslmm.data.frame_sampling import FrameSampling, Policy
 from crosslmm.data.video.decode import BACKENDS
 from crosslmm.schema import Section
 
-FORMAT = 1
-"""Version of the cache's files; part of the key."""
+FORMAT = 2
+"""Version of the cache's files, and of the frames that decoding takes from a video; part of the key."""
 BF16_BYTES = 2
 """Size of a bfloat16 value [bytes]."""
 
@@ -37,7 +38,7 @@ class FeatureRecipe(Section):
 
     num_frames: int
     """Frames of a video."""
-    sampling: str
+    sampling: Policy
     """Frame sampling policy."""
     fps: float
     """Frames per second of that policy."""
@@ -79,6 +80,11 @@ class FeatureRecipe(Section):
     def key(self) -> str:
         """Name of the folder; any change of a field changes it."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def frame_sampling(self) -> FrameSampling:
+        """The frame policy."""
+        return FrameSampling(self.num_frames, self.sampling, self.fps)
 
     @property
     def frame_bytes(self) -> int:

@@ -3,11 +3,14 @@
 The configuration names a policy, and the registered model stores it, so training and evaluation use the same one.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+from crosslmm.config import DataConfig
 
 Policy = Literal["uniform", "fps", "fps_then_uniform"]
 
@@ -50,6 +53,11 @@ class FrameSampling:
     policy: Policy = "uniform"
     fps: float = 1.0
 
+    @classmethod
+    def of(cls, data: DataConfig) -> "FrameSampling":
+        """Return the policy of a configuration."""
+        return cls(data.num_frames, data.sampling, data.fps)
+
     def times(self, duration: float, last: float | None = None) -> np.ndarray:
         """Return the moments to show, ascending, relative to the first frame [s], float64.
 
@@ -66,6 +74,15 @@ class FrameSampling:
             return regular[: self.num_frames]
         return np.linspace(0, duration if last is None else last, self.num_frames)
 
+    def last_moment(self, start: float, end: float | None) -> float:
+        """Return a time that no moment of a part of a video comes after, whatever the video's duration [s].
+
+        Args:
+            start, end: of the part; None means the end of the video [s].
+        """
+        end = math.inf if end is None else end
+        return min(end, start + (self.num_frames - 1) / self.fps) if self.policy == "fps" else end
+
     def count(self, seconds: np.ndarray) -> np.ndarray:
         """Return the largest number of frames that a video of each duration can give.
 
@@ -79,6 +96,46 @@ class FrameSampling:
             return np.where(seconds == 0, 1, self.num_frames)
         frames = np.clip(np.ceil(seconds * self.fps - 1e-6), 1, self.num_frames)
         return np.where(np.isnan(seconds), self.num_frames, frames).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class SampledFrames:
+    """The frames of a video that are on screen at the sampled moments, each once."""
+
+    images: np.ndarray
+    """uint8 (frames, side, side, 3), RGB."""
+    times: np.ndarray
+    """When each frame appears, counted from the video's first frame, float64 (frames,) [s]. A part of a video
+    (`#t=START`) may begin with a frame that appeared before START."""
+    shortfall: str | None = None
+    """Why there are fewer frames than the policy asked for; None if there are not."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def describe_shortfall(moments: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> str | None:
+    """Return why there are fewer frames than sampled moments; None if there are not.
+
+    Args:
+        moments: ascending [s].
+        starts, ends: when each returned frame appears and leaves the screen, ascending [s].
+    """
+    if len(starts) >= len(moments):
+        return None
+    frame_of = np.searchsorted(starts, moments, side="right") - 1
+    served = frame_of >= 0
+    served[served] = moments[served] < ends[frame_of[served]]
+    reasons = []
+    if not served.all():
+        first, last = moments[~served][[0, -1]]
+        reasons.append(f"none can be decoded at {(~served).sum()} moments from {first:.1f} s to {last:.1f} s")
+    counts = np.bincount(frame_of[served], minlength=1)
+    longest, count = int(counts.argmax()), int(counts.max())
+    if count > 1:
+        appears, leaves = max(starts[longest], 0.0), ends[longest]
+        reasons.append(f"one picture stays from {appears:.1f} s to {leaves:.1f} s, at {count} of the moments")
+    return f"{len(starts)} of {len(moments)} frames: {'; '.join(reasons)}"
 
 
 def uniform(duration: float, count: int) -> np.ndarray:

@@ -65,8 +65,8 @@ class Encode:
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """Encode one block and return a report, as JSON in `done`.
 
-        The report has `entries` (for the index), `quarantined` (entries for the quarantine file), `squared_error` and
-        `squared_values` (see `write_shard`), `started` and `ended` (unix time [s]).
+        The report has `entries` (for the index), `quarantined` (entries for the quarantine file), `shortfalls` (lines
+        for the log), `squared_error` and `squared_values` (see `write_shard`), `started` and `ended` (unix time [s]).
         """
         started = time.time()
         samples = [sample for sample in unpack_block(block) if sample.weight]
@@ -93,6 +93,7 @@ class Encode:
                 *(failure for sample in samples for failure in sample.quarantined),
                 *(failure.to_dict() for failure in unstorable),
             ],
+            "shortfalls": [line for sample in samples for line in sample.shortfalls],
             "squared_error": squared_error,
             "squared_values": squared_values,
             "started": started,

@@ -93,6 +93,8 @@ class EncodingRecorder:
         self.quarantined += report["quarantined"]
         for row in report["quarantined"]:
             log.warning("left out: %s line %s (%s): %s", row["manifest"], row["line"], row["id"], row["reason"])
+        for line in report["shortfalls"]:
+            log.warning("kept: %s", line)
         if time.monotonic() - self._last_write >= INDEX_INTERVAL_S:
             self._write()
         self._budget.record([SOURCE] * len(entries), [row | {"manifest": SOURCE} for row in report["quarantined"]])

@@ -23,6 +23,8 @@ from crosslmm.data.feature_format import FeatureConfig, FeatureRecipe, bytes_per
 from crosslmm.data.frame_sampling import FrameSampling, split_time_range
 from crosslmm.data.manifest import Manifest, Rows, VideoReference
 from crosslmm.data.sampler import DeterministicSampler
+from crosslmm.data.video.decode import video_version
+from crosslmm.data.video.frame_list import is_frame_list
 from crosslmm.encode.actor import Encode, VideoRows
 from crosslmm.encode.recipe import recipe_of
 from crosslmm.encode.recorder import EncodingRecorder
@@ -93,7 +95,7 @@ def run_encoding(config: RunConfig, settings: FeatureConfig) -> EncodingResult:
     tower = build_encoder(config.model, processor, config.seed)
     recipe = recipe_of(config, digest(tower), settings.dtype)
     folder = storage.join(storage.absolute(root), recipe.key)
-    versions = _request_versions(videos)
+    versions = _request_versions(videos, recipe.frame_sampling)
     missing = _missing_videos(folder, videos, versions)
     _log_estimate(config, settings, recipe, folder, missing, len(videos))
     recorder = EncodingRecorder(create_feature_folder(storage.absolute(root), recipe), missing, config.data)
@@ -113,15 +115,16 @@ def run_encoding(config: RunConfig, settings: FeatureConfig) -> EncodingResult:
     )
 
 
-def _request_versions(videos: dict[str, VideoReference]) -> dict[str, str | None]:
-    """Return the version of each video's object.
+def _request_versions(videos: dict[str, VideoReference], sampling: FrameSampling) -> dict[str, str | None]:
+    """Return the version of each video's object, or that of the frames that are sampled from a list.
 
     Versions are requested before the videos are read: if one changes in between, its next reader notices.
     """
-    files = list({split_time_range(uri)[0] for uri in videos})
+    files = {uri: uri if is_frame_list(uri) else split_time_range(uri)[0] for uri in videos}
+    distinct = list(set(files.values()))
     with ThreadPoolExecutor(CONCURRENT_VERSION_REQUESTS) as threads:
-        versions = dict(zip(files, threads.map(storage.version, files), strict=True))
-    return {uri: versions[split_time_range(uri)[0]] for uri in videos}
+        versions = dict(zip(distinct, threads.map(lambda file: video_version(file, sampling), distinct), strict=True))
+    return {uri: versions[file] for uri, file in files.items()}
 
 
 def _missing_videos(
@@ -143,7 +146,7 @@ def _log_estimate(
     videos: int,
 ) -> None:
     """Log folder, number of videos, computation, size and price before the job begins."""
-    sampling = FrameSampling(config.data.num_frames, config.data.sampling, config.data.fps)
+    sampling = FrameSampling.of(config.data)
     frames = int(sampling.count(np.array([video.seconds for video in missing.values()])).sum()) if missing else 0
     macs = cost.macs(cost.empty_model(config.model), 1, 1).encoder * frames
     sizes = {dtype: frames * bytes_per_frame(recipe.patches, recipe.width, dtype) for dtype in ("bf16", "int8")}

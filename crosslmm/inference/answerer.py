@@ -14,10 +14,10 @@ from transformers.utils import logging as transformers_logging
 
 from crosslmm import storage
 from crosslmm.config import validate_run
-from crosslmm.data.frame_sampling import split_time_range
 from crosslmm.data.row_schema import resolve_video
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
+from crosslmm.data.video.frame_list import describe_video, map_files
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor, lora
 from crosslmm.model.adapter_base import absolute, open_adapter
 from crosslmm.model.answering import greedy_answers
@@ -173,8 +173,10 @@ class Answerer:
     def _decode(self, uri: str) -> np.ndarray:
         (video,) = self.decoder([uri])
         if isinstance(video, VideoFailure):
-            raise ValueError(f"{uri}: {video.reason}")
-        return video
+            raise ValueError(f"{describe_video(uri)}: {video.reason}")
+        if video.shortfall:
+            log.warning("%s: %s", describe_video(uri), video.shortfall)
+        return video.images
 
 
 class Conversation:
@@ -242,6 +244,4 @@ def _inside(video: str, roots: Sequence[str]) -> str:
     """
     if not roots:
         raise ValueError(f"{video!a}: the model was loaded without roots")
-    uri = resolve_video(video, roots)
-    named = split_time_range(uri)[0]
-    return storage.follow(named, roots) + uri[len(named) :]
+    return map_files(resolve_video(video, roots), lambda name: storage.follow(name, roots))

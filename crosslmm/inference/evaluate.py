@@ -11,6 +11,7 @@ from crosslmm.data.collate import Sample, collate_questions, make_batch, unreada
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
+from crosslmm.data.video.frame_list import describe_video
 from crosslmm.inference.answerer import Answerer
 from crosslmm.model.answering import greedy_answers
 from crosslmm.preflight.answer_length import answer_limit
@@ -86,15 +87,19 @@ def _read(decoder: Decoder, rows: list[dict[str, Any]]) -> list[Sample]:
     decoded = iter(decoder([uri for row in rows for uri in row["videos"]]))
     samples = []
     for position, row in enumerate(rows):
-        error, videos = None, []
+        error, videos, shortfalls = None, [], []
         for uri in row["videos"]:
             video = next(decoded)
             if isinstance(video, VideoFailure):
-                error = error or f"{uri}: {video.reason}"
-            else:
-                videos.append(video)
+                error = error or f"{describe_video(uri)}: {video.reason}"
+                continue
+            videos.append(video.images)
+            if video.shortfall:
+                shortfalls.append(f"{describe_video(uri)}: {video.shortfall}")
+        if shortfalls:
+            log.warning("%a: %s", row["id"], "; ".join(shortfalls))
         fields = {key: row[key] for key in ("manifest", "line", "id", "messages", "kind")}
-        samples.append(Sample(position, videos=videos, weight=1.0, error=error, **fields))
+        samples.append(Sample(position, videos=videos, weight=1.0, error=error, shortfalls=shortfalls, **fields))
     return samples
 
 

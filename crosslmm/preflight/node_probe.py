@@ -214,6 +214,7 @@ def _video(request: dict[str, Any]) -> Check | None:
         from crosslmm.config import DataConfig
         from crosslmm.data.video.decode import VideoFailure
         from crosslmm.data.video.decode_pool import Decoder
+        from crosslmm.data.video.frame_list import describe_video
     except ImportError:
         return None  # the decoder's own check reports it
     data = DataConfig.model_validate(request["config"]["data"])
@@ -224,8 +225,8 @@ def _video(request: dict[str, Any]) -> Check | None:
             for uri in request["videos"]:
                 (frames,) = decoder([uri])
                 if not isinstance(frames, VideoFailure):
-                    return f"{len(frames)} frames of {uri}"
-                first_failure = first_failure or f"{uri}: {frames.reason}"
+                    return f"{len(frames)} frames of {describe_video(uri)}"
+                first_failure = first_failure or f"{describe_video(uri)}: {frames.reason}"
         raise ValueError(first_failure)
 
     return _with_retry_policy(request, check)

@@ -15,7 +15,8 @@ class EventChannel:
     killed, queued events are lost; the steps among them reach the run's folder with the next checkpoint.
 
     Kinds of events: "started" (first step, number of parameters), "step" (number, unix time [s], metrics), "unreadable"
-    (a quarantined row), "log" (level, message, rank, step).
+    (a quarantined row), "short" (manifest, line and id of a row whose videos gave fewer frames than asked, and why),
+    "log" (level, message, rank, step).
     """
 
     def __init__(self) -> None:

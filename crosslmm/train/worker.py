@@ -297,6 +297,9 @@ def _prefetched(
         unreadable = [entry for sample in samples for entry in sample.quarantined]
         for entry in unreadable:
             job.events.post.remote("unreadable", {"split": name, **entry})
+        for sample in samples:
+            if sample.shortfalls:
+                job.events.post.remote("short", (sample.manifest, sample.line, sample.id, sample.shortfalls))
         budget.record([sample.manifest for sample in samples], unreadable)
         return made
 

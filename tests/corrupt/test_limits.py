@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from crosslmm.config import DataConfig
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.video.decode import VideoFailure, probe_video
 from crosslmm.data.video.decode_pool import HEADER_CHILDREN, Decoder, HeaderReader, VideoPool
 from tests.support import misbehave, zoo
@@ -158,7 +159,7 @@ def test_frames_that_are_large_before_cropping_are_refused_at_the_first(measured
 
 def test_frames_that_become_too_large_are_not_decoded(measured):
     result, mib, seconds = measured(growing_stream(6144, 6144))
-    assert [zoo.read_number(frame) is not None for frame in result] == [True] * len(result)
+    assert [zoo.read_number(frame) is not None for frame in result.images] == [True] * len(result)
     assert mib < MAX_MIB
     assert seconds < MAX_S
 
@@ -179,8 +180,9 @@ KEPT = {
 @pytest.mark.parametrize("kind", KEPT)
 def test_image_is_its_first_frame_at_little_cost(measured, kind):
     result, mib, seconds = measured(KEPT[kind]())
-    assert isinstance(result, np.ndarray), result
-    assert result.shape == (1, 64, 64, 3)
+    assert isinstance(result, SampledFrames), result
+    assert result.images.shape == (1, 64, 64, 3)
+    assert result.shortfall is None
     assert mib < MAX_MIB
     assert seconds < MAX_S
 

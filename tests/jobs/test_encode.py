@@ -126,7 +126,7 @@ def train_from_videos(folder):
         for step in range(STEPS):
             numbers, weights = order.rows_at(step * order.global_batch_size + np.arange(order.global_batch_size))
             assert all(rows[i]["id"] != "gone" for i in numbers), "the unreadable row has a substitute"
-            videos = [[decode_video(rows[i]["videos"][0], config.data, processor.image_size)] for i in numbers]
+            videos = [[decode_video(rows[i]["videos"][0], config.data, processor.image_size).images] for i in numbers]
             yield loop.StepBatch([processor([rows[i]["messages"] for i in numbers], videos, weights=weights)], [])
 
     losses = []

@@ -19,6 +19,7 @@ from crosslmm.config import DataConfig
 from crosslmm.data import manifest_shards
 from crosslmm.data.feature_cache import BadFeatures, FeatureCache, create_feature_folder, write_index, write_shard
 from crosslmm.data.feature_format import FeatureRecipe
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.manifest import BadManifest, Manifest
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.data.video.decode import VideoFailure, decode_video
@@ -117,7 +118,7 @@ def test_a_long_video_costs_only_the_gops_of_its_frames(wire, tmp_path):
     before = wire.received, wire.requests
     data = DataConfig(num_frames=4)
     remote, local = decode_video("s3://videos/long.mp4", data, SIDE), decode_video(str(path), data, SIDE)
-    assert np.array_equal(remote, local)
+    assert np.array_equal(remote.images, local.images)
     assert wire.received - before[0] < 0.3 * path.stat().st_size
     assert wire.requests - before[1] <= 4 + 6
 
@@ -125,7 +126,7 @@ def test_a_long_video_costs_only_the_gops_of_its_frames(wire, tmp_path):
 def test_a_missing_or_bad_object_is_a_video_failure(decoder, clip):
     storage.write_bytes("s3://videos/empty.mp4", b"")
     good, missing, empty = decoder([clip, "s3://videos/missing.mp4", "s3://videos/empty.mp4"])
-    assert isinstance(good, np.ndarray)
+    assert isinstance(good, SampledFrames)
     assert missing == VideoFailure("no such file", "read")
     assert (empty.reason, empty.stage) == ("the file is empty", "check")
     assert len(empty.version) >= 32
@@ -180,14 +181,14 @@ def test_a_store_that_recovers_in_time_costs_no_video(monkeypatch, store, clip):
 
     policy = storage.RetryPolicy(sleep=wait)
     with storage.retrying(policy), Decoder(DataConfig(num_frames=2), SIDE) as decoder:
-        assert isinstance(decoder([clip])[0], np.ndarray)
+        assert isinstance(decoder([clip])[0], SampledFrames)
     assert len(wires) == 1
     wires[0].__exit__(None, None, None)
 
 
 @pytest.mark.fault
 def test_a_store_that_hangs_is_no_video_failure(decoder, wire, clip):
-    assert isinstance(decoder([clip])[0], np.ndarray)
+    assert isinstance(decoder([clip])[0], SampledFrames)
     decoder.data = decoder.data.model_copy(update={"decode_timeout_s": 2.0})
     wire.silent = True
     with pytest.raises(storage.Unavailable, match="did not answer in 2 s"):
@@ -207,7 +208,7 @@ def test_an_image_in_the_store_is_a_video_of_one_frame(decoder):
     png = b"".join(bytes(packet) for packet in [*encoder.encode(grey_image), *encoder.encode(None)])
     storage.write_bytes("s3://videos/still.png", png)
     (frames,) = decoder(["s3://videos/still.png"])
-    assert np.array_equal(frames, np.full((1, SIDE, SIDE, 3), 99, np.uint8))
+    assert np.array_equal(frames.images, np.full((1, SIDE, SIDE, 3), 99, np.uint8))
 
 
 def test_reading_features_costs_two_requests(wire):

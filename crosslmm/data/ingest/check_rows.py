@@ -20,10 +20,11 @@ from crosslmm.data.manifest import manifest_errors
 from crosslmm.data.manifest_shards import LENGTH_COLUMNS, SCHEMA
 from crosslmm.data.quarantine import QuarantineEntry, to_printable
 from crosslmm.data.row_schema import parse_rows
+from crosslmm.data.video.container import UnreadableVideo
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import HeaderReader
 from crosslmm.data.video.probe import Probe
-from crosslmm.data.video.pyav import UnreadableVideo, clip_bounds
+from crosslmm.data.video.timeline import clip_bounds
 
 BATCH_ROWS = 4096
 """Rows that are checked together [rows]."""

@@ -13,21 +13,20 @@ from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 
 from crosslmm.config import DataConfig
-from crosslmm.data.frame_sampling import FrameSampling, frames_at
-from crosslmm.data.video.pyav import (
+from crosslmm.data.frame_sampling import FrameSampling, SampledFrames, describe_shortfall
+from crosslmm.data.video.container import (
     UnreadableVideo,
-    clip_bounds,
-    frame_interval,
     open_container,
     require_codec,
     require_size,
     select_video_stream,
 )
+from crosslmm.data.video.timeline import ROUNDING_S, choose_frames, clip_bounds, frame_ticks, require_duration
 
 
 def with_decord(
     file: BinaryIO, format_name: str, data: DataConfig, image_size: int, start: float = 0.0, end: float | None = None
-) -> np.ndarray:
+) -> SampledFrames:
     """Decode like `with_pyav`, with decord, which reads the whole file into memory and raises its own errors.
 
     Its FFmpeg is guarded like torchcodec's, see `with_torchcodec`.
@@ -35,6 +34,7 @@ def with_decord(
     import decord  # x86_64 only
 
     decord.logging.set_level(decord.logging.QUIET)
+    file.seek(0)
     content = io.BytesIO(file.read())  # read once: the file could change between the check and the decoding
     with open_container(content, format_name, data) as container:
         _require_all_allowed(container, data)
@@ -44,30 +44,26 @@ def with_decord(
     reader = decord.VideoReader(content, num_threads=1)
     height, width = reader[0].shape[:2]
     require_size(width, height, data)
-    times = reader.get_frame_timestamp(range(len(reader)))
+    times = reader.get_frame_timestamp(range(len(reader))).astype(np.float64)
     order = np.argsort(times[:, 0])
     starts = times[order, 0] - times[:, 0].min()
     duration = float(times[:, 1].max() - times[:, 0].min())
-    if duration > data.max_video_s:
-        raise UnreadableVideo(f"it lasts {duration:.0f} s, and data.max_video_s is {data.max_video_s:g}")
-    first, last = clip_bounds(start, end, duration)
-    latest = float(starts[np.searchsorted(starts, last) - 1])  # start of the last frame of the clip
-    sampling = FrameSampling(data.num_frames, data.sampling, data.fps)
-    moments = first + sampling.times(last - first, max(latest - first, 0))
+    require_duration(duration, data)
+    moments, chosen = choose_frames(starts, duration, FrameSampling.of(data), start, end)
     # decord's own resize fails on some widths (48: "the size must exactly match"), so use the default decoder's.
     resize = VideoReformatter()
-    frames = reader.get_batch(order[frames_at(starts, moments + 1e-6)]).asnumpy()
-    return np.stack(
-        [
-            resize.reformat(av.VideoFrame.from_ndarray(f, format="rgb24"), image_size, image_size).to_ndarray()
-            for f in frames
-        ]
-    )
+    frames = reader.get_batch(order[chosen]).asnumpy()
+    images = [
+        resize.reformat(av.VideoFrame.from_ndarray(f, format="rgb24"), image_size, image_size).to_ndarray()
+        for f in frames
+    ]
+    ends = np.append(starts[1:], duration)
+    return SampledFrames(np.stack(images), starts[chosen], describe_shortfall(moments, starts[chosen], ends[chosen]))
 
 
 def with_torchcodec(
     file: BinaryIO, format_name: str, data: DataConfig, image_size: int, start: float = 0.0, end: float | None = None
-) -> np.ndarray:
+) -> SampledFrames:
     """Decode like `with_pyav`, with torchcodec, which scans the whole file for frame times and raises its own
     errors.
 
@@ -83,7 +79,7 @@ def with_torchcodec(
     with open_container(file, format_name, data) as container:
         _require_all_allowed(container, data)
         stream = select_video_stream(container, data)
-        stream_index, interval = stream.index, frame_interval(stream)
+        stream_index, interval = stream.index, frame_ticks(stream) * float(stream.time_base or 1)
     _require_guess(file, format_name, "torchcodec", torchcodec.core_library_path)
     file.seek(0)
     # One thread. torchcodec applies a phone's rotation itself, and resizes with the same filter as `with_pyav`.
@@ -98,18 +94,20 @@ def with_torchcodec(
     if not len(decoder):
         raise UnreadableVideo("the file has no frames that can be decoded")
     duration = stream_end - stream_start
-    if duration > data.max_video_s:
-        raise UnreadableVideo(f"it lasts {duration:.0f} s, and data.max_video_s is {data.max_video_s:g}")
+    require_duration(duration, data)
     first, last = clip_bounds(start, end, duration)
-    times = FrameSampling(data.num_frames, data.sampling, data.fps).times(last - first, max(last - first - interval, 0))
-    moments = np.minimum(stream_start + first + times + 1e-6, np.nextafter(stream_end, stream_start))
+    times = FrameSampling.of(data).times(last - first, max(last - first - interval, 0))
+    moments = np.minimum(stream_start + first + times + ROUNDING_S, np.nextafter(stream_end, stream_start))
     batch = decoder.get_frames_played_at(moments.tolist())
     shown_at = batch.pts_seconds.numpy()
     if (shown_at > moments).any():
         # In transport streams, and before the first keyframe of an edit list, it silently returns a later frame.
         raise UnreadableVideo("torchcodec cannot seek to the frames before a keyframe")
-    _, distinct = np.unique(shown_at, return_index=True)
-    return np.ascontiguousarray(batch.data.numpy()[distinct])
+    starts, distinct = np.unique(shown_at, return_index=True)
+    ends = starts + batch.duration_seconds.numpy()[distinct]
+    shortfall = describe_shortfall(moments, starts, np.maximum(ends, np.append(starts[1:], 0)))
+    images = np.ascontiguousarray(batch.data.numpy()[distinct])
+    return SampledFrames(images, starts - stream_start, shortfall)
 
 
 class _ProbeData(ctypes.Structure):

@@ -11,15 +11,15 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import pebble
 import psutil
 
 from crosslmm import storage
 from crosslmm.config import DataConfig
-from crosslmm.data.frame_sampling import split_time_range
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.video.children import context, end_with_owner
 from crosslmm.data.video.decode import VideoFailure, decode_video, probe_video
+from crosslmm.data.video.frame_list import describe_video, first_file
 from crosslmm.data.video.probe import Probe
 
 MAX_TASKS_PER_CHILD = 1000
@@ -124,7 +124,7 @@ class VideoPool:
             try:
                 self._schedule(_read_first_byte, uri, self._store_timeout_s).result()
             except DeadlineExceeded:
-                raise storage.Unavailable(f"{uri}: the store did not answer in {self._store_timeout_s:g} s") from None
+                raise self._no_answer(uri) from None
             except (PermissionError, FileNotFoundError, pebble.ProcessExpired):
                 pass
 
@@ -137,13 +137,18 @@ class VideoPool:
                     raise PermissionError
                 self._schedule(_read_first_byte, readable, self._store_timeout_s).result()
             except DeadlineExceeded:
-                raise storage.Unavailable(f"{uri}: the store did not answer in {self._store_timeout_s:g} s") from None
+                raise self._no_answer(uri) from None
             except PermissionError:
+                name, bucket = describe_video(uri), _bucket_of(uri)
                 raise storage.Refused(
-                    f"{uri}: permission denied, as for all of {_bucket_of(uri)}; check the credentials (AWS_*)"
+                    f"{name}: permission denied, as for all of {bucket}; check the credentials (AWS_*)"
                 ) from None
             except (FileNotFoundError, pebble.ProcessExpired):
                 pass  # the readable one was removed
+
+    def _no_answer(self, uri: str) -> storage.Unavailable:
+        name = describe_video(uri)
+        return storage.Unavailable(f"{name}: the store did not answer in {self._store_timeout_s:g} s")
 
     def __enter__(self) -> Self:
         return self
@@ -166,8 +171,8 @@ class Decoder(VideoPool):
         read = functools.partial(decode_video, data=data, image_size=image_size)
         super().__init__(data, read, store_timeout_s=store_timeout_s)
 
-    def __call__(self, uris: Sequence[str]) -> list[np.ndarray | VideoFailure]:
-        """Decode videos; return uint8 (frames, image_size, image_size, 3) or the failure of each, in order.
+    def __call__(self, uris: Sequence[str]) -> list[SampledFrames | VideoFailure]:
+        """Decode videos; return the frames or the failure of each, in order.
 
         Raises:
             storage.Unavailable: the store cannot be used and did not recover in time; says nothing about the videos.
@@ -196,12 +201,13 @@ class HeaderReader(VideoPool):
 
 
 def _bucket_of(uri: str) -> str:
-    """Return the bucket of an s3:// URI; empty for a path."""
-    return uri.removeprefix("s3://").split("/")[0] if uri.startswith("s3://") else ""
+    """Return the bucket of a video in a store, that of the first frame of a list; empty for a local file."""
+    name = first_file(uri)
+    return name.removeprefix("s3://").split("/")[0] if name.startswith("s3://") else ""
 
 
 def _read_first_byte(uri: str) -> None:
-    with storage.open_read(split_time_range(uri)[0]) as file:
+    with storage.open_read(first_file(uri)) as file:
         file.read(1)
 
 

@@ -73,6 +73,11 @@ class FrameList:
         return np.array(self.times) - self.times[0]
 
     @property
+    def ends(self) -> np.ndarray:
+        """When each frame leaves the screen, counted from the start of the first one [s], float64 (frames,)."""
+        return np.append(self.starts[1:], self.duration)
+
+    @property
     def duration(self) -> float:
         """From the start of the first frame to the end of the last [s]. The last one is shown for 1/fps, or as long as
         the one before it; one frame alone, for a second."""
@@ -135,13 +140,17 @@ def map_files(video: str, change: Callable[[str], str]) -> str:
     return str(replace(listed, frames=tuple(map(change, listed.frames)))) + video[len(address) :]
 
 
-def describe_video(video: str) -> str:
-    """Return a short name of a video for messages: its address, or the first of its frames and their number."""
+def first_file(video: str) -> str:
+    """Return the file of a video, or the first frame of a list; the address itself if it is malformed."""
     try:
-        files = video_files(video)
+        return video_files(video)[0]
     except ValueError:
-        return video[:200]
-    return f"{files[0]} and {len(files) - 1} more frames" if is_frame_list(video) else video
+        return video
+
+
+def describe_video(video: str) -> str:
+    """Return a short name of a video for messages: its address, or the first frame of a list."""
+    return f"{first_file(video)[:200]} and the frames after it" if is_frame_list(video) else video
 
 
 def _is_number(value: object) -> bool:

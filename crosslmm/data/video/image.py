@@ -1,49 +1,144 @@
-"""JPEG and PNG images, read as videos of one frame. Their size is known before anything is decoded."""
+"""Images and animations: JPEG, PNG, GIF and WebP. Their size is known before anything is decoded."""
 
+import contextlib
 import io
 import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import BinaryIO
 
+import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 
 from crosslmm.config import DataConfig
-from crosslmm.data.video.pyav import UnreadableVideo, open_container, require_size, to_image
+from crosslmm.data.frame_sampling import FrameSampling, SampledFrames, describe_shortfall
+from crosslmm.data.video.container import UnreadableVideo, open_container, require_animation_size, require_size
+from crosslmm.data.video.pyav import ANIMATIONS, to_image, with_pyav
+from crosslmm.data.video.timeline import choose_frames, require_duration
 
-IMAGE_SIGNATURES = {"jpeg_pipe": b"\xff\xd8\xff", "png_pipe": b"\x89PNG\r\n\x1a\n"}
-"""First bytes of each image format, by libav's name."""
 IMAGE_CODECS = {"jpeg_pipe": "mjpeg", "png_pipe": "png"}
-"""libav's name of each image format's codec."""
+"""libav's name of the codec of each format of still images."""
+PICTURES = (*IMAGE_CODECS, *ANIMATIONS, "webp")
+"""Formats of images and animations, which the same code reads whatever `data.decoder` is."""
 NO_FRAMES = "the file has no frames that can be decoded"
+NO_DURATION_MS = 100
+"""How long a frame of an animation is shown that states no duration, in browsers as here [ms]."""
 
 
-def decode_image(file: BinaryIO, format_name: str, data: DataConfig, image_size: int) -> np.ndarray:
-    """Decode an image, the first one if the file has several (a stereo photo, an animation).
-
-    Args and errors are those of `with_pyav`.
-
-    Returns:
-        uint8 (1, image_size, image_size, 3), RGB.
-    """
+def decode_picture(
+    file: BinaryIO, format_name: str, data: DataConfig, image_size: int, start: float = 0.0, end: float | None = None
+) -> SampledFrames:
+    """Decode an image, or the sampled frames of an animation. Args, result and errors are those of `with_pyav`."""
+    if format_name == "webp":
+        return _decode_webp(file, data, image_size, start, end)
     require_size(*stored_size(file, format_name), data)
-    content = _without_compressed_metadata(file) if format_name == "png_pipe" else file
-    with open_container(content, format_name, data, [IMAGE_CODECS[format_name]]) as container:
+    content = file if format_name in ("jpeg_pipe", "gif") else _without_compressed_metadata(file)
+    if format_name in IMAGE_CODECS:
+        return _decode_still(content, format_name, data, image_size)
+    return with_pyav(content, format_name, data, image_size, start, end)
+
+
+def _decode_still(file: BinaryIO, format_name: str, data: DataConfig, image_size: int) -> SampledFrames:
+    """Decode a JPEG or PNG, the first picture if the file has several (a stereo photo)."""
+    with open_container(file, format_name, data, [IMAGE_CODECS[format_name]]) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"max_pixels": str(data.max_frame_pixels)}
         frame = next(container.decode(stream), None)
         if frame is None or frame.is_corrupt:
             raise UnreadableVideo(NO_FRAMES)
-        return np.ascontiguousarray(to_image(frame, VideoReformatter(), image_size)[None])
+        return SampledFrames(np.ascontiguousarray(to_image(frame, VideoReformatter(), image_size)[None]), np.zeros(1))
+
+
+def _decode_webp(file: BinaryIO, data: DataConfig, image_size: int, start: float, end: float | None) -> SampledFrames:
+    """Decode a WebP with Pillow: libav decodes no animated ones."""
+    header = read_webp_header(file, data)
+    moments, chosen = np.zeros(1), np.zeros(1, np.int64)
+    if header.frames > 1:
+        moments, chosen = choose_frames(header.starts, header.duration, FrameSampling.of(data), start, end)
+    resize = VideoReformatter()
+    images: list[np.ndarray] = []
+    file.seek(0)
+    # Errors of a damaged frame; those before the first one say that there is no image.
+    with contextlib.suppress(OSError, EOFError, SyntaxError), Image.open(file, formats=["WEBP"]) as image:
+        for number in chosen.tolist():
+            image.seek(number)
+            frame = av.VideoFrame.from_ndarray(np.asarray(image.convert("RGB")), format="rgb24")
+            images.append(np.ascontiguousarray(to_image(frame, resize, image_size)))
+    if not images:
+        raise UnreadableVideo(NO_FRAMES)
+    shown = chosen[: len(images)]
+    ends = np.append(header.starts[1:], header.duration)
+    shortfall = describe_shortfall(moments, header.starts[shown], ends[shown]) if header.frames > 1 else None
+    return SampledFrames(np.stack(images), header.starts[shown], shortfall)
+
+
+@dataclass(frozen=True)
+class WebpHeader:
+    """Size and times of a WebP image or animation."""
+
+    width: int
+    height: int
+    starts: np.ndarray
+    """When each frame appears, float64 (frames,) [s]."""
+    duration: float
+    """Of all frames; 0 for an image [s]."""
+
+    @property
+    def frames(self) -> int:
+        """Number of frames; 1 for an image."""
+        return len(self.starts)
+
+
+def read_webp_header(file: BinaryIO, data: DataConfig) -> WebpHeader:
+    """Read the size of a WebP, and the times of its frames.
+
+    Raises:
+        UnreadableVideo: there is no picture, or it is too large or too long.
+    """
+    width, height, milliseconds = 0, 0, []
+    for name, start, size in _webp_chunks(file):
+        file.seek(start)
+        head = file.read(16)
+        if name == b"ANMF" and size >= 16:
+            milliseconds.append(int.from_bytes(head[12:15], "little") or NO_DURATION_MS)
+            require_animation_size(width, height, len(milliseconds))
+        elif width:
+            continue
+        elif name == b"VP8X" and len(head) >= 10:
+            width, height = (1 + int.from_bytes(head[at : at + 3], "little") for at in (4, 7))
+        elif name == b"VP8 " and head[3:6] == b"\x9d\x01\x2a":
+            width, height = (size & 0x3FFF for size in struct.unpack_from("<HH", head, 6))
+        elif name == b"VP8L" and head[:1] == b"\x2f":
+            bits = int.from_bytes(head[1:5], "little")
+            width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    require_size(width, height, data, known=True)
+    ends = np.cumsum(milliseconds or [0]) / 1000
+    duration = float(ends[-1]) if len(ends) > 1 else 0.0
+    require_duration(duration, data)
+    return WebpHeader(width, height, np.append(0.0, ends[:-1]), duration)
+
+
+def _webp_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, start and size of the content of each chunk of a WebP."""
+    end = file.seek(0, io.SEEK_END)
+    at = 12
+    while at + 8 <= end:
+        file.seek(at)
+        name, size = struct.unpack("<4sI", file.read(8))
+        yield name, at + 8, size
+        at += 8 + size + size % 2
 
 
 def stored_size(file: BinaryIO, format_name: str) -> tuple[int, int]:
-    """Return width and height that an image's header states, before rotation [px].
+    """Return width and height that the header of a JPEG, PNG or GIF states, before rotation [px].
 
     Raises:
         UnreadableVideo: there is no such header.
     """
-    width, height = _png_size(file) if format_name == "png_pipe" else _jpeg_size(file)
+    width, height = {"jpeg_pipe": _jpeg_size, "gif": _gif_size}.get(format_name, _png_size)(file)
     if not width * height:
         raise UnreadableVideo(NO_FRAMES)
     return width, height
@@ -66,6 +161,12 @@ def _png_size(file: BinaryIO) -> tuple[int, int]:
     file.seek(0)
     head = file.read(24)
     return struct.unpack(">II", head[16:24]) if head[12:16] == b"IHDR" and len(head) == 24 else (0, 0)
+
+
+def _gif_size(file: BinaryIO) -> tuple[int, int]:
+    file.seek(6)
+    head = file.read(4)
+    return struct.unpack("<HH", head) if len(head) == 4 else (0, 0)
 
 
 def _jpeg_size(file: BinaryIO) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What libav does not tell about an mp4 or mov file: read from its boxes."""
 
 import io
+import itertools
 import math
 import struct
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from typing import BinaryIO
 
 CONTAINERS = set(b"moov trak mdia minf dinf stbl edts udta mvex moof traf wave".split())
 """Boxes whose content libav reads as boxes."""
+MAX_ENTRIES = 16
+"""Most descriptions of a track's samples that are looked at."""
 MAX_DEPTH = 10
 """Deepest box that libav enters."""
 
@@ -23,6 +26,25 @@ def _contains_compressed(file: BinaryIO, start: int, end: int, depth: int) -> bo
         box == b"cmov" or (box in CONTAINERS and _contains_compressed(file, first, last, depth - 1))
         for box, first, last in _boxes(file, start, end)
     )
+
+
+def encryption_scheme(file: BinaryIO) -> str | None:
+    """Return the name of the scheme by which a video track is encrypted ("cenc", "cbcs", ...); None if none is."""
+    for track in _boxes_at(file, (b"moov", b"trak", b"mdia"), (0, file.seek(0, io.SEEK_END))):
+        for start, _ in _boxes_at(file, (b"hdlr",), track):
+            file.seek(start + 8)
+            if file.read(4) != b"vide":
+                break
+        else:
+            for start, end in _boxes_at(file, (b"minf", b"stbl", b"stsd"), track):
+                for entry, first, last in itertools.islice(_boxes(file, start + 8, end), MAX_ENTRIES):
+                    if entry in (b"encv", b"drmi"):
+                        # The boxes of a visual sample entry come after 78 bytes of other fields.
+                        for position, _ in _boxes_at(file, (b"sinf", b"schm"), (first + 78, last)):
+                            file.seek(position + 4)
+                            return file.read(4).decode("ascii", "replace").strip()
+                        return "FairPlay" if entry == b"drmi" else "unknown scheme"
+    return None
 
 
 def read_rotation(file: BinaryIO, track: int) -> int:
@@ -41,6 +63,13 @@ def read_rotation(file: BinaryIO, track: int) -> int:
                         angle = math.atan2(b * math.hypot(a, c), a * math.hypot(b, d))
                         return -round(math.degrees(angle))
     return 0
+
+
+def _boxes_at(file: BinaryIO, path: tuple[bytes, ...], span: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Yield the content [start, end) of each box at a path of names."""
+    for box, start, end in _boxes(file, *span):
+        if box == path[0]:
+            yield from _boxes_at(file, path[1:], (start, end)) if len(path) > 1 else [(start, end)]
 
 
 def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:

@@ -8,14 +8,9 @@ from av.video.stream import VideoStream
 
 from crosslmm.config import DataConfig
 from crosslmm.data.video import mp4
-from crosslmm.data.video.image import IMAGE_CODECS, stored_size
-from crosslmm.data.video.pyav import (
-    INDEXED_FORMATS,
-    open_container,
-    require_size,
-    select_video_stream,
-    video_duration,
-)
+from crosslmm.data.video.container import open_container, require_size, select_video_stream
+from crosslmm.data.video.image import IMAGE_CODECS, read_webp_header, stored_size
+from crosslmm.data.video.timeline import Timeline, estimate_timeline, has_index, read_timeline, require_duration
 
 
 @dataclass(frozen=True)
@@ -43,42 +38,51 @@ class Probe:
 
 
 def probe(file: BinaryIO, format_name: str, data: DataConfig) -> Probe:
-    """Read a video's header and index, and its packets only if these do not state its duration.
+    """Read a video's header and index, and of its packets only what these do not state; damaged frames go unnoticed.
 
-    Arguments and errors are those of `with_pyav`; damaged frames go unnoticed.
+    A transport or program stream states no duration. Its estimate from the last time stamps is taken, if it is not
+    plainly wrong: decoding reads all packets, and this would cost as much as the file.
+
+    Arguments and errors are those of `with_pyav`.
     """
     with open_container(file, format_name, data) as container:
         stream = select_video_stream(container, data)
-        duration = video_duration(container, stream, data)
+        timeline = estimate_timeline(container, stream) or read_timeline(container, stream, data)
+        require_duration(timeline.duration, data)
         context = stream.codec_context
         require_size(context.width, context.height, data, known=True)
+        frames, keyframes = _count_frames(container, stream, timeline)
         result = Probe(
-            seconds=duration,
-            frames=stream.frames or None,
+            seconds=timeline.duration,
+            frames=frames,
             width=context.width,
             height=context.height,
             codec=context.codec.canonical_name,
             rotation=0,
-            keyframes=_count_keyframes(container, stream, duration),
+            keyframes=keyframes,
         )
         track = stream.id
     return replace(result, rotation=mp4.read_rotation(file, track)) if format_name == "mov" else result
 
 
-def probe_image(file: BinaryIO, format_name: str, data: DataConfig) -> Probe:
-    """Read the size of an image; arguments and errors are those of `with_pyav`."""
+def probe_picture(file: BinaryIO, format_name: str, data: DataConfig) -> Probe:
+    """Read the size of an image, and the duration of an animation; arguments and errors are those of `with_pyav`."""
+    if format_name == "webp":
+        header = read_webp_header(file, data)
+        return Probe(header.duration, header.frames, header.width, header.height, "webp", 0, None)
     width, height = stored_size(file, format_name)
     require_size(width, height, data)
-    return Probe(0.0, 1, width, height, IMAGE_CODECS[format_name], rotation=0, keyframes=None)
+    if format_name in IMAGE_CODECS:
+        return Probe(0.0, 1, width, height, IMAGE_CODECS[format_name], rotation=0, keyframes=None)
+    result = replace(probe(file, format_name, data), keyframes=None)
+    return replace(result, seconds=0.0) if result.frames == 1 else result
 
 
-def _count_keyframes(container: InputContainer, stream: VideoStream, duration: float) -> int | None:
-    """Count the keyframes in the index; None if there is no index, or if it ends early (fragmented mp4)."""
-    index = stream.index_entries
-    if not len(index) or not any(name in container.format.name for name in INDEXED_FORMATS):
-        return None
-    # Matroska's index has keyframes only, so its last entry may be long before the end.
-    reach = (index[len(index) - 1].timestamp - index[0].timestamp) * float(stream.time_base or 1)
-    if len(index) > 1 and reach < duration / 2 and "matroska" not in container.format.name:
-        return None
-    return sum(entry.is_keyframe for entry in index)
+def _count_frames(container: InputContainer, stream: VideoStream, timeline: Timeline) -> tuple[int | None, int | None]:
+    """Return the number of frames, and that of keyframes; None if it takes more packets to know them."""
+    if timeline.keyframes is not None:
+        return timeline.frames, len(timeline.keyframes)
+    if timeline.in_pieces or not has_index(container, stream):
+        return None, None
+    shown = [entry.is_keyframe for entry in stream.index_entries if not entry.is_discard]
+    return len(shown) if timeline.lists_frames else None, sum(shown)

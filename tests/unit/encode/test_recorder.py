@@ -4,8 +4,8 @@ from crosslmm.encode.recorder import EncodingRecorder
 
 def report(started, ended):
     return {
-        "entries": [], "quarantined": [], "squared_error": 0.0, "squared_values": 0.0, "started": started,
-        "ended": ended,
+        "entries": [], "quarantined": [], "shortfalls": [], "squared_error": 0.0, "squared_values": 0.0,
+        "started": started, "ended": ended,
     }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def test_digit_in_question_is_readable_in_the_decoded_frames(folder, known):
     trained = trained - trained.mean(1, keepdims=True)
     right, late = [], []
     for row in rows(folder, "held_out"):
-        visible, _, pixels = crop(decode_video(row["videos"][0], DataConfig(num_frames=FRAMES), SIDE), "red")
+        visible, _, pixels = crop(decode_video(row["videos"][0], DataConfig(num_frames=FRAMES), SIDE).images, "red")
         small = pixels.reshape(8, 2, 8, 2).mean((1, 3)).reshape(64)
         small = (small - small.mean()) / 255
         nearest = known["train"].labels[np.square(trained - small).sum(1).argmin()]
@@ -67,7 +67,7 @@ def test_splits_share_no_image(known):
 
 def test_plates_do_not_overlap(folder):
     for row in rows(folder, "train"):
-        frames = decode_video(row["videos"][0], DataConfig(num_frames=FRAMES), SIDE)
+        frames = decode_video(row["videos"][0], DataConfig(num_frames=FRAMES), SIDE).images
         corners = [crop(frames, colour)[1] for colour in PLATES]
         assert all(abs(a - b).max() >= 16 for a, b in itertools.combinations(corners, 2)), row["id"]
 

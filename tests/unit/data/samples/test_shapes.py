@@ -69,7 +69,7 @@ def direction(first, last):
 
 def test_every_answer_is_visible_in_the_pixels(folder):
     for row in [*rows(folder, "train")[:60], *rows(folder, "held_out")]:
-        frames = decode_video(row["videos"][0], DataConfig(num_frames=FRAMES), SIDE)
+        frames = decode_video(row["videos"][0], DataConfig(num_frames=FRAMES), SIDE).images
         assert len(frames) == FRAMES
         shapes = [segment(frame) for frame in frames]
         (first, colour), (middle, _), (last, _) = shapes[0], shapes[FRAMES // 2], shapes[-1]
@@ -85,7 +85,7 @@ def test_every_answer_is_visible_in_the_pixels(folder):
 
 def test_sequence_clip_shows_three_colours(folder):
     for row in [r for r in rows(folder, "held_out") if r["kind"] == "first"]:
-        frames = decode_video(row["videos"][0], DataConfig(num_frames=FRAMES), SIDE)
+        frames = decode_video(row["videos"][0], DataConfig(num_frames=FRAMES), SIDE).images
         assert len({segment(frame)[1] for frame in frames}) == 3
 
 

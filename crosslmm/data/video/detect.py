@@ -1,0 +1,184 @@
+"""Find out what a file is from its first bytes, and whether it is encrypted, before any decoder sees it.
+
+No decoder is left to guess: playlists and scripts could make it open other files and hosts.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+from crosslmm.data.video import mp4
+from crosslmm.data.video.container import UnreadableVideo
+
+SUPPORTED = (
+    "an mp4, mov, mkv, webm, avi, ts, m2ts, mpg, vob, flv, wmv, ogv or mxf file, a raw H.264, HEVC or MPEG stream, nor "
+    "a gif, png, webp or jpeg image"
+)
+SIGNATURES = {
+    b"\x1aE\xdf\xa3": "matroska",
+    b"\x00\x00\x01\xba": "mpeg",
+    b"FLV\x01": "flv",
+    b"0&\xb2u\x8ef\xcf\x11": "asf",
+    b"OggS\x00": "ogg",
+    b"\x06\x0e+4\x02\x05\x01\x01\r\x01\x02": "mxf",
+    b"GIF87a": "gif",
+    b"GIF89a": "gif",
+    b"\xff\xd8\xff": "jpeg_pipe",
+    b"\x89PNG\r\n\x1a\n": "png_pipe",
+    b"\x00\x00\x00\x01g": "h264",
+    b"\x00\x00\x00\x01\x09": "h264",
+    b"\x00\x00\x00\x01\x40\x01": "hevc",
+    b"\x00\x00\x00\x01\x46\x01": "hevc",
+    b"\x00\x00\x01\xb3": "mpegvideo",
+}
+"""First bytes of formats, and libav's names of these."""
+PACKET_SIZES = {188: 0, 192: 4, 204: 0}
+"""Sizes of a transport stream's packets, and the offset of the sync byte: broadcast, camcorders (a time stamp comes
+first), broadcast with error correction [bytes]."""
+SYNC_PACKETS = 5
+"""Packets whose sync bytes are looked at."""
+SCRAMBLED_SHARE = 0.5
+"""Share of scrambled packets from which on a stream counts as encrypted."""
+SCANNED_BYTES = 256 * 2**10
+"""Bytes of a file that are searched for scrambled packets."""
+MAX_ELEMENTS = 256
+"""Elements of a Matroska file in one parent that are looked at; there are about twenty."""
+
+
+def detect_format(file: BinaryIO, max_bytes: int) -> str:
+    """Return libav's name of a file's container; "webp" is Pillow's.
+
+    Raises:
+        UnreadableVideo: the file is empty, too large, or has none of the supported formats.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(SYNC_PACKETS * max(PACKET_SIZES))
+    if not head:
+        raise UnreadableVideo("the file is empty")
+    if size > max_bytes:
+        raise UnreadableVideo(f"it has {size} bytes, and data.max_video_bytes is {max_bytes}")
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
+        return "mov"
+    if head[:4] == b"RIFF" and head[8:11] == b"AVI":
+        return "avi"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if _packet_size(head):
+        return "mpegts"
+    found = next((name for signature, name in SIGNATURES.items() if head.startswith(signature)), None)
+    if found is None:
+        raise UnreadableVideo(f"not {SUPPORTED}: it begins with {head[:12]!r}")
+    return "apng" if found == "png_pipe" and _is_animated_png(file) else found
+
+
+def require_unencrypted(file: BinaryIO, format_name: str) -> None:
+    """Check that a file's video is not encrypted, as far as the format says so.
+
+    Raises:
+        UnreadableVideo: it is.
+    """
+    check = ENCRYPTION.get(format_name)
+    if check and (scheme := check(file)):
+        raise UnreadableVideo(f"its video is encrypted ({scheme})")
+
+
+def _packet_size(head: bytes) -> int:
+    """Return the size of a transport stream's packets [bytes]; 0 for another file."""
+    for size, offset in PACKET_SIZES.items():
+        syncs = head[offset::size]
+        if len(syncs) >= 2 and set(syncs) == {ord("G")}:
+            return size
+    return 0
+
+
+def _is_animated_png(file: BinaryIO) -> bool:
+    """Return whether a PNG announces an animation before its first picture."""
+    at = 8
+    for _ in range(1000):  # a picture comes after a dozen others
+        file.seek(at)
+        head = file.read(8)
+        if len(head) < 8 or head[4:] in (b"acTL", b"IDAT"):
+            return head[4:] == b"acTL"
+        at += 12 + int.from_bytes(head[:4])
+    return False
+
+
+def _scrambled_transport_stream(file: BinaryIO) -> str | None:
+    file.seek(0)
+    data = file.read(SCANNED_BYTES)
+    size = _packet_size(data[: SYNC_PACKETS * max(PACKET_SIZES)])
+    start = PACKET_SIZES.get(size, 0)
+    # Tables are never scrambled, and audio may not be.
+    flags = [data[at + 3] & 0x80 for at in range(start, len(data) - 3, size or len(data))]
+    return "a scrambled transport stream" if sum(map(bool, flags)) > SCRAMBLED_SHARE * len(flags) else None
+
+
+def _scrambled_program_stream(file: BinaryIO) -> str | None:
+    file.seek(0)
+    # After the header of a video packet's MPEG-2 form, two bits say whether it is scrambled.
+    flags = [
+        match[1][0] & 0x30 for match in re.finditer(rb"\x00\x00\x01\xe0..([\x80-\xbf])", file.read(SCANNED_BYTES), re.S)
+    ]
+    return "CSS, as on DVDs" if sum(map(bool, flags)) > SCRAMBLED_SHARE * max(len(flags), 1) else None
+
+
+def _protected_asf(file: BinaryIO) -> str | None:
+    """Look for the content encryption objects of a WMV's header."""
+    file.seek(16)
+    size = min(int.from_bytes(file.read(8), "little"), SCANNED_BYTES)
+    file.seek(0)
+    header = file.read(size)
+    marks = (
+        b"\xfb\xb3\x11\x22\x23\xbd\xd2\x11\xb4\xb7\x00\xa0\xc9\x55\xfc\x6e",
+        b"\x14\xe6\x8a\x29\x22\x26\x17\x4c\xb9\x35\xda\xe0\x7e\xe9\x28\x9c",
+    )
+    return "Windows Media DRM" if any(mark in header for mark in marks) else None
+
+
+def _encrypted_matroska(file: BinaryIO) -> str | None:
+    """Look for ContentEncryption in the first video track."""
+    everything = 0, file.seek(0, os.SEEK_END)
+    segment, tracks = 0x18538067, 0x1654AE6B
+    track, kind, encodings, encoding, encryption = 0xAE, 0x83, 0x6D80, 0x6240, 0x5035
+    for entry in _elements(file, track, _first(file, tracks, _first(file, segment, everything))):
+        at, _ = _first(file, kind, entry)
+        file.seek(at)
+        if file.read(1) == b"\1":
+            found = _first(file, encryption, _first(file, encoding, _first(file, encodings, entry)))
+            return "ContentEncryption" if found[1] else None
+    return None
+
+
+def _first(file: BinaryIO, name: int, parent: tuple[int, int]) -> tuple[int, int]:
+    return next(_elements(file, name, parent), (0, 0))
+
+
+def _elements(file: BinaryIO, name: int, parent: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Yield the content [start, end) of each EBML element with this id in a parent, up to the first cluster."""
+    start, end = parent
+    for _ in range(MAX_ELEMENTS):
+        if start >= end:
+            return
+        file.seek(start)
+        head = file.read(12)
+        id_length = 9 - head[0].bit_length() if head else 9
+        if id_length > 4 or len(head) <= id_length or head[:id_length] == b"\x1f\x43\xb6\x75":
+            return
+        size_length = 9 - head[id_length].bit_length()
+        size = int.from_bytes(head[id_length : id_length + size_length]) & ((1 << 7 * size_length) - 1)
+        content = start + id_length + size_length
+        start = end if size == (1 << 7 * size_length) - 1 else min(content + size, end)  # all ones: unknown
+        if int.from_bytes(head[:id_length]) == name:
+            yield content, start
+
+
+ENCRYPTION: dict[str, Callable[[BinaryIO], str | None]] = {
+    "mov": mp4.encryption_scheme,
+    "matroska": _encrypted_matroska,
+    "mpegts": _scrambled_transport_stream,
+    "mpeg": _scrambled_program_stream,
+    "asf": _protected_asf,
+}
+"""Functions that return the name of a file's encryption, or None."""

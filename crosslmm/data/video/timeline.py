@@ -1,0 +1,289 @@
+"""When the frames of a video stream are shown: from its index and last packets, or from all of its packets.
+
+What a header says is a hint. A container's duration is that of its longest stream, and writers copy, guess or forget
+durations, so none is used unless the stream's own packets or index agree with it.
+"""
+
+import contextlib
+import functools
+import math
+from dataclasses import dataclass, field
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from crosslmm.config import DataConfig
+from crosslmm.data.frame_sampling import FrameSampling, frames_at
+from crosslmm.data.video.container import UnreadableVideo
+
+INDEXED_FORMATS = ("mov", "matroska", "avi", "flv")
+"""Formats whose index names the keyframes, or has them once libav has read the file."""
+BYTE_FORMATS = ("mpegts", "mpeg", "h264", "hevc", "mpegvideo")
+"""Formats in which libav seeks by bytes more reliably than by time, which several parts of a file may share."""
+ESTIMATED_FORMATS = ("mpegts", "mpeg", "ogg")
+"""Formats of which libav estimates a stream's duration from the last time stamps of this very stream."""
+TS_DISCONT = 0x0200
+"""AVFMT_TS_DISCONT: libav's flag of formats whose clock may jump."""
+JUMP_FORWARD_S, JUMP_BACK_S = 10.0, 0.1
+"""Differences between two time stamps that are a jump of the clock, as ffmpeg has it (`dts_delta_threshold`) [s]."""
+FAR = 2**40
+"""A time after the end of every video [ticks of the stream's clock]."""
+SHORT_PART_S = 60.0
+"""A part of a video that ends so soon is decoded from the start of the file, without a search for its end [s]."""
+ROUNDING_S = 1e-6
+"""Added to each moment, so that rounding never puts it just before its frame [s]."""
+MIN_BYTES_PER_S = 2000
+"""A duration which leaves fewer bytes for a second is not believed: the clock jumped [bytes/s]."""
+
+
+@dataclass(frozen=True)
+class Keyframe:
+    """Where decoding can start."""
+
+    time: int
+    """When it is shown [ticks], jumps of the clock removed."""
+    position: int
+    """Offset of its packet in the file, or of one shortly before [bytes]."""
+    shift: int = 0
+    """What jumps of the clock before it have added to its time stamps [ticks]."""
+
+
+@dataclass
+class Timeline:
+    """The times of a stream's frames, in ticks of its clock."""
+
+    start: int
+    """When the first frame appears."""
+    end: float
+    """When the last frame leaves the screen."""
+    tick: float
+    """Length of a tick [s]."""
+    last: float | None = None
+    """When the last frame appears, if known."""
+    frames: int | None = None
+    """Number of frames; known if all packets were read."""
+    keyframes: list[Keyframe] | None = None
+    """Keyframes; known if all packets were read. Otherwise libav's index has them, or nothing has."""
+    jumps: int = 0
+    """Number of jumps of the clock that were removed."""
+    without_pts: bool = False
+    """Whether packets have decoding times only: then the n-th frame that the decoder outputs, counted from the start of
+    the file, has the n-th smallest of these."""
+    estimated: bool = False
+    """Whether `start` and `end` are libav's estimate, which a jump of the clock makes wrong."""
+    lists_frames: bool = False
+    """Whether libav's index has all frames, and not only keyframes."""
+    in_pieces: bool = False
+    """Whether libav reads the index in pieces, as it seeks (fragments with a segment index)."""
+
+    @functools.cached_property
+    def keyframe_times(self) -> np.ndarray:
+        """When each of `keyframes` is shown, int64 (keyframes,)."""
+        return np.array([keyframe.time for keyframe in self.keyframes or ()], np.int64)
+
+    @property
+    def duration(self) -> float:
+        """From the start of the first frame to the end of the last [s]."""
+        return (self.end - self.start) * self.tick
+
+
+@dataclass
+class Clock:
+    """Gives packets continuous times: removes jumps of the clock as ffmpeg does, and counts where there are no times.
+
+    Packets pass through it in the order of the file.
+    """
+
+    container: InputContainer
+    stream: VideoStream
+    shift: int = 0
+    """What is added to all time stamps [ticks]."""
+    next_time: int | None = None
+    """Decoding time that the next packet should have [ticks]."""
+    jumps: int = 0
+    _last: int = field(default=-FAR, init=False)
+
+    def adjust(self, packet: Packet) -> None:
+        """Change the time stamps of a packet."""
+        dts = packet.dts if packet.dts is not None else packet.pts
+        if dts is None:
+            dts = self.next_time or 0
+            if self.container.format.name in BYTE_FORMATS:
+                packet.dts = dts
+        elif self.container.format.flags & TS_DISCONT:
+            dts += self.shift
+            if self.next_time is not None and not self._continues(dts):
+                self.shift += self.next_time - dts
+                self.jumps += 1
+                dts = self.next_time
+            packet.dts = dts
+            if packet.pts is not None:
+                packet.pts += self.shift
+        self._last, self.next_time = dts, dts + (packet.duration or frame_ticks(self.stream))
+
+    def _continues(self, dts: int) -> bool:
+        tick = float(self.stream.time_base or 1)
+        assert self.next_time is not None
+        return (dts - self.next_time) * tick <= JUMP_FORWARD_S and (self._last - dts) * tick <= JUMP_BACK_S
+
+
+def read_timeline(
+    container: InputContainer, stream: VideoStream, data: DataConfig, until: float = math.inf
+) -> Timeline:
+    """Find out when a stream's frames are shown; loads the container's index.
+
+    Args:
+        container, stream: as `select_video_stream` leaves them.
+        data: limits.
+        until: no frame after this time is needed if the video is longer [s].
+
+    Raises:
+        UnreadableVideo: the video is too long, or has no packet.
+    """
+    if "matroska" in container.format.name:
+        rewind(container)  # libav reads the index of a Matroska file on the first seek only
+    timeline = _from_index(container, stream) if has_index(container, stream) else None
+    if not timeline and until <= SHORT_PART_S:
+        estimate = estimate_timeline(container, stream)
+        timeline = estimate if estimate and estimate.duration > until + 1 else None
+    timeline = timeline or scan(container, stream)
+    require_duration(timeline.duration, data)
+    return timeline
+
+
+def require_duration(seconds: float, data: DataConfig) -> None:
+    """Raise UnreadableVideo if a video is too long [s]."""
+    if seconds > data.max_video_s:
+        raise UnreadableVideo(f"it lasts {seconds:.0f} s, and data.max_video_s is {data.max_video_s:g}")
+
+
+def clip_bounds(start: float, end: float | None, duration: float) -> tuple[float, float]:
+    """Return start and end of the requested part of a video of this duration [s].
+
+    Raises:
+        UnreadableVideo: the video ends before the part starts.
+    """
+    if start >= duration:
+        raise UnreadableVideo(f"it lasts {duration:.1f} s, and the requested part starts at {start:g} s")
+    return start, duration if end is None else min(end, duration)
+
+
+def choose_frames(
+    starts: np.ndarray, duration: float, sampling: FrameSampling, start: float, end: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose from frames whose times are all known.
+
+    Args:
+        starts: when each frame appears, ascending from 0, float64 (frames,) [s].
+        duration: of the video [s].
+        sampling: the policy.
+        start, end: part of the video to sample from; None means the end of the video [s].
+
+    Returns:
+        (moments, chosen): the sampled moments [s], and the indices of the frames that are on screen then, each once.
+
+    Raises:
+        UnreadableVideo: the video ends before the part starts.
+    """
+    first, last = clip_bounds(start, end, duration)
+    latest = float(starts[np.searchsorted(starts, last) - 1])
+    moments = first + sampling.times(last - first, max(latest - first, 0)) + ROUNDING_S
+    return moments, frames_at(starts, moments)
+
+
+def estimate_timeline(container: InputContainer, stream: VideoStream) -> Timeline | None:
+    """Return libav's estimate, if it is one of this stream and can be believed."""
+    if container.format.name not in ESTIMATED_FORMATS or not stream.duration:
+        return None
+    start = stream.start_time or 0
+    estimate = Timeline(start, start + stream.duration, float(stream.time_base or 1), estimated=True)
+    believable = 0 < estimate.duration * MIN_BYTES_PER_S <= container.size
+    return estimate if believable else None
+
+
+def scan(container: InputContainer, stream: VideoStream) -> Timeline:
+    """Read all packets of a stream, and decode none.
+
+    Raises:
+        UnreadableVideo: there are none.
+    """
+    rewind(container)
+    timeline = _read_packets(container, stream, Clock(container, stream))
+    if not timeline:
+        raise UnreadableVideo("the file has no frames that can be decoded")
+    return timeline
+
+
+def has_index(container: InputContainer, stream: VideoStream) -> bool:
+    """Return whether libav's index names the keyframes of a stream."""
+    return len(stream.index_entries) > 0 and any(name in container.format.name for name in INDEXED_FORMATS)
+
+
+def frame_ticks(stream: VideoStream) -> int:
+    """Return the time between two frames at the stream's average rate [ticks], at least 1."""
+    rate = stream.average_rate or stream.guessed_rate
+    return max(1, round(1 / (rate * stream.time_base))) if rate and stream.time_base else 1
+
+
+def rewind(container: InputContainer) -> None:
+    """Go to the start of the file."""
+    by_bytes = [True] if container.format.name in BYTE_FORMATS else [False, True]  # by time, a search in the file
+    for how in by_bytes:
+        with contextlib.suppress(av.FFmpegError):  # no frame at 0, or no frames
+            container.seek(0, unsupported_byte_offset=how)
+            return
+
+
+def _from_index(container: InputContainer, stream: VideoStream) -> Timeline | None:
+    """Return the times that index and last packets give; None if no packet follows the last keyframe."""
+    index, tick, entries = stream.index_entries, float(stream.time_base or 1), len(stream.index_entries)
+    start = index[0].timestamp if stream.start_time is None else stream.start_time
+    without_pts = container.format.name == "avi"
+    lists_all = without_pts or "mov" in container.format.name  # all frames, and not only keyframes
+    if lists_all and stream.duration and not index[0].is_discard:
+        # The header's duration counts if it leaves the last frame about as long on screen as the others.
+        tail = stream.duration - (index[entries - 1].timestamp - index[0].timestamp)
+        if 0 < tail <= 2 * frame_ticks(stream):
+            return Timeline(start, start + stream.duration, tick, without_pts=without_pts, lists_frames=True)
+    with contextlib.suppress(av.FFmpegError):
+        container.seek(FAR, stream=stream)
+    packets = _read_packets(container, stream)
+    rewind(container)
+    return packets and Timeline(
+        start,
+        packets.end,
+        tick,
+        packets.last,
+        without_pts=without_pts,
+        lists_frames=lists_all,
+        in_pieces=lists_all and len(stream.index_entries) > entries,
+    )
+
+
+def _read_packets(container: InputContainer, stream: VideoStream, clock: Clock | None = None) -> Timeline | None:
+    """Read the packets from here to the end of the file; return their times, or None without packets."""
+    keyframes: list[Keyframe] = []
+    position = frames = 0
+    first, last, end, without_pts = math.inf, -math.inf, -math.inf, False
+    with contextlib.suppress(av.error.InvalidDataError):  # packets before the damage still count
+        for packet in container.demux(stream):
+            if clock and packet.size:
+                clock.adjust(packet)
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is None or not packet.size or packet.is_discard:
+                continue
+            position = position if packet.pos is None else packet.pos
+            without_pts |= packet.pts is None
+            if packet.is_keyframe:
+                keyframes.append(Keyframe(time, position, clock.shift if clock else 0))
+            frames += 1
+            first, last = min(first, time), max(last, time)
+            end = max(end, time + (packet.duration or frame_ticks(stream)))
+    if not frames:
+        return None
+    start = keyframes[0].time if keyframes else int(first)  # frames before the first keyframe cannot be decoded
+    jumps = clock.jumps if clock else 0
+    return Timeline(start, end, float(stream.time_base or 1), last, frames, keyframes, jumps, without_pts=without_pts)

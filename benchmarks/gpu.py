@@ -35,8 +35,8 @@ from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
 from crosslmm.model import CrossLMMForConditionalGeneration
 from crosslmm.model.loading import build_config
+from crosslmm.planning.assumptions import GPUS, Assumptions
 from crosslmm.planning.cost import TEXT, VIDEO, training_memory, training_trace
-from crosslmm.planning.plan import GPUS, Assumptions
 from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.loop import Callbacks, Metrics, StepBatch, pinned, train
 from crosslmm.train.optim import build_optimizer

@@ -25,8 +25,7 @@ from crosslmm.text import first_error
 
 def main() -> int:
     """Parse the arguments, plan, and print the plan."""
-    from crosslmm.planning.plan import Assumptions, plan
-    from crosslmm.planning.report import print_plan
+    from crosslmm.planning.assumptions import Assumptions
 
     def add_arguments(parser: ArgumentParser) -> None:
         parser.add_argument("--frames", type=str, metavar="N[,N...]",
@@ -43,7 +42,12 @@ def main() -> int:
             values["scaling"]["num_workers"] = gpus
             config = validate_run(values)
         counts = [config.data.num_frames] if frames is None else frame_counts(frames)
-        planned = plan(config, counts, Assumptions(**arguments))
+        assumptions = Assumptions(**arguments)
+        # These import torch: refuse invalid arguments first.
+        from crosslmm.planning.plan import plan
+        from crosslmm.planning.report import print_plan
+
+        planned = plan(config, counts, assumptions)
     except ValidationError as error:
         fail(BadConfig(first_error(error)))
     except BadConfig as error:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from crosslmm.planning.plan import Plan, Range, Row
+from crosslmm.planning.assumptions import Range
+from crosslmm.planning.plan import Plan, Row
 
 NOT_INCLUDED = (
     "not in the price: machines without GPUs (head, MLflow, decoders beyond the GPU machines' own cores), validations, "

@@ -12,7 +12,8 @@ from ray.tune.search import Searcher
 
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.planning import cost
-from crosslmm.planning.plan import GPUS, Assumptions, usable_memory
+from crosslmm.planning.assumptions import GPUS, Assumptions
+from crosslmm.planning.plan import usable_memory
 from crosslmm.sweep import trials
 from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import Space, apply, grid, is_grid, settings, suggest

@@ -15,7 +15,8 @@ from peft import PeftModel
 from crosslmm.cli import parse_run
 from crosslmm.model import CrossLMMForConditionalGeneration
 from crosslmm.model.loading import build_model, build_processor
-from crosslmm.planning.plan import Assumptions, plan
+from crosslmm.planning.assumptions import Assumptions
+from crosslmm.planning.plan import plan
 from crosslmm.run_folder import BASE_FILE, BASE_FOLDER
 from crosslmm.train import checkpoint, checkpoint_store, loop, shards, worker
 from crosslmm.train.optim import build_optimizer

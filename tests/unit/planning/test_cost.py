@@ -23,8 +23,9 @@ from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.param_groups import component_of, fsdp_units
 from crosslmm.planning import cost, meta_trace
 from crosslmm.planning import plan as planning
+from crosslmm.planning.assumptions import GPUS, Assumptions
 from crosslmm.planning.meta_trace import trace
-from crosslmm.planning.plan import GPUS, Assumptions, Fit, plan
+from crosslmm.planning.plan import Fit, plan
 from crosslmm.train.distributed.parallel import parallelize
 from tests.support.common import random_frames
 

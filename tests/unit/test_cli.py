@@ -175,4 +175,4 @@ def test_every_job_refuses_and_helps_at_once(job):
         assert ended.returncode == status, ended.stderr
         assert "Traceback" not in ended.stderr
         used = after.children_user + after.children_system - before.children_user - before.children_system
-        assert used < 2, f"{argv} took {used} s of a processor"
+        assert used < 4, f"{argv} took {used} s of a processor"

@@ -72,7 +72,7 @@ def repair(run: str) -> int:
 
 
 def export(run: str, folder: str, step: int | None, merge: bool) -> int:
-    """Write a folder for `from_pretrained` (of adapters, for PEFT) of a given step, or of the newest intact one."""
+    """Write a `from_pretrained` folder, or one of adapters, of the newest intact checkpoint or of a given step."""
     # These import torch, which the other commands need not wait for.
     from transformers.utils import logging as transformers_logging
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 
 from crosslmm import storage
@@ -54,14 +55,17 @@ class Base:
         Raises:
             ValueError: it is not that.
         """
-        fields = storage.parse_json(data)
-        if not isinstance(fields, dict) or {type(fields.get(key)) for key in ("uri", "sha256")} != {str}:
-            raise ValueError("it does not name a model and its sha256")
-        return cls(fields["uri"], fields["sha256"])
+        try:
+            return _BASE.validate_json(data)
+        except ValidationError as error:
+            raise ValueError(f"{BASE_FILE} cannot be read: {error.errors()[0]['msg']}") from None
 
     def located(self, run: str) -> "Base":
         """Return the base of a checkpoint in the run's folder `run` with its absolute address."""
         return replace(self, uri=storage.join(run, BASE_FOLDER)) if self.uri == BASE_FOLDER else self
+
+
+_BASE = TypeAdapter(Base)
 
 
 def weights_digest(folder: str | Path) -> str:
@@ -108,8 +112,8 @@ def open_base(
         digest = weights_digest(folder)
         if recorded and digest != recorded.sha256:
             raise BadConfig(
-                f"model.init_from: {uri} is not the model that the run's adapters belong to: its weights have the "
-                f"sha256 {digest[:12]}..., and the run began with {recorded.sha256[:12]}..."
+                f"{'' if is_own else 'model.init_from: '}{uri} is not the model that the run's adapters belong to: its "
+                f"weights have the sha256 {digest[:12]}..., and the run began with {recorded.sha256[:12]}..."
             )
         base = Base(BASE_FOLDER if is_own else absolute(uri), digest)
         # An object store is asked for the weights once. In a copy of a local folder there are links, which lead out.

@@ -113,8 +113,13 @@ def load(model: CrossLMMForConditionalGeneration, folder: Path) -> None:
         weights = load_file(folder / ADAPTER_FILE)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{ADAPTER_FILE} cannot be read: {error}") from None
-    layers = [name for name in _linear_layers(model) if _matches(name, config["target_modules"])]
-    whole = {name for name, _ in model.named_modules() if _matches(name, config["modules_to_save"] or [])}
+    saved_whole = config["modules_to_save"] or []
+    whole = tuple(f"{name}." for name, _ in model.named_modules() if _matches(name, saved_whole))
+    layers = [
+        name
+        for name in _linear_layers(model)
+        if _matches(name, config["target_modules"]) and not name.startswith(whole)
+    ]
     if not layers:
         raise ValueError(f"{ADAPTER_CONFIG_FILE}: the model has none of the layers in target_modules")
     # Without memory for weights: the rank is a stranger's number until the file turns out to have it.
@@ -122,7 +127,7 @@ def load(model: CrossLMMForConditionalGeneration, folder: Path) -> None:
     expected = {
         _name_in_file(name): (name, parameter)
         for name, parameter in model.named_parameters()
-        if is_of_adapter(name) or any(name.startswith(f"{module}.") for module in whole)
+        if is_of_adapter(name) or name.startswith(whole)
     }
     if odd := sorted(expected.keys() ^ weights.keys()):
         raise ValueError(f"{ADAPTER_FILE}: its weights are not those of the model's layers: {ascii(odd[0])[1:-1]}")

@@ -116,15 +116,10 @@ def load_answerer(model_uri: str, config: TrackingConfig, adapter: str | None = 
         ValueError: the adapter does not belong to the model, or the model is too old to take one.
     """
     mlflow.set_tracking_uri(tracking_uri(config))
-    model = mlflow.pyfunc.load_model(model_uri, model_config=_with(adapter))
+    model = mlflow.pyfunc.load_model(model_uri, model_config={"adapter": adapter} if adapter else {})
     if adapter and "adapter" not in model.model_config:
         raise ValueError(f"{model_uri}: an earlier version registered it, which takes no adapter; register it again")
     return model.unwrap_python_model().answerer
-
-
-def _with(adapter: str | None) -> dict[str, str]:
-    """Return what of `MODEL_CONFIG` an adapter sets."""
-    return {"adapter": adapter if adapter.startswith("models:/") else storage.absolute(adapter)} if adapter else {}
 
 
 def _requirements() -> list[str]:

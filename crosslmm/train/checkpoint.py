@@ -91,7 +91,7 @@ def read_base(checkpoint: Checkpoint) -> Base | None:
     try:
         return Base.from_json(shards.read_verified(checkpoint, BASE_FILE))
     except ValueError as error:
-        raise shards.Damaged(f"{BASE_FILE}: {error}") from None
+        raise shards.Damaged(str(error)) from None
 
 
 def _list_on_rank_0(run: str, group: dist.ProcessGroup) -> list[Checkpoint]:

@@ -90,6 +90,12 @@ def black(number, width, height):
     return np.zeros((height, width, 3), np.uint8)
 
 
+def webp(name, content):
+    """Return a WebP of one chunk, whose picture is missing."""
+    chunk = name + struct.pack("<I", len(content) + 500) + content + bytes(500)
+    return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
+
+
 def unpacks_to(mib):
     """Return zlib data that unpacks to this much."""
     packer = zlib.compressobj(1)
@@ -132,8 +138,10 @@ REFUSED = {
     "mp4 whose header is compressed": (lambda: compressed_header(400, b"moov"), COMPRESSED),
     "mp4 that is compressed at its top": (lambda: compressed_header(400), COMPRESSED),
     "mp4 whose track is compressed": (lambda: compressed_header(400, b"moov", b"trak", b"mdia"), COMPRESSED),
-    "gif": (lambda: b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(900), "not an mp4"),
-    "webp": (lambda: b"RIFF\xff\0\0\0WEBPVP8X" + bytes(900), "not an mp4"),
+    "gif": (lambda: b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(900), TOO_LARGE),
+    "webp": (lambda: webp(b"VP8X", bytes(4) + b"\xff\xff\xff" * 2), TOO_LARGE),
+    "webp of VP8": (lambda: webp(b"VP8 ", b"\0\0\0\x9d\x01\x2a\xff\x3f\xff\x3f"), TOO_LARGE),
+    "webp of VP8L": (lambda: webp(b"VP8L", b"\x2f\xff\xff\xff\x0f"), TOO_LARGE),
     "svg": (lambda: b'<svg width="99999" height="99999"><image href="http://127.0.0.1:9/a.png"/></svg>', "not an mp4"),
 }  # fmt: skip
 

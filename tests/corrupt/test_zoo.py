@@ -118,7 +118,8 @@ BAD = {
     "zeros": (bytes(5000), "check", "not an mp4"),
     "text": (b"\x1b[2Jnot a video\n", "check", r"begins with b'\\x1b\[2Jnot a vi'"),
     "broken jpeg": (b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(900), "decode|check", UNDECODABLE),
-    "gif called mp4": (b"GIF89a" + bytes(900), "check", "not an mp4"),
+    "gif without a picture": (b"GIF89a" + bytes(900), "check", "no frames"),
+    "webp without a picture": (b"RIFF\xff\0\0\0WEBPVP8X" + bytes(900), "check|decode", "no frames"),
     "zip called mp4": (b"PK\3\4" + bytes(900), "check", "not an mp4"),
     "wav called avi": (b"RIFF\0\0\0\0WAVEfmt " + bytes(900), "check", "not an mp4"),
     "audio only": (zoo.audio_only(), "check", "no video stream"),
@@ -355,10 +356,17 @@ def test_no_file_makes_a_decoder_open_a_socket(tmp_path, backend):
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 @pytest.mark.parametrize(
     ("form", "codec"),
-    [("matroska", "ffv1"), ("avi", "huffyuv"), ("avi", "wmv2"), ("avi", "flv1"), ("mov", "png"), ("avi", "ffvhuff")],
+    [
+        ("matroska", "ffv1"),
+        ("avi", "huffyuv"),
+        ("avi", "cinepak"),
+        ("mov", "qtrle"),
+        ("mov", "png"),
+        ("avi", "ffvhuff"),
+    ],
 )
 def test_codec_that_is_not_listed_is_refused_by_name(tmp_path, backend, form, codec):
-    pixels = {"png": "rgb24", "huffyuv": "yuv422p"}.get(codec, "yuv420p")
+    pixels = {"png": "rgb24", "huffyuv": "yuv422p", "cinepak": "rgb24", "qtrle": "rgb24"}.get(codec, "yuv420p")
     (tmp_path / "clip").write_bytes(zoo.video(form, codec, frames=3, pixels=pixels))
     data = DataConfig(num_frames=COUNT, decoder=backend)
     for result in (decode_video(f"{tmp_path}/clip", data, SIDE), probe_video(f"{tmp_path}/clip", data)):

@@ -15,13 +15,20 @@ from av.video.reformatter import VideoReformatter
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import FrameSampling, SampledFrames, describe_shortfall
 from crosslmm.data.video.container import (
+    NoFrames,
     UnreadableVideo,
     open_container,
     require_codec,
     require_size,
-    select_video_stream,
 )
-from crosslmm.data.video.timeline import ROUNDING_S, choose_frames, clip_bounds, frame_ticks, require_duration
+from crosslmm.data.video.timeline import (
+    ROUNDING_S,
+    choose_frames,
+    clip_bounds,
+    frame_ticks,
+    open_stream,
+    require_duration,
+)
 
 
 def with_decord(
@@ -38,7 +45,7 @@ def with_decord(
     content = io.BytesIO(file.read())  # read once: the file could change between the check and the decoding
     with open_container(content, format_name, data) as container:
         _require_all_allowed(container, data)
-        select_video_stream(container, data)
+        open_stream(container, data, until=0.0)
     _require_guess(content, format_name, "decord", decord._ffi.libinfo.find_lib_path()[0])
     content.seek(0)
     reader = decord.VideoReader(content, num_threads=1)
@@ -78,7 +85,7 @@ def with_torchcodec(
 
     with open_container(file, format_name, data) as container:
         _require_all_allowed(container, data)
-        stream = select_video_stream(container, data)
+        stream, _ = open_stream(container, data, until=0.0)
         stream_index, interval = stream.index, frame_ticks(stream) * float(stream.time_base or 1)
     _require_guess(file, format_name, "torchcodec", torchcodec.core_library_path)
     file.seek(0)
@@ -92,7 +99,7 @@ def with_torchcodec(
     )
     stream_start, stream_end = decoder.metadata.begin_stream_seconds, decoder.metadata.end_stream_seconds
     if not len(decoder):
-        raise UnreadableVideo("the file has no frames that can be decoded")
+        raise NoFrames
     duration = stream_end - stream_start
     require_duration(duration, data)
     first, last = clip_bounds(start, end, duration)

@@ -17,13 +17,21 @@ CODECS = (
 )  # fmt: skip
 """Codecs of videos that are decoded, by libav's names: what cameras, phones and the web make or made. libav has some
 250 more, most of them old formats of games, which few people test and a file could name."""
-
+OTHER_NAMES = ("libdav1d", "flv", "msmpeg4")
+"""Names of decoders that differ from those of their codecs: av1, flv1, msmpeg4v3."""
 MAX_ANIMATION_PIXELS = 2**33
 """Most pixels of all frames of a GIF, APNG or WebP together: each frame is drawn in full, however few bytes it has."""
 
 
 class UnreadableVideo(Exception):
     """A video that cannot be decoded; the message is the reason."""
+
+
+class NoFrames(UnreadableVideo):
+    """A file without frames that can be decoded."""
+
+    def __init__(self) -> None:
+        super().__init__("the file has no frames that can be decoded")
 
 
 def open_container(
@@ -43,27 +51,29 @@ def open_container(
     options = {
         "protocol_whitelist": "none",
         "format_whitelist": format_name,
-        "codec_whitelist": ",".join((*codecs, "libdav1d")),
+        "codec_whitelist": ",".join((*codecs, *OTHER_NAMES)),
         "max_pixels": str(data.max_frame_pixels),
     }
     return av.open(file, "r", format=format_name, options=options, metadata_errors="replace")
 
 
-def select_video_stream(container: InputContainer, data: DataConfig) -> VideoStream:
-    """Return the first video stream that is not a cover picture, and discard the packets of all other streams.
+def select_video_stream(container: InputContainer, data: DataConfig, number: int = 0) -> VideoStream | None:
+    """Return video stream `number`, cover pictures not counted, and discard the packets of all other streams. None if
+    there are fewer.
 
     Raises:
-        UnreadableVideo: there is no such stream, its codec is not decoded, or its frames are too large.
+        UnreadableVideo: there is no video stream, its codec is not decoded, or its frames are too large.
     """
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
         raise UnreadableVideo("the file has no video stream")
-    selected = streams[0]
+    if number >= len(streams):
+        return None
+    selected = streams[number]
     require_codec(selected)
     require_size(selected.codec_context.width, selected.codec_context.height, data)
     for stream in container.streams:
-        if stream is not selected:
-            stream.discard = Discard.all
+        stream.discard = Discard.default if stream is selected else Discard.all
     context = selected.codec_context
     context.thread_count = 1
     context.options = {"max_pixels": str(data.max_frame_pixels)}  # frames may become larger within the stream

@@ -40,6 +40,8 @@ SYNC_PACKETS = 5
 """Packets whose sync bytes are looked at."""
 SCRAMBLED_SHARE = 0.5
 """Share of scrambled packets from which on a stream counts as encrypted."""
+VIDEO_TYPES = {0x01, 0x02, 0x10, 0x1B, 0x24, 0x33, 0x42, 0xEA}
+"""Types of the streams in a transport stream's tables that are videos."""
 SCANNED_BYTES = 256 * 2**10
 """Bytes of a file that are searched for scrambled packets."""
 MAX_ELEMENTS = 256
@@ -106,13 +108,33 @@ def _is_animated_png(file: BinaryIO) -> bool:
 
 
 def _scrambled_transport_stream(file: BinaryIO) -> str | None:
+    """Look at the packets of the videos that the stream's tables name; audio may be scrambled alone."""
     file.seek(0)
     data = file.read(SCANNED_BYTES)
     size = _packet_size(data[: SYNC_PACKETS * max(PACKET_SIZES)])
-    start = PACKET_SIZES.get(size, 0)
-    # Tables are never scrambled, and audio may not be.
-    flags = [data[at + 3] & 0x80 for at in range(start, len(data) - 3, size or len(data))]
-    return "a scrambled transport stream" if sum(map(bool, flags)) > SCRAMBLED_SHARE * len(flags) else None
+    packets = [data[at : at + 188] for at in range(PACKET_SIZES.get(size, 0), len(data) - 187, size or len(data))]
+    programs, videos = {0}, {-1}
+    flags = []
+    for packet in packets:
+        pid = int.from_bytes(packet[1:3]) & 0x1FFF
+        if pid in programs and packet[1] & 0x40:
+            for number, kind in _table_entries(packet, pid):
+                (programs if pid == 0 else videos if kind in VIDEO_TYPES else set()).add(number)
+        elif pid in videos:
+            flags.append(packet[3] >= 0x80)
+    return "a scrambled transport stream" if sum(flags) > SCRAMBLED_SHARE * max(len(flags), 1) else None
+
+
+def _table_entries(packet: bytes, pid: int) -> Iterator[tuple[int, int]]:
+    """Yield the packet number and the type of each entry of a table that begins in a packet: programs (`pid` 0), or the
+    streams of one."""
+    start = 4 + (1 + packet[4] if packet[3] & 0x20 else 0)  # after an adaptation field
+    section = packet[start + 1 + packet[start] :] if start < len(packet) else b""
+    end = min(len(section), 3 + (int.from_bytes(section[1:3]) & 0xFFF) - 4)
+    at = 8 if pid == 0 else 12 + (int.from_bytes(section[10:12]) & 0xFFF)
+    while at + 4 < end + (pid == 0):
+        yield int.from_bytes(section[at + (2 if pid == 0 else 1) :][:2]) & 0x1FFF, section[at]
+        at += 4 if pid == 0 else 5 + (int.from_bytes(section[at + 3 : at + 5]) & 0xFFF)
 
 
 def _scrambled_program_stream(file: BinaryIO) -> str | None:

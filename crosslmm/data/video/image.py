@@ -14,7 +14,7 @@ from PIL import Image
 
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import FrameSampling, SampledFrames, describe_shortfall
-from crosslmm.data.video.container import UnreadableVideo, open_container, require_animation_size, require_size
+from crosslmm.data.video.container import NoFrames, open_container, require_animation_size, require_size
 from crosslmm.data.video.pyav import ANIMATIONS, to_image, with_pyav
 from crosslmm.data.video.timeline import choose_frames, require_duration
 
@@ -22,7 +22,6 @@ IMAGE_CODECS = {"jpeg_pipe": "mjpeg", "png_pipe": "png"}
 """libav's name of the codec of each format of still images."""
 PICTURES = (*IMAGE_CODECS, *ANIMATIONS, "webp")
 """Formats of images and animations, which the same code reads whatever `data.decoder` is."""
-NO_FRAMES = "the file has no frames that can be decoded"
 NO_DURATION_MS = 100
 """How long a frame of an animation is shown that states no duration, in browsers as here [ms]."""
 
@@ -48,7 +47,7 @@ def _decode_still(file: BinaryIO, format_name: str, data: DataConfig, image_size
         stream.codec_context.options = {"max_pixels": str(data.max_frame_pixels)}
         frame = next(container.decode(stream), None)
         if frame is None or frame.is_corrupt:
-            raise UnreadableVideo(NO_FRAMES)
+            raise NoFrames
         return SampledFrames(np.ascontiguousarray(to_image(frame, VideoReformatter(), image_size)[None]), np.zeros(1))
 
 
@@ -68,7 +67,7 @@ def _decode_webp(file: BinaryIO, data: DataConfig, image_size: int, start: float
             frame = av.VideoFrame.from_ndarray(np.asarray(image.convert("RGB")), format="rgb24")
             images.append(np.ascontiguousarray(to_image(frame, resize, image_size)))
     if not images:
-        raise UnreadableVideo(NO_FRAMES)
+        raise NoFrames
     shown = chosen[: len(images)]
     ends = np.append(header.starts[1:], header.duration)
     shortfall = describe_shortfall(moments, header.starts[shown], ends[shown]) if header.frames > 1 else None
@@ -140,7 +139,7 @@ def stored_size(file: BinaryIO, format_name: str) -> tuple[int, int]:
     """
     width, height = {"jpeg_pipe": _jpeg_size, "gif": _gif_size}.get(format_name, _png_size)(file)
     if not width * height:
-        raise UnreadableVideo(NO_FRAMES)
+        raise NoFrames
     return width, height
 
 

@@ -8,9 +8,9 @@ from av.video.stream import VideoStream
 
 from crosslmm.config import DataConfig
 from crosslmm.data.video import mp4
-from crosslmm.data.video.container import open_container, require_size, select_video_stream
+from crosslmm.data.video.container import open_container, require_size
 from crosslmm.data.video.image import IMAGE_CODECS, read_webp_header, stored_size
-from crosslmm.data.video.timeline import Timeline, estimate_timeline, has_index, read_timeline, require_duration
+from crosslmm.data.video.timeline import Timeline, has_index, open_stream
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ def probe(file: BinaryIO, format_name: str, data: DataConfig) -> Probe:
     Arguments and errors are those of `with_pyav`.
     """
     with open_container(file, format_name, data) as container:
-        stream = select_video_stream(container, data)
-        timeline = estimate_timeline(container, stream) or read_timeline(container, stream, data)
-        require_duration(timeline.duration, data)
+        stream, timeline = open_stream(container, data, estimate=True)
         context = stream.codec_context
         require_size(context.width, context.height, data, known=True)
         frames, keyframes = _count_frames(container, stream, timeline)

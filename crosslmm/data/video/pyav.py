@@ -17,11 +17,10 @@ from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import FrameSampling, SampledFrames, describe_shortfall
 from crosslmm.data.video.container import (
-    UnreadableVideo,
+    NoFrames,
     open_container,
     require_animation_size,
     require_size,
-    select_video_stream,
 )
 from crosslmm.data.video.timeline import (
     BYTE_FORMATS,
@@ -31,7 +30,7 @@ from crosslmm.data.video.timeline import (
     clip_bounds,
     frame_ticks,
     has_index,
-    read_timeline,
+    open_stream,
     rewind,
     scan,
 )
@@ -67,8 +66,7 @@ def with_pyav(
     """
     sampling = FrameSampling.of(data)
     with open_container(file, format_name, data) as container:
-        stream = select_video_stream(container, data)
-        timeline = read_timeline(container, stream, data, sampling.last_moment(start, end))
+        stream, timeline = open_stream(container, data, sampling.last_moment(start, end))
         if format_name in ANIMATIONS:
             require_animation_size(stream.codec_context.width, stream.codec_context.height, timeline.frames or 0)
         frames = _Source(file, container, stream, timeline, data).decode(sampling, start, end, image_size)
@@ -77,7 +75,7 @@ def with_pyav(
             timeline = scan(container, stream)
             frames = _Source(file, container, stream, timeline, data).decode(sampling, start, end, image_size)
     if not len(frames):
-        raise UnreadableVideo("the file has no frames that can be decoded")
+        raise NoFrames
     return replace(frames, shortfall=None) if timeline.frames == 1 else frames  # a file of one frame is an image
 
 

@@ -6,6 +6,7 @@ durations, so none is used unless the stream's own packets or index agree with i
 
 import contextlib
 import functools
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -17,14 +18,16 @@ from av.video.stream import VideoStream
 
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import FrameSampling, frames_at
-from crosslmm.data.video.container import UnreadableVideo
+from crosslmm.data.video.container import NoFrames, UnreadableVideo, select_video_stream
 
 INDEXED_FORMATS = ("mov", "matroska", "avi", "flv")
 """Formats whose index names the keyframes, or has them once libav has read the file."""
 BYTE_FORMATS = ("mpegts", "mpeg", "h264", "hevc", "mpegvideo")
 """Formats in which libav seeks by bytes more reliably than by time, which several parts of a file may share."""
+RAW_FORMATS = ("h264", "hevc", "mpegvideo")
+"""Streams without a container and so without times: one frame follows the other at the rate that the stream states."""
 ESTIMATED_FORMATS = ("mpegts", "mpeg", "ogg")
-"""Formats of which libav estimates a stream's duration from the last time stamps of this very stream."""
+"""Formats of which the last time stamps give an estimate, if the clock does not jump in between."""
 TS_DISCONT = 0x0200
 """AVFMT_TS_DISCONT: libav's flag of formats whose clock may jump."""
 JUMP_FORWARD_S, JUMP_BACK_S = 10.0, 0.1
@@ -35,6 +38,8 @@ SHORT_PART_S = 60.0
 """A part of a video that ends so soon is decoded from the start of the file, without a search for its end [s]."""
 ROUNDING_S = 1e-6
 """Added to each moment, so that rounding never puts it just before its frame [s]."""
+TAIL_BYTES = 2**20
+"""Part of the file that gives the last time stamps [bytes]."""
 MIN_BYTES_PER_S = 2000
 """A duration which leaves fewer bytes for a second is not believed: the clock jumped [bytes/s]."""
 
@@ -109,10 +114,11 @@ class Clock:
     def adjust(self, packet: Packet) -> None:
         """Change the time stamps of a packet."""
         dts = packet.dts if packet.dts is not None else packet.pts
-        if dts is None:
+        if self.container.format.name in RAW_FORMATS:
+            dts = packet.dts = self.next_time or 0
+            packet.pts = None
+        elif dts is None:
             dts = self.next_time or 0
-            if self.container.format.name in BYTE_FORMATS:
-                packet.dts = dts
         elif self.container.format.flags & TS_DISCONT:
             dts += self.shift
             if self.next_time is not None and not self._continues(dts):
@@ -130,28 +136,43 @@ class Clock:
         return (dts - self.next_time) * tick <= JUMP_FORWARD_S and (self._last - dts) * tick <= JUMP_BACK_S
 
 
-def read_timeline(
-    container: InputContainer, stream: VideoStream, data: DataConfig, until: float = math.inf
-) -> Timeline:
-    """Find out when a stream's frames are shown; loads the container's index.
+def open_stream(
+    container: InputContainer, data: DataConfig, until: float = math.inf, estimate: bool = False
+) -> tuple[VideoStream, Timeline]:
+    """Select a video stream, and find out when its frames are shown; loads the container's index.
+
+    It is the first that has frames: old WMV files announce a stream for each bit rate, and hold one of them.
 
     Args:
-        container, stream: as `select_video_stream` leaves them.
+        container: just opened.
         data: limits.
         until: no frame after this time is needed if the video is longer [s].
+        estimate: take an estimate of the video's end, if it can be believed.
 
     Raises:
-        UnreadableVideo: the video is too long, or has no packet.
+        UnreadableVideo: there is no such stream, see `select_video_stream`, or the video is too long.
     """
+    for number in itertools.count():
+        stream = select_video_stream(container, data, number)
+        if not stream:
+            break
+        with contextlib.suppress(NoFrames):
+            timeline = (estimate_timeline(container, stream) if estimate else None) or _read_timeline(
+                container, stream, until
+            )
+            require_duration(timeline.duration, data)
+            return stream, timeline
+    raise NoFrames
+
+
+def _read_timeline(container: InputContainer, stream: VideoStream, until: float) -> Timeline:
     if "matroska" in container.format.name:
         rewind(container)  # libav reads the index of a Matroska file on the first seek only
     timeline = _from_index(container, stream) if has_index(container, stream) else None
     if not timeline and until <= SHORT_PART_S:
         estimate = estimate_timeline(container, stream)
         timeline = estimate if estimate and estimate.duration > until + 1 else None
-    timeline = timeline or scan(container, stream)
-    require_duration(timeline.duration, data)
-    return timeline
+    return timeline or scan(container, stream)
 
 
 def require_duration(seconds: float, data: DataConfig) -> None:
@@ -195,25 +216,32 @@ def choose_frames(
 
 
 def estimate_timeline(container: InputContainer, stream: VideoStream) -> Timeline | None:
-    """Return libav's estimate, if it is one of this stream and can be believed."""
-    if container.format.name not in ESTIMATED_FORMATS or not stream.duration:
+    """Return the times that the end of the file gives; None if they cannot be believed, or the format has an index."""
+    if container.format.name not in ESTIMATED_FORMATS or stream.start_time is None:
         return None
-    start = stream.start_time or 0
-    estimate = Timeline(start, start + stream.duration, float(stream.time_base or 1), estimated=True)
-    believable = 0 < estimate.duration * MIN_BYTES_PER_S <= container.size
-    return estimate if believable else None
+    end: float | None = None if stream.duration is None else stream.start_time + stream.duration
+    if container.format.name in BYTE_FORMATS:
+        with contextlib.suppress(av.FFmpegError):
+            container.seek(max(0, container.size - TAIL_BYTES), stream=stream, unsupported_byte_offset=True)
+        tail = _read_packets(container, stream)
+        rewind(container)
+        end = tail.end if tail else None
+    if end is None:
+        return None
+    estimate = Timeline(stream.start_time, end, float(stream.time_base or 1), estimated=True)
+    return estimate if 0 < estimate.duration * MIN_BYTES_PER_S <= container.size else None
 
 
 def scan(container: InputContainer, stream: VideoStream) -> Timeline:
     """Read all packets of a stream, and decode none.
 
     Raises:
-        UnreadableVideo: there are none.
+        NoFrames: there are none.
     """
     rewind(container)
     timeline = _read_packets(container, stream, Clock(container, stream))
     if not timeline:
-        raise UnreadableVideo("the file has no frames that can be decoded")
+        raise NoFrames
     return timeline
 
 

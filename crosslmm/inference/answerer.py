@@ -4,12 +4,12 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
-from transformers import EncoderDecoderCache
+from transformers import Cache
 from transformers.utils import logging as transformers_logging
 
 from crosslmm import storage
@@ -21,6 +21,7 @@ from crosslmm.data.video.frame_list import describe_video, map_files
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor, lora
 from crosslmm.model.adapter_base import absolute, open_adapter
 from crosslmm.model.answering import greedy_answers
+from crosslmm.model.cache import fork
 from crosslmm.model.weights_source import TOKENIZER, WEIGHTS, WeightsSource
 from crosslmm.run_folder import MODEL_CONFIG_FILE
 
@@ -179,40 +180,59 @@ class Answerer:
         return video.images
 
 
+class _Cached(NamedTuple):
+    """What the model has read of a conversation: one value, so that tokens and cache never contradict each other."""
+
+    ids: torch.Tensor
+    cache: Cache
+
+
 class Conversation:
-    """Several questions about one video, which is encoded once: its keys and values are reused in every turn."""
+    """Several questions about one video, which is encoded once: its keys and values are reused in every turn.
+
+    A question that fails or is interrupted leaves the conversation as it was before. `messages` may be edited.
+    """
 
     def __init__(self, answerer: Answerer, video: np.ndarray) -> None:
         self.answerer = answerer
         self.video = video
         self.messages: list[dict[str, Any]] = []
-        self._cache: EncoderDecoderCache | None = None
-        self._cached_ids = torch.empty(0, dtype=torch.int64)
+        self._cached: _Cached | None = None
 
     def ask(self, question: str, max_new_tokens: int | None = None) -> str:
-        """Return the greedy answer to a question, which may refer to earlier turns."""
+        """Return the greedy answer to a question, which may refer to earlier turns.
+
+        Raises:
+            ValueError: the conversation is longer than the model's context.
+        """
         processor, model = self.answerer.processor, self.answerer.model
         messages = [*self.messages, _user_message(question, with_video=not self.messages)]
         prompt = processor([messages], [[self.video]], answer=True).to(self.answerer.device)
         ids = prompt["input_ids"][0]
-        if self._cache is not None:
-            # Tokenised again, earlier turns may differ from the cached tokens: reuse the common prefix only.
-            length = min(len(ids), len(self._cached_ids))
-            prefix = int((ids[:length] == self._cached_ids[:length]).cumprod(0).sum())
-            self._cache.self_attention_cache.crop(prefix - len(self._cached_ids))
-            self._cached_ids = self._cached_ids[:prefix]
         out = model.generate(
             **prompt,
-            past_key_values=self._cache,
+            past_key_values=self._common_prefix(ids),
             max_new_tokens=max_new_tokens or self.answerer.max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
         )
-        self._cache = out.past_key_values
-        self._cached_ids = out.sequences[0, : out.past_key_values.get_seq_length()]
         (answer,) = processor.batch_decode(out.sequences[:, len(ids) :], skip_special_tokens=True)
+        self._cached = _Cached(out.sequences[0, : out.past_key_values.get_seq_length()], out.past_key_values)
         self.messages = [*messages, {"role": "assistant", "content": answer.strip()}]
         return answer.strip()
+
+    def _common_prefix(self, ids: torch.Tensor) -> Cache | None:
+        """Return a cache of the first tokens of `ids`, as many as were read before; None if the video is not among them.
+
+        Tokenised again, earlier turns may differ from the cached tokens.
+        """
+        if self._cached is None:
+            return None
+        length = min(len(ids) - 1, len(self._cached.ids))  # the last one is read in any case, for its logits
+        prefix = int((ids[:length] == self._cached.ids[:length]).cumprod(0).sum())
+        if (ids[prefix:] == self.answerer.processor.video_token_id).any():
+            return None
+        return fork(self._cached.cache, prefix)
 
 
 @contextlib.contextmanager

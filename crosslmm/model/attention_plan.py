@@ -4,8 +4,9 @@ A conversation may hold several videos (an image is a video of one frame), with 
 A pooled visual token attends to its own video, or only to its own frame. A text token attends to every video before
 it, so an answer never depends on a later video, and a cache stays valid when the conversation goes on.
 
-Axis suffixes: B sample, M video of a sample, L position in the sequence, G group of queries that see the same keys,
-Q query in a group, O key sequence (of one video, frame or sample), S original visual token, C channel, N any row.
+Axis suffixes: B sample, M video of a sample, F frame (of all samples, concatenated), L position in the sequence,
+G group of queries that see the same keys, Q query in a group, O key sequence (of one video, frame or sample),
+S original visual token, C channel, N any row.
 """
 
 from dataclasses import dataclass
@@ -49,6 +50,15 @@ class AttentionPlan:
         if len(set(self.key_lengths)) == 1:
             return x_SC.unflatten(0, (len(self.key_lengths), -1))
         return pad_sequence(list(x_SC.split(self.key_lengths)), batch_first=True)
+
+    @cached_property
+    def sequence_mask_OS(self) -> Tensor | None:  # noqa: N802
+        """bool (O, longest): False at padding of a key sequence; None if all are equally long."""
+        if len(set(self.key_lengths)) == 1:
+            return None
+        device = self.rows_GQ.device
+        positions = torch.arange(max(self.key_lengths), device=device)
+        return positions < torch.tensor(self.key_lengths, device=device)[:, None]
 
     @cached_property
     def key_mask_GS(self) -> Tensor | None:  # noqa: N802
@@ -135,3 +145,46 @@ def _pad_groups(rows_N: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
     rows_GQ = pad_sequence(list(rows_N.split(sizes)), batch_first=True)
     valid_GQ = torch.arange(rows_GQ.shape[1], device=rows_N.device) < torch.tensor(sizes, device=rows_N.device)[:, None]
     return rows_GQ, valid_GQ
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """The same as an `AttentionPlan`, without a shape that depends on the data: every position is a query, every frame
+    a key. For `torch.export`; its masks grow with positions x frames."""
+
+    visible_BLF: Tensor
+    """bool: the frames that each position attends to."""
+    query_frame_BL: Tensor
+    """int64: frame index of each query, for rotary positions."""
+    key_frame_F: Tensor
+    """int64: frame index of each key, for rotary positions."""
+    sample_F: Tensor
+    """int64: the sample that each frame belongs to."""
+
+
+def plan_densely(
+    is_video_BL: Tensor, num_frames_BM: Tensor, num_frames: int, tokens: int, scope: str
+) -> tuple[DensePlan, DensePlan]:
+    """Plan V2V and T2V for `torch.export`; the arguments are those of `plan_v2v`, and F = `num_frames`."""
+    videos = num_frames_BM.shape[1]
+    ends = num_frames_BM.flatten().cumsum(0)
+    frame_F = torch.arange(num_frames, device=ends.device)
+    video_F = torch.searchsorted(ends, frame_F, right=True)
+    sample_F = video_F // videos
+    in_video_F = frame_F - (ends - num_frames_BM.flatten())[video_F]
+    first_B = num_frames_BM.sum(dim=1).cumsum(0) - num_frames_BM.sum(dim=1)
+    in_sample_F = frame_F - first_B[sample_F]
+
+    placeholders_BL = is_video_BL.cumsum(dim=1)
+    # The frame of a placeholder, counted over the batch; anything at other positions.
+    own_BL = (first_B[:, None] + (placeholders_BL - 1).clamp(min=0) // tokens).clamp(max=num_frames - 1)
+    same_BLF = own_BL[:, :, None] == frame_F if scope == "frame" else video_F[own_BL][:, :, None] == video_F
+    before_BL = placeholders_BL // tokens
+    sample_B = torch.arange(len(first_B), device=ends.device)
+    earlier_BLF = (sample_F == sample_B[:, None, None]) & (in_sample_F < before_BL[:, :, None])
+    zero_F = torch.zeros_like(frame_F)
+    within_F = zero_F if scope == "frame" else in_video_F
+    return (
+        DensePlan(same_BLF & is_video_BL[:, :, None], within_F[own_BL], within_F, sample_F),
+        DensePlan(earlier_BLF & ~is_video_BL[:, :, None], before_BL, in_sample_F, sample_F),
+    )

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, EncoderDecoderCache
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward, rotate_half
 
-from crosslmm.model.attention_plan import AttentionPlan
+from crosslmm.model.attention_plan import AttentionPlan, DensePlan
+from crosslmm.model.cache import SeenVideos, recall, remember
 from crosslmm.model.vision_encoder import in_chunks
 
 ROTARY_BASE = 10_000.0
@@ -25,14 +26,14 @@ ROTARY_BASE = 10_000.0
 
 @dataclass(frozen=True)
 class VisualContext:
-    """The input of the cross-attentions, built once per forward pass and passed to every dual layer."""
+    """How the positions of a batch attend to its frames: built once per forward pass, passed to every dual layer."""
 
-    tokens_FPD: Tensor | None
-    """Projected original visual tokens of all frames, concatenated; None once keys and values are cached."""
+    v2v: AttentionPlan | DensePlan
+    t2v: AttentionPlan | DensePlan
+    num_frames_B: Tensor
+    """int64: frames of each sample."""
     chunk: int
     """Frames projected to keys and values at a time, when no gradients are needed."""
-    v2v: AttentionPlan
-    t2v: AttentionPlan
 
 
 class GatedCrossAttention(nn.Module):
@@ -62,55 +63,94 @@ class GatedCrossAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(
-        self, x_BLD: Tensor, plan: AttentionPlan, visual: VisualContext, cache: EncoderDecoderCache | None = None
+        self,
+        x_BLD: Tensor,
+        plan: AttentionPlan | DensePlan | None,
+        tokens_FPD: Tensor | None,
+        visual: VisualContext | None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Add the gated attention output at the query rows of `plan`; return all other positions unchanged.
 
-        With `cache`, the keys and values of the videos are computed in the first call and reused afterwards.
+        With `cache`, the keys and values of the videos are computed when these are new, and reused afterwards.
 
         Args:
             x_BLD: hidden states (B, L, D).
-            plan: the queries of this branch, and the keys that each sees.
-            visual: the visual tokens of the batch.
-            cache: holds the keys and values of earlier calls of the same conversation.
+            plan: the queries of this branch, and the keys that each sees; None if no video is new: then all positions
+                attend to the videos in the cache, if there are any.
+            tokens_FPD: projected original visual tokens of all frames, concatenated.
+            visual: what else belongs to the new videos.
+            cache: of the decoder; remembers the videos of the conversation.
         """
+        if plan is None or tokens_FPD is None or visual is None:
+            videos = recall(cache, self.layer_idx)
+            return x_BLD if videos is None else self._attend_to_seen(x_BLD, videos)
+        if isinstance(plan, DensePlan):
+            return self._attend_densely(x_BLD, plan, tokens_FPD, visual, cache)
         if torch.is_grad_enabled():
             plan = plan.with_dummy_query()
-        if plan.is_empty and (cache is None or visual.tokens_FPD is None):
+        if plan.is_empty and cache is None:
             return x_BLD
-        key_OHSC, value_OHSC = self._keys_and_values(plan, visual, cache)
+        key_OHSC, value_OHSC = self._keys_and_values(plan, tokens_FPD, visual.chunk)
+        if cache is not None:
+            any_frames = bool(sum(plan.key_lengths))
+            seen = SeenVideos(key_OHSC, value_OHSC, plan.sequence_mask_OS, visual.num_frames_B) if any_frames else None
+            remember(cache, self.layer_idx, seen)
         if plan.is_empty:
             return x_BLD
         rows_N = plan.rows_GQ.flatten()
         queries_GQD = x_BLD.flatten(0, 1).index_select(0, rows_N).unflatten(0, plan.rows_GQ.shape)
-        query_GHQC = self._heads(self.q_proj(self.query_norm(queries_GQD)))
-        if self.rotary:
-            query_GHQC = _rotate(query_GHQC, plan.frame_GQ)
+        query_GHQC = self._query(queries_GQD, plan.frame_GQ)
         attended_GQD = self.o_proj(self._attend(query_GHQC, key_OHSC, value_OHSC, plan))
         attended_GQD = torch.where(plan.valid_GQ[:, :, None], torch.tanh(self.gate) * attended_GQD, 0.0)
         out_BLD = x_BLD.clone()  # not a view: FSDP registers a hook on the returned tensor
         out_BLD.flatten(0, 1).index_add_(0, rows_N, attended_GQD.flatten(0, 1).to(x_BLD.dtype))
         return out_BLD
 
+    def _attend_to_seen(self, x_BLD: Tensor, videos: SeenVideos) -> Tensor:
+        """Let every position attend to all cached videos of its sample; no shape depends on the data."""
+        frames_BL = videos.num_frames_B[:, None].expand(x_BLD.shape[:2])
+        query_BHLC = self._query(x_BLD, frames_BL)
+        mask = videos.mask_BS[:, None, None, :] if videos.mask_BS is not None else None
+        attended_BLC = self._run_kernel(query_BHLC, videos.key_BHSC, videos.value_BHSC, mask)
+        return self._add(x_BLD, attended_BLC, frames_BL > 0)
+
+    def _attend_densely(
+        self, x_BLD: Tensor, plan: DensePlan, tokens_FPD: Tensor, visual: VisualContext, cache: Cache | None
+    ) -> Tensor:
+        """Let every position attend to the frames of all samples that it may see."""
+        samples, patches = len(x_BLD), tokens_FPD.shape[1]
+        key_1SC, value_1SC = self._project(tokens_FPD).flatten(0, 1)[None].chunk(2, dim=-1)
+        key_1HSC, value_1HSC = self._heads(key_1SC), self._heads(value_1SC)
+        if self.rotary:
+            key_1HSC = _rotate(key_1HSC, plan.key_frame_F.repeat_interleave(patches)[None])
+        key_BHSC, value_BHSC = (x.expand(samples, -1, -1, -1) for x in (key_1HSC, value_1HSC))
+        if cache is not None:
+            sample_B = torch.arange(samples, device=x_BLD.device)
+            own_BS = (plan.sample_F == sample_B[:, None]).repeat_interleave(patches, dim=1)
+            remember(cache, self.layer_idx, SeenVideos(key_BHSC, value_BHSC, own_BS, visual.num_frames_B))
+        mask = plan.visible_BLF.repeat_interleave(patches, dim=2)[:, None]
+        attended_BLC = self._run_kernel(self._query(x_BLD, plan.query_frame_BL), key_BHSC, value_BHSC, mask)
+        return self._add(x_BLD, attended_BLC, plan.visible_BLF.any(dim=2))
+
+    def _add(self, x_BLD: Tensor, attended_BLC: Tensor, valid_BL: Tensor) -> Tensor:
+        added_BLD = torch.tanh(self.gate) * self.o_proj(attended_BLC)
+        return x_BLD + torch.where(valid_BL[:, :, None], added_BLD, 0.0).to(x_BLD.dtype)
+
+    def _query(self, x_GQD: Tensor, frame_GQ: Tensor) -> Tensor:
+        query_GHQC = self._heads(self.q_proj(self.query_norm(x_GQD)))
+        return _rotate(query_GHQC, frame_GQ) if self.rotary else query_GHQC
+
     def _heads(self, x_GQC: Tensor) -> Tensor:
         return x_GQC.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _keys_and_values(
-        self, plan: AttentionPlan, visual: VisualContext, cache: EncoderDecoderCache | None
-    ) -> tuple[Tensor, Tensor]:
-        if cache is not None and cache.is_updated.get(self.layer_idx):
-            layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
-            return layer.keys, layer.values
-        assert visual.tokens_FPD is not None
-        key_value_FPC = in_chunks(self._project, visual.tokens_FPD, visual.chunk)
+    def _keys_and_values(self, plan: AttentionPlan, tokens_FPD: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        key_value_FPC = in_chunks(self._project, tokens_FPD, chunk)
         key_SC, value_SC = key_value_FPC.flatten(0, 1).chunk(2, dim=-1)
         key_OHSC, value_OHSC = self._heads(plan.pad_keys(key_SC)), self._heads(plan.pad_keys(value_SC))
         if self.rotary:
-            frame_S = torch.arange(key_OHSC.shape[2], device=key_OHSC.device) // visual.tokens_FPD.shape[1]
+            frame_S = torch.arange(key_OHSC.shape[2], device=key_OHSC.device) // tokens_FPD.shape[1]
             key_OHSC = _rotate(key_OHSC, frame_S[None])
-        if cache is not None:
-            cache.cross_attention_cache.update(key_OHSC, value_OHSC, self.layer_idx)
-            cache.is_updated[self.layer_idx] = True
         return key_OHSC, value_OHSC
 
     def _project(self, tokens_FPD: Tensor) -> Tensor:
@@ -125,18 +165,28 @@ class GatedCrossAttention(nn.Module):
             key_OHSC, value_OHSC = key_OHSC.index_select(0, index), value_OHSC.index_select(0, index)
         mask_GS = plan.key_mask_GS
         implementation = self.config._attn_implementation
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        # Pass is_causal explicitly: without it SDPA silently masks the later keys.
-        options = {"scaling": self.head_dim**-0.5, "dropout": 0.0, "is_causal": False}
         if "flash" in implementation:
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             if mask_GS is None:
                 mask_GS = torch.ones(key_OHSC.shape[0], key_OHSC.shape[2], dtype=torch.bool, device=key_OHSC.device)
-            return self._attend_packed(attention, query_GHQC, key_OHSC, value_OHSC, plan, mask_GS, options)
-        mask = mask_GS[:, None, None, :] if mask_GS is not None else None
+            return self._attend_packed(attention, query_GHQC, key_OHSC, value_OHSC, plan, mask_GS)
+        return self._run_kernel(query_GHQC, key_OHSC, value_OHSC, mask_GS[:, None, None] if mask_GS is not None else None)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        # Pass is_causal explicitly: without it SDPA silently masks the later keys.
+        return {"scaling": self.head_dim**-0.5, "dropout": 0.0, "is_causal": False}
+
+    def _run_kernel(self, query_GHQC: Tensor, key_GHSC: Tensor, value_GHSC: Tensor, mask: Tensor | None) -> Tensor:
+        """Run a kernel that takes a mask -> (G, Q, H*C). `mask`: bool, (G, 1, 1 or Q, S), False at invisible keys."""
+        implementation = self.config._attn_implementation
+        if "flash" in implementation:
+            implementation = "sdpa"  # it takes masks; a generated token is one query, for which flash gains nothing
         if mask is not None and implementation == "eager":
             mask = torch.zeros_like(mask, dtype=query_GHQC.dtype).masked_fill(~mask, torch.finfo(query_GHQC.dtype).min)
-        attended, _ = attention(self, query_GHQC, key_OHSC, value_OHSC, mask, **options)
-        return attended.flatten(2)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attended_GQHC, _ = attention(self, query_GHQC, key_GHSC, value_GHSC, mask, **self._options)
+        return attended_GQHC.flatten(2)
 
     def _attend_packed(
         self,
@@ -146,7 +196,6 @@ class GatedCrossAttention(nn.Module):
         value: Tensor,
         plan: AttentionPlan,
         mask_GS: Tensor,
-        options: dict[str, Any],
     ) -> Tensor:
         """Variable-length flash attention: the groups are concatenated without padding, with their start offsets."""
         groups, heads, queries, channels = query.shape
@@ -164,7 +213,7 @@ class GatedCrossAttention(nn.Module):
             cu_seq_lens_k=nn.functional.pad(lengths_k.cumsum(0), (1, 0)).int(),
             max_length_q=int(lengths_q.max()),
             max_length_k=int(lengths_k.max()),
-            **options,
+            **self._options,
         )
         attended = query.new_zeros(groups, queries, heads * channels)
         return attended.masked_scatter(keep_GQ[:, :, None], packed.reshape(-1, heads * channels))
@@ -207,23 +256,30 @@ class DualCrossAttentionLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        tokens_FPD: Tensor | None = None,
         visual: VisualContext | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        past_key_values: Cache | None = None,
         **attention: Any,
     ) -> Tensor:
-        """(B, L, D) -> (B, L, D). Without `visual` this is the pretrained layer."""
-        self_attention_cache: Cache | None = (
-            past_key_values.self_attention_cache if past_key_values is not None else None
-        )
+        """(B, L, D) -> (B, L, D). Without videos, new or in the cache, this is the pretrained layer.
+
+        Args:
+            hidden_states: (B, L, D).
+            tokens_FPD: projected original visual tokens of new videos. Positional, as is `hidden_states`: reentrant
+                checkpointing gives no gradients to other arguments.
+            visual: how the positions attend to these videos.
+            past_key_values: cache of the decoder.
+            attention: arguments of the self-attention.
+        """
         x_BLD, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), past_key_values=self_attention_cache, **attention
+            hidden_states=self.input_layernorm(hidden_states), past_key_values=past_key_values, **attention
         )
         x_BLD = hidden_states + x_BLD
-        if visual is not None:
-            # The branches do not affect each other: V2V writes to visual positions only, T2V to text positions only.
-            # V2V needs no cache: visual positions are processed once.
-            if self.v2v is not None and visual.tokens_FPD is not None:
-                x_BLD = self.v2v(x_BLD, visual.v2v, visual)
-            if self.t2v is not None:
-                x_BLD = self.t2v(x_BLD, visual.t2v, visual, past_key_values)
+        # The branches do not affect each other: V2V writes to visual positions only, T2V to text positions only.
+        # V2V needs no cache: visual positions are processed once.
+        if self.v2v is not None and visual is not None:
+            x_BLD = self.v2v(x_BLD, visual.v2v, tokens_FPD, visual)
+        # Called without videos too: under FSDP every rank must run every module.
+        if self.t2v is not None:
+            x_BLD = self.t2v(x_BLD, visual.t2v if visual is not None else None, tokens_FPD, visual, past_key_values)
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))

@@ -9,19 +9,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    EncoderDecoderCache,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
-from crosslmm.model.attention_plan import plan_t2v, plan_v2v
+from crosslmm.model.attention_plan import plan_densely, plan_t2v, plan_v2v
 from crosslmm.model.configuration import CrossLMMConfig
 from crosslmm.model.cross_attention import DualCrossAttentionLayer, VisualContext
+from crosslmm.model.generation import VideoGenerationMixin
 from crosslmm.model.pooling import pool
 from crosslmm.model.vision_encoder import build_vision_encoder, encode, in_chunks
 
@@ -41,7 +39,7 @@ class Projector(nn.Sequential):
         )
 
 
-class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
     """The model of arXiv 2505.17020: SigLIP, a projector, and a decoder with a dual cross-attention every K layers.
 
     `language_model` is the pretrained decoder and keeps its state-dict keys. While all gates are zero the model is
@@ -51,11 +49,15 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config: CrossLMMConfig
     config_class = CrossLMMConfig
     main_input_name = "input_ids"
-    input_modalities = ["video", "text"]  # noqa: RUF012
+    input_modalities = ("video", "image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"attentions": "self_attn"}  # noqa: RUF012
+    _no_split_modules = ["ChunkedEncoderLayer", "DualCrossAttentionLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     def __init__(self, config: CrossLMMConfig) -> None:
         super().__init__(config)
@@ -76,9 +78,17 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Return the token embeddings of the decoder."""
         return self.language_model.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings of the decoder."""
+        self.language_model.set_input_embeddings(value)
+
     def get_output_embeddings(self) -> nn.Module:
         """Return the decoder's output projection (`lm_head`)."""
         return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's output projection (`lm_head`)."""
+        self.language_model.set_output_embeddings(value)
 
     def encode(self, pixels_FCHW: Tensor) -> Tensor:
         """Encode frames: uint8 (F, 3, image_size, image_size) -> visual tokens (F, P, D) in the encoder's dtype."""
@@ -90,36 +100,47 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         return encode(self.vision_tower, pixels_FCHW, self.config.encoder_chunk)
 
+    @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         features: Tensor | None = None,
         num_frames: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
-        use_cache: bool = False,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        logits_to_keep: int = 0,
-        **_: Any,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
+        **unknown: Any,
     ) -> CausalLMOutputWithPast:
         """Return the loss if `labels` are given, and otherwise the logits.
 
         Args:
             input_ids: int64 (B, L). It has `config.video_token_id` once per pooled token, frame after frame.
-            pixel_values: uint8 (F, 3, H, W), the frames of all samples, concatenated. May be empty; may be None with
-                a cache that already holds them.
+            pixel_values: uint8 (F, 3, H, W), the frames of all samples, concatenated. May be empty; not needed with a
+                cache that already holds them.
             features: (F, P, D) in any float dtype: the output of `encode`, given instead of the frames; the encoder
                 does not run. A batch without frames has F = 0, so that all ranks run the same modules.
             num_frames: int64 (B, M), frames of each video (an image is a video of one frame); zero pads samples with
-                fewer videos. With a cache, of the full conversation.
+                fewer videos.
             attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
-            past_key_values: cache of the decoder and of the videos' keys and values; `generate` creates it.
+            past_key_values: cache of the decoder, of any class; it also remembers the videos.
+            inputs_embeds: (B, L, D), instead of `input_ids`. Placeholders have the embedding of `video_token_id`.
+            use_cache: return a cache; default: only if one is given.
             labels: int64 (B, L), -100 at positions without loss. Shifted by one here.
+            shift_labels: the same, already shifted (sequence parallelism); takes the place of `labels`.
             num_items_in_batch: divisor of the summed loss; default: the number of labels in this batch.
-            logits_to_keep: compute logits for this many last positions only; 0 for all.
+            logits_to_keep: compute logits for this many last positions only, or for the positions of a tensor; 0: all.
+            output_hidden_states: return the hidden states before each layer and after the last; a list selects some.
+            output_attentions: return the self-attention weights of the decoder; needs eager attention.
+            unknown: `return_dict`; anything else is an error.
 
         Returns:
             With `labels`: `loss` (float32 scalar) and no logits (they are computed only at labels, in chunks).
@@ -127,47 +148,114 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: frames and placeholders do not match, or the sequence is longer than the decoder's context.
+            TypeError: an argument is unknown.
         """
-        if past_key_values is None and use_cache:
-            past_key_values = self._new_cache()
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        self._check_length(seen + input_ids.shape[1])
-        is_video_BL = input_ids.eq(cast(int, self.config.video_token_id))
-        if seen:
-            if (pixel_values is not None or features is not None) and is_video_BL.any():
-                raise ValueError(
-                    "the cache is not empty, so no further video can be added; start again with the full conversation"
-                )
-            pixel_values = features = None
-        # The embedding of a placeholder is overwritten, and its id may lie outside the decoder's vocabulary.
-        x_BLD = self.get_input_embeddings()(input_ids.masked_fill(is_video_BL, 0))
-
-        tokens_FPD = None
-        frames_or_features = pixel_values if features is None else features
-        if frames_or_features is not None:
+        self._refuse_unknown(unknown)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if isinstance(past_key_values, EncoderDecoderCache):
+            raise TypeError("past_key_values is an EncoderDecoderCache; give the decoder's cache (DynamicCache, ...)")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        frames = pixel_values if features is None else features
+        length = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        seen = self._seen(past_key_values, length, frames is not None)
+        self._check_length(seen + length)
+        is_video_BL = self._find_placeholders(input_ids, inputs_embeds, frames is not None)
+        if frames is None or seen:
+            if length > 1 or past_key_values is None or frames is not None:  # else a generated token, which is never one
+                self._refuse_placeholders(is_video_BL, frames is not None)
+            x_BLD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            tokens_FPD = visual = None
+        else:
             if num_frames is None:
                 kind = "pixel_values" if features is None else "features"
                 raise ValueError(f"{kind} are given without num_frames; pass the number of frames of each video")
-            self._check_frames(is_video_BL, num_frames, frames_or_features.shape[0])
-            features_FPD = (
-                self.encode(frames_or_features) if features is None else self._cast_features(frames_or_features)
-            )
+            assert is_video_BL is not None
+            self._check_frames(is_video_BL, num_frames, frames.shape[0])
+            if inputs_embeds is None:
+                # The id of a placeholder, whose embedding is overwritten, may lie outside the decoder's vocabulary.
+                inputs_embeds = self.get_input_embeddings()(cast(Tensor, input_ids).masked_fill(is_video_BL, 0))
+            features_FPD = self.encode(frames) if features is None else self._cast_features(frames)
             pooled_FVD = self.projector(pool(features_FPD, self.config.pool_stride, self.config.pooling))
-            x_BLD = x_BLD.masked_scatter(is_video_BL[:, :, None], pooled_FVD.to(x_BLD.dtype))
+            x_BLD = inputs_embeds.masked_scatter(is_video_BL[:, :, None], pooled_FVD.to(inputs_embeds.dtype))
+            tokens_FPD = visual = None
             if self.config.dual_layers:
                 tokens_FPD = in_chunks(self.projector, features_FPD, self.config.encoder_chunk)
+                visual = self._visual_context(frames.shape[0], num_frames, is_video_BL, attention_mask)
             del features_FPD
-        visual = None
-        if num_frames is not None and self.config.dual_layers:
-            visual = self._visual_context(tokens_FPD, num_frames, is_video_BL, attention_mask)
 
-        x_BLD = self._decode(x_BLD, attention_mask, position_ids, past_key_values, visual)
+        decoded = self._decode(
+            x_BLD,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            tokens_FPD,
+            visual,
+            output_hidden_states=output_hidden_states,
+            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+            return_dict=True,
+        )
         loss = logits = None
-        if labels is not None:
-            loss = self._loss(x_BLD, labels, num_items_in_batch)
+        if labels is not None or shift_labels is not None:
+            loss = self._loss(decoded.last_hidden_state, labels, shift_labels, num_items_in_batch)
         else:
-            logits = self.get_output_embeddings()(x_BLD[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+            logits = self.get_output_embeddings()(slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep))
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+        )
+
+    def _refuse_unknown(self, arguments: dict[str, Any]) -> None:
+        for name, value in arguments.items():
+            if value is not None and name != "return_dict":
+                raise TypeError(
+                    f"forward() has no argument {name}; images and videos are given to the processor, whose output is "
+                    "the model's input: model(**processor(text=..., videos=...))"
+                )
+
+    def _seen(self, cache: Cache | None, length: int, has_frames: bool) -> int:
+        """Return the positions in the cache; 0 for a static cache during decoding, since only the device knows."""
+        seen = cache.get_seq_length() if cache is not None else 0
+        if isinstance(seen, Tensor):
+            return 0 if torch.compiler.is_compiling() or (length == 1 and not has_frames) else int(seen)
+        return seen
+
+    def _find_placeholders(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, has_frames: bool
+    ) -> Tensor | None:
+        """Return bool (B, L), the video placeholders; None if there is nothing to find."""
+        placeholder = self.config.video_token_id
+        if placeholder is None:
+            if has_frames:
+                raise ValueError("the configuration has no video_token_id, so frames have no place in the text")
+            return None
+        if input_ids is not None:
+            return input_ids.eq(placeholder)
+        if not has_frames:
+            return None
+        embeddings = cast(Tensor, self.get_input_embeddings().weight)
+        if placeholder >= len(embeddings):
+            raise ValueError(
+                f"inputs_embeds with frames: the placeholder {placeholder} is outside the vocabulary and has no "
+                "embedding to find it by; give input_ids"
+            )
+        return (cast(Tensor, inputs_embeds) == embeddings[placeholder]).all(dim=-1)
+
+    def _refuse_placeholders(self, is_video_BL: Tensor | None, has_frames: bool) -> None:
+        """Raise ValueError if there are placeholders, which no frames replace."""
+        if is_video_BL is None or torch.compiler.is_compiling() or not is_video_BL.any():
+            return
+        if has_frames:
+            raise ValueError(
+                "the cache is not empty, so no further video can be added; start again with the full conversation"
+            )
+        raise ValueError(
+            f"the text has {int(is_video_BL.sum())} video placeholders, but neither pixel_values nor features are given"
+        )
 
     def _cast_features(self, features_FPD: Tensor) -> Tensor:
         """Check the shape of precomputed features and cast them to the dtype of the projector."""
@@ -188,6 +276,8 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
 
     def _check_frames(self, is_video_BL: Tensor, num_frames_BM: Tensor, num_given: int) -> None:
+        if torch.compiler.is_exporting():
+            return
         tokens = self.config.tokens_per_frame
         if (expected := int(num_frames_BM.sum())) != num_given:
             raise ValueError(f"num_frames adds up to {expected}, but {num_given} frames were given")
@@ -200,60 +290,84 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
 
     def _visual_context(
-        self, tokens_FPD: Tensor | None, num_frames_BM: Tensor, is_video_BL: Tensor, attention_mask: Tensor | None
+        self, frames: int, num_frames_BM: Tensor, is_video_BL: Tensor, attention_mask: Tensor | None
     ) -> VisualContext:
         """Plan which positions attend to which visual tokens in V2V and T2V."""
+        tokens, patches = self.config.tokens_per_frame, self.config.patches_per_frame
+        scope, chunk = self.config.v2v_scope, self.config.encoder_chunk
+        num_frames_B = num_frames_BM.sum(dim=1)
+        if torch.compiler.is_exporting():
+            return VisualContext(
+                *plan_densely(is_video_BL, num_frames_BM, frames, tokens, scope), num_frames_B, chunk
+            )
         is_text_BL = ~is_video_BL
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.ndim == 2:  # of a static cache it has 4, but padding is first
             is_text_BL &= attention_mask[:, -is_text_BL.shape[1] :].bool()
-        per_frame = (self.config.tokens_per_frame, self.config.patches_per_frame)
         return VisualContext(
-            tokens_FPD,
-            self.config.encoder_chunk,
-            # Once the videos are cached the sequence has no placeholders, and V2V no queries.
-            plan_v2v(is_video_BL, num_frames_BM * (tokens_FPD is not None), *per_frame, self.config.v2v_scope),
-            plan_t2v(is_video_BL, is_text_BL, num_frames_BM, *per_frame),
+            plan_v2v(is_video_BL, num_frames_BM, tokens, patches, scope),
+            plan_t2v(is_video_BL, is_text_BL, num_frames_BM, tokens, patches),
+            num_frames_B,
+            chunk,
         )
 
+    @capture_outputs
     def _decode(
         self,
         x_BLD: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: EncoderDecoderCache | None,
+        past_key_values: Cache | None,
+        tokens_FPD: Tensor | None,
         visual: VisualContext | None,
-    ) -> Tensor:
-        """Run the layers of the decoder, passing the visual context to those with cross-attention."""
+        output_hidden_states: bool | int | list[int] | None,
+        output_attentions: bool,
+    ) -> BaseModelOutputWithPast:
+        """Run the layers of the decoder, passing the videos to those with cross-attention.
+
+        `capture_outputs` reads `output_attentions` and adds the weights.
+        """
         decoder = self.language_model.model
-        self_attention_cache = past_key_values.self_attention_cache if past_key_values is not None else None
         if position_ids is None:
-            seen = self_attention_cache.get_seq_length() if self_attention_cache is not None else 0
-            position_ids = torch.arange(seen, seen + x_BLD.shape[1], device=x_BLD.device)[None]
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(x_BLD.shape[1], device=x_BLD.device) + seen)[None]
         attention = {
             "attention_mask": create_causal_mask(
                 config=decoder.config,
                 inputs_embeds=x_BLD,
                 attention_mask=attention_mask,
-                past_key_values=self_attention_cache,
+                past_key_values=past_key_values,
                 position_ids=position_ids,
             ),
             "position_ids": position_ids,
             "position_embeddings": decoder.rotary_emb(x_BLD, position_ids),
+            "past_key_values": past_key_values,
         }
+        states = []
         for layer in decoder.layers:
+            states.append(x_BLD)
             if isinstance(layer, DualCrossAttentionLayer):
-                x_BLD = layer(x_BLD, visual=visual, past_key_values=past_key_values, **attention)
+                x_BLD = layer(x_BLD, tokens_FPD, visual=visual, **attention)
             else:
-                x_BLD = layer(x_BLD, past_key_values=self_attention_cache, **attention)
-        return decoder.norm(x_BLD)
-
-    def _loss(self, x_BLD: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Next-token cross-entropy in float32 over the labelled positions only, `LOSS_CHUNK` of them at a time."""
-        targets = labels[:, 1:]
-        has_label = targets != -100
-        chunks = list(
-            zip(x_BLD[:, :-1][has_label].split(LOSS_CHUNK), targets[has_label].split(LOSS_CHUNK), strict=True)
+                x_BLD = layer(x_BLD, **attention)
+        x_BLD = decoder.norm(x_BLD)
+        chosen = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=x_BLD, hidden_states=_select([*states, x_BLD], chosen) if chosen is not False else None
         )
+
+    def _loss(
+        self,
+        x_BLD: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        """Next-token cross-entropy in float32 over the labelled positions only, `LOSS_CHUNK` of them at a time."""
+        targets = shift_labels
+        if targets is None:
+            x_BLD, targets = x_BLD[:, :-1], cast(Tensor, labels)[:, 1:]
+        has_label = targets != -100
+        chunks = list(zip(x_BLD[has_label].split(LOSS_CHUNK), targets[has_label].split(LOSS_CHUNK), strict=True))
         if len(chunks) == 1:
             total = self._cross_entropy(*chunks[0])
         else:
@@ -266,18 +380,10 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits = self.get_output_embeddings()(x_ND).float()
         return nn.functional.cross_entropy(logits, targets_N, reduction="sum")
 
-    def _new_cache(self) -> EncoderDecoderCache:
-        return EncoderDecoderCache(DynamicCache(config=self.config.text_config), DynamicCache())
 
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """`GenerationMixin.generate`, with a cache for the decoder and for the keys and values of the videos.
-
-        Raises:
-            ValueError: `num_beams` or `num_return_sequences` is above 1.
-        """
-        given = [vars(kwargs.get("generation_config") or self.generation_config), kwargs]
-        if max(options.get(key) or 1 for options in given for key in ("num_beams", "num_return_sequences")) > 1:
-            raise ValueError("num_beams and num_return_sequences above 1 are not supported: frames are not repeated")
-        if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
-            kwargs["past_key_values"] = self._new_cache()
-        return super().generate(inputs, **kwargs)  # type: ignore[misc]
+def _select(states: list[Tensor], chosen: bool | int | list[int]) -> tuple[Tensor | None, ...]:
+    """Return all hidden states, or None in the place of those that are not chosen."""
+    if chosen is True:
+        return tuple(states)
+    indices = {i % len(states) for i in ([chosen] if isinstance(chosen, int) else chosen)}
+    return tuple(state if i in indices else None for i, state in enumerate(states))

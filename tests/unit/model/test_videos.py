@@ -296,11 +296,7 @@ def test_second_question_reuses_the_cached_video_and_talk(variant, processor, co
     expected = processor.batch_decode(uncached.sequences[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert second == expected[0].strip()
     # Equal words may be chance; compare the decoder's cache of the conversation as well.
-    for ours, theirs in zip(
-        conversation._cache.self_attention_cache.layers,
-        uncached.past_key_values.self_attention_cache.layers,
-        strict=True,
-    ):
+    for ours, theirs in zip(conversation._cached.cache.layers, uncached.past_key_values.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys, atol=2e-5, rtol=1e-4)
 
 
@@ -315,7 +311,7 @@ def test_branch_equals_a_loop_over_positions(variant, processor, branch, rotary)
     batch = inputs(processor, (talk, [random_frames(2, 1), random_frames(3, 2)]))
     module = getattr(next(x for x in model.modules() if isinstance(x, DualCrossAttentionLayer)), branch)
     calls = []
-    module.register_forward_hook(lambda m, args, out: calls.append((args[0][0], args[2].tokens_FPD, out[0])))
+    module.register_forward_hook(lambda m, args, out: calls.append((args[0][0], args[2], out[0])))
     model(**batch)
     ((x_LD, tokens_FPD, out_LD),) = calls
     is_video = batch["input_ids"][0] == processor.video_token_id

@@ -1,0 +1,110 @@
+"""`generate` for a model with videos: they belong to samples, the cache remembers them, and no answer says one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.utils import logging
+
+log = logging.get_logger(__name__)
+
+VISUAL_INPUTS = ("pixel_values", "features", "num_frames")
+
+
+class VideoGenerationMixin(GenerationMixin):
+    """`GenerationMixin`, for every way of decoding that it knows: greedy, sampling, beams, assisted, static caches."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return the arguments of the next forward pass; the videos are among them only if they are not cached yet."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length,
+            past_key_values,
+            attention_mask,
+            inputs_embeds,
+            is_first_iteration,
+            **kwargs,
+        )
+        if past_key_values is not None and not is_first_iteration:
+            for name in VISUAL_INPUTS:
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeat every sample `expand_size` times, with its frames, which are encoded once."""
+        visual = {name: model_kwargs.pop(name, None) for name in VISUAL_INPUTS} if expand_size > 1 else {}
+        expanded: tuple[Tensor | None, dict[str, Any]] = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if visual.get("num_frames") is not None:
+            expanded[1].update(self._expand_frames(expand_size, **visual))
+        return expanded
+
+    def _expand_frames(
+        self, times: int, pixel_values: Tensor | None, features: Tensor | None, num_frames: Tensor
+    ) -> dict[str, Tensor]:
+        expanded = {"num_frames": num_frames.repeat_interleave(times, dim=0)}
+        if features is None and pixel_values is not None:
+            features = self.encode(pixel_values.to(self.device))  # type: ignore[attr-defined]
+        if features is not None:
+            of_samples = features.split(num_frames.sum(dim=1).tolist())
+            expanded["features"] = torch.cat([frames for frames in of_samples for _ in range(times)])
+        return expanded
+
+    def _prepare_generated_length(
+        self, generation_config: Any, inputs_tensor: Tensor, input_ids_length: int, **kwargs: Any
+    ) -> Any:
+        """Let answers end at the decoder's last position; the last token is not fed back and needs none."""
+        generation_config = super()._prepare_generated_length(
+            generation_config=generation_config,
+            inputs_tensor=inputs_tensor,
+            input_ids_length=input_ids_length,
+            **kwargs,
+        )
+        positions = self.config.text_config.max_position_embeddings
+        prompt = inputs_tensor.shape[1]  # of `inputs_embeds`, which `max_length` does not count
+        limit = positions + 1 - (prompt - input_ids_length)
+        if generation_config.max_length > limit and prompt <= positions:
+            log.warning_once(f"answers end at the decoder's {positions} positions (max_position_embeddings)")
+            generation_config.max_length = limit
+        return generation_config
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Add one that keeps the model from saying a placeholder, which only stands for a frame."""
+        processors: LogitsProcessorList = super()._get_logits_processor(*args, **kwargs)
+        if (placeholder := self.config.video_token_id) is not None:
+            processors.append(SuppressTokensLogitsProcessor([placeholder], device=kwargs.get("device") or "cpu"))
+        return processors
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """Cut candidates before a placeholder: an assistant with another tokenizer may spell one."""
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        propose = generator.get_candidates
+
+        def propose_no_placeholder(input_ids: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+            ids, logits = propose(input_ids, **options)
+            said = ids[0, input_ids.shape[1] :].tolist()
+            if self.config.video_token_id in said:
+                allowed = said.index(self.config.video_token_id)
+                ids = ids[:, : input_ids.shape[1] + allowed]
+                logits = logits[:, :allowed] if logits is not None else None
+            return ids, logits
+
+        generator.get_candidates = propose_no_placeholder
+        return generator

@@ -35,9 +35,17 @@ class VideoGenerationMixin(GenerationMixin):
             is_first_iteration,
             **kwargs,
         )
-        if past_key_values is not None and not is_first_iteration:
-            for name in VISUAL_INPUTS:
+        # An assistant model has no first iteration, only an empty cache.
+        seen = past_key_values.get_seq_length() if past_key_values is not None and not is_first_iteration else 0
+        is_prompt = isinstance(seen, int) and seen == 0
+        for name in VISUAL_INPUTS:
+            if is_prompt and kwargs.get(name) is not None:
+                inputs[name] = kwargs[name]
+            else:
                 inputs.pop(name, None)
+        embeds = inputs.get("inputs_embeds")
+        if embeds is not None and input_ids.shape == inputs_embeds.shape[:2]:  # type: ignore[union-attr]
+            inputs["input_ids"] = input_ids[:, -embeds.shape[1] :]  # they say where the placeholders are
         return inputs
 
     def _expand_inputs_for_generation(

@@ -132,7 +132,8 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
                 fewer videos.
             attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
             past_key_values: cache of the decoder, of any class; it also remembers the videos.
-            inputs_embeds: (B, L, D), instead of `input_ids`. Placeholders have the embedding of `video_token_id`.
+            inputs_embeds: (B, L, D), instead of the embeddings of `input_ids`. With both, `input_ids` only say where the
+                placeholders are; without, these are the positions with the embedding of `video_token_id`.
             use_cache: return a cache; default: only if one is given.
             labels: int64 (B, L), -100 at positions without loss. Shifted by one here.
             shift_labels: the same, already shifted (sequence parallelism); takes the place of `labels`.
@@ -151,14 +152,18 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
             TypeError: an argument is unknown.
         """
         self._refuse_unknown(unknown)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+        if isinstance(attention_mask, dict):  # `generate` makes one mask for each type of layer if the cache is static
+            attention_mask = attention_mask["full_attention"]
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("give input_ids or inputs_embeds")
         if isinstance(past_key_values, EncoderDecoderCache):
             raise TypeError("past_key_values is an EncoderDecoderCache; give the decoder's cache (DynamicCache, ...)")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
         frames = pixel_values if features is None else features
         length = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        if input_ids is not None and input_ids.shape[1] != length:
+            raise ValueError(f"input_ids have {input_ids.shape[1]} positions, and inputs_embeds {length}")
         seen = self._seen(past_key_values, length, frames is not None)
         self._check_length(seen + length)
         is_video_BL = self._find_placeholders(input_ids, inputs_embeds, frames is not None)

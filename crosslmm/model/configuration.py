@@ -1,11 +1,28 @@
 """Configuration of the model: a vision encoder, a decoder, and how they are connected."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, SiglipVisionConfig
 
 from crosslmm.model.pooling import pooled_grid
+
+AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+"""The classes of Transformers that load this model."""
+AUTO_MODULE = "crosslmm_auto"
+"""Module beside the weights that `auto_map` names: where this package is installed but not imported, Transformers says
+that the folder needs code, and with trust_remote_code=True runs this module, which imports the package."""
+AUTO_SOURCE = """\
+# The classes of this model are those of the package crosslmm: `pip install crosslmm`, then `import crosslmm` before
+# AutoModel or AutoProcessor. trust_remote_code=True, which runs this file, does the same.
+from crosslmm.model import CrossLMMConfig, CrossLMMForConditionalGeneration, CrossLMMProcessor
+"""
+
+
+def write_auto_module(folder: str | Path) -> None:
+    """Write `AUTO_MODULE` into the folder of a saved model or processor."""
+    Path(folder, f"{AUTO_MODULE}.py").write_text(AUTO_SOURCE)
 
 
 @strict
@@ -87,6 +104,15 @@ class CrossLMMConfig(PreTrainedConfig):
                 f"cross_attention_layers is {layers}; "
                 f"a decoder of {depth} layers takes ascending numbers from 0 to {depth - 1}"
             )
+
+        model = f"{AUTO_MODULE}.CrossLMMForConditionalGeneration"
+        self.auto_map = {"AutoConfig": f"{AUTO_MODULE}.CrossLMMConfig"} | dict.fromkeys(AUTO_MODEL_CLASSES, model)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:  # type: ignore[override]
+        """Save the configuration, and `AUTO_MODULE` for programs that do not import this package."""
+        saved = super().save_pretrained(save_directory, **options)
+        write_auto_module(save_directory)
+        return saved
 
     @property
     def grid_size(self) -> int:

@@ -170,7 +170,9 @@ class GatedCrossAttention(nn.Module):
             if mask_GS is None:
                 mask_GS = torch.ones(key_OHSC.shape[0], key_OHSC.shape[2], dtype=torch.bool, device=key_OHSC.device)
             return self._attend_packed(attention, query_GHQC, key_OHSC, value_OHSC, plan, mask_GS)
-        return self._run_kernel(query_GHQC, key_OHSC, value_OHSC, mask_GS[:, None, None] if mask_GS is not None else None)
+        return self._run_kernel(
+            query_GHQC, key_OHSC, value_OHSC, mask_GS[:, None, None] if mask_GS is not None else None
+        )
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -4,12 +4,14 @@ import functools
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedTokenizerFast,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -17,7 +19,7 @@ from transformers import (
 from crosslmm.config import BadConfig, ModelConfig
 from crosslmm.model.configuration import CrossLMMConfig
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
-from crosslmm.model.processing import CrossLMMProcessor, tiny_tokenizer
+from crosslmm.model.processing import END_TOKEN, START_TOKEN, VIDEO_TOKEN, CrossLMMProcessor
 from crosslmm.model.vision_encoder import build_vision_encoder
 from crosslmm.model.weights_source import CONFIG, TOKENIZER, WEIGHTS, WeightsSource
 from crosslmm.text import in_brief
@@ -209,3 +211,29 @@ def _load_weights(key: str, part: nn.Module, auto_class: Any, source: WeightsSou
         part.load_state_dict({k: pretrained[k] for k in expected.keys() & pretrained.keys()}, strict=False)
     except Exception as error:  # a broken file can make its reader raise anything
         raise BadConfig(f"{key}: {source.uri} cannot be loaded: {in_brief(error)}") from error
+
+
+# Text from which the BPE of the tiny preset learns the words of the sample set; other text needs more tokens.
+TINY_CORPUS = """
+What colour is the shape? Which shape is it? Which way does it move? Which colour came first? What happens in the video?
+red green blue yellow cyan magenta white black circle square triangle cross left right up down first second then
+user assistant system the a an is are does do it in on of to and or which what who where when how
+"""
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on `TINY_CORPUS`: deterministic, encodes any text, needs no download."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", START_TOKEN, END_TOKEN, VIDEO_TOKEN]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Repeat each word with and without a leading space, so that it becomes one token.
+    words = TINY_CORPUS.split()
+    tokenizer.train_from_iterator([f"{word} {word} {word}\n" for word in words] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_TOKEN, pad_token="<|endoftext|>")

@@ -168,7 +168,9 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         self._check_length(seen + length)
         is_video_BL = self._find_placeholders(input_ids, inputs_embeds, frames is not None)
         if frames is None or seen:
-            if length > 1 or past_key_values is None or frames is not None:  # else a generated token, which is never one
+            if (
+                length > 1 or past_key_values is None or frames is not None
+            ):  # else a generated token, which is never one
                 self._refuse_placeholders(is_video_BL, frames is not None)
             x_BLD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             tokens_FPD = visual = None
@@ -302,9 +304,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         scope, chunk = self.config.v2v_scope, self.config.encoder_chunk
         num_frames_B = num_frames_BM.sum(dim=1)
         if torch.compiler.is_exporting():
-            return VisualContext(
-                *plan_densely(is_video_BL, num_frames_BM, frames, tokens, scope), num_frames_B, chunk
-            )
+            return VisualContext(*plan_densely(is_video_BL, num_frames_BM, frames, tokens, scope), num_frames_B, chunk)
         is_text_BL = ~is_video_BL
         if attention_mask is not None and attention_mask.ndim == 2:  # of a static cache it has 4, but padding is first
             is_text_BL &= attention_mask[:, -is_text_BL.shape[1] :].bool()

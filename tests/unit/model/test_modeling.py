@@ -252,7 +252,7 @@ def test_auto_classes_save_and_load_the_same_logits(model, processor, samples, t
     open_gates(model)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json", ".jinja"}
+    assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json", ".jinja", ".py"}
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(loaded) is CrossLMMForConditionalGeneration
     batch = without_labels(AutoProcessor.from_pretrained(tmp_path)(*samples))

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from crosslmm.model.processing import IGNORED, VIDEO_TOKEN, CrossLMMProcessor, tiny_tokenizer
+from crosslmm.model.loading import tiny_tokenizer
+from crosslmm.model.processing import IGNORED, VIDEO_TOKEN, CrossLMMProcessor
 
 SIDE, PER_FRAME = 8, 4
 VIDEO = {"type": "video"}

@@ -1,0 +1,35 @@
+"""Registers the model with Transformers' Auto classes, and lets its processor read files. Imported by the package."""
+
+import functools
+
+import numpy as np
+from transformers import AutoConfig, AutoProcessor
+from transformers.models.auto import modeling_auto
+
+from crosslmm.config import DataConfig
+from crosslmm.data.video.decode import VideoFailure
+from crosslmm.data.video.decode_pool import Decoder
+from crosslmm.model import CrossLMMConfig, CrossLMMForConditionalGeneration, CrossLMMProcessor
+from crosslmm.model.configuration import AUTO_MODEL_CLASSES
+from crosslmm.model.processing.media import Sampling, read_files_with
+
+AutoConfig.register(CrossLMMConfig.model_type, CrossLMMConfig)
+AutoProcessor.register(CrossLMMConfig, CrossLMMProcessor)
+for name in AUTO_MODEL_CLASSES:
+    getattr(modeling_auto, name).register(CrossLMMConfig, CrossLMMForConditionalGeneration)
+
+
+@functools.cache
+def _decoder(side: int, sampling: Sampling) -> Decoder:
+    data = DataConfig(num_frames=sampling.num_frames, sampling=sampling.sampling, fps=sampling.fps)
+    return Decoder(data, side)
+
+
+def _read_file(uri: str, side: int, sampling: Sampling) -> np.ndarray:
+    (frames,) = _decoder(side, sampling)([uri])
+    if isinstance(frames, VideoFailure):
+        raise ValueError(f"{uri}: {frames.reason}")
+    return frames
+
+
+read_files_with(_read_file)

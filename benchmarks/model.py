@@ -25,11 +25,14 @@ import torch
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import EncoderDecoderCache, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers import Cache, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from benchmarks import report
 from crosslmm.cli import parse_run
 from crosslmm.model import CrossLMMConfig, CrossLMMForConditionalGeneration
+from crosslmm.model.cache import recall, remember
+from crosslmm.model.cross_attention import DualCrossAttentionLayer
+from crosslmm.model.vision_encoder import in_chunks
 from crosslmm.planning import cost
 
 FRAMES = (8, 16, 32, 64)
@@ -262,35 +265,31 @@ def token_times() -> list[dict[str, float]]:
     model, rows = arm.model, []
     for frames in TOKEN_FRAMES:
         inputs = arm.inputs(frames)
-        cache = model._new_cache()
-        model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
         tokens_FPD = model.projector(model.encode(inputs["pixel_values"]))
-        token = {"input_ids": torch.tensor([[7]]), "num_frames": inputs["num_frames"]}
-
         works = {
-            "cached": functools.partial(_token, model, cache, token),
-            "recomputed": functools.partial(_token_recomputed, model, cache, token, tokens_FPD),
+            "cached": functools.partial(_token, model, cache),
+            "recomputed": functools.partial(_token_recomputed, model, cache, tokens_FPD),
         }
         rows.append({"frames": frames, **in_turns(works, rounds=15)})
     return rows
 
 
-def _token(model: CrossLMMForConditionalGeneration, cache: EncoderDecoderCache, token: dict[str, Tensor]) -> None:
-    model(**token, past_key_values=cache, use_cache=True)
-    cache.self_attention_cache.crop(-1)
+def _token(model: CrossLMMForConditionalGeneration, cache: Cache) -> None:
+    model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+    cache.crop(-1)
 
 
-def _token_recomputed(
-    model: CrossLMMForConditionalGeneration, cache: EncoderDecoderCache, token: dict[str, Tensor], tokens_FPD: Tensor
-) -> None:
-    """Generate a token after emptying the cache of the video's keys and values, so that they are projected again."""
-    cache.is_updated = dict.fromkeys(cache.is_updated, False)
-    for layer in cache.cross_attention_cache.layers:
-        layer.is_initialized = False  # type: ignore[union-attr]
-    build = type(model)._visual_context
-    model._visual_context = lambda *arguments: replace(build(model, *arguments), tokens_FPD=tokens_FPD)  # type: ignore[method-assign]
-    _token(model, cache, token)
-    del model.__dict__["_visual_context"]
+def _token_recomputed(model: CrossLMMForConditionalGeneration, cache: Cache, tokens_FPD: Tensor) -> None:
+    """Generate a token after projecting the video's keys and values again."""
+    for layer in model.language_model.model.layers:
+        if isinstance(layer, DualCrossAttentionLayer) and layer.t2v is not None:
+            branch, seen = layer.t2v, recall(cache, layer.t2v.layer_idx)
+            assert seen is not None
+            projected_FPC = in_chunks(branch._project, tokens_FPD, model.config.encoder_chunk)
+            key, value = map(branch._heads, projected_FPC.flatten(0, 1)[None].chunk(2, dim=-1))
+            remember(cache, branch.layer_idx, replace(seen, key_BHSC=key, value_BHSC=value))
+    _token(model, cache)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """CrossLMM (arXiv 2505.17020): long-video language models with few visual tokens, trained on Ray.
 
-`import crosslmm` makes the model known to Transformers: AutoModelForImageTextToText, AutoProcessor, pipeline. That takes
-effect when a program imports Transformers' Auto classes; the package itself imports neither Transformers nor torch.
+`import crosslmm` makes the model known to Transformers: AutoModelForImageTextToText, AutoProcessor, pipeline. That
+takes effect when a program imports Transformers' Auto classes; this package itself imports neither them nor torch.
 """
 
 import functools
@@ -47,10 +47,10 @@ class _RegisterWithTransformers:
     def register_if_ready(self) -> None:
         """Register unless Transformers' Auto classes are not imported yet."""
         if "transformers.models.auto.configuration_auto" in sys.modules and self in sys.meta_path:
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            sys.meta_path.remove(self)
             importlib.import_module("crosslmm.auto")
 
 
 _hook = _RegisterWithTransformers()
-sys.meta_path.insert(0, _hook)  # type: ignore[arg-type]
+sys.meta_path.insert(0, _hook)
 _hook.register_if_ready()

@@ -1,6 +1,7 @@
 """Registers the model with Transformers' Auto classes, and lets its processor read files. Imported by the package."""
 
 import functools
+from dataclasses import asdict
 
 import numpy as np
 from transformers import AutoConfig, AutoProcessor
@@ -21,8 +22,7 @@ for name in AUTO_MODEL_CLASSES:
 
 @functools.cache
 def _decoder(side: int, sampling: Sampling) -> Decoder:
-    data = DataConfig(num_frames=sampling.num_frames, sampling=sampling.sampling, fps=sampling.fps)
-    return Decoder(data, side)
+    return Decoder(DataConfig.model_validate(asdict(sampling)), side)
 
 
 def _read_file(uri: str, side: int, sampling: Sampling) -> np.ndarray:

@@ -222,7 +222,7 @@ class Conversation:
         return answer.strip()
 
     def _common_prefix(self, ids: torch.Tensor) -> Cache | None:
-        """Return a cache of the first tokens of `ids`, as many as were read before; None if the video is not among them.
+        """Return a cache of the first tokens of `ids`, as many as were read before; None without the video's.
 
         Tokenised again, earlier turns may differ from the cached tokens.
         """

@@ -28,7 +28,7 @@ class SeenVideos:
 
     def select(self, samples: Tensor) -> "SeenVideos":
         """Return the videos of these samples (int64 indices), in this order."""
-        tensors = [getattr(self, field.name) for field in fields(self)]
+        tensors: list[Any] = [getattr(self, field.name) for field in fields(self)]
         return SeenVideos(*(x if x is None else x.index_select(0, samples.to(x.device)) for x in tensors))
 
 
@@ -61,7 +61,7 @@ class _RemembersVideos:
 
 
 @functools.cache
-def _remembering(layer_class: type) -> type:
+def _remembering(layer_class: Any) -> type:
     # `_layer_type` would make Transformers create layers of this class for other models.
     return type(layer_class.__name__, (_RemembersVideos, layer_class), {"_layer_type": None})
 

@@ -10,9 +10,10 @@ from transformers.utils import logging
 log = logging.get_logger(__name__)
 
 VISUAL_INPUTS = ("pixel_values", "features", "num_frames")
+_Base: Any = GenerationMixin  # its methods are typed for a class that has it and PreTrainedModel as bases
 
 
-class VideoGenerationMixin(GenerationMixin):
+class VideoGenerationMixin(_Base):
     """`GenerationMixin`, for every way of decoding that it knows: greedy, sampling, beams, assisted, static caches."""
 
     def prepare_inputs_for_generation(
@@ -44,7 +45,7 @@ class VideoGenerationMixin(GenerationMixin):
             else:
                 inputs.pop(name, None)
         embeds = inputs.get("inputs_embeds")
-        if embeds is not None and input_ids.shape == inputs_embeds.shape[:2]:  # type: ignore[union-attr]
+        if embeds is not None and inputs_embeds is not None and input_ids.shape == inputs_embeds.shape[:2]:
             inputs["input_ids"] = input_ids[:, -embeds.shape[1] :]  # they say where the placeholders are
         return inputs
 
@@ -69,7 +70,7 @@ class VideoGenerationMixin(GenerationMixin):
     ) -> dict[str, Tensor]:
         expanded = {"num_frames": num_frames.repeat_interleave(times, dim=0)}
         if features is None and pixel_values is not None:
-            features = self.encode(pixel_values.to(self.device))  # type: ignore[attr-defined]
+            features = self.encode(pixel_values.to(self.device))
         if features is not None:
             of_samples = features.split(num_frames.sum(dim=1).tolist())
             expanded["features"] = torch.cat([frames for frames in of_samples for _ in range(times)])

@@ -49,7 +49,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
     config: CrossLMMConfig
     config_class = CrossLMMConfig
     main_input_name = "input_ids"
-    input_modalities = ("video", "image", "text")
+    input_modalities = ["video", "image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -100,7 +100,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
             )
         return encode(self.vision_tower, pixels_FCHW, self.config.encoder_chunk)
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -132,8 +132,8 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
                 fewer videos.
             attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
             past_key_values: cache of the decoder, of any class; it also remembers the videos.
-            inputs_embeds: (B, L, D), instead of the embeddings of `input_ids`. With both, `input_ids` only say where the
-                placeholders are; without, these are the positions with the embedding of `video_token_id`.
+            inputs_embeds: (B, L, D), instead of the embeddings of `input_ids`. With both, `input_ids` only say where
+                the placeholders are; without, these are the positions with the embedding of `video_token_id`.
             use_cache: return a cache; default: only if one is given.
             labels: int64 (B, L), -100 at positions without loss. Shifted by one here.
             shift_labels: the same, already shifted (sequence parallelism); takes the place of `labels`.
@@ -315,7 +315,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
             chunk,
         )
 
-    @capture_outputs
+    @capture_outputs  # type: ignore[untyped-decorator]
     def _decode(
         self,
         x_BLD: Tensor,
@@ -356,9 +356,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
                 x_BLD = layer(x_BLD, **attention)
         x_BLD = decoder.norm(x_BLD)
         chosen = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return BaseModelOutputWithPast(
-            last_hidden_state=x_BLD, hidden_states=_select([*states, x_BLD], chosen) if chosen is not False else None
-        )
+        return BaseModelOutputWithPast(last_hidden_state=x_BLD, hidden_states=_select([*states, x_BLD], chosen))
 
     def _loss(
         self,
@@ -386,9 +384,9 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         return nn.functional.cross_entropy(logits, targets_N, reduction="sum")
 
 
-def _select(states: list[Tensor], chosen: bool | int | list[int]) -> tuple[Tensor | None, ...]:
-    """Return all hidden states, or None in the place of those that are not chosen."""
-    if chosen is True:
-        return tuple(states)
+def _select(states: list[Tensor], chosen: Any) -> Any:
+    """Return all hidden states if `chosen` is True, None if it is False, and else None for those not in the list."""
+    if isinstance(chosen, bool):
+        return tuple(states) if chosen else None
     indices = {i % len(states) for i in ([chosen] if isinstance(chosen, int) else chosen)}
     return tuple(state if i in indices else None for i, state in enumerate(states))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -120,7 +120,7 @@ def _to_array(given: Any) -> np.ndarray:
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
         raise ValueError(f"frames are {array.dtype}; expected uint8, or floats from 0 to 1")
-    return cast(np.ndarray, array)
+    return array
 
 
 def _resized(frames: np.ndarray, side: int) -> np.ndarray:

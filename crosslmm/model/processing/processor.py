@@ -155,7 +155,7 @@ class CrossLMMProcessor(ProcessorMixin):
                 "apply_chat_template(..., tokenize=True, return_dict=True), where each part has its video or image"
             )
         sampling = self._sampling(options)
-        kind = "image" if videos is None else "video"
+        kind: media.Kind = "image" if videos is None else "video"
         given = media.flat_list(images if videos is None else videos, kind)
         ids = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         counts = [tokens.count(self.video_token_id) for tokens in ids]

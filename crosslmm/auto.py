@@ -26,10 +26,10 @@ def _decoder(side: int, sampling: Sampling) -> Decoder:
 
 
 def _read_file(uri: str, side: int, sampling: Sampling) -> np.ndarray:
-    (frames,) = _decoder(side, sampling)([uri])
-    if isinstance(frames, VideoFailure):
-        raise ValueError(f"{uri}: {frames.reason}")
-    return frames
+    (video,) = _decoder(side, sampling)([uri])
+    if isinstance(video, VideoFailure):
+        raise ValueError(f"{uri}: {video.reason}")
+    return video.images
 
 
 read_files_with(_read_file)

@@ -24,7 +24,7 @@ from crosslmm.cli_errors import closest, explain
 from crosslmm.cli_help import print_help
 from crosslmm.config import BadConfig, RunConfig, flatten, validate_run
 from crosslmm.progress import set_up_logging
-from crosslmm.text import in_brief, one_line, one_printable_line, redacted
+from crosslmm.text import in_brief, one_line, one_printable_line, printable, redacted
 
 PRESETS = resources.files("crosslmm") / "presets"
 MAX_CONFIG_BYTES = 2**20
@@ -188,11 +188,13 @@ def start_job(run: str | None = None) -> None:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Print an error as one line and exit with 2: the request was refused."""
+    """Print an error and exit with 2: the request was refused; see `print_error`."""
     print_error(error)
     raise SystemExit(2)
 
 
 def print_error(error: object) -> None:
-    """Print an error as one line, without credentials and control characters."""
+    """Print an error as one line, with its `details` below if it has some, and no credentials or control characters."""
     print(f"error: {one_printable_line(redacted(one_line(str(error))))}", file=sys.stderr)  # noqa: T201
+    if details := getattr(error, "details", ""):
+        print(printable(redacted(details)), file=sys.stderr)  # noqa: T201

@@ -1,12 +1,13 @@
 """The manifest: one conversation per row, usually about a video.
 
-`formats` reads the file formats, `row_schema` checks rows, `manifest_shards` reads prepared manifests.
+`rows` reads files and forms of rows, `row_schema` checks them, `manifest_shards` reads prepared manifests.
 """
 
 import contextlib
 import functools
-import hashlib
 import itertools
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +16,34 @@ import numpy as np
 import pyarrow as pa
 
 from crosslmm import storage
-from crosslmm.data import formats, manifest_shards
+from crosslmm.data import manifest_shards
 from crosslmm.data.frame_sampling import FrameSampling
 from crosslmm.data.manifest_shards import SCHEMA
 from crosslmm.data.row_schema import parse_rows, resolve_video
+from crosslmm.data.rows.files import PREPARE_HINT, read_rows
+from crosslmm.data.rows.folders import is_folder
+from crosslmm.data.rows.problems import Reasons, count_reason, problem_table, unused_lines
+from crosslmm.data.rows.values import BadRow
 from crosslmm.text import printable
 
 MAX_UNPREPARED_ROWS = 1_000_000
 """Largest manifest that the driver reads and checks in one piece [rows]: about a minute, and 0.3 to 1 kB a row."""
+BATCH_ROWS = 4096
+"""Rows that are checked together [rows]."""
+
+log = logging.getLogger(__name__)
 
 
 class BadManifest(Exception):
-    """A manifest that cannot be read; the message names the file, the line and the reason."""
+    """A manifest that cannot be read; the message names the file, the line and the reason.
+
+    Attributes:
+        details: lines of text that say more, a table of all malformed rows for instance; may be empty.
+    """
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 @contextlib.contextmanager
@@ -38,8 +55,8 @@ def manifest_errors(manifest: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, RecursionError) as error:
         remedy = ", or add its target to --data.roots" if isinstance(error, storage.LeadsOut) else ""
-        reason = f"{type(error).__name__}: {printable(str(error))}"
-        raise BadManifest(f"{manifest}: cannot be read: {reason}{remedy}") from error
+        kind = "" if isinstance(error, BadRow) else f"{type(error).__name__}: "
+        raise BadManifest(f"{manifest}: cannot be read: {kind}{printable(str(error))}{remedy}") from error
 
 
 class Manifest:
@@ -64,7 +81,7 @@ class Manifest:
 
         Raises:
             BadManifest: it is unreadable, empty, too large to be read in one piece, or has malformed lines, of which
-                the message names up to five.
+                the message names the first, and its `details` are a table.
         """
         self.uri = storage.absolute(uri)
         self._table: pa.Table | manifest_shards.PreparedTable
@@ -77,18 +94,35 @@ class Manifest:
                 self.digest = self._table.digest
                 self.take([0])  # fails if the first row's videos lie outside of the roots; usually so do all others
                 return
-            data, raw_rows = formats.read_rows(self.uri, self.roots)
-            records, reasons = parse_rows(itertools.islice(raw_rows, max_rows + 1), self.roots)
-        self.digest = hashlib.sha256(data).hexdigest()
-        if len(records) + len(reasons) > max_rows:
-            raise BadManifest(f"{uri}: has more than {max_rows} rows; {formats.PREPARE_HINT.format(uri=uri)}")
-        if reasons:
-            more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
-            first_five = "; ".join(f"line {number}: {reason}" for number, reason in reasons[:5])
-            raise BadManifest(f"{uri}: {first_five}{more}")
-        if not records:
+            self.digest, raw_rows = read_rows(self.uri, self.roots)
+            self._table = self._check(uri, itertools.islice(raw_rows, max_rows + 1))
+        if self._table.num_rows > max_rows:
+            raise BadManifest(f"{uri}: has more than {max_rows} rows; {PREPARE_HINT.format(uri=uri)}")
+        if not self._table.num_rows:
             raise BadManifest(f"{uri}: is empty")
-        self._table = pa.Table.from_pylist(records, SCHEMA)
+
+    def _check(self, uri: str, raw_rows: Iterator[tuple[int, Any]]) -> pa.Table:
+        """Return the records of all rows.
+
+        Raises:
+            BadManifest: some are malformed.
+        """
+        tables, first_line = [SCHEMA.empty_table()], dict[str, int]()
+        malformed: list[tuple[int, str]] = []
+        reasons: Reasons = {}
+        unused: Counter[str] = Counter()
+        while rows := list(itertools.islice(raw_rows, BATCH_ROWS)):
+            records, rejected = parse_rows(rows, self.roots, first_line, manifest=self.uri)
+            tables.append(pa.Table.from_pylist(records, SCHEMA))
+            malformed = malformed or rejected[:1]
+            unused.update(key for record in records for key in sorted(record["unused"]))
+            for line, reason in rejected:
+                count_reason(reasons, line, reason)
+        if malformed:
+            raise _malformed(uri, malformed[0], reasons, sum(table.num_rows for table in tables))
+        for line in unused_lines(unused):
+            log.warning("%s: %s", uri, line)
+        return pa.concat_tables(tables).combine_chunks()
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -203,6 +237,15 @@ class Rows:
         return references
 
 
+def _malformed(uri: str, first: tuple[int, str], reasons: Reasons, good: int) -> BadManifest:
+    """Return the error about malformed rows; the first one is given as (line, reason)."""
+    message = f"{uri}: line {first[0]}: {first[1]}"
+    count = sum(entry[0] for entry in reasons.values())
+    if count == 1:
+        return BadManifest(message)
+    return BadManifest(f"{message}; {count:,} of {good + count:,} rows are malformed", problem_table(reasons))
+
+
 def base_folder(uri: str) -> str:
     """Return the folder that a manifest's relative paths start from."""
-    return uri if formats.is_folder(uri) else storage.parent(uri)
+    return uri if is_folder(uri) else storage.parent(uri)

@@ -1,144 +1,53 @@
-"""The schema of a manifest's rows, and their validation."""
+"""The rows of manifests, checked: conversations of any form become records of `manifest_shards.SCHEMA`."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import posixpath
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 from crosslmm import storage
-from crosslmm.data import formats
 from crosslmm.data.frame_sampling import split_time_range
+from crosslmm.data.rows.conversation import Part, Turn, place_media
+from crosslmm.data.rows.forms import conversation_of
+from crosslmm.data.rows.media import Embedded, Media
+from crosslmm.data.rows.values import BadRow, shown
+from crosslmm.data.video.frame_list import is_frame_list, map_files, parse_frame_list
 from crosslmm.text import first_error
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-MediaUri = Annotated[str, Field(min_length=1)]
-"""Path relative to the manifest, absolute path, or s3:// URI; a suffix `#t=START,END` selects a part of a video [s]."""
-
-
-class VideoPart(_Strict):
-    """A video in a message."""
-
-    type: Literal["video"]
-    video: MediaUri | None = None
-    """Its URI; None for the row's `video`."""
-
-    @property
-    def uri(self) -> str | None:
-        """URI of the video; None for the row's `video`."""
-        return self.video
-
-
-class ImagePart(_Strict):
-    """An image in a message; the model sees it as a video of one frame."""
-
-    type: Literal["image"]
-    image: MediaUri
-
-    @property
-    def uri(self) -> str | None:
-        """URI of the image."""
-        return self.image
-
-
-class TextPart(_Strict):
-    """Text in a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-ContentPart = Annotated[VideoPart | ImagePart | TextPart, Field(discriminator="type")]
-
-
-class UserMessage(_Strict):
-    """A message of the user, or the system prompt."""
-
-    role: Literal["system", "user"]
-    content: str | list[ContentPart]
-
-
-class AssistantMessage(_Strict):
-    """An answer; the loss is taken over these tokens only."""
-
-    role: Literal["assistant"]
-    content: str
-
-
-class Row(_Strict):
-    """One sample of a manifest."""
-
-    id: Annotated[str, Field(min_length=1)]
-    video: MediaUri | None = None
-    """URI for the one video part without a URI of its own; None if there is no such part."""
-    messages: Annotated[
-        list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]],
-        Field(min_length=1),
-    ]
-    kind: str | None = None
-    """Category of the question; validation reports accuracy for each."""
-
-    @property
-    def media_parts(self) -> list[VideoPart | ImagePart]:
-        """The video and image parts, in the order of the conversation."""
-        return [part for part in self._parts() if not isinstance(part, TextPart)]
-
-    @property
-    def videos(self) -> list[str]:
-        """The URIs of `media_parts`."""
-        return [str(self.video) if part.uri is None else part.uri for part in self.media_parts]
-
-    def _parts(self, start: int = 0) -> list[VideoPart | ImagePart | TextPart]:
-        """Return the parts of the messages from number `start` on."""
-        return [part for m in self.messages[start:] if isinstance(m.content, list) for part in m.content]
-
-    @model_validator(mode="after")
-    def _check_media(self) -> "Row":
-        without_uri = sum(part.uri is None for part in self.media_parts)
-        if without_uri != (self.video is not None):
-            raise ValueError(
-                f"{'a' if self.video else 'no'} video is given, but the messages have {without_uri} video parts"
-                f"{' without a URI' if len(self.media_parts) > without_uri else ''}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_conversation(self) -> "Row":
-        answers = [i for i, m in enumerate(self.messages) if isinstance(m, AssistantMessage)]
-        if not answers:
-            raise ValueError("there is no message of the assistant, so there is nothing to learn or to compare with")
-        if answers[0] == 0:
-            raise ValueError("the assistant speaks first, so there is no question to answer")
-        if any(not isinstance(part, TextPart) for part in self._parts(answers[-1])):
-            raise ValueError("a video comes after the last answer")
-        return self
+StoreMedia = Callable[[Embedded], str]
+"""Writes a video or image that stands in the manifest to a file, and returns its absolute path or URI."""
 
 
 def parse_rows(
-    raw_rows: Iterable[tuple[int, Any]], roots: Sequence[str], first_line: dict[str, int] | None = None
+    raw_rows: Iterable[tuple[int, Any]],
+    roots: Sequence[str],
+    first_line: dict[str, int] | None = None,
+    manifest: str = "",
+    ignored: Collection[str] = (),
+    store: StoreMedia | None = None,
 ) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
-    """Check rows and convert them to records of `manifest_shards.SCHEMA`.
+    """Check rows and convert them to records.
 
     Args:
-        raw_rows: (line, row) as `formats` reads them.
+        raw_rows: (line, row) as `rows.files` reads them.
         roots: folders that videos may lie in, see `resolve_video`.
         first_line: line of each row id that earlier calls have seen; this call adds its own. Default: none.
+        manifest: path or URI of the manifest, for rows without an id.
+        ignored: keys of rows that are to be ignored.
+        store: see `to_record`.
 
     Returns:
-        (records, malformed): `malformed` has (line, reason) of each row that is left out.
+        (records, malformed): the rows as `to_record` returns them; and (line, reason) of each one that is left out.
     """
     records: list[dict[str, Any]] = []
     malformed: list[tuple[int, str]] = []
     first_line = {} if first_line is None else first_line
     for line, raw in raw_rows:
         try:
-            record = to_record(raw, line, roots)
+            record = to_record(raw, line, roots, manifest, ignored, store)
             earlier = first_line.setdefault(record["id"], line)
-            if earlier != line:
+            if earlier != line and not record["ids_repeat"]:
                 raise ValueError(f"id {record['id']!r} is also on line {earlier}")
             records.append(record)
         except (ValueError, TypeError, RecursionError) as error:  # JSON from outside can have any shape
@@ -146,30 +55,116 @@ def parse_rows(
     return records, malformed
 
 
-def to_record(raw: Any, line: int, roots: Sequence[str]) -> dict[str, Any]:
-    """Convert one row, as `formats` reads it, to a record of `manifest_shards.SCHEMA`.
+def to_record(
+    raw: Any,
+    line: int,
+    roots: Sequence[str],
+    manifest: str = "",
+    ignored: Collection[str] = (),
+    store: StoreMedia | None = None,
+) -> dict[str, Any]:
+    """Convert one row to a record.
+
+    Args:
+        raw: the row, as `rows.files` reads it.
+        line: its line.
+        roots: folders that its videos may lie in, see `resolve_video`.
+        manifest: path or URI of the manifest, for a row without an id.
+        ignored: keys that are to be ignored.
+        store: is given each video that stands in the row itself, once the row is known to be good; None refuses them.
+
+    Returns:
+        The columns of `manifest_shards.SCHEMA`, and besides them `form` (its name), `ids_repeat` (whether other rows
+        may have the same id) and `unused` (keys that are not followed, see `forms.UNUSED`).
 
     Raises:
         ValueError: the row is malformed.
     """
-    row = Row.model_validate(formats.parse_row(raw, line))
-    videos = [resolve_video(video, roots) for video in row.videos]
-    messages = row.model_dump(include={"messages"}, exclude_none=True)["messages"]
-    # JSON may contain half a surrogate pair, which can be neither written as UTF-8 nor tokenized: encode() raises.
-    json.dumps([row.id, row.kind, videos, messages], ensure_ascii=False).encode()
-    return {
-        "id": row.id,
-        "videos": videos,
-        "messages": json.dumps(messages),
-        "kind": row.kind,
+    row = conversation_of(raw, ignored)
+    turns = place_media(row)
+    _check_order(turns)
+    media = [part for turn in turns for part in turn.parts if part.kind != "text"]
+    videos = [_resolve(part.media, roots) for part in media]
+    record: dict[str, Any] = {
+        "id": _made_id(manifest, line) if row.id is None else _id(row.id),
+        "messages": json.dumps([_message(turn) for turn in turns]),
+        "kind": _kind(row.kind),
         "line": line,
-        "chars": sum(len(m.content) if isinstance(m.content, str) else _characters(m.content) for m in row.messages),
-        "seconds": [0.0 if isinstance(part, ImagePart) else None for part in row.media_parts],
+        "chars": sum(len(part.text) for turn in turns for part in turn.parts),
+        "seconds": [_known_seconds(part) for part in media],
+        "form": row.form,
+        "ids_repeat": row.ids_repeat,
+        "unused": row.unused,
     }
+    # JSON may contain half a surrogate pair, which can be neither written as UTF-8 nor tokenized: encode() raises.
+    texts = [part.text for turn in turns for part in turn.parts]
+    json.dumps([record["id"], row.kind, [*map(str, videos)], texts], ensure_ascii=False).encode()
+    record["videos"] = [_store(video, store) if isinstance(video, Embedded) else video for video in videos]
+    return record
+
+
+def _check_order(turns: Sequence[Turn]) -> None:
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    if not answers:
+        raise BadRow("there is no message of the assistant, so there is nothing to learn or to compare with")
+    if answers[0] == 0:
+        raise BadRow("the assistant speaks first, so there is no question to answer")
+    if any(part.kind != "text" for turn in turns[answers[-1] :] for part in turn.parts):
+        raise BadRow("a video comes after the last answer")
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    """Return a turn as it is stored: its videos and images are in the record's `videos`, in the same order."""
+    if isinstance(turn.content, str):
+        return {"role": turn.role, "content": turn.content}
+    parts = [
+        {"type": "text", "text": part.text} if part.kind == "text" else {"type": part.kind} for part in turn.content
+    ]
+    return {"role": turn.role, "content": parts}
+
+
+def _id(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of numbers with holes
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise BadRow(f"id is {shown(value)}, and should be text or a whole number")
+    return str(value)
+
+
+def _made_id(manifest: str, line: int) -> str:
+    """Return an id for a row without one: it differs from those of all other manifests, also of the same name."""
+    folder, name = posixpath.split(manifest)
+    return f"{hashlib.sha256(folder.encode()).hexdigest()[:8]}/{name}:{line}"
+
+
+def _kind(value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise BadRow(f"kind is {shown(value)}, and should be text")
+    return value
+
+
+def _known_seconds(part: Part) -> float | None:
+    """Return the duration of a video, 0 for an image, as far as the row says it [s]."""
+    if part.kind == "image":
+        return 0.0
+    whole = isinstance(part.media, str) and is_frame_list(part.media) and split_time_range(part.media)[0] == part.media
+    return parse_frame_list(str(part.media)).duration if whole else None
+
+
+def _resolve(media: Media | None, roots: Sequence[str]) -> Media:
+    return media if isinstance(media, Embedded) else resolve_video(str(media), roots)
+
+
+def _store(media: Embedded, store: StoreMedia | None) -> str:
+    if store is None:
+        raise BadRow(
+            "the row holds its video itself; python jobs/prepare.py convert MANIFEST FOLDER writes it to a file"
+        )
+    return store(media)
 
 
 def resolve_video(video: str, roots: Sequence[str]) -> str:
-    """Return the absolute path or URI of a row's video.
+    """Return the absolute path or URI of a row's video; of a list of frames, its address with those of all frames.
 
     Args:
         video: as the row names it.
@@ -179,13 +174,13 @@ def resolve_video(video: str, roots: Sequence[str]) -> str:
     Raises:
         ValueError: it lies in none of them, or its `#t=` ends before it begins.
     """
-    uri = storage.resolve(roots[0], video)
+    return map_files(video, lambda file: _resolve_file(file, roots))
+
+
+def _resolve_file(file: str, roots: Sequence[str]) -> str:
+    uri = storage.resolve(roots[0], file)
     if "\0" in uri:
         raise ValueError(f"{uri!a} has a zero byte, as no file's name can")
-    if not storage.within(split_time_range(uri)[0], roots):
+    if not storage.within(uri, roots):
         raise ValueError(f"{uri!a} lies outside of {roots[0]}; add its folder to --data.roots")
     return uri
-
-
-def _characters(parts: Sequence[VideoPart | ImagePart | TextPart]) -> int:
-    return sum(len(part.text) for part in parts if isinstance(part, TextPart))

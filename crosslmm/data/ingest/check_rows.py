@@ -1,4 +1,4 @@
-"""Check the rows of one chunk, and probe their videos; runs in a task and writes nothing."""
+"""Check the rows of one chunk, and probe their videos, in a task; and compare the ids of all chunks."""
 
 import contextlib
 import hashlib
@@ -14,12 +14,15 @@ import pyarrow as pa
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import split_time_range
 from crosslmm.data.ingest import split
+from crosslmm.data.ingest.media_files import MediaWriter
+from crosslmm.data.ingest.preview import add_previews
 from crosslmm.data.ingest.split import Chunk
 from crosslmm.data.ingest.summary import Summary
 from crosslmm.data.manifest import manifest_errors
 from crosslmm.data.manifest_shards import LENGTH_COLUMNS, SCHEMA
 from crosslmm.data.quarantine import QuarantineEntry, to_printable
 from crosslmm.data.row_schema import parse_rows
+from crosslmm.data.rows.media import Embedded
 from crosslmm.data.video.container import UnreadableVideo
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import HeaderReader
@@ -33,6 +36,9 @@ INDEX = pa.schema(
     | {name: SCHEMA.field(name).type for name in LENGTH_COLUMNS}
 )
 """Columns of a chunk's index: hash of the row's id, its line, whether a part contains it, and its `LENGTH_COLUMNS`."""
+
+IN_MANIFEST = "in the manifest: "
+"""Begins the name of a video whose bytes the manifest holds, where nothing is written; no absolute path or URI does."""
 
 Waiting = tuple[dict[str, Any], QuarantineEntry]
 """A row with an unreadable video, and why the video is unreadable. `requeue` tries it again."""
@@ -52,6 +58,8 @@ class IngestJob:
     """Whether to probe videos."""
     data: DataConfig
     """Limits of probing, and the roots that videos may lie in, the manifest's folder first."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of rows that are ignored."""
 
     @property
     def memory_gib(self) -> float:
@@ -78,6 +86,7 @@ def check_chunk(job: IngestJob, chunk: Chunk) -> tuple[Summary, np.ndarray, np.n
     summary, index = Summary(job.plan), [INDEX.empty_table()]
     for batch in check_batches(job, chunk):
         count_batch(summary, batch)
+        add_previews(summary.previews, batch.records)
         index.append(index_of(batch))
     table = pa.concat_tables(index)
     return summary, table["id"].to_numpy(), table["line"].to_numpy()
@@ -92,19 +101,26 @@ def check_batches(job: IngestJob, chunk: Chunk, batch_rows: int = BATCH_ROWS) ->
     """
     first_line: dict[str, int] = {}
     probed: dict[str, Probe | VideoFailure] = {}
+    store = MediaWriter(job.target) if job.target else _name_in_manifest
     with contextlib.ExitStack() as stack:
         header_reader = stack.enter_context(HeaderReader(job.data)) if job.probe else None
         for rows in _row_batches(job, chunk, batch_rows):
-            records, rejected = parse_rows(rows, job.data.roots, first_line)
+            records, rejected = parse_rows(
+                rows, job.data.roots, first_line, manifest=job.manifest, ignored=job.ignored_keys, store=store
+            )
             batch = CheckedBatch(records, [(line, to_printable(reason)) for line, reason in rejected], [], {})
             if header_reader:
                 uris = dict.fromkeys(split_time_range(uri)[0] for record in records for uri in record["videos"])
-                new = [uri for uri in uris if uri not in probed]
+                new = [uri for uri in uris if uri not in probed and not uri.startswith(IN_MANIFEST)]
                 results = dict(zip(new, header_reader(new), strict=True))
                 probed |= results
                 batch.probes = {uri: result for uri, result in results.items() if isinstance(result, Probe)}
                 batch.records, batch.waiting = add_durations(records, probed, job.manifest)
             yield batch
+
+
+def _name_in_manifest(media: Embedded) -> str:
+    return f"{IN_MANIFEST}{media.name}, {media.size:,} bytes"
 
 
 def _row_batches(job: IngestJob, chunk: Chunk, batch_rows: int) -> Iterator[list[tuple[int, Any]]]:
@@ -133,9 +149,12 @@ def add_durations(
     return readable, waiting
 
 
-def _clip_seconds(uri: str, probed: dict[str, Probe | VideoFailure]) -> float | VideoFailure:
-    """Return the duration of the part of a video that `uri` names, 0 for an image [s]; or why it is unreadable."""
+def _clip_seconds(uri: str, probed: dict[str, Probe | VideoFailure]) -> float | VideoFailure | None:
+    """Return the duration of the part of a video that `uri` names, 0 for an image [s]; None if it was not probed; or
+    why it is unreadable."""
     file_uri, start, end = split_time_range(uri)
+    if file_uri.startswith(IN_MANIFEST):
+        return None
     result = probed[file_uri]
     if isinstance(result, VideoFailure):
         return result
@@ -156,6 +175,9 @@ def count_batch(summary: Summary, batch: CheckedBatch) -> None:
     summary.count("unreadable", Counter(f"{entry.stage}: {entry.reason}" for _, entry in batch.waiting))
     summary.count("codecs", Counter(probe.codec for probe in batch.probes.values()))
     summary.count("sizes", Counter(f"{probe.width}x{probe.height}" for probe in batch.probes.values()))
+    rows = [*batch.records, *(record for record, _ in batch.waiting)]
+    summary.count("forms", Counter(record["form"] for record in rows))
+    summary.count("unused", Counter(key for record in rows for key in sorted(record["unused"])))
 
 
 def index_of(batch: CheckedBatch) -> pa.Table:
@@ -164,13 +186,35 @@ def index_of(batch: CheckedBatch) -> pa.Table:
     rows.sort(key=lambda row: row[0]["line"])
     return pa.Table.from_pylist(
         [
-            {**{name: row[name] for name in ("line", *LENGTH_COLUMNS)}, "id": _hash_id(row["id"]), "kept": kept}
+            {**{name: row[name] for name in ("line", *LENGTH_COLUMNS)}, "id": _hash_id(row), "kept": kept}
             for row, kept in rows
         ],
         INDEX,
     )
 
 
-def _hash_id(name: str) -> int:
+def _hash_id(row: dict[str, Any]) -> int:
+    """Return a number that rows with the same id share; a row of a form whose ids repeat shares it with none."""
+    name = f"{row['id']}\0{row['line']}" if row["ids_repeat"] else row["id"]
     # The odds that any two of 20 million ids share a hash are 1 : 100,000.
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def find_duplicates(hashes: list[np.ndarray], lines: list[np.ndarray]) -> dict[int, list[tuple[int, int]]]:
+    """Return, by chunk number, (line, first line with the same id) of each row whose id appeared before.
+
+    Args:
+        hashes: hashes of the ids of each chunk, uint64 (rows,).
+        lines: lines of the rows of each chunk, int64 (rows,).
+    """
+    if not any(map(len, hashes)):
+        return {}
+    ends, ids, line = np.cumsum([len(chunk) for chunk in hashes]), np.concatenate(hashes), np.concatenate(lines)
+    order = np.argsort(ids, kind="stable")
+    is_first = np.concatenate([[True], np.diff(ids[order]) != 0])
+    first = order[is_first][np.cumsum(is_first) - 1]
+    duplicates: dict[int, list[tuple[int, int]]] = {}
+    for row, earlier in sorted(zip(order[~is_first].tolist(), first[~is_first].tolist(), strict=True)):
+        chunk = int(np.searchsorted(ends, row, side="right"))
+        duplicates.setdefault(chunk, []).append((int(line[row]), int(line[earlier])))
+    return duplicates

@@ -20,7 +20,10 @@ LIMITS = {"decode_timeout_s", "decode_memory_gib", "max_video_bytes", "max_video
 """Keys of `DataConfig` that all commands with videos take."""
 TOLERANCES = {"max_bad_share", "bad_allowed"}
 """Keys of `DataConfig` that the commands on manifests take as well."""
+SAMPLING = {"num_frames", "sampling", "fps"}
+"""Keys of `DataConfig` that say which frames a run takes."""
 DEFAULTS = DataConfig()
+NO_KEYS: list[str] = []
 ChunkBytes = Annotated[int, Field(ge=1)]
 Result = tuple[int, str]
 """Exit status, and last line of output."""
@@ -32,6 +35,7 @@ def convert(
     probe: bool = True,
     skip_bad: bool = False,
     piece_bytes: ChunkBytes | None = None,
+    ignore_keys: list[str] = NO_KEYS,
     data: DataConfig = DEFAULTS,
 ) -> Result:
     """Check a manifest of any size, probe its videos, and write a folder that data.manifest takes in its place.
@@ -40,44 +44,53 @@ def convert(
 
     Malformed rows are listed in the folder's rejected.jsonl, rows with unreadable videos in its quarantine.jsonl
     (requeue retries them). After an interruption the same command resumes. If the manifest has changed, it starts over.
+    Videos that the manifest itself holds (WebDataset, Parquet with bytes) are written to the folder.
 
     Args:
-        manifest: Path or s3:// URI, in any format that training reads. A .json list, or a folder of videos with
-            sidecars, must fit into the memory of one process.
+        manifest: Path or s3:// URI, in any form that docs/data.md lists, or a pattern such as train-*.parquet. A .json
+            list, a CSV, a packed file, or a folder of videos with sidecars must fit into the memory of one process.
         folder: Path or s3:// URI of the output; all nodes must have access to it.
         probe: Read each video's header: duration (needed for --train.micro_batch_tokens), frames, size, codec,
             rotation, keyframes. false opens no video.
         skip_bad: Leave malformed rows out instead of refusing the manifest.
         piece_bytes: Size of the part of the manifest that one task converts, and that is converted again if the task is
             interrupted [bytes]. null is 32 MiB, or 4 MiB with --probe true.
+        ignore_keys: Keys of rows that are known to say nothing about the conversation; any other unknown key makes its
+            row malformed.
     """
     from crosslmm.data.ingest.convert import convert
     from crosslmm.data.ingest.report import print_converted
 
-    result = convert(manifest, folder, probe, skip_bad, piece_bytes, data)
+    result = convert(manifest, folder, probe, skip_bad, piece_bytes, data, ignore_keys)
     print_converted(result)
     return 0, json.dumps(result)
 
 
 def validate(
-    manifest: str, probe: bool = False, piece_bytes: ChunkBytes | None = None, data: DataConfig = DEFAULTS
+    manifest: str,
+    probe: bool = False,
+    piece_bytes: ChunkBytes | None = None,
+    ignore_keys: list[str] = NO_KEYS,
+    data: DataConfig = DEFAULTS,
 ) -> Result:
     """Check a manifest as convert does, and write nothing.
 
         python jobs/prepare.py validate s3://bucket/train.jsonl --probe true
 
-    Prints each reason with its number of rows and the first of their lines. Exit status 1 if there are bad rows.
+    Prints which form the rows have, the first three as the model will see them, and each reason why rows are malformed,
+    with the first of their lines. Exit status 1 if there are bad rows.
 
     Args:
-        manifest: Path or s3:// URI, in any format that training reads.
+        manifest: Path or s3:// URI, in any form that docs/data.md lists, or a pattern such as train-*.parquet.
         probe: Read each video's header, too; rows with unreadable videos then count as bad.
         piece_bytes: Size of the part that one task checks [bytes]. null is 32 MiB, or 4 MiB with --probe true.
+        ignore_keys: Keys of rows that are ignored, as for convert.
     """
     from crosslmm.data.ingest.convert import validate
-    from crosslmm.data.ingest.report import print_problems
+    from crosslmm.data.ingest.report import print_validated
 
-    total = validate(manifest, probe, piece_bytes, data)
-    print_problems(total)
+    total = validate(manifest, probe, piece_bytes, data, ignore_keys)
+    print_validated(manifest, total, probe, data)
     counts = {"rows": total.rows, "rejected": total.rejected, "quarantined": total.quarantined}
     return int(bool(total.rejected or total.quarantined)), json.dumps({"manifest": manifest, **counts})
 
@@ -169,7 +182,7 @@ def _command_parser(function: Callable[..., Result]) -> ArgumentParser:
     )
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip={"data"})
     if "data" in function.__annotations__:
-        keys = LIMITS if function is requeue else LIMITS | TOLERANCES
+        keys = LIMITS | {convert: TOLERANCES, validate: TOLERANCES | SAMPLING}.get(function, set())
         parser.add_class_arguments(DataConfig, "data", skip=set(DataConfig.model_fields) - keys)
     for action in parser._actions:
         if action.dest == "data":

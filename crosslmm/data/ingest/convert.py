@@ -2,6 +2,7 @@
 
     FOLDER/pieces/plan.json         how the manifest is split into chunks
     FOLDER/part-*.parquet           the rows
+    FOLDER/media/                   videos and images that the manifest itself holds
     FOLDER/probes-*.parquet         headers of the videos
     FOLDER/waiting-*.parquet        rows with unreadable videos, for `requeue`; quarantine.jsonl lists them for people
     FOLDER/rejected.jsonl           malformed rows
@@ -18,7 +19,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -29,8 +30,7 @@ from crosslmm import storage
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data import manifest_shards
 from crosslmm.data.ingest import ray_tasks, split
-from crosslmm.data.ingest.check_rows import INDEX, IngestJob, check_chunk
-from crosslmm.data.ingest.duplicates import find_duplicates
+from crosslmm.data.ingest.check_rows import INDEX, IngestJob, check_chunk, find_duplicates
 from crosslmm.data.ingest.plan import (
     QUARANTINE_FILE,
     REJECTED_FILE,
@@ -53,6 +53,7 @@ from crosslmm.data.ingest.summary import Summary, parse_summary
 from crosslmm.data.manifest import BadManifest, base_folder, manifest_errors
 from crosslmm.data.manifest_shards import LENGTH_COLUMNS, read_table
 from crosslmm.data.quarantine import ErrorBudget, to_printable
+from crosslmm.data.rows.problems import problem_table, unused_lines
 from crosslmm.progress import Progress
 from crosslmm.text import first_error, printable
 
@@ -66,7 +67,13 @@ log = logging.getLogger(__name__)
 
 
 def convert(
-    manifest: str, folder: str, probe: bool, skip_bad: bool, piece_bytes: int | None, data: DataConfig
+    manifest: str,
+    folder: str,
+    probe: bool,
+    skip_bad: bool,
+    piece_bytes: int | None,
+    data: DataConfig,
+    ignored_keys: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Prepare a manifest, or resume an earlier call; return the counts that the job prints.
 
@@ -77,6 +84,7 @@ def convert(
         skip_bad: leave malformed rows out; otherwise they are an error.
         piece_bytes: size of a chunk of the manifest; None for the default [bytes].
         data: limits of probing, and further folders that videos may lie in.
+        ignored_keys: keys of rows that are ignored.
 
     Raises:
         BadManifest, BadConfig: the request cannot be carried out.
@@ -97,13 +105,16 @@ def convert(
         "probe": probe,
         "piece_bytes": piece_bytes or default_chunk_bytes(probe),
         "roots": data.roots,
+        **({"ignored_keys": sorted(ignored_keys)} if ignored_keys else {}),
     }
     plan = make_plan(uri, target, settings, previous)
     if manifest_shards.is_prepared(target):
         table = manifest_shards.PreparedTable(target)
         log.info("%s: already prepared from %s, which has not changed", target, uri)
         return _result(target, table.num_rows, table.about, len(table.parts), began)
-    job = IngestJob(uri, target, plan.key, probe, data)
+    # Videos that the manifest itself holds are written there.
+    data = data.model_copy(update={"roots": [*data.roots, target]})
+    job = IngestJob(uri, target, plan.key, probe, data, tuple(ignored_keys))
     with _output_errors(target):
         summaries = _convert_chunks(job, plan.chunks)
         duplicates = _find_duplicates(target, summaries)
@@ -129,7 +140,9 @@ def _output_errors(target: str) -> Iterator[None]:
         ) from error
 
 
-def validate(manifest: str, probe: bool, piece_bytes: int | None, data: DataConfig) -> Summary:
+def validate(
+    manifest: str, probe: bool, piece_bytes: int | None, data: DataConfig, ignored_keys: Sequence[str] = ()
+) -> Summary:
     """Check the rows of a manifest, and the headers of its videos if `probe` is true; write nothing.
 
     Arguments and errors are those of `convert`.
@@ -137,11 +150,12 @@ def validate(manifest: str, probe: bool, piece_bytes: int | None, data: DataConf
     uri = storage.absolute(manifest.rstrip("/"))
     if manifest_shards.is_prepared(uri):
         raise BadManifest(f"{manifest}: is already prepared, so its rows have been checked")
-    job = IngestJob(uri, "", "", probe, _with_manifest_root(uri, data))
+    job = IngestJob(uri, "", "", probe, _with_manifest_root(uri, data), tuple(ignored_keys))
     hashes, lines = {}, {}
     with manifest_errors(manifest):
-        whole = split.needs_whole_read(uri)
-        chunks = [Chunk(uri, "whole")] if whole else split_in_tasks(uri, piece_bytes or default_chunk_bytes(probe))
+        files = split.files_to_split(uri, job.data.roots)
+        chunk_bytes = piece_bytes or default_chunk_bytes(probe)
+        chunks = split_in_tasks(files, chunk_bytes) if files else [Chunk(uri, "whole")]
         with _ChunkMonitor("validating", uri, len(chunks), data) as monitor:
             calls = {number: (job, chunk) for number, chunk in enumerate(chunks)}
             for number, (summary, chunk_hashes, chunk_lines) in ray_tasks.run_tasks(check_chunk, calls, job.memory_gib):
@@ -268,12 +282,16 @@ def _seal(
     if total.rejected and not skip_bad:
         raise IngestError(
             f"{total.describe_malformed(job.manifest)}; all are in {storage.join(target, REJECTED_FILE)}; "
-            "--skip_bad true leaves them out"
+            "--skip_bad true leaves them out",
+            problem_table(total.reasons) if total.rejected > 1 else "",
         )
+    for line in unused_lines(total.unused):
+        log.warning("%s: %s", job.manifest, line)
     if not total.rows:
         raise IngestError(
             f"{job.manifest}: no row is left: {total.rejected} are malformed, and the videos of {total.quarantined} "
-            "cannot be read"
+            "cannot be read",
+            problem_table(total.reasons) if total.rejected else "",
         )
     lengths = [table.filter(table["kept"]).select(LENGTH_COLUMNS) for table in _read_indices(target, summaries)]
     about = {

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,9 +14,11 @@ from crosslmm import storage
 from crosslmm.config import BadConfig
 from crosslmm.data import manifest_shards
 from crosslmm.data.ingest import ray_tasks, split
+from crosslmm.data.ingest.media_files import MEDIA_FOLDER
 from crosslmm.data.ingest.shard_tasks import relative_to
 from crosslmm.data.ingest.split import Chunk
 from crosslmm.data.manifest import BadManifest, manifest_errors
+from crosslmm.data.rows.folders import manifest_files
 from crosslmm.text import first_error
 
 CHUNK_BYTES, PROBED_CHUNK_BYTES = 32 * 2**20, 4 * 2**20
@@ -25,7 +28,9 @@ PLAN_FILE, REJECTED_FILE, QUARANTINE_FILE = "pieces/plan.json", "rejected.jsonl"
 MAX_PLAN_BYTES = 256 * 2**20
 """Largest plan [bytes]: a million chunks."""
 OUTPUT_FILES = re.compile(
-    r"_prepared\.json|pieces/.*|(part|probes|waiting|lengths)-\w+\.parquet|(rejected|quarantine)\.jsonl", re.DOTALL
+    r"_prepared\.json|pieces/.*|(part|probes|waiting|lengths)-\w+\.parquet|(rejected|quarantine)\.jsonl"
+    rf"|{MEDIA_FOLDER}/[0-9a-f]{{2}}/[0-9a-f]{{64}}(\.\w+)?",
+    re.DOTALL,
 )
 """Names of all files that a conversion writes into its folder; no other file is ever removed."""
 
@@ -100,20 +105,20 @@ def make_plan(uri: str, target: str, settings: dict[str, Any], previous: Plan | 
         BadConfig: the folder is finished, with other settings.
     """
     with manifest_errors(uri):
-        stamp = split.change_stamp(uri)
+        stamp = split.change_stamp(uri, settings["roots"])
         if previous is None:
             # Claim the folder before anything else is written, so that a call after an interruption recognises it.
             storage.write_bytes(storage.join(target, PLAN_FILE), Plan({}, [], []).to_json())
         if previous and stamp and (previous.stamp, previous.settings) == (stamp, settings):
             _require_own_chunks(previous, uri, target)
             return previous
-        if split.needs_whole_read(uri):
+        if files := split.files_to_split(uri, settings["roots"]):
+            log.info("splitting a manifest of %s MB and counting its rows", f"{sum(stamp[::2]) / 1e6:,.1f}")
+            chunks = split_in_tasks(files, settings["piece_bytes"])
+        else:
             log.info("splitting a manifest that one process has to read from start to end")
             arguments = (uri, storage.join(target, "pieces"), settings["piece_bytes"], settings["roots"])
             ((_, chunks),) = ray_tasks.run_tasks(split.split_whole_file, {0: arguments})
-        else:
-            log.info("splitting a manifest of %s MB and counting its lines", f"{stamp[0] / 1e6:,.1f}")
-            chunks = split_in_tasks(uri, settings["piece_bytes"])
     if not chunks:
         raise BadManifest(f"{uri}: is empty")
     plan = Plan(settings, stamp, chunks)
@@ -125,22 +130,24 @@ def make_plan(uri: str, target: str, settings: dict[str, Any], previous: Plan | 
 
 
 def _require_own_chunks(plan: Plan, uri: str, target: str) -> None:
-    """Raise BadConfig if a stored plan names another file than the manifest or a part of it in the folder."""
-    for name in {chunk.uri for chunk in plan.chunks} - {uri}:
+    """Raise BadConfig if a stored plan names another file than those of the manifest or a part of it in the folder."""
+    for name in {chunk.uri for chunk in plan.chunks} - set(manifest_files(uri, plan.settings["roots"])):
         try:
             storage.follow(name, [storage.join(target, "pieces")])
         except ValueError as error:
             raise BadConfig(f"{target}: {PLAN_FILE} cannot be used: {error}; give another folder") from None
 
 
-def split_in_tasks(uri: str, chunk_bytes: int) -> list[Chunk]:
-    """Split a manifest of lines or Parquet; tasks find the line ends and count the lines."""
-    chunks = split.split_by_bytes(uri, chunk_bytes)
-    if not chunks or chunks[0].form == "parquet":
-        return chunks
-    calls = {number: (chunk, chunks[-1].end) for number, chunk in enumerate(chunks)}
-    aligned = dict(ray_tasks.run_tasks(split.align_to_lines, calls))
-    return split.number_rows(aligned[number] for number in range(len(chunks)))
+def split_in_tasks(files: Sequence[str], chunk_bytes: int) -> list[Chunk]:
+    """Split files of lines or Parquet, and tars; tasks find the line ends and count the rows."""
+    chunks = [chunk for file in files for chunk in split.split_file(file, chunk_bytes)]
+    if chunks and chunks[0].form != "parquet":
+        calls = {number: (chunk, chunks[-1].end) for number, chunk in enumerate(chunks)}
+        counted = dict(
+            ray_tasks.run_tasks(split.align_to_lines if chunks[0].form == "lines" else split.count_tar, calls)
+        )
+        chunks = [counted[number] for number in range(len(chunks))]
+    return split.number_rows(chunks)
 
 
 def _remove_output(target: str, previous: Plan, plan: Plan) -> None:

@@ -18,7 +18,15 @@ MAX_RETRIES = 3
 
 
 class IngestError(Exception):
-    """The preparation stopped, or rows are malformed; the message is one line. The same command resumes."""
+    """The preparation stopped, or rows are malformed; the message is one line. The same command resumes.
+
+    Attributes:
+        details: lines of text that say more, a table of all malformed rows for instance; may be empty.
+    """
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 def run_tasks(

@@ -1,15 +1,24 @@
-"""Tables that jobs/prepare.py prints for people."""
+"""What jobs/prepare.py prints for people."""
 
 from typing import Any
 
+import numpy as np
 import rich
+from rich.console import Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from crosslmm.config import DataConfig
+from crosslmm.data.frame_sampling import FrameSampling
 from crosslmm.data.ingest.summary import Summary
+from crosslmm.data.rows.problems import problem_table, unused_lines
+from crosslmm.progress import cell
 
 MOST_FREQUENT = 5
 """Number of codecs, sizes and reasons that a table shows."""
+SHOWN_TIMES = 6
+"""Most moments of a video that are shown; the last one is always among them."""
 
 
 def print_converted(result: dict[str, Any]) -> None:
@@ -25,17 +34,65 @@ def print_converted(result: dict[str, Any]) -> None:
     rich.get_console().print(table)
 
 
-def print_problems(summary: Summary) -> None:
-    """Print why rows are malformed and videos unreadable; nothing if there are none."""
-    if not summary.reasons and not summary.unreadable:
-        return
-    table = Table("rows", "lines", "reason")
-    for count, lines, reason in sorted(summary.reasons.values(), key=lambda entry: -entry[0]):
-        more = ", ..." if count > len(lines) else ""
-        table.add_row(f"{count:,}", f"{', '.join(map(str, lines))}{more}", Text(reason))
-    for reason, count in _most_frequent(summary.unreadable):
-        table.add_row(f"{count:,}", "", Text(reason))
-    rich.get_console().print(table)
+def print_validated(manifest: str, summary: Summary, probe: bool, data: DataConfig) -> None:
+    """Print which form the rows of a manifest have, the first of them as the model will see them, what is not followed
+    in them, why rows are malformed, and why videos are unreadable."""
+    console = rich.get_console()
+    sampling = FrameSampling(data.num_frames, data.sampling, data.fps)
+    for form, count in _most_frequent(summary.forms):
+        console.print(cell(f"{count:,} rows are {form}"))
+    for row in summary.previews:
+        console.print(_preview(row, sampling))
+    for line in unused_lines(summary.unused):
+        console.print(cell(f"note: {line}"))
+    if not probe:
+        console.print("note: no video was opened; --probe true reads the header of each")
+    if summary.reasons:
+        console.print(Text(f"\n{summary.rejected:,} rows are malformed\n{problem_table(summary.reasons)}"))
+    if summary.unreadable:
+        console.print(f"\n{summary.quarantined:,} rows have a video that cannot be read")
+        for reason, count in _most_frequent(summary.unreadable):
+            console.print(cell(f"{count:,}  {reason}"))
+
+
+def _preview(row: dict[str, Any], sampling: FrameSampling) -> Group:
+    """Return a row as the model will see it; what it learns is green, and marked."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for number, (kind, name, seconds) in enumerate(row["media"], start=1):
+        grid.add_row(f"{kind} {number}", cell(f"{name}: {_frames(kind, seconds, sampling)}"))
+    if row["more_media"]:
+        grid.add_row("", f"and {row['more_media']:,} more videos and images")
+    for role, text in row["turns"]:
+        learned = role == "assistant"
+        style = "green" if learned else ""
+        grid.add_row(Text(f"{role} (learned)" if learned else role, style), Text(cell(text).plain, style))
+    if row["more_turns"]:
+        grid.add_row("", f"and {row['more_turns']:,} more messages")
+    kind = f", kind {row['kind']}" if row["kind"] else ""
+    title = f"line {row['line']:,}, id {row['id']}{kind}"
+    return Group("", cell(title), Padding(grid, (0, 0, 0, 2)))
+
+
+def _frames(kind: str, seconds: float | None, sampling: FrameSampling) -> str:
+    """Return which frames of a video the model sees: their moments where its duration is known."""
+    if kind == "image":
+        return "one frame"
+    if seconds is None:
+        policy = {
+            "uniform": f"{sampling.num_frames} frames spread evenly",
+            "fps": f"{sampling.fps:g} frames per second, the first {sampling.num_frames}",
+            "fps_then_uniform": f"{sampling.fps:g} frames per second, or {sampling.num_frames} spread evenly",
+        }
+        return policy[sampling.policy]
+    times = sampling.times(seconds)
+    return f"{seconds:.6g} s, {len(times)} frames at {_moments(times)} s"
+
+
+def _moments(times: np.ndarray) -> str:
+    shown = [f"{time:.2f}" for time in times.tolist()]
+    return ", ".join(shown if len(shown) <= SHOWN_TIMES else [*shown[: SHOWN_TIMES - 1], "...", shown[-1]])
 
 
 def _most_frequent(counts: dict[str, int]) -> list[tuple[str, int]]:

@@ -91,7 +91,7 @@ def requeue(place: str, data: DataConfig) -> dict[str, Any]:
 def _requeue_quarantine(uri: str, data: DataConfig) -> list[RetryResult]:
     """Decode the videos in a quarantine.jsonl, and remove the lines of those that can be read."""
     storage.stamp_of(uri)  # raises if it is missing
-    chunks = split_in_tasks(uri, QUARANTINE_CHUNK_BYTES)
+    chunks = split_in_tasks([uri], QUARANTINE_CHUNK_BYTES)
     results = _run_retries(retry_entries, {number: (data, chunk) for number, chunk in enumerate(chunks)}, data)
     storage.write_bytes(uri, b"".join(result.entries for result in results))
     return results

@@ -25,6 +25,7 @@ from crosslmm.data.ingest.check_rows import (
 from crosslmm.data.ingest.split import Chunk
 from crosslmm.data.ingest.summary import Summary
 from crosslmm.data.manifest_shards import SCHEMA
+from crosslmm.data.video.frame_list import map_files
 from crosslmm.data.video.probe import Probe
 
 PART_ROWS = 65_536
@@ -177,8 +178,13 @@ def write_table(target: str, name: str, table: pa.Table) -> None:
     storage.write_bytes(storage.inside(target, name), manifest_shards.to_bytes(table))
 
 
-def relative_to(uri: str, folder: str) -> str:
-    """Return a URI relative to a folder if it lies in it, so that both can be moved together; else the URI."""
+def relative_to(video: str, folder: str) -> str:
+    """Return a video's address with its files relative to a folder if they lie in it, so that both can be moved
+    together; other files as they are."""
+    return map_files(video, lambda file: _relative_file(file, folder))
+
+
+def _relative_file(uri: str, folder: str) -> str:
     relative = uri.removeprefix(f"{folder}/")
     return relative if storage.resolve(folder, relative) == uri else uri
 

@@ -8,7 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from crosslmm import storage
-from crosslmm.data import formats
+from crosslmm.data.rows import files
+from crosslmm.data.rows.folders import manifest_files
+from crosslmm.data.rows.tables import parquet_rows
+from crosslmm.data.rows.tars import count_rows, tar_rows
+from crosslmm.data.rows.unpack import cut, numbered_lines
+from crosslmm.data.rows.values import BadRow
 from crosslmm.storage.parquet import ParquetFile
 
 SEARCH_BYTES = 64 * 2**10
@@ -23,7 +28,8 @@ class Chunk:
 
     Attributes:
         uri: file that holds the rows.
-        form: "lines" of JSON; row groups of "parquet"; "whole": a manifest that can only be read from start to end.
+        form: "lines" of JSON; row groups of "parquet"; a "tar"; "whole": a manifest that can only be read from start to
+            end; "numbered": rows of such a manifest, as `split_whole_file` wrote them.
         begin, end: range [begin, end) of the file in bytes, or in row groups.
         first: line number of the first row, from 1, blank lines counted.
         rows: number of rows, blank lines counted.
@@ -31,7 +37,7 @@ class Chunk:
     """
 
     uri: str
-    form: Literal["lines", "parquet", "whole"]
+    form: Literal["lines", "parquet", "tar", "whole", "numbered"]
     begin: int = 0
     end: int = 0
     first: int = 1
@@ -39,30 +45,51 @@ class Chunk:
     sha256: str = ""
 
 
-def needs_whole_read(uri: str) -> bool:
-    """Return whether one process must read the whole manifest: a JSON list, or a folder of videos with sidecars."""
-    return uri.lower().endswith(".json") or formats.is_folder(uri)
+def files_to_split(uri: str, roots: Sequence[str] = ()) -> list[str]:
+    """Return the files of a manifest that can be split, in order; empty if one process must read the whole manifest.
+
+    Args:
+        uri: manifest.
+        roots: further folders that links in a folder may lead to.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or has no known kind.
+    """
+    parts = manifest_files(uri, roots)
+    kinds = {files.kind_of(part) for part in parts}
+    # Lines of several files would have to be counted before they have numbers.
+    return parts if kinds <= {"parquet", "tar"} or (kinds == {"lines"} and len(parts) == 1) else []
 
 
-def change_stamp(uri: str) -> list[Any]:
-    """Return a value that changes when the manifest is replaced: size, and ETag or time; empty for a folder.
+def change_stamp(uri: str, roots: Sequence[str] = ()) -> list[Any]:
+    """Return a value that changes when the manifest is replaced: size, and ETag or time, of each of its files; empty
+    for a folder of sidecars.
 
     Raises:
         OSError: it cannot be read.
     """
-    return [] if formats.is_folder(uri) else list(storage.stamp_of(uri))
+    return [value for part in manifest_files(uri, roots) for value in storage.stamp_of(part)]
 
 
-def split_by_bytes(uri: str, chunk_bytes: int) -> list[Chunk]:
-    """Split a manifest of lines or Parquet. Chunks of lines still need `align_to_lines` and `number_rows`.
+def split_file(uri: str, chunk_bytes: int) -> list[Chunk]:
+    """Split a file of lines, Parquet or a tar. Chunks of lines still need `align_to_lines`, those of a tar `count_tar`,
+    and all `number_rows`.
 
     Raises:
         OSError, ValueError: it cannot be read, or its content does not match its suffix.
     """
-    if uri.lower().endswith(".parquet"):
+    kind = files.kind_of(uri)
+    if kind == "parquet":
         return _split_parquet(uri, chunk_bytes)
+    if kind == "tar":
+        return [Chunk(uri, "tar", sha256=hashlib.sha256(f"{uri} {storage.stamp_of(uri)}".encode()).hexdigest())]
     size, _ = storage.stamp_of(uri)
     return [Chunk(uri, "lines", begin, min(begin + chunk_bytes, size)) for begin in range(0, size, chunk_bytes)]
+
+
+def count_tar(chunk: Chunk, _: int) -> Chunk:
+    """Count the rows of a tar; has the parameters of `align_to_lines`."""
+    return replace(chunk, rows=count_rows(chunk.uri))
 
 
 def align_to_lines(
@@ -71,7 +98,7 @@ def align_to_lines(
     """Move both ends of a chunk to the next start of a line, where its neighbours meet it, and count its lines.
 
     Args:
-        chunk: from `split_by_bytes`.
+        chunk: from `split_file`.
         size: size of the file [bytes].
         search_bytes: size of the first read that searches for the end of a line [bytes].
         max_line_bytes: longest line [bytes].
@@ -101,7 +128,7 @@ def number_rows(chunks: Iterable[Chunk]) -> list[Chunk]:
 
 
 def split_whole_file(uri: str, folder: str, chunk_bytes: int, roots: Sequence[str] = ()) -> list[Chunk]:
-    """Read a manifest from start to end, and write its rows into files of lines in `folder`.
+    """Read a manifest from start to end, and write its rows into files in `folder`, each with its number.
 
     Args:
         uri: manifest.
@@ -112,34 +139,56 @@ def split_whole_file(uri: str, folder: str, chunk_bytes: int, roots: Sequence[st
     Raises:
         OSError, ValueError: it cannot be read, or its content does not match its suffix.
     """
-    data, rows = formats.read_rows(uri, roots)
-    prefix = f"{hashlib.sha256(data).hexdigest()[:16]}-{chunk_bytes}"
+    digest, rows = files.read_rows(uri, roots)
+    prefix = f"{digest[:16]}-{chunk_bytes}"
     chunks: list[Chunk] = []
-    lines, size, first = [], 0, 1
-    for count, (_, row) in enumerate(rows, start=1):
-        lines.append((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n")
+    lines: list[bytes] = []
+    size = first = 0
+    for number, row in rows:
+        first = first or number
+        lines.append(_numbered_line(number, row))
         size += len(lines[-1])
         if size >= chunk_bytes:
             chunks.append(_write_lines(folder, f"{prefix}-{len(chunks):05d}.jsonl", lines, first))
-            lines, size, first = [], 0, count + 1
+            lines, size, first = [], 0, 0
     if lines:
         chunks.append(_write_lines(folder, f"{prefix}-{len(chunks):05d}.jsonl", lines, first))
     return chunks
 
 
+def _numbered_line(number: int, row: str | bytes | dict[str, Any] | BadRow) -> bytes:
+    """Return a line of a "numbered" file: [number, row, reason]; the row is text that is JSON, or a value."""
+    if isinstance(row, bytes):
+        try:
+            row = row.decode()
+        except UnicodeDecodeError as error:
+            row = BadRow(f"Invalid JSON: {error}")
+    content = [number, None, str(row)] if isinstance(row, BadRow) else [number, row, None]
+    return json.dumps(content).encode() + b"\n"
+
+
+def _parse_numbered_line(line: bytes) -> tuple[int, Any]:
+    number, row, reason = json.loads(line)
+    return number, row if reason is None else BadRow(reason)
+
+
 def read_rows(chunk: Chunk, roots: Sequence[str] = ()) -> Iterator[tuple[int, Any]]:
-    """Yield the line number and the raw row of each row of a chunk, as `formats.read_rows` does.
+    """Yield the line number and the raw row of each row of a chunk, as `rows.files.read_rows` does.
 
     Raises:
         OSError, ValueError: it cannot be read, or its content does not match its suffix.
     """
     if chunk.form == "whole":
-        yield from formats.read_rows(chunk.uri, roots)[1]
+        yield from files.read_whole(chunk.uri, roots)
+    elif chunk.form == "tar":
+        yield from tar_rows(chunk.uri, chunk.first)
     elif chunk.form == "parquet":
-        yield from formats.parquet_rows(_open_parquet(chunk.uri), range(chunk.begin, chunk.end), chunk.first)
+        yield from parquet_rows(_open_parquet(chunk.uri), range(chunk.begin, chunk.end), chunk.first)
+    elif chunk.form == "numbered":
+        yield from map(_parse_numbered_line, storage.read_bytes(chunk.uri).splitlines())
     else:
         data = storage.read_bytes(chunk.uri, chunk.begin, chunk.end)
-        yield from formats.numbered_lines(data if chunk.begin else data.removeprefix(codecs.BOM_UTF8), chunk.first)
+        yield from numbered_lines(cut(data if chunk.begin else data.removeprefix(codecs.BOM_UTF8)), chunk.first)
 
 
 def _next_line_start(uri: str, offset: int, size: int, search_bytes: int, max_line_bytes: int) -> int:
@@ -180,4 +229,4 @@ def _write_lines(folder: str, name: str, lines: list[bytes], first: int) -> Chun
     data = b"".join(lines)
     uri = storage.join(folder, name)
     storage.write_bytes(uri, data)
-    return Chunk(uri, "lines", 0, len(data), first, len(lines), hashlib.sha256(data).hexdigest())
+    return Chunk(uri, "numbered", 0, len(data), first, len(lines), hashlib.sha256(data).hexdigest())

@@ -1,6 +1,5 @@
 """Counts of checked rows: of one chunk, or of a whole manifest."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,15 +8,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from crosslmm import storage
+from crosslmm.data.ingest.preview import first_rows
 from crosslmm.data.manifest_shards import Part
 from crosslmm.data.quarantine import to_printable
-
-MAX_EXAMPLES = 5
-"""Most malformed rows that a message names; the others are only counted [rows]."""
-MAX_KINDS, OTHER_KINDS = 200, "others"
-"""Most reasons, codecs or sizes that are counted separately, and the name under which all others are counted."""
-SPECIFICS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+")
-"""Names and numbers: the parts in which reasons of one kind differ."""
+from crosslmm.data.rows.problems import MAX_EXAMPLES, MAX_KINDS, OTHER_KINDS, add_reasons, count_reason
 
 
 @dataclass
@@ -46,6 +40,12 @@ class Summary:
     """Number of videos by codec."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Number of videos by "WIDTHxHEIGHT" [px]."""
+    forms: dict[str, int] = field(default_factory=dict)
+    """Number of rows by form."""
+    unused: dict[str, int] = field(default_factory=dict)
+    """Number of rows by key that is not followed."""
+    previews: list[dict[str, Any]] = field(default_factory=list)
+    """The first rows, see `preview`; only where nothing is written."""
     parts: list[dict[str, Any]] = field(default_factory=list)
     """Descriptions of the written parts, as `manifest_shards.write_part` returns them."""
     files: dict[str, str] = field(default_factory=dict)
@@ -56,11 +56,7 @@ class Summary:
         for line, reason in lines:
             self.rejected += 1
             self.named = sorted([*self.named, [line, reason]])[:MAX_EXAMPLES]
-            kind = SPECIFICS.sub("...", reason)[:160]
-            kind = kind if kind in self.reasons or len(self.reasons) < MAX_KINDS else OTHER_KINDS
-            entry = self.reasons.setdefault(kind, [0, [], reason])
-            entry[0] += 1
-            entry[1] = sorted([*entry[1], line])[:MAX_EXAMPLES]
+            count_reason(self.reasons, line, reason)
 
     def add(self, other: "Summary") -> None:
         """Add the counts of another summary, but not its parts and files."""
@@ -70,11 +66,9 @@ class Summary:
         self.videos += other.videos
         self.seconds += other.seconds
         self.named = sorted([*self.named, *other.named])[:MAX_EXAMPLES]
-        for kind, (count, lines, reason) in other.reasons.items():
-            entry = self.reasons.setdefault(kind, [0, [], reason])
-            entry[0] += count
-            entry[1] = sorted([*entry[1], *lines])[:MAX_EXAMPLES]
-        for name in ("unreadable", "codecs", "sizes"):
+        add_reasons(self.reasons, other.reasons)
+        self.previews = first_rows([*self.previews, *other.previews])
+        for name in ("unreadable", "codecs", "sizes", "forms", "unused"):
             self.count(name, getattr(other, name))
 
     def count(self, name: str, counts: dict[str, int]) -> None:
@@ -91,9 +85,9 @@ class Summary:
 
     def describe_malformed(self, manifest: str) -> str:
         """Return the number of malformed rows and the first of them, in one line."""
-        examples = "; ".join(f"line {line}: {reason}" for line, reason in self.named)
-        more = f"; and {self.rejected - MAX_EXAMPLES} more" if self.rejected > MAX_EXAMPLES else ""
-        return f"{to_printable(manifest)}: {self.rejected} rows are malformed: {examples}{more}"
+        line, reason = self.named[0]
+        total = self.rows + self.rejected + self.quarantined
+        return f"{to_printable(manifest)}: line {line}: {reason}; {self.rejected:,} of {total:,} rows are malformed"
 
 
 _SUMMARY, _PARTS = TypeAdapter(Summary), TypeAdapter(list[Part])

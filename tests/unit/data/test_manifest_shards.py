@@ -90,7 +90,7 @@ def test_digest_depends_on_the_content_only(folder, tmp_path):
 
 def test_folder_without_seal_is_refused(tmp_path):
     manifest_shards.write_part(str(tmp_path), 0, pa.Table.from_pylist(records(0, 5), SCHEMA))
-    with pytest.raises(BadManifest, match="is empty"):
+    with pytest.raises(BadManifest, match="is a conversion that has not finished"):
         Manifest(str(tmp_path))
 
 

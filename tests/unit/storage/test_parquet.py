@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crosslmm.data import formats
-from crosslmm.data.formats import BadRow
+from crosslmm.data.rows import files, tables
+from crosslmm.data.rows.values import BadRow
 from crosslmm.data.manifest import BadManifest, Manifest
 from crosslmm.storage import parquet, thrift
 from crosslmm.storage.parquet import BadParquet, ParquetFile
@@ -47,7 +47,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 errors = {}
 for name in sys.argv[2:]:
     uri = f"{sys.argv[1]}/{name}.parquet"
-    for read in (Manifest, lambda uri: [list(split.read_rows(chunk)) for chunk in split.split_by_bytes(uri, 2**25)]):
+    for read in (Manifest, lambda uri: [list(split.read_rows(chunk)) for chunk in split.split_file(uri, 2**25)]):
         try:
             read(uri)
             errors.setdefault(name, []).append("was read")
@@ -173,11 +173,11 @@ def test_a_limit_holds_for_a_page_a_group_and_the_file(monkeypatch):
 
 
 def test_a_row_that_is_too_large_costs_itself_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "BATCH_BYTES", 300_000)
+    monkeypatch.setattr(tables, "BATCH_BYTES", 300_000)
     messages = [json.dumps(conversation("?", "!" * (400_000 if i == 77 else 10), video=False)) for i in range(200)]
     path = str(tmp_path / "rows.parquet")
     pq.write_table(pa.table({"id": [f"{i}" for i in range(200)], "messages": messages}), path)
-    read = list(formats.read_rows(path)[1])
+    read = list(files.read_rows(path)[1])
     assert [number for number, _ in read] == list(range(1, 201))
     assert [number for number, row in read if isinstance(row, BadRow)] == [78]
     with pytest.raises(BadManifest, match=r"rows\.parquet: line 78: takes \d+ bytes of memory, of at most 300000"):

@@ -73,7 +73,7 @@ def test_a_stopped_conversion_resumes(convert, tasks, tmp_path):
     tasks.max_chunks = 2
     with pytest.raises(KeyboardInterrupt):
         convert()
-    with pytest.raises(BadManifest, match="is empty"):  # it has no seal yet
+    with pytest.raises(BadManifest, match="is a conversion that has not finished"):  # it has no seal yet
         Manifest(str(tmp_path / "out"))
     tasks.max_chunks = None
     result, output = convert()
@@ -176,9 +176,10 @@ def test_malformed_and_duplicate_rows_are_reported_or_skipped(convert, tmp_path)
     rows = [*map(text, range(30)), "{", *map(text, range(100, 130)), text(3), text(129)]
     write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(
-        IngestError, match=r"3 rows are malformed: line 31: Invalid JSON.*; line 62: .* on line 4; "
+        IngestError, match=r"line 31: Invalid JSON: .*; 3 of 65 rows are malformed; all are in "
     ) as raised:
         convert()
+    assert re.search(r"2  62, 63  its id is also on line 4\n", f"{raised.value.details}\n")
     assert str(raised.value).endswith(f"all are in {tmp_path}/out/rejected.jsonl; --skip_bad true leaves them out")
     assert [json.loads(line)["line"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()] == [
         31,
@@ -228,12 +229,12 @@ def test_too_many_unreadable_videos_stop_with_their_reasons(convert, tmp_path):
         ("blank.jsonl", BadManifest, r"blank\.jsonl: is empty"),
         ("empty.jsonl", BadManifest, r"empty\.jsonl: is empty"),
         ("rows.parquet", BadManifest, r"rows\.parquet: cannot be read: BadParquet: not a Parquet file"),
-        ("rows.json", BadManifest, r"rows\.json: cannot be read: BadRow: a \.json manifest is a list"),
+        ("rows.json", BadManifest, r"rows\.json: cannot be read: row 1 of the list: Invalid JSON"),
         ("bad.jsonl", IngestError, r"no row is left: 1 are malformed"),
     ],
 )
 def test_a_bad_manifest_is_refused_by_name(convert, tmp_path, name, error, message):
-    contents = {"blank.jsonl": "\n \n", "empty.jsonl": "", "rows.parquet": "no", "rows.json": "{}", "bad.jsonl": "{"}
+    contents = {"blank.jsonl": "\n \n", "empty.jsonl": "", "rows.parquet": "no", "rows.json": "[", "bad.jsonl": "{"}
     for file, content in contents.items():
         (tmp_path / file).write_text(content)
     with pytest.raises(error, match=message):

@@ -7,8 +7,7 @@ import pytest
 
 from crosslmm import storage
 from crosslmm.config import DataConfig
-from crosslmm.data.ingest.check_rows import IngestJob, check_chunk
-from crosslmm.data.ingest.duplicates import find_duplicates
+from crosslmm.data.ingest.check_rows import IngestJob, check_chunk, find_duplicates
 from crosslmm.data.ingest.plan import OUTPUT_FILES
 from crosslmm.data.ingest.retry_unreadable import retry_entries, retry_waiting
 from crosslmm.data.ingest.shard_tasks import convert_chunk, drop_rows

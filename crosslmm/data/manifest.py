@@ -116,8 +116,8 @@ class Manifest:
             tables.append(pa.Table.from_pylist(records, SCHEMA))
             malformed = malformed or rejected[:1]
             unused.update(key for record in records for key in sorted(record["unused"]))
-            for line, reason in rejected:
-                count_reason(reasons, line, reason)
+            for number, reason in rejected:
+                count_reason(reasons, number, reason)
         if malformed:
             raise _malformed(uri, malformed[0], reasons, sum(table.num_rows for table in tables))
         for line in unused_lines(unused):

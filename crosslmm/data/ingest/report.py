@@ -12,7 +12,7 @@ from rich.text import Text
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import FrameSampling
 from crosslmm.data.ingest.summary import Summary
-from crosslmm.data.rows.problems import problem_table, unused_lines
+from crosslmm.data.rows.problems import problem_table, rows, unused_lines
 from crosslmm.progress import cell
 
 MOST_FREQUENT = 5
@@ -35,12 +35,12 @@ def print_converted(result: dict[str, Any]) -> None:
 
 
 def print_validated(manifest: str, summary: Summary, probe: bool, data: DataConfig) -> None:
-    """Print which form the rows of a manifest have, the first of them as the model will see them, what is not followed
+    """Print which forms the rows of a manifest have, the first of them as the model will see them, what is not followed
     in them, why rows are malformed, and why videos are unreadable."""
     console = rich.get_console()
     sampling = FrameSampling(data.num_frames, data.sampling, data.fps)
     for form, count in _most_frequent(summary.forms):
-        console.print(cell(f"{count:,} rows are {form}"))
+        console.print(cell(f"{rows(count)}: {form}"))
     for row in summary.previews:
         console.print(_preview(row, sampling))
     for line in unused_lines(summary.unused):
@@ -48,9 +48,9 @@ def print_validated(manifest: str, summary: Summary, probe: bool, data: DataConf
     if not probe:
         console.print("note: no video was opened; --probe true reads the header of each")
     if summary.reasons:
-        console.print(Text(f"\n{summary.rejected:,} rows are malformed\n{problem_table(summary.reasons)}"))
+        console.print(Text(f"\nmalformed: {rows(summary.rejected)}\n{problem_table(summary.reasons)}"))
     if summary.unreadable:
-        console.print(f"\n{summary.quarantined:,} rows have a video that cannot be read")
+        console.print(f"\nwith a video that cannot be read: {rows(summary.quarantined)}")
         for reason, count in _most_frequent(summary.unreadable):
             console.print(cell(f"{count:,}  {reason}"))
 
@@ -61,7 +61,7 @@ def _preview(row: dict[str, Any], sampling: FrameSampling) -> Group:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for number, (kind, name, seconds) in enumerate(row["media"], start=1):
-        grid.add_row(f"{kind} {number}", cell(f"{name}: {_frames(kind, seconds, sampling)}"))
+        grid.add_row(f"{kind} {number}", cell(f"{name}, {_frames(kind, seconds, sampling)}"))
     if row["more_media"]:
         grid.add_row("", f"and {row['more_media']:,} more videos and images")
     for role, text in row["turns"]:
@@ -86,13 +86,14 @@ def _frames(kind: str, seconds: float | None, sampling: FrameSampling) -> str:
             "fps_then_uniform": f"{sampling.fps:g} frames per second, or {sampling.num_frames} spread evenly",
         }
         return policy[sampling.policy]
-    times = sampling.times(seconds)
-    return f"{seconds:.6g} s, {len(times)} frames at {_moments(times)} s"
+    return f"{seconds:.6g} s: the frames at {_moments(sampling.times(seconds))}"
 
 
 def _moments(times: np.ndarray) -> str:
     shown = [f"{time:.2f}" for time in times.tolist()]
-    return ", ".join(shown if len(shown) <= SHOWN_TIMES else [*shown[: SHOWN_TIMES - 1], "...", shown[-1]])
+    if len(shown) <= SHOWN_TIMES:
+        return f"{', '.join(shown)} s"
+    return f"{', '.join([*shown[: SHOWN_TIMES - 1], '...', shown[-1]])} s ({len(shown)} moments)"
 
 
 def _most_frequent(counts: dict[str, int]) -> list[tuple[str, int]]:

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from crosslmm.data.manifest import BadManifest, Manifest
 from crosslmm.data.rows import files, tables
 from crosslmm.data.rows.values import BadRow
-from crosslmm.data.manifest import BadManifest, Manifest
 from crosslmm.storage import parquet, thrift
 from crosslmm.storage.parquet import BadParquet, ParquetFile
 from tests.support.common import ROOT, conversation

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosslmm import storage
-from crosslmm.data.rows import files
 from crosslmm.data.ingest import split
 from crosslmm.data.ingest.split import Chunk
 from crosslmm.data.manifest import Manifest
+from crosslmm.data.rows import files
 from tests.support.common import conversation
 
 ENDS = [b"\n", b"\r\n", b"\r"]

@@ -71,7 +71,7 @@ def samples(manifest, config):
     return [
         Sample(
             position, row["manifest"], row["line"], row["id"], row["messages"],
-            [] if row["id"] == "gone" else frames, row["kind"], 1.0, "no such file" if row["id"] == "gone" else None,
+            [] if row["id"] == "gone" else [video.images for video in frames], row["kind"], 1.0, "no such file" if row["id"] == "gone" else None,
         )
         for position, (row, frames) in enumerate(zip(manifest.rows, videos, strict=True))
     ]  # fmt: skip

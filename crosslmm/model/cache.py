@@ -29,7 +29,8 @@ class SeenVideos:
     def select(self, samples: Tensor) -> "SeenVideos":
         """Return the videos of these samples (int64 indices), in this order."""
         tensors: list[Any] = [getattr(self, field.name) for field in fields(self)]
-        return SeenVideos(*(x if x is None else x.index_select(0, samples.to(x.device)) for x in tensors))
+        selected: list[Any] = [x if x is None else x.index_select(0, samples.to(x.device)) for x in tensors]
+        return SeenVideos(*selected)
 
 
 class _RemembersVideos:
@@ -70,7 +71,8 @@ def remember(cache: Cache, layer_idx: int, videos: SeenVideos | None) -> None:
     """Store the videos of a decoder layer; the layer's self-attention is in the cache already."""
     layer: Any = cache.layers[layer_idx]
     if not isinstance(layer, _RemembersVideos):
-        subclass = _remembering(type(layer))
+        layer_class: Any = type(layer)
+        subclass = _remembering(layer_class)
         layer, attributes = object.__new__(subclass), vars(layer)
         vars(layer).update(attributes)
         cache.layers[layer_idx] = layer

@@ -76,6 +76,7 @@ def to_frames(given: Any, kind: Kind, side: int, sampling: Sampling) -> np.ndarr
     Raises:
         ValueError: the file cannot be read, or what is given is none of these.
     """
+    frames: np.ndarray | None
     if isinstance(given, str | Path):
         frames = _read(str(given), side, sampling)
     elif isinstance(given, list | tuple):

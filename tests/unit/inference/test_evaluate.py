@@ -67,11 +67,13 @@ def samples(manifest, config):
     """The rows as the workers of a run get them."""
     data = config.data.model_copy(update={"roots": manifest.roots})
     with Decoder(data, config.model.vision["image_size"]) as decoder:
-        videos = [decoder(row["videos"]) for row in manifest.rows]
+        videos = [
+            [] if row["id"] == "gone" else [video.images for video in decoder(row["videos"])] for row in manifest.rows
+        ]
     return [
         Sample(
             position, row["manifest"], row["line"], row["id"], row["messages"],
-            [] if row["id"] == "gone" else [video.images for video in frames], row["kind"], 1.0, "no such file" if row["id"] == "gone" else None,
+            frames, row["kind"], 1.0, "no such file" if row["id"] == "gone" else None,
         )
         for position, (row, frames) in enumerate(zip(manifest.rows, videos, strict=True))
     ]  # fmt: skip

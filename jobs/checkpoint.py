@@ -1,9 +1,10 @@
-"""Inspect and repair a run's checkpoints: python jobs/checkpoint.py list|verify|repair|export RUN ...
+"""Inspect, repair and publish a run's checkpoints: python jobs/checkpoint.py list|verify|repair|export|push RUN ...
 
   python jobs/checkpoint.py list runs/first-try                    which steps a restart could resume from
   python jobs/checkpoint.py verify runs/first-try                  compare every byte with the sha256 in the seals
   python jobs/checkpoint.py repair runs/first-try                  stop trusting damaged checkpoints, remove unfinished
   python jobs/checkpoint.py export runs/first-try model --step 200   a from_pretrained folder of step 200
+  python jobs/checkpoint.py push runs/first-try owner/model          the same, on the hub: a private repository
 
 RUN is the folder of one run, which is --storage/--name of its training: path or s3:// URI. Needs no Ray and no GPU.
 Each command has its own --help. Exit status: 0 done, 1 a checkpoint is damaged or the storage failed, 2 bad request.
@@ -12,8 +13,10 @@ Each command has its own --help. Exit status: 0 done, 1 a checkpoint is damaged 
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 
 import rich
 from rich.filesize import decimal
@@ -90,6 +93,21 @@ def export(run: str, folder: str, step: int | None, merge: bool) -> int:
     return 1
 
 
+def push(run: str, target: str, step: int | None, merge: bool, public: bool) -> int:
+    """Export to the hub, or to a folder of a bucket."""
+    from crosslmm.inference import publish
+
+    if not publish.is_hub_target(target):
+        if storage.scheme_of(target) != "s3":
+            raise BadConfig(f"{target}: is neither a hub name (owner/name) nor an s3:// URI; `export` writes folders")
+        return export(run, target, step, merge)
+    with tempfile.TemporaryDirectory() as folder:
+        if status := export(run, folder, step, merge):
+            return status
+        print(f"{publish.push(Path(folder), target, private=not public)}: pushed")
+    return 0
+
+
 def _print_damage(run: str, uri: str, damage: list[str]) -> None:
     remedy = f"repair it with python jobs/checkpoint.py repair {run}"
     print(f"error: {uri} is damaged: {'; '.join(damage)}; {remedy}", file=sys.stderr)
@@ -142,6 +160,18 @@ def _parser() -> argparse.ArgumentParser:
         "--merge", action="store_true", help="of a run that trains adapters, write the whole model instead of them"
     )
     command.set_defaults(command=export)
+
+    text = """export a checkpoint to the hub, as a private repository unless --public, or to a folder of a bucket.
+    On the hub, run.yaml and the model card name no addresses of data, weights or storage. The token is that of
+    `hf auth login`, or HF_TOKEN"""
+    command = commands.add_parser("push", parents=[run], help="export to the hub or a bucket", description=text)
+    command.add_argument("target", metavar="TARGET", help="owner/name on the hub, or s3:// URI of an empty folder")
+    command.add_argument("--step", type=int, help="the checkpoint after this step (default: newest intact one)")
+    command.add_argument(
+        "--merge", action="store_true", help="of a run that trains adapters, push the whole model instead of them"
+    )
+    command.add_argument("--public", action="store_true", help="everybody sees the repository, if it is new")
+    command.set_defaults(command=push)
     return parser
 
 

@@ -1,5 +1,8 @@
 """The registered model as an MLflow pyfunc. MLflow runs this file (models from code); nothing is pickled."""
 
+from numbers import Integral
+from typing import Any
+
 import mlflow
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
@@ -38,15 +41,33 @@ class VideoAnswers(PythonModel):
         self.answerer = Answerer(folder, adapter=_folder_of(adapter) if adapter else None)
 
     def predict(
-        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, str] | None = None
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Return the greedy answer to each row, or the error that this row has; computed in batches of `BATCH_ROWS`."""
+        """Return the greedy answer to each row, or the error that this row has; computed in batches of `BATCH_ROWS`.
+
+        Args:
+            context: of MLflow.
+            model_input: columns `video` and `question`.
+            params: `max_new_tokens`, length limit of an answer [tokens]; default: that of the model.
+
+        Raises:
+            ValueError: a parameter is unknown or out of range.
+        """
+        limit = self._length_limit(dict(params or {}))
         results: list[tuple[str | None, str | None]] = []
         for start in range(0, len(model_input), BATCH_ROWS):
             rows = model_input.iloc[start : start + BATCH_ROWS]
-            results += self.answerer.answer_rows(list(rows["video"]), list(rows["question"]), self.roots)
+            results += self.answerer.answer_rows(list(rows["video"]), list(rows["question"]), self.roots, limit)
         # object: a column of strings would turn None into NaN, which is no JSON.
         return pd.DataFrame(results, columns=["answer", "error"], dtype=object)
+
+    def _length_limit(self, params: dict[str, Any]) -> int | None:
+        limit, longest = params.pop("max_new_tokens", None), self.answerer.processor.max_length
+        if params:
+            raise ValueError(f"params: {min(params)!a} is not known; there is max_new_tokens")
+        if limit is not None and not (isinstance(limit, Integral) and 1 <= limit <= longest):
+            raise ValueError(f"params: max_new_tokens is {limit!a}; it takes 1 to {longest}")
+        return None if limit is None else int(limit)
 
 
 def _folder_of(uri: str) -> str:

@@ -16,7 +16,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from crosslmm.config import BadConfig, ModelConfig
+from crosslmm.config import BadConfig, DataConfig, ModelConfig
 from crosslmm.model.configuration import CrossLMMConfig
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.processing import END_TOKEN, START_TOKEN, VIDEO_TOKEN, CrossLMMProcessor
@@ -71,8 +71,12 @@ def _published_config(part: str, uri: str, revision: str | None) -> dict[str, An
     ).to_dict()
 
 
-def build_processor(config: ModelConfig) -> CrossLMMProcessor:
+def build_processor(config: ModelConfig, data: DataConfig | None = None) -> CrossLMMProcessor:
     """Return the processor of a run's model.
+
+    Args:
+        config: the `model` section of the run.
+        data: its `data` section: video files that the processor reads are sampled as in the run.
 
     Raises:
         BadConfig: the tokenizer cannot be loaded, or the decoder has no embeddings for its chat tokens.
@@ -92,6 +96,7 @@ def build_processor(config: ModelConfig) -> CrossLMMProcessor:
         image_size=model.vision_config.image_size,
         tokens_per_frame=model.tokens_per_frame,
         max_length=model.text_config.max_position_embeddings,
+        **(data.model_dump(include={"num_frames", "sampling", "fps"}) if data else {}),
     )
     vocabulary = model.text_config.vocab_size
     if max(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])) >= vocabulary:

@@ -9,7 +9,7 @@ import mlflow
 from mlflow.entities import RunTag
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, Schema
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
@@ -22,6 +22,7 @@ UPLOAD_S = 120
 SIGNATURE = ModelSignature(
     Schema([ColSpec("string", "video"), ColSpec("string", "question")]),
     Schema([ColSpec("string", "answer", required=False), ColSpec("string", "error", required=False)]),
+    ParamSchema([ParamSpec("max_new_tokens", "long", default=None)]),
 )
 MODEL_CONFIG: dict[str, Any] = {"roots": [], "base": None, "adapter": None}
 """What whoever loads a registered model may set; see `crosslmm.inference.pyfunc.VideoAnswers`."""

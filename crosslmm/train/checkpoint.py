@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, LoraConfig, RunConfig, to_yaml, validate_run
+from crosslmm.inference.publish import CARD_FILE, model_card
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor, lora
 from crosslmm.model.adapter_base import Base, open_base
 from crosslmm.model.loading import build_model, build_processor
@@ -30,6 +31,8 @@ from crosslmm.run_folder import (
     MODEL_CONFIG_FILE,
     SHARD_FILE,
     checkpoint_folder,
+    has_run,
+    read_run,
 )
 from crosslmm.train import checkpoint_store, shards
 from crosslmm.train.checkpoint_store import Checkpoint
@@ -391,14 +394,16 @@ def export_sealed(checkpoint: Checkpoint, folder: str, merged: bool = False) -> 
     config = validate_run(yaml.safe_load(data))
     # The machine that trained may have had flash attention; this one need not have it.
     config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})
-    processor, run = build_processor(config.model), storage.parent(checkpoint.uri)
+    processor, run = build_processor(config.model, config.data), storage.parent(checkpoint.uri)
     with tempfile.TemporaryDirectory() as exported:
-        if recorded is None:
-            model = build_model(config.model, processor, config.seed, weights=False)
-            _load_weights(state, model)
+        if recorded is None or merged:
+            if recorded is None:
+                model = build_model(config.model, processor, config.seed, weights=False)
+                _load_weights(state, model)
+            else:
+                model = _merged(state, config, run, processor, recorded)
             model.save_pretrained(exported)
-        elif merged:
-            _merged(state, config, run, processor, recorded).save_pretrained(exported)
+            write_card(Path(exported), model, config, run, checkpoint.step, checkpoint.metrics)
         else:
             weights = {name.removeprefix("model/"): tensor for name, tensor in state.items()}
             lora.save(Path(exported), weights, config.train.lora, recorded.located(run))
@@ -406,6 +411,29 @@ def export_sealed(checkpoint: Checkpoint, folder: str, merged: bool = False) -> 
         (Path(exported) / MODEL_CONFIG_FILE).write_bytes(data)
         storage.upload(exported, folder)
     return []
+
+
+def write_card(
+    folder: Path,
+    model: CrossLMMForConditionalGeneration,
+    config: RunConfig,
+    run: str,
+    step: int,
+    metrics: dict[str, float],
+) -> None:
+    """Write the model card of an exported model.
+
+    Args:
+        folder: local folder.
+        model: what was exported.
+        config: of the run.
+        run: the run's folder.
+        step: training steps.
+        metrics: of the last validation.
+    """
+    datasets = read_run(run)["datasets"] if has_run(run) else []
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    (folder / CARD_FILE).write_text(model_card(config, model.config, parameters, datasets, step, metrics))
 
 
 def _merged(

@@ -84,7 +84,7 @@ def train(train_loop_config: dict[str, Any]) -> None:
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=job.collective_timeout_s))
     attempt[0] = broadcast_json(attempt[0], group)
     watchdog.peers = _local_peers(group)
-    processor = build_processor(config.model)
+    processor = build_processor(config.model, config.data)
     process = functools.partial(processor, features=(job.recipe.patches, job.recipe.width) if job.recipe else None)
 
     newest, state = checkpoint.read_newest(job.folder, group) or (None, {})
@@ -118,6 +118,8 @@ def train(train_loop_config: dict[str, Any]) -> None:
         checkpoint.export(Path(folder), model, processor, config.train.lora, base and base.located(job.folder))
         if rank == 0:
             (Path(folder) / MODEL_CONFIG_FILE).write_text(to_yaml(config))
+            if not config.train.adapted:
+                checkpoint.write_card(Path(folder), model, config, job.folder, done, callbacks.validation)
             storage.upload(folder, storage.join(job.folder, MODEL_FOLDER))
     dist.barrier(group)
     watchdog.close()
@@ -214,7 +216,7 @@ class _WorkerCallbacks(loop.Callbacks):
         self.rank = dist.get_rank()
         self.enter = watchdog.enter  # type: ignore[method-assign]
         self.stop_requested = listener.stop_requested  # type: ignore[method-assign]
-        self._validation = validation
+        self.validation = validation
         self._history: list[str] = []
 
     def log(self, step: int, metrics: loop.Metrics) -> None:
@@ -224,7 +226,7 @@ class _WorkerCallbacks(loop.Callbacks):
             self._history.append(json.dumps({"step": step, "time": now, "metrics": metrics}) + "\n")
 
     def save(self, step: int) -> None:
-        self.saver.save(step, self.model, self.optimizer, self._validation, self._history)
+        self.saver.save(step, self.model, self.optimizer, self.validation, self._history)
         self._history = []
 
     def validate(self) -> loop.Metrics:
@@ -236,8 +238,8 @@ class _WorkerCallbacks(loop.Callbacks):
         require_room = functools.partial(self.processor.require_room, new_tokens=new_tokens)
         make = functools.partial(collate_for_validation, processor=self.process, require_room=require_room)
         batches = _prefetched(self.job, VALIDATION, layout, make)
-        self._validation = loop.validate(self.model, self.processor, batches, new_tokens)
-        return self._validation
+        self.validation = loop.validate(self.model, self.processor, batches, new_tokens)
+        return self.validation
 
     def not_finite(self, step: int, ids: list[str], grad_norm: float) -> None:
         if self.rank == 0:

@@ -93,6 +93,7 @@ done in {time.time() - began:.0f} s. Next:
         "samples_per_s": round(training["samples"] / training["train_s"], 1),
         "run_id": training["run_id"],
         "model_uri": training["model_uri"],
+        "model_version": training["model_version"],
         "question": first.question,
         "answer": first.answer,
         "expected": first.expected,

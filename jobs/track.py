@@ -42,7 +42,7 @@ def replay(args: argparse.Namespace) -> int:
             row = (name, "", "", "not delivered", "")
             errors.append(f"{name}: {error}")
         else:
-            row = (name, done.run_id, f"{done.points:,}", done.status or "not ended", done.model_uri or "")
+            row = (name, done.run_id, f"{done.points:,}", done.status or "not ended", done.model_version or "")
         table.add_row(*map(cell, row))
     _console().print(table)
     for line in errors:

@@ -10,11 +10,9 @@ from typing import Any
 import fsspec
 
 from crosslmm.storage.retry import (
-    PRECONDITION_FAILED,
     Unavailable,
     classified_errors,
     current_policy,
-    http_status,
     retrying,
     with_retries,
 )
@@ -105,21 +103,24 @@ class RangedFile(io.RawIOBase):
         return self._pending
 
     def _fetch(self, start: int, end: int) -> bytes:
-        def attempt() -> bytes:
+        from s3fs.utils import FileExpired  # takes half a second to import; a remote file has imported it already
+
+        def attempt() -> bytes | None:
             with classified_errors(self._name):
                 self._file.seek(start)
-                data = self._file.read(end - start)
+                try:
+                    data = self._file.read(end - start)
+                except FileExpired:
+                    return None
             if len(data) != end - start:
                 raise Unavailable(f"{self._name}: received {len(data)} bytes instead of {end - start}")
             return data
 
-        try:
-            with retrying(self._policy):  # in this file's own thread
-                return with_retries(attempt)
-        except OSError as error:
-            if http_status(error) == PRECONDITION_FAILED:  # opening it again reads the new object
-                raise Unavailable(f"{self._name}: it expired: another object has taken its place") from error
-            raise
+        with retrying(self._policy):  # in this file's own thread
+            fetched = with_retries(attempt)
+        if fetched is None:  # opening it again reads the new object
+            raise Unavailable(f"{self._name}: it expired: another object has taken its place")
+        return fetched
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Set the position; a seek resets the read-ahead."""

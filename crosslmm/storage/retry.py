@@ -51,7 +51,7 @@ STORE_ERRNOS = {
     errno.EBUSY, errno.EREMOTEIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH,
 }  # fmt: skip
 NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
-PRECONDITION_FAILED, RANGE_NOT_SATISFIABLE, OUT_OF_SPACE = 412, 416, 507
+RANGE_NOT_SATISFIABLE, OUT_OF_SPACE = 416, 507
 RETRYABLE_STATUSES = {408, 429, 500, 502, 503, 504}
 CLIENT_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "http")
 """Packages of the S3 client; their own exceptions mean that the store is unreachable."""
@@ -141,6 +141,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     retries = {"mode": "standard", "total_max_attempts": 3}
     fs, path = fsspec.url_to_fs(uri, config_kwargs={**timeouts, "retries": retries})
     fs.retries = 1
+    # Some stores ignore If-Match, and would hand out pieces of two objects as one. Each response says whose it is.
+    fs.local_expiry_check = True
     return fs, path
 
 

@@ -31,7 +31,7 @@ def promote(
         record: MLflow run of the sweep.
 
     Returns:
-        `model_uri`, `trial`, and `question`, `answer`, `expected` (None if the video cannot be read).
+        `model_uri`, `model_version`, `trial`, and `question`, `answer`, `expected` (None if the video cannot be read).
 
     Raises:
         SweepFailed: there is no such trial, or it did not finish.
@@ -45,12 +45,13 @@ def promote(
     tags = lineage(trial_folder) | {"sweep": record.run_id, "trial": str(trial.number), "promoted_as": choice}
     child = MlflowRun(record.tracking, str(trial.run_id))
     model_uri = register(child, storage.join(trial_folder, MODEL_FOLDER), tags)
-    log.info("registered %s: trial %s, %s of the sweep", model_uri, trial.number, choice)
+    version = child.client.get_run(child.run_id).data.tags["registered_model"]
+    promoted = {"model_uri": model_uri, "model_version": f"models:/{version}", "trial": trial.number}
+    log.info("registered %s: trial %s, %s of the sweep", promoted["model_version"], trial.number, choice)
     held_out = Manifest(str(base.data.validation_manifest), base.data.roots)
     try:
         first = evaluate(load_answerer(model_uri, base.tracking), held_out, rows=1).answers[0]
     except ValueError as error:
         log.warning("%s was asked about the first held-out row: %s", model_uri, error)
-        return {"model_uri": model_uri, "trial": trial.number, "question": None, "answer": None, "expected": None}
-    said = {"question": first.question, "answer": first.answer, "expected": first.expected}
-    return {"model_uri": model_uri, "trial": trial.number, **said}
+        return {**promoted, "question": None, "answer": None, "expected": None}
+    return {**promoted, "question": first.question, "answer": first.answer, "expected": first.expected}

@@ -61,7 +61,7 @@ class SweepResult:
     report: str
     """Path or URI of the report."""
     promoted: dict[str, Any] | None
-    """`model_uri`, the trial's number, and the registered model's answer to a first held-out question."""
+    """`model_uri`, `model_version`, the trial's number, and the model's answer to a first held-out question."""
     total_s: float
     """Wall clock of this start [s]."""
 

@@ -76,6 +76,7 @@ class BackgroundSync:
         uri: the MLflow server, without credentials.
         run_id: the MLflow run; None until it exists.
         model_uri: `models:/NAME@ALIAS`, once the model is registered.
+        model_version: `models:/NAME/VERSION`, once the model is registered.
 
     Raises:
         BadConfig: the server refuses, or the URI cannot be that of a server.
@@ -86,6 +87,7 @@ class BackgroundSync:
         self.uri = redacted(tracking_uri(tracking))
         self.run_id: str | None = None
         self.model_uri: str | None = None
+        self.model_version: str | None = None
         self._changed = threading.Condition()
         """Guards the fields up to `_registration_failed`."""
         self._state = State.CONNECTING
@@ -241,6 +243,7 @@ class BackgroundSync:
             sync.end(self._run)
             if self._move(State.REGISTERING):  # unless `finish` has stopped waiting
                 self.model_uri = sync.register_once(self._run)
+                self.model_version = sync.registered_version()
                 self._move(State.DELIVERED)
 
     def _open(self) -> RunSync:

@@ -127,6 +127,11 @@ class RunSync(MlflowRun):
         self.client.log_batch(self.run_id, tags=[RunTag(REGISTERED, end)])
         return registered
 
+    def registered_version(self) -> str | None:
+        """Return `models:/NAME/VERSION` of the model that the run registered last; unlike an alias, it never moves."""
+        version = self.client.get_run(self.run_id).data.tags.get("registered_model")
+        return f"models:/{version}" if version else None
+
 
 @dataclass(frozen=True)
 class Delivered:
@@ -138,6 +143,9 @@ class Delivered:
     status: str | None
     """FINISHED, FAILED or KILLED; None while the run goes on or if its driver was killed."""
     model_uri: str | None
+    """`models:/NAME@ALIAS`; None without a registered model."""
+    model_version: str | None
+    """`models:/NAME/VERSION`."""
 
 
 def replay(folder: str, uri: str | None = None) -> Delivered:
@@ -163,7 +171,8 @@ def replay(folder: str, uri: str | None = None) -> Delivered:
         sync = RunSync(folder, run, tracking)
         points = sync.log_history()
         sync.end(run)
-        return Delivered(sync.run_id, points, run["status"], sync.register_once(run))
+        model_uri = sync.register_once(run)
+        return Delivered(sync.run_id, points, run["status"], model_uri, sync.registered_version())
     except MlflowException as error:
         reason = f"tracking.uri: {describe_failure(redacted(tracking_uri(tracking)), error)}"
         raise BadConfig(reason) if refuses(error) else ConnectionError(reason) from error

@@ -37,6 +37,8 @@ class TrainingResult:
     """MLflow run; None while its record waits for MLflow."""
     model_uri: str
     """`models:/NAME@ALIAS`; for a trial, or while the record waits, the folder of the exported model."""
+    model_version: str | None
+    """`models:/NAME/VERSION`, which stays this model when the alias moves on; None where `model_uri` is a folder."""
     steps: int
     samples: int
     """Samples of those steps."""
@@ -95,11 +97,12 @@ def run_training(config: RunConfig, trial: TrialContext | None = None) -> Traini
 
     monitor = _train(job, record, trial)
     if record.model_uri:
-        log.info("registered %s from run %s", record.model_uri, record.run_id)
+        log.info("registered %s, now %s, from run %s", record.model_version, record.model_uri, record.run_id)
     return TrainingResult(
         name=str(config.name),
         run_id=record.run_id,
         model_uri=record.model_uri or storage.join(job.folder, run_folder.MODEL_FOLDER),
+        model_version=record.model_version,
         steps=job.total_steps,
         samples=job.total_steps * config.train.global_batch_size,
         train_s=monitor.train_s,

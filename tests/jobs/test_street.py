@@ -167,7 +167,7 @@ def test_unreadable_rows_are_listed_and_skipped(undisturbed, manifest, tracking_
 def test_the_registered_model_answers_about_a_real_clip(undisturbed, tracking_uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     result, _ = undisturbed
-    assert result["model_uri"] == "models:/crosslmm@candidate"
+    assert (result["model_uri"], result["model_version"]) == ("models:/crosslmm@candidate", "models:/crosslmm/1")
     mlflow.set_tracking_uri(tracking_uri)
     model = mlflow.pyfunc.load_model(result["model_uri"], model_config={"roots": ["s3://videos/data/real"]})
     clip = f"s3://videos/data/real/{REAL_CLIPS[0].name}"

@@ -20,7 +20,7 @@ from crosslmm.storage import RetryPolicy, retry
 from crosslmm.storage.retry import keep_policy
 from tests.support.common import ROOT
 from tests.support.flaky_store import FlakyStore
-from tests.support.object_store import running_object_store
+from tests.support.s3rver import STORES, running_store
 
 pytestmark = pytest.mark.fault
 
@@ -30,9 +30,9 @@ PART = 5 * 2**20
 FAST = RetryPolicy(waits_s=(0.2,), read_timeout_s=2)
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with running_object_store(tmp_path_factory.mktemp("store") / "swift", venv=ROOT / ".cache" / "swift-venv") as store:
+@pytest.fixture(scope="module", params=STORES)
+def store(request, tmp_path_factory):
+    with running_store(request.param, tmp_path_factory.mktemp("store") / request.param) as store:
         store.make_bucket("runs")
         yield store
 

@@ -8,7 +8,6 @@ import time
 from fractions import Fraction
 
 import av
-import boto3
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -24,16 +23,16 @@ from crosslmm.data.manifest import BadManifest, Manifest
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.data.video.decode import VideoFailure, decode_video
 from crosslmm.data.video.decode_pool import Decoder
-from tests.support.common import ROOT, conversation
-from tests.support.object_store import REGION, USER, running_object_store
+from tests.support.common import conversation
+from tests.support.s3rver import STORES, running_store
 from tests.support.wire import Wire
 
 SIDE = 32
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with running_object_store(tmp_path_factory.mktemp("store") / "swift", venv=ROOT / ".cache" / "swift-venv") as store:
+@pytest.fixture(scope="module", params=STORES)
+def store(request, tmp_path_factory):
+    with running_store(request.param, tmp_path_factory.mktemp("store") / request.param) as store:
         store.make_bucket("videos")
         yield store
 
@@ -148,7 +147,7 @@ def test_a_missing_bucket_is_no_video_failure(decoder):
 
 
 def test_refused_credentials_are_no_video_failure(wire, no_retries, monkeypatch, clip):
-    use(monkeypatch, {"AWS_SECRET_ACCESS_KEY": "wrong"})
+    use(monkeypatch, {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "wrong"})
     with (
         Decoder(DataConfig(num_frames=2), SIDE) as decoder,
         pytest.raises(storage.Unavailable, match=r"permission denied, as for all of videos; check the credentials"),
@@ -240,14 +239,14 @@ def test_remove_folder_removes_what_arrow_wrote(store, monkeypatch):
     storage.write_bytes("s3://videos/runner/state.json", b"{}")
     assert "ray/start/" in storage.names_in("s3://videos/run")  # Arrow's object for the folder
     storage.remove_folder("s3://videos/run")
-    session = boto3.Session(USER, store.secret, region_name=REGION)
-    listed = session.client("s3", endpoint_url=store.endpoint).list_objects_v2(Bucket="videos", Prefix="run")
+    listed = store.client().list_objects_v2(Bucket="videos", Prefix="run")
     assert [one["Key"] for one in listed["Contents"]] == ["runner/state.json"]
 
 
 def test_download_refuses_keys_that_leave_the_folder(store, wire, tmp_path):
-    session = boto3.Session(USER, store.secret, region_name=REGION)
-    session.client("s3", endpoint_url=store.endpoint).put_object(Bucket="videos", Key="weights/a/../../out", Body=b"x")
+    if store.make == "s3rver":
+        pytest.skip("s3rver takes a key for a path in its own folder, and resolves .. in it")
+    store.client().put_object(Bucket="videos", Key="weights/a/../../out", Body=b"x")
     storage.write_bytes("s3://videos/weights/a/b", b"b")
     assert storage.names_in("s3://videos/weights") == ["a/../../out", "a/b"]
     with pytest.raises(storage.BadLocation, match="is not a name inside"):
@@ -255,7 +254,9 @@ def test_download_refuses_keys_that_leave_the_folder(store, wire, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_keys_that_look_like_addresses_lead_nowhere(wire, tmp_path):
+def test_keys_that_look_like_addresses_lead_nowhere(store, wire, tmp_path):
+    if store.make == "s3rver":
+        pytest.skip("s3rver takes a key for a path in its own folder, where two slashes are one")
     (tmp_path / "secret.json").write_text(json.dumps({"messages": conversation("?", "secret")}))
     for suffix in ("mp4", "json"):
         storage.write_bytes(f"s3://videos/set/{tmp_path}/secret.{suffix}", b"{}")  # after two slashes
@@ -296,8 +297,9 @@ def test_a_seal_in_the_store_names_nothing_in_another_bucket(wire):
             Manifest("s3://videos/prepared")
 
 
-def test_small_objects_only(wire):
-    for data in (b"", b"1", b"12", b"123"):
+def test_small_objects_only(store, wire):
+    # s3rver promises a byte of an empty object and never sends it, where S3 answers 416.
+    for data in (b"1", b"12", b"123", *([b""] if store.make != "s3rver" else [])):
         storage.write_bytes("s3://videos/small", data)
         before = wire.requests
         if len(data) > 2:

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -97,6 +98,8 @@ class ObjectStore:
     endpoint: str
     # A secret per store: a client that reaches another session's store by mistake is refused.
     secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+    user: str = USER
+    make: str = "swift"
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables with which boto3, s3fs, Arrow and MLflow use this store only.
@@ -105,7 +108,7 @@ class ObjectStore:
         """
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": USER,
+            "AWS_ACCESS_KEY_ID": self.user,
             "AWS_SECRET_ACCESS_KEY": self.secret,
             "AWS_DEFAULT_REGION": REGION,
             # Ignore the developer's AWS settings, and do not wait for the metadata of a cloud machine.
@@ -114,15 +117,17 @@ class ObjectStore:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    def client(self) -> Any:
+        """Return a boto3 client."""
+        return boto3.Session(self.user, self.secret, region_name=REGION).client("s3", endpoint_url=self.endpoint)
+
     def make_bucket(self, name: str) -> None:
         """Create a bucket; the code under test never does."""
-        session = boto3.Session(USER, self.secret, region_name=REGION)
-        session.client("s3", endpoint_url=self.endpoint).create_bucket(Bucket=name)
+        self.client().create_bucket(Bucket=name)
 
     def let_read(self, name: str) -> None:
         """Let all users list and read a bucket, among them `READER`, who has the same secret."""
-        session = boto3.Session(USER, self.secret, region_name=REGION)
-        session.client("s3", endpoint_url=self.endpoint).put_bucket_acl(Bucket=name, ACL="public-read")
+        self.client().put_bucket_acl(Bucket=name, ACL="public-read")
 
 
 @contextmanager

@@ -211,7 +211,7 @@ def test_server_away_at_the_end_then_replay(server, client, begin, impatient, tm
     server.kill()
     ended.log(steps(3))
     ended.finish("FAILED")
-    assert (ended.delivered, ended.run_id, ended.model_uri) == (False, None, None)
+    assert (ended.delivered, ended.run_id, ended.model_uri, ended.model_version) == (False, None, None, None)
     assert messages[-1] == f"record: {server.uri} does not answer; {REPLAY.format(tmp_path, 'ended')}"
     (saved,) = (ended_in / "history").iterdir()
     assert json.loads(saved.read_text()) == {"step": 3, "time": 1e9 + 3, "metrics": {"loss": 1 / 3, "lr": 0.1}}
@@ -240,7 +240,7 @@ def test_server_away_at_the_end_then_replay(server, client, begin, impatient, tm
     assert printed.returncode == 0, printed.stderr
     of_ended, of_always = rows(printed)
     assert of_ended == ["ended", run_id, "2", "FAILED", ""]
-    assert of_always[2:] == ["4", "FINISHED", "models:/crosslmm@candidate"]
+    assert of_always[2:] == ["4", "FINISHED", "models:/crosslmm/1"]
     assert recorded(client, run_id) == times(1, 2, 3)
     made = client.get_run(of_always[1])
     assert recorded(client, made.info.run_id) == times(1, 2)

@@ -21,8 +21,8 @@ PREFIX = '{"frames"'
 """First characters of each such address; no absolute path and no URI begins with them."""
 MAX_FRAMES = 10_000
 """Most frame files of a video."""
-MAX_ADDRESS_CHARACTERS = 4 * 2**20
-"""Longest address; a row of a manifest has no more bytes either."""
+MAX_ADDRESS_CHARACTERS = 16 * 2**20
+"""Longest address: a row of a manifest has 4 MiB, and folders are added to its names."""
 
 
 class BadFrameList(ValueError):
@@ -47,8 +47,10 @@ class FrameList:
     def __post_init__(self) -> None:
         if not 1 <= len(self.frames) <= MAX_FRAMES:
             raise BadFrameList(f"it lists {len(self.frames)} frames, and a video has 1 to {MAX_FRAMES}")
-        if not all(isinstance(name, str) and name for name in self.frames):
-            raise BadFrameList("a frame is the path or URI of an image file")
+        if not all(
+            isinstance(name, str) and name and name.encode(errors="ignore").decode() == name for name in self.frames
+        ):
+            raise BadFrameList("a frame is the path or URI of an image file")  # half a surrogate pair is in none
         if (self.fps is None) == (self.times is None):
             raise BadFrameList("a list of frames needs fps or times, and not both")
         if self.fps is not None and not (_is_number(self.fps) and 1e-6 <= self.fps <= 1e6):
@@ -87,9 +89,9 @@ class FrameList:
         return float(self.starts[-1] + last)
 
     def __str__(self) -> str:
-        """Return the address."""
+        """Return the address, which is ASCII."""
         timing = {"fps": self.fps} if self.times is None else {"times": self.times}
-        return json.dumps({"frames": self.frames, **timing}, separators=(",", ":"), ensure_ascii=False)
+        return json.dumps({"frames": self.frames, **timing}, separators=(",", ":"))
 
 
 def is_frame_list(video: str) -> bool:

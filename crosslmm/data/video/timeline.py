@@ -110,6 +110,7 @@ class Clock:
     """Decoding time that the next packet should have [ticks]."""
     jumps: int = 0
     _last: int = field(default=-FAR, init=False)
+    _delay: int = field(default=0, init=False)
 
     def adjust(self, packet: Packet) -> None:
         """Change the time stamps of a packet."""
@@ -127,8 +128,16 @@ class Clock:
                 dts = self.next_time
             packet.dts = dts
             if packet.pts is not None:
-                packet.pts += self.shift
+                packet.pts = self._believable(packet.pts + self.shift, dts)
         self._last, self.next_time = dts, dts + (packet.duration or frame_ticks(self.stream))
+
+    def _believable(self, pts: int, dts: int) -> int:
+        """Return the presentation time of a packet. libav may take it from the packet after a jump; then it is as long
+        after the decoding time as that of other frames which are decoded early."""
+        if abs(pts - dts) * float(self.stream.time_base or 1) > JUMP_FORWARD_S:
+            return dts + self._delay
+        self._delay = max(self._delay, pts - dts)
+        return pts
 
     def _continues(self, dts: int) -> bool:
         tick = float(self.stream.time_base or 1)

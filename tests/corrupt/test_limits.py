@@ -10,10 +10,11 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import SampledFrames
-from crosslmm.data.video.decode import VideoFailure, probe_video
+from crosslmm.data.video.decode import VideoFailure, decode_video, probe_video
 from crosslmm.data.video.decode_pool import HEADER_CHILDREN, Decoder, HeaderReader, VideoPool
 from tests.support import misbehave, zoo
 
@@ -67,14 +68,14 @@ def lying_avi(frame):
     return bytes(grown)
 
 
-def cropped(width, height):
+def cropped(width, height, form="mpegts"):
     """Return an H.264 stream whose frames are coded in this size and cropped to 64 x 64."""
     crop = f"h264_metadata=crop_right={width - 64}:crop_bottom={height - 64}"
     fast = {"preset": "ultrafast", "tune": "zerolatency", "bf": "0"}
     source = zoo.video("mp4", frames=2, size=(width, height), picture=black, **fast)
     with av.open(io.BytesIO(source)) as container, io.BytesIO() as file:
         stream = container.streams.video[0]
-        with av.open(file, "w", format="mpegts") as output:
+        with av.open(file, "w", format=form) as output:
             copy = output.add_stream_from_template(stream)
             to_annex_b = av.bitstream.BitStreamFilterContext("h264_mp4toannexb", stream, copy)
             filters = av.bitstream.BitStreamFilterContext(crop, copy, copy)
@@ -94,6 +95,49 @@ def webp(name, content):
     """Return a WebP of one chunk, whose picture is missing."""
     chunk = name + struct.pack("<I", len(content) + 500) + content + bytes(500)
     return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
+
+
+def gif(side, frames):
+    """Return a GIF of this size, each of whose frames changes one pixel."""
+    change = b"!\xf9\4\0\4\0\0\0" + struct.pack("<cHHHHBB", b",", 0, 0, 1, 1, 0, 2) + b"\2\x44\1\0"
+    return b"GIF89a" + struct.pack("<HHBBB", side, side, 0x80, 0, 0) + bytes(6) + change * frames + b";"
+
+
+def animated_png(side, frames):
+    """Return an animated PNG of this size, each of whose frames but the first changes one pixel."""
+    pixel = zlib.compress(bytes(2))
+    changes = []
+    for number in range(frames - 1):
+        changes.append((b"fcTL", struct.pack(">5I2H2B", 2 * number + 1, 1, 1, 0, 0, 1, 25, 0, 0)))
+        changes.append((b"fdAT", struct.pack(">I", 2 * number + 2) + pixel))
+    start = (
+        (b"acTL", struct.pack(">II", frames, 0)),
+        (b"fcTL", struct.pack(">5I2H2B", 0, side, side, 0, 0, 1, 25, 0, 0)),
+    )
+    whole = png(side, side, *start)
+    end = png(1, 1, *changes)[8 + 25 :]  # after IHDR
+    at = whole.index(b"IEND") - 4
+    return whole[:at] + end[: end.index(b"IDAT") - 4] + whole[at:]
+
+
+def animated_webp(side, frames):
+    """Return a WebP of this size, each of whose frames changes one pixel."""
+    file = io.BytesIO()
+    images = [Image.new("RGB", (1, 1), (number, 0, 0)) for number in (0, 9)]
+    images[0].save(file, "webp", save_all=True, append_images=images[1:], duration=40, lossless=True)
+    data = bytearray(file.getvalue())
+    at = data.index(b"VP8X") + 12
+    data[at : at + 6] = (side - 1).to_bytes(3, "little") * 2
+    last = data.rindex(b"ANMF")
+    data += data[last:] * frames
+    struct.pack_into("<I", data, 4, len(data) - 8)
+    return bytes(data)
+
+
+def lying_wmv(width, height):
+    """Return a .wmv whose header claims frames of this size."""
+    data = zoo.video("asf", "wmv2", frames=3)
+    return data.replace(struct.pack("<II", 128, 64), struct.pack("<II", width, height))
 
 
 def unpacks_to(mib):
@@ -142,6 +186,11 @@ REFUSED = {
     "webp": (lambda: webp(b"VP8X", bytes(4) + b"\xff\xff\xff" * 2), TOO_LARGE),
     "webp of VP8": (lambda: webp(b"VP8 ", b"\0\0\0\x9d\x01\x2a\xff\x3f\xff\x3f"), TOO_LARGE),
     "webp of VP8L": (lambda: webp(b"VP8L", b"\x2f\xff\xff\xff\x0f"), TOO_LARGE),
+    "gif of many frames": (lambda: gif(5000, 5000), "5000 frames of 5000 x 5000 are more than"),
+    "animated png of many frames": (lambda: animated_png(5000, 400), "400 frames of 5000 x 5000 are more than"),
+    "animated webp of many frames": (lambda: animated_webp(5000, 5000), r"\d+ frames of 5000 x 5000 are more than"),
+    "animated png": (lambda: png(9000, 9000, (b"acTL", struct.pack(">II", 2, 0))), TOO_LARGE),
+    "wmv": (lambda: lying_wmv(20000, 20000), r"more than the 35651584 pixels of data\.max_frame_pixels"),
     "svg": (lambda: b'<svg width="99999" height="99999"><image href="http://127.0.0.1:9/a.png"/></svg>', "not an mp4"),
 }  # fmt: skip
 
@@ -156,9 +205,10 @@ def test_large_file_is_refused_before_it_costs_much(measured, kind):
     assert seconds < MAX_S
 
 
-def test_frames_that_are_large_before_cropping_are_refused_at_the_first(measured):
+@pytest.mark.parametrize("form", ["mpegts", "mpeg", "matroska", "h264"])
+def test_frames_that_are_large_before_cropping_are_refused_at_the_first(measured, form):
     """libav has decoded two when it tells their size: 54 MiB each, and as much of its own."""
-    result, mib, seconds = measured(cropped(6144, 6144))
+    result, mib, seconds = measured(cropped(6144, 6144, form))
     assert isinstance(result, VideoFailure), result
     assert result.reason == "its frames are 6144 x 6144, and data.max_frame_pixels is 35651584"
     assert mib < 2 * MAX_MIB
@@ -176,9 +226,14 @@ KEPT = {
     "png with a comment that unpacks to 400 MiB": lambda: png(64, 64, (b"zTXt", b"Comment\0\0" + unpacks_to(400))),
     "png with a profile that unpacks to 400 MiB": lambda: png(64, 64, (b"iCCP", b"p\0\0" + unpacks_to(400))),
     "png with a second one after it": lambda: png(64, 64) + png(17000, 1000),
-    "png with an animation": lambda: png(
+    "png that announces more frames than it has": lambda: png(
         64, 64, (b"acTL", struct.pack(">II", 10**6, 0)), (b"fcTL", struct.pack(">5I2H2B", 0, 64, 64, 0, 0, 1, 9, 0, 0))
     ),
+    "animated png with a comment that unpacks to 400 MiB": lambda: png(
+        64, 64, (b"acTL", struct.pack(">II", 1, 0)), (b"zTXt", b"Comment\0\0" + unpacks_to(400)),
+        (b"fcTL", struct.pack(">5I2H2B", 0, 64, 64, 0, 0, 1, 9, 0, 0)),
+    ),
+    "gif of one frame": lambda: gif(64, 1),
     "jpeg with another one after it": lambda: jpeg(64, 64) + jpeg(20000, 20000),
     "jpeg with a thousand after it": lambda: jpeg(64, 64) * 1000,
     "png of one row": lambda: png(1_000_000, 1),
@@ -196,7 +251,20 @@ def test_image_is_its_first_frame_at_little_cost(measured, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["png", "jpeg", "png that is one row", "png of no pixels", "mp4 whose header is compressed"]
+    "kind",
+    [
+        "png",
+        "jpeg",
+        "png that is one row",
+        "png of no pixels",
+        "mp4 whose header is compressed",
+        "gif",
+        "webp",
+        "gif of many frames",
+        "animated png of many frames",
+        "animated webp of many frames",
+        "wmv",
+    ],
 )
 def test_probing_refuses_the_same(tmp_path, kind):
     make, reason = REFUSED[kind]
@@ -229,6 +297,14 @@ def measured(measuring, tmp_path):
         return result if isinstance(result, tuple) else (result, 0, 0)
 
     return measured
+
+
+def test_animations_that_are_too_long_are_refused(tmp_path):
+    data = DATA.model_copy(update={"max_video_s": 0.5})
+    for name, content in {"gif": gif(64, 20), "webp": animated_webp(64, 20), "png": animated_png(64, 20)}.items():
+        (tmp_path / name).write_bytes(content)
+        for failure in (probe_video(f"{tmp_path}/{name}", data), decode_video(f"{tmp_path}/{name}", data, 64)):
+            assert re.match(r"it lasts \d+ s, and data.max_video_s is 0.5", failure.reason), (name, failure)
 
 
 def test_children_that_probe_share_the_memory_of_one(tmp_path):

@@ -11,6 +11,7 @@ Each case is written into FOLDER/KIND/case and read as a job reads it. The progr
 FOLDER/KIND/case keeps the files of the last case, also if the process dies.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -48,6 +49,7 @@ from crosslmm.data.video.decode import decode_video, probe_video
 from crosslmm.encode.recorder import EncodingRecorder
 from crosslmm.text import one_printable_line
 from crosslmm.train import checkpoint_store, shards
+from tests.support import fuzz_videos
 from tests.support.common import conversation
 from tests.support.fuzz_mutations import damaged, hostile_texts, mutated
 from tests.support.fuzz_watch import Watch
@@ -266,6 +268,10 @@ KINDS = {
     "features": Kind(make_features, read_features),
     "checkpoints": Kind(make_checkpoints, read_checkpoints),
     "tensors of a checkpoint": Kind(make_tensors, read_tensors),
+    "frame lists": Kind(fuzz_videos.make_frame_list, fuzz_videos.read_frame_list, "list.json"),
+} | {
+    f"videos: {name}": Kind(functools.partial(fuzz_videos.make_video, name=name), fuzz_videos.read_video)
+    for name in fuzz_videos.VIDEOS
 }
 
 

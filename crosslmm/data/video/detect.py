@@ -26,13 +26,11 @@ SIGNATURES = {
     b"GIF89a": "gif",
     b"\xff\xd8\xff": "jpeg_pipe",
     b"\x89PNG\r\n\x1a\n": "png_pipe",
-    b"\x00\x00\x00\x01g": "h264",
-    b"\x00\x00\x00\x01\x09": "h264",
-    b"\x00\x00\x00\x01\x40\x01": "hevc",
-    b"\x00\x00\x00\x01\x46\x01": "hevc",
     b"\x00\x00\x01\xb3": "mpegvideo",
 }
 """First bytes of formats, and libav's names of these."""
+RAW_STREAM = re.compile(rb"\x00?\x00\x00\x01(?:(?P<h264>[\x06\x09\x27\x47\x67])|(?P<hevc>[\x40\x42\x46\x4e]\x01))")
+"""First bytes of streams without a container: a delimiter, parameters, or a comment."""
 PACKET_SIZES = {188: 0, 192: 4, 204: 0}
 """Sizes of a transport stream's packets, and the offset of the sync byte: broadcast, camcorders (a time stamp comes
 first), broadcast with error correction [bytes]."""
@@ -69,7 +67,8 @@ def detect_format(file: BinaryIO, max_bytes: int) -> str:
         return "webp"
     if _packet_size(head):
         return "mpegts"
-    found = next((name for signature, name in SIGNATURES.items() if head.startswith(signature)), None)
+    raw = RAW_STREAM.match(head)
+    found = raw.lastgroup if raw else next((name for first, name in SIGNATURES.items() if head.startswith(first)), None)
     if found is None:
         raise UnreadableVideo(f"not {SUPPORTED}: it begins with {head[:12]!r}")
     return "apng" if found == "png_pipe" and _is_animated_png(file) else found

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from crosslmm.config import BadConfig, ModelConfig, RunConfig, to_yaml
+from crosslmm.config import BadConfig, ModelConfig, RunConfig, to_yaml, validate_run
 from crosslmm.run_folder import MODEL_CONFIG_FILE
 from crosslmm.text import in_brief, one_printable_line
 
@@ -161,11 +161,8 @@ def push(folder: Path, name: str, private: bool) -> str:
         BadConfig: the hub refuses the name or the token.
         OSError: the hub does not answer.
     """
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    from crosslmm.config import validate_run
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     run = folder / MODEL_CONFIG_FILE
     run.write_text(to_yaml(without_addresses(validate_run(yaml.safe_load(run.read_text())))))
@@ -177,7 +174,7 @@ def push(folder: Path, name: str, private: bool) -> str:
         status = getattr(getattr(error, "response", None), "status_code", None)
         remedy = "; log in with `hf auth login`, or set HF_TOKEN" if status in (401, 403) else ""
         raise BadConfig(f"{name}: the hub refuses it: {in_brief(error)}{remedy}") from error
-    except httpx.HTTPError as error:
+    except HTTPError as error:  # of the HTTP library, when no answer came
         endpoint = os.environ.get("HF_ENDPOINT", "the hub")
         raise OSError(f"{name}: {endpoint} does not answer: {in_brief(error)}") from error
 

@@ -1,9 +1,9 @@
 """The registered model as an MLflow pyfunc. MLflow runs this file (models from code); nothing is pickled."""
 
-from numbers import Integral
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
@@ -65,7 +65,7 @@ class VideoAnswers(PythonModel):
         limit, longest = params.pop("max_new_tokens", None), self.answerer.processor.max_length
         if params:
             raise ValueError(f"params: {min(params)!a} is not known; there is max_new_tokens")
-        if limit is not None and not (isinstance(limit, Integral) and 1 <= limit <= longest):
+        if limit is not None and not (isinstance(limit, int | np.integer) and 1 <= limit <= longest):
             raise ValueError(f"params: max_new_tokens is {limit!a}; it takes 1 to {longest}")
         return None if limit is None else int(limit)
 

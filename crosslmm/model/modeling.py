@@ -113,12 +113,11 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
-        **unknown: Any,
+        **options: Any,
     ) -> CausalLMOutputWithPast:
         """Return the loss if `labels` are given, and otherwise the logits.
 
@@ -136,12 +135,12 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
                 the placeholders are; without, these are the positions with the embedding of `video_token_id`.
             use_cache: return a cache; default: only if one is given.
             labels: int64 (B, L), -100 at positions without loss. Shifted by one here.
-            shift_labels: the same, already shifted (sequence parallelism); takes the place of `labels`.
             num_items_in_batch: divisor of the summed loss; default: the number of labels in this batch.
             logits_to_keep: compute logits for this many last positions only, or for the positions of a tensor; 0: all.
             output_hidden_states: return the hidden states before each layer and after the last; a list selects some.
             output_attentions: return the self-attention weights of the decoder; needs eager attention.
-            unknown: `return_dict`; anything else is an error.
+            options: `return_dict`; `shift_labels`, labels that are shifted already (sequence parallelism) and take the
+                place of `labels`. Anything else is an error.
 
         Returns:
             With `labels`: `loss` (float32 scalar) and no logits (they are computed only at labels, in chunks).
@@ -151,7 +150,9 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
             ValueError: frames and placeholders do not match, or the sequence is longer than the decoder's context.
             TypeError: an argument is unknown.
         """
-        self._refuse_unknown(unknown)
+        # Not a parameter: Trainer would take it for a second column of labels.
+        shift_labels = options.pop("shift_labels", None)
+        self._refuse_unknown(options)
         if isinstance(attention_mask, dict):  # `generate` makes one mask for each type of layer if the cache is static
             attention_mask = attention_mask["full_attention"]
         if input_ids is None and inputs_embeds is None:

@@ -80,10 +80,11 @@ def to_frames(given: Any, kind: Kind, side: int, sampling: Sampling) -> np.ndarr
     if isinstance(given, str | Path):
         frames = _read(str(given), side, sampling)
     elif isinstance(given, list | tuple):
-        frames = np.concatenate([to_frames(frame, "image", side, sampling) for frame in given]) if given else None
+        one_each = [to_frames(frame, "image", side, sampling) for frame in given]
+        frames = np.concatenate([*one_each, np.empty((0, side, side, 3), np.uint8)])
     else:
         frames = _resized(_to_array(given), side)
-    if frames is None or not len(frames):
+    if not len(frames):
         raise ValueError(f"a {kind} has no frames; remove its part from the conversation, or pass at least one frame")
     if kind == "image" and len(frames) != 1:
         raise ValueError(f"an image has {len(frames)} frames; pass it as a video")

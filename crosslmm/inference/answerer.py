@@ -76,7 +76,10 @@ class Answerer:
                 use_safetensors=True,
             )
             if adapter:
-                lora.load(model, Path(own["pretrained_model_name_or_path"]))
+                try:
+                    lora.load(model, Path(own["pretrained_model_name_or_path"]))
+                except ValueError as error:
+                    raise ValueError(f"{adapter}: {error}") from error
         self.model: Any = model.eval().to(self.device)
         self.max_new_tokens = max(ANSWER_TOKENS, self.config.train.max_new_tokens or 0)
         # The roots in the configuration restrict the manifests of training; here the caller names each video.

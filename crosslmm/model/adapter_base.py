@@ -102,6 +102,7 @@ def open_base(
 
     Raises:
         BadConfig: the base cannot be read, or is not that of the checkpoint.
+        storage.Unavailable: the store does not answer.
     """
     own = storage.join(run, BASE_FOLDER)
     is_own = recorded.uri == BASE_FOLDER if recorded else not _is_whole_model(config.model, processor)
@@ -130,9 +131,15 @@ def open_adapter(uri: str, pretrained_model_name_or_path: str) -> Iterator[dict[
         pretrained_model_name_or_path: local folder of the model that the adapter is added to.
 
     Raises:
-        ValueError: it belongs to another model.
+        ValueError: it cannot be read, or belongs to another model.
     """
-    with WeightsSource(absolute(uri)).local(ADAPTER) as arguments:
+    with contextlib.ExitStack() as stack:
+        try:
+            arguments = stack.enter_context(WeightsSource(absolute(uri)).local(ADAPTER))
+        except storage.Unavailable:
+            raise
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{uri}: no adapter can be read there: {in_brief(error)}") from error
         file = Path(arguments["pretrained_model_name_or_path"], BASE_FILE)
         if file.exists():  # PEFT alone writes none
             wanted = Base.from_json(file.read_bytes())
@@ -162,6 +169,8 @@ def _weights_of(uri: str) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         try:
             arguments = stack.enter_context(WeightsSource(uri).local(WEIGHTS))
+        except storage.Unavailable:  # the next start may find it
+            raise
         except (OSError, ValueError) as error:
             raise BadConfig(f"model.init_from: {uri} cannot be loaded: {in_brief(error)}") from error
         yield arguments["pretrained_model_name_or_path"]
@@ -195,6 +204,8 @@ def _is_whole_model(config: ModelConfig, processor: CrossLMMProcessor) -> bool:
     try:
         with WeightsSource(config.init_from).local(CONFIG) as arguments:
             theirs = CrossLMMConfig.from_pretrained(**arguments)
+    except storage.Unavailable:
+        raise
     except Exception as error:  # a broken file can make its reader raise anything
         raise BadConfig(f"model.init_from: {config.init_from} cannot be loaded: {in_brief(error)}") from error
     return _telling(theirs.to_dict()) == _telling(build_config(config, processor.video_token_id).to_dict())

@@ -24,8 +24,9 @@ SIGNATURE = ModelSignature(
     Schema([ColSpec("string", "answer", required=False), ColSpec("string", "error", required=False)]),
     ParamSchema([ParamSpec("max_new_tokens", "long", default=None)]),
 )
-MODEL_CONFIG: dict[str, Any] = {"roots": [], "base": None, "adapter": None}
-"""What whoever loads a registered model may set; see `crosslmm.inference.pyfunc.VideoAnswers`."""
+MODEL_CONFIG: dict[str, Any] = {"roots": [], "adapter": None}
+"""What whoever loads a registered model may set; see `crosslmm.inference.pyfunc.VideoAnswers`. A version that is an
+adapter also has a `base`. (MLflow makes parameters of its run of it, which must not change.)"""
 WEIGHTS_TAG, BASE_TAG = "weights_sha256", "base"
 """Tags of versions: the digest of a model's weights; the version models:/NAME/VERSION that an adapter belongs to."""
 

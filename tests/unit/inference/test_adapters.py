@@ -154,10 +154,11 @@ def test_the_job_answers_with_an_adapter(registry, place, expected, monkeypatch,
     assert run(place / "sports").out == f"{printable(expected['sports'][0])}\n"
     broken = place / "broken"
     broken.mkdir()
-    for adapter, says in ((place / "nowhere", "adapter_config.json"), (broken, "adapter_config.json")):
+    (broken / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
+    for adapter, says in ((place / "nowhere", "no adapter can be read there"), (broken, "use_dora is not supported")):
         with pytest.raises(SystemExit) as left:
             run(adapter)
         assert left.value.code == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("error: ")
+        assert error.startswith(f"error: {adapter}: ")
         assert says in error

@@ -1,16 +1,20 @@
 """Retention of runs over sqlite and local folders."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
+from safetensors.torch import save
 
 from crosslmm import run_folder, storage, tracking
 from crosslmm.cli import parse_run
+from crosslmm.model.adapter_base import Base, weights_digest
 from crosslmm.tracking import retention
 from crosslmm.tracking.retention import DAY_S
 from tests.support.common import ROOT
@@ -33,8 +37,11 @@ class Laboratory:
              f"--tracking.registered_model={self.name}", *more], "a test",
         )  # fmt: skip
 
-    def run(self, name: str, days: float, *more: str, status: str | None = "FINISHED", model: bool = False) -> str:
-        """Create a run that ended `days` ago -> id of its MLflow run."""
+    def run(
+        self, name: str, days: float, *more: str, status: str | None = "FINISHED", model: bool = False,
+        base: Path | None = None,
+    ) -> str:  # fmt: skip
+        """Create a run that ended `days` ago, with a model, or with an adapter of `base` -> id of its MLflow run."""
         config, folder = self.config(name, *more), str(self.runs / name)
         run_folder.begin_run(config, folder, {"manifest": []}, [])
         (Path(folder) / "step-00000001-x").mkdir()
@@ -44,8 +51,10 @@ class Laboratory:
         ended = time.time() - days * DAY_S
         run_file |= {"start_time": ended - 60, "status": status, "end_time": ended}
         if model:
-            storage.write_bytes(f"{folder}/model/weights.safetensors", b"0")
+            storage.write_bytes(f"{folder}/model/model.safetensors", save({name: torch.zeros(1)}))
             run_file["lineage"] = {"data_sha256": "0"}
+        if base:
+            storage.write_bytes(f"{folder}/model/base.json", Base(str(base), weights_digest(base)).to_json())
         run_folder.write_run(folder, run_file)
         done = tracking.replay(folder)
         run_folder.write_run(folder, run_file | {"run_id": done.run_id})
@@ -107,6 +116,19 @@ def test_old_runs_are_removed_and_kept_ones_have_a_reason(lab):
         "old",
     }
     assert lab.decisions(keep=4)["old"] == (False, "one of the 4 newest")
+
+
+def test_a_model_is_kept_as_long_as_an_adapter_of_it(lab, tmp_path):
+    lab.run("base", 60, model=True)
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(lab.runs / "base" / "model", copied)
+    adapter = lab.run("adapter", 50, model=True, base=copied)
+    base_reason = (False, "adapter started from it")
+    assert lab.decisions() == {"adapter": (False, f"its model is {lab.name}@candidate"), "base": base_reason}
+    (version,) = lab.client.search_model_versions(f"run_id='{adapter}'")
+    assert version.tags["base"] == f"models:/{lab.name}/1"
+    lab.client.delete_registered_model_alias(lab.name, "candidate")
+    assert {remove for remove, _ in lab.decisions().values()} == {True}
 
 
 @pytest.mark.parametrize("way", ["{runs}/base/model", "{runs}//base/model/", "{runs}/base", "runs/base/model"])

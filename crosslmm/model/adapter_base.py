@@ -106,11 +106,19 @@ def open_base(
     """
     own = storage.join(run, BASE_FOLDER)
     is_own = recorded.uri == BASE_FOLDER if recorded else not _is_whole_model(config.model, processor)
-    if is_own and (recorded is None or _digest_of(own) != recorded.sha256):
-        _write(config, own, processor)
     uri = own if is_own else str(config.model.init_from)
-    with _weights_of(uri) as folder:
-        digest = weights_digest(folder)
+    with contextlib.ExitStack() as stack:
+        if recorded is None and is_own:
+            _write(config, own, processor)
+        try:
+            folder, digest = stack.enter_context(_weights_of(uri))
+        except BadConfig:
+            if recorded is None or not is_own:
+                raise
+            digest = ""
+        if recorded and is_own and digest != recorded.sha256:  # lost or damaged: make it again
+            _write(config, own, processor)
+            folder, digest = stack.enter_context(_weights_of(uri))
         if recorded and digest != recorded.sha256:
             raise BadConfig(
                 f"{'' if is_own else 'model.init_from: '}{uri} is not the model that the run's adapters belong to: its "
@@ -164,27 +172,18 @@ def require_no_adapter(config: ModelConfig) -> None:
 
 
 @contextlib.contextmanager
-def _weights_of(uri: str) -> Iterator[str]:
-    """Yield a local folder with the configuration and the weights of a model."""
+def _weights_of(uri: str) -> Iterator[tuple[str, str]]:
+    """Yield a local folder with the configuration and the weights of a model, and the digest of the weights."""
     with contextlib.ExitStack() as stack:
         try:
             arguments = stack.enter_context(WeightsSource(uri).local(WEIGHTS))
+            folder = arguments["pretrained_model_name_or_path"]
+            digest = weights_digest(folder)
         except storage.Unavailable:  # the next start may find it
             raise
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a broken file can make its reader raise anything
             raise BadConfig(f"model.init_from: {uri} cannot be loaded: {in_brief(error)}") from error
-        yield arguments["pretrained_model_name_or_path"]
-
-
-def _digest_of(uri: str) -> str | None:
-    """Return the digest of a model's weights; None if they cannot be read."""
-    try:
-        with WeightsSource(uri).local(WEIGHTS) as arguments:
-            return weights_digest(arguments["pretrained_model_name_or_path"])
-    except storage.Unavailable:
-        raise
-    except Exception:  # a broken file can make its reader raise anything
-        return None
+        yield folder, digest
 
 
 def _write(config: RunConfig, uri: str, processor: CrossLMMProcessor) -> None:

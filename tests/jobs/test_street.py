@@ -214,6 +214,32 @@ def test_a_killed_run_resumes_with_the_same_losses(cluster, undisturbed, manifes
     assert losses(tracking_uri, killed_run) == losses(tracking_uri, undisturbed[0]["run_id"])
 
 
+def test_adapters_are_trained_over_the_model_of_a_run(cluster, undisturbed, manifest, tracking_uri):
+    job = submit(
+        cluster, *arguments(manifest, tracking_uri, "adapted"), "--tracking.alias=adapted", "--train.max_steps=4",
+        "--model.init_from=s3://videos/runs/undisturbed/model", "--train.lora.rank=4",
+        "--train.learning_rate.vision=0", "--train.lora.dropout=0.1",
+    )  # fmt: skip
+    output, _ = job.communicate(timeout=280)
+    assert job.returncode == 0, output
+    result = json.loads(next(line for line in output.splitlines() if line.startswith('{"name"')))
+    assert result["model_uri"] == "models:/crosslmm@adapted"
+    files = names("s3://videos/runs/adapted/model")
+    assert {"adapter_config.json", "adapter_model.safetensors", "base.json", "run.yaml"} <= files
+    assert "model.safetensors" not in files
+    assert "s3://videos/runs/adapted/base" not in ls("s3://videos/runs/adapted")
+    (checkpoint, *_) = (uri for uri in ls("s3://videos/runs/adapted") if "/step-" in uri)
+    assert "base.json" in names(checkpoint)
+    client = MlflowClient(tracking_uri)
+    base = client.get_model_version_by_alias("crosslmm", "adapted").tags["base"]
+    number = base.removeprefix("models:/crosslmm/")
+    assert client.get_model_version("crosslmm", number).run_id == undisturbed[0]["run_id"]
+    mlflow.set_tracking_uri(tracking_uri)
+    model = mlflow.pyfunc.load_model(result["model_uri"], model_config={"roots": ["s3://videos/data/real"]})
+    (row,) = model.predict(pd.DataFrame({"video": [REAL_CLIPS[0].name], "question": ["?"]})).itertuples(index=False)
+    assert (type(row.answer), row.error) == (str, None)
+
+
 def test_a_broken_manifest_fails_the_job_at_once(cluster, manifest):
     broken = (
         storage.read_bytes(manifest)

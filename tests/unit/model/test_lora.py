@@ -311,6 +311,12 @@ def test_a_run_that_starts_from_no_such_model_writes_its_base(config, processor,
         assert all(torch.equal(value, expected[name]) for name, value in written.state_dict().items())
         assert written.config.pool_stride == changed.model.pool_stride
         assert opened(changed, place, processor, found) == (found, uri)
+    file = place / BASE_FOLDER / "model.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[:-100], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        file.write_bytes(damaged)
+        assert opened(changed, place, processor, found) == (found, uri)
+        assert file.read_bytes() == whole
 
 
 def test_another_base_than_that_of_the_checkpoint_is_refused(config, processor, base, folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from crosslmm.model.adapter_base import Base, open_base, require_no_adapter, wei
 from crosslmm.model.loading import build_model
 from crosslmm.model.param_groups import component_of, is_of_adapter
 from crosslmm.run_folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASE_FILE, BASE_FOLDER
-from tests.support.common import conversation, open_gates, random_frames
+from tests.support.common import ROOT, conversation, open_gates, random_frames
 
 # PEFT 0.21 asks Transformers 5.23 by a deprecated name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -153,6 +154,18 @@ def test_peft_alone_loads_what_we_save(config, processor, base, folder, targets,
     torch.testing.assert_close(logits(merged, inputs), expected, atol=1e-5, rtol=1e-5)
     whole = {"projector", "v2v", "t2v"} - set(targets)
     assert set(json.loads((adapter / ADAPTER_CONFIG_FILE).read_text())["modules_to_save"]) == whole
+
+
+def test_the_lines_in_the_docs_load_an_adapter(config, base, folder, monkeypatch):
+    (lines,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "lora.md").read_text(), re.MULTILINE | re.DOTALL)
+    adapter = trained(base, config, folder, ["decoder"])
+    for name, target in (("captions", folder), ("sports", adapter)):
+        (folder.parent / "runs" / name).mkdir(parents=True)
+        (folder.parent / "runs" / name / "model").symlink_to(target)
+    monkeypatch.chdir(folder.parent)
+    names: dict = {}
+    exec(lines, names)
+    assert isinstance(names["model"], PeftModel)
 
 
 def test_we_load_and_merge_what_we_save(config, processor, base, folder):

@@ -177,6 +177,25 @@ def test_frozen_components_have_no_gradients_or_moments(measured):
     assert result.activations < memory(measured, sharded=False).activations
 
 
+def test_adapters_take_the_memory_of_what_learns(measured):
+    targets = ["vision", "v2v", "t2v", "decoder"]
+    lora = measured.train.lora.model_copy(update={"rank": 2, "targets": targets})
+    config = changed(measured, "train", lora=lora)
+    learning, total = cost.learning(config), cost.learning(measured)
+    assert learning < 0.15 * total
+    result, whole = memory(config, sharded=False), memory(measured, sharded=False)
+    assert 8 * learning <= result.optimizer <= 12 * learning
+    assert result.gradients <= 4 * learning
+    assert result.weights == pytest.approx(
+        whole.weights + 4 * (learning - cost.parameters(cost.empty_model(config.model))["projector"])
+    )
+    stored = [
+        plan(one, [4], Assumptions(samples=1, video_seconds=1e-6)).rows[0].storage_bytes for one in (config, measured)
+    ]
+    assert stored[0] == pytest.approx(4 * total + measured.train.keep_checkpoints * 12 * learning, rel=0.01)
+    assert stored[1] == pytest.approx(4 * total + measured.train.keep_checkpoints * 12 * total, rel=0.01)
+
+
 @pytest.fixture
 def one_process_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -132,8 +132,8 @@ def _train(setting: Setting, rank: int, port: int) -> int:
     from transformers import BatchFeature
 
     from crosslmm.model import CrossLMMForConditionalGeneration
+    from crosslmm.model.adapters.lora import prepare_training
     from crosslmm.model.loading import build_config
-    from crosslmm.model.lora import prepare_training
     from crosslmm.train.distributed.parallel import parallelize
     from crosslmm.train.optim import build_optimizer
 

@@ -18,8 +18,9 @@ from crosslmm.data.row_schema import resolve_video
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
 from crosslmm.data.video.frame_list import describe_video, map_files
-from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor, lora
-from crosslmm.model.adapter_base import absolute, open_adapter
+from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from crosslmm.model.adapters import lora
+from crosslmm.model.adapters.base import absolute, open_adapter
 from crosslmm.model.answering import greedy_answers
 from crosslmm.model.cache import fork
 from crosslmm.model.weights_source import TOKENIZER, WEIGHTS, WeightsSource
@@ -53,7 +54,7 @@ class Answerer:
         max_new_tokens: default length limit of an answer: at least that of the validations of its run [tokens].
 
     Raises:
-        ValueError: the adapter belongs to another model, or is not one that `crosslmm.model.lora` loads.
+        ValueError: the adapter belongs to another model, or is not one that `crosslmm.model.adapters.lora` loads.
     """
 
     def __init__(self, folder: str | Path, device: str | None = None, adapter: str | Path | None = None) -> None:

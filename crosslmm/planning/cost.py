@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from crosslmm.config import BadConfig, LearningRates, ModelConfig, RunConfig
+from crosslmm.model.adapters.lora import prepare_training
 from crosslmm.model.loading import build_config
-from crosslmm.model.lora import prepare_training
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.param_groups import COMPONENTS, component_of, fsdp_units
 from crosslmm.model.vision_encoder import ChunkedEncoderLayer

@@ -7,7 +7,7 @@ from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, tracking_uri
 from crosslmm.data.samples import shapes
 from crosslmm.data.video.decode import require_backend
-from crosslmm.model.adapter_base import require_no_adapter
+from crosslmm.model.adapters.base import require_no_adapter
 from crosslmm.model.loading import build_config
 
 

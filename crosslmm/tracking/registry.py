@@ -55,7 +55,7 @@ def _add_version(run: MlflowRun, model_uri: str, tags: dict[str, str], expected:
     Raises:
         BadConfig: the model's weights have another digest than `expected`.
     """
-    from crosslmm.model.adapter_base import Base, weights_digest  # these import torch
+    from crosslmm.model.adapters.base import Base, weights_digest  # these import torch
 
     package = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory() as folder:

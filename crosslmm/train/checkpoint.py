@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 from crosslmm import storage
 from crosslmm.config import BadConfig, LoraConfig, RunConfig, to_yaml, validate_run
 from crosslmm.inference.publish import CARD_FILE, model_card
-from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor, lora
-from crosslmm.model.adapter_base import Base, open_base
+from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from crosslmm.model.adapters import lora
+from crosslmm.model.adapters.base import Base, open_base
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.run_folder import (
     BASE_FILE,

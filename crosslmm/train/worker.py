@@ -39,9 +39,9 @@ from crosslmm.data.dataset import BlockLayout, prefetch, unpack_block
 from crosslmm.data.quarantine import ErrorBudget
 from crosslmm.encode.recipe import require_encoder
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
-from crosslmm.model.adapter_base import Base, open_base
+from crosslmm.model.adapters.base import Base, open_base
+from crosslmm.model.adapters.lora import require_open_gates
 from crosslmm.model.loading import build_model, build_processor
-from crosslmm.model.lora import require_open_gates
 from crosslmm.run_folder import MODEL_CONFIG_FILE, MODEL_FOLDER, NON_FINITE_FOLDER
 from crosslmm.text import in_brief
 from crosslmm.train import checkpoint, loop

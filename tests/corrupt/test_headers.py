@@ -8,10 +8,10 @@ import av
 import pytest
 
 from crosslmm.config import DataConfig
+from crosslmm.data.video.container import UnreadableVideo
 from crosslmm.data.video.decode import VideoFailure, probe_video
 from crosslmm.data.video.decode_pool import HeaderReader
 from crosslmm.data.video.probe import Probe, probe
-from crosslmm.data.video.pyav import UnreadableVideo
 from tests.corrupt import test_zoo
 from tests.support import zoo
 

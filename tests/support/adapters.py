@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from crosslmm.config import RunConfig, to_yaml
-from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor, lora
-from crosslmm.model.adapter_base import Base, weights_digest
+from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from crosslmm.model.adapters import lora
+from crosslmm.model.adapters.base import Base, weights_digest
 from crosslmm.model.loading import build_model
 from crosslmm.run_folder import MODEL_CONFIG_FILE
 from tests.support.common import open_gates

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from crosslmm.config import TrainConfig
 from crosslmm.model import CrossLMMForConditionalGeneration
-from crosslmm.model.lora import prepare_training
+from crosslmm.model.adapters.lora import prepare_training
 from crosslmm.model.param_groups import fsdp_units
 
 

@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,10 +15,11 @@ from mlflow.tracking import MlflowClient
 from crosslmm.config import TrackingConfig
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.inference.answerer import Answerer
-from crosslmm.model import CrossLMMForConditionalGeneration, lora
+from crosslmm.model import CrossLMMForConditionalGeneration
+from crosslmm.model.adapters import lora
 from crosslmm.run_folder import BASE_FILE
 from crosslmm.text import printable
-from crosslmm.tracking import MlflowRun, load_registered, register
+from crosslmm.tracking import MlflowRun, load_answerer, register
 from crosslmm.tracking.client import MLFLOW_ENVIRONMENT
 from tests.support.adapters import export_adapter, export_model
 from tests.support.common import ROOT, random_frames
@@ -124,7 +126,8 @@ def test_a_registered_adapter_answers_over_its_base(registry, place, expected):
     tracking, _, _ = registry
     names = {"models:/adapted/2": "sports", "models:/alone@candidate": "sports", "models:/adapted/3": "cooking"}
     for uri, name in names.items():
-        model = load_registered(uri, tracking, [str(place / "clips")])
+        mlflow.set_tracking_uri(tracking.uri)
+        model = mlflow.pyfunc.load_model(uri, model_config={"roots": [str(place / "clips")]})
         table = model.predict(pd.DataFrame({"video": ["a.mp4"] * 3, "question": QUESTIONS}))
         assert table["answer"].tolist() == expected[name]
 
@@ -135,7 +138,7 @@ def test_whoever_loads_a_model_names_the_adapter(registry, place, expected):
         ("models:/adapted/1", str(place / "cooking")), ("models:/adapted/1", "models:/adapted/3"),
         ("models:/adapted/2", "models:/adapted/3"),
     ):  # fmt: skip
-        answerer = load_registered(model_uri, tracking, adapter=adapter).unwrap_python_model().answerer
+        answerer = load_answerer(model_uri, tracking, adapter)
         assert answers(answerer, place) == expected["cooking"]
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from crosslmm import run_folder, storage, tracking
 from crosslmm.cli import parse_run
-from crosslmm.model.adapter_base import Base, weights_digest
+from crosslmm.model.adapters.base import Base, weights_digest
 from crosslmm.tracking import retention
 from crosslmm.tracking.retention import DAY_S
 from tests.support.common import ROOT

@@ -16,8 +16,9 @@ from torch import nn
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.data.feature_format import to_bf16
-from crosslmm.model import CrossLMMForConditionalGeneration, lora
-from crosslmm.model.adapter_base import Base, open_base, require_no_adapter, weights_digest
+from crosslmm.model import CrossLMMForConditionalGeneration
+from crosslmm.model.adapters import lora
+from crosslmm.model.adapters.base import Base, open_base, require_no_adapter, weights_digest
 from crosslmm.model.loading import build_model
 from crosslmm.model.param_groups import component_of, is_of_adapter
 from crosslmm.run_folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASE_FILE, BASE_FOLDER

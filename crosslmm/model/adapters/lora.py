@@ -2,7 +2,7 @@
 
     adapter_config.json          rank, alpha, the layers with an adapter, the modules that are stored whole
     adapter_model.safetensors    lora_A and lora_B of each of these layers, and the weights of these modules
-    base.json                    the model that the adapter belongs to (`adapter_base`)
+    base.json                    the model that the adapter belongs to (`base`)
 
 PEFT alone reads the first two as well. We read and write them ourselves, because training has the weights in shards,
 and because an adapter may come from a stranger: PEFT's own loader also takes pickles, patterns that never end, and
@@ -22,7 +22,7 @@ from torch import nn
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, LoraConfig, TrainConfig
-from crosslmm.model.adapter_base import Base
+from crosslmm.model.adapters.base import Base
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.param_groups import component_of, freeze, is_of_adapter
 from crosslmm.run_folder import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASE_FILE

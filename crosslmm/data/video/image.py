@@ -97,8 +97,9 @@ def read_webp_header(file: BinaryIO, data: DataConfig) -> WebpHeader:
     Raises:
         UnreadableVideo: there is no picture, or it is too large or too long.
     """
-    width, height, milliseconds = 0, 0, []
+    width, height, milliseconds, pictures = 0, 0, [], 0
     for name, start, size in _webp_chunks(file):
+        pictures += name in (b"VP8 ", b"VP8L", b"ANMF")
         file.seek(start)
         head = file.read(16)
         if name == b"ANMF" and size >= 16:
@@ -113,6 +114,8 @@ def read_webp_header(file: BinaryIO, data: DataConfig) -> WebpHeader:
         elif name == b"VP8L" and head[:1] == b"\x2f":
             bits = int.from_bytes(head[1:5], "little")
             width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if not pictures:
+        raise NoFrames
     require_size(width, height, data, known=True)
     ends = np.cumsum(milliseconds or [0]) / 1000
     duration = float(ends[-1]) if len(ends) > 1 else 0.0

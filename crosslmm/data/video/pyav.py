@@ -69,11 +69,16 @@ def with_pyav(
         stream, timeline = open_stream(container, data, sampling.last_moment(start, end))
         if format_name in ANIMATIONS:
             require_animation_size(stream.codec_context.width, stream.codec_context.height, timeline.frames or 0)
-        frames = _Source(file, container, stream, timeline, data).decode(sampling, start, end, image_size)
-        if timeline.estimated and frames.shortfall:
-            # The estimate may be wrong.
-            timeline = scan(container, stream)
-            frames = _Source(file, container, stream, timeline, data).decode(sampling, start, end, image_size)
+        source = _Source(file, container, stream, timeline, data)
+        frames, progress = source.decode(sampling, start, end, image_size)
+        if frames.shortfall and (timeline.estimated or progress < 0.5):
+            # The estimate may be wrong, or the file lack most of what its index lists: sample what it has.
+            measured = scan(container, stream)
+            is_cut = measured.duration < timeline.duration / 2
+            if timeline.estimated or is_cut:
+                frames, _ = replace(source, timeline=measured).decode(sampling, start, end, image_size)
+            if is_cut and not timeline.estimated:
+                frames = _of_a_cut_file(frames, measured.duration, timeline.duration)
     if not len(frames):
         raise NoFrames
     return replace(frames, shortfall=None) if timeline.frames == 1 else frames  # a file of one frame is an image
@@ -84,6 +89,12 @@ def to_image(frame: av.VideoFrame, resize: VideoReformatter, image_size: int) ->
     image = resize.reformat(frame, image_size, image_size, format="rgb24").to_ndarray()
     # Containers store how the phone was held; decoders do not apply it.
     return np.rot90(image, frame.rotation // 90)
+
+
+def _of_a_cut_file(frames: SampledFrames, seconds: float, claimed: float) -> SampledFrames:
+    """Return frames that were sampled from the `seconds` that are left of a video, with the reason."""
+    reason = f"the file has {seconds:.1f} s of its {claimed:.1f} s"
+    return replace(frames, shortfall=f"{frames.shortfall}; {reason}" if frames.shortfall else reason)
 
 
 Segment = tuple[Keyframe | None, np.ndarray]
@@ -102,8 +113,15 @@ class _Source:
     timeline: Timeline
     data: DataConfig
 
-    def decode(self, sampling: FrameSampling, start: float, end: float | None, image_size: int) -> SampledFrames:
-        """Decode the sampled frames of the part from `start` to `end` [s]; there may be none."""
+    def decode(
+        self, sampling: FrameSampling, start: float, end: float | None, image_size: int
+    ) -> tuple[SampledFrames, float]:
+        """Decode the sampled frames of the part from `start` to `end` [s].
+
+        Returns:
+            The frames, possibly none; and how far decoding got, as a share of the way from the first sampled moment to
+            the last.
+        """
         timeline = self.timeline
         first, last = clip_bounds(start, end, timeline.duration)
         interval = frame_ticks(self.stream) * timeline.tick
@@ -128,11 +146,13 @@ class _Source:
                 times.append(time)
                 starts.append(appears)
                 ends.append(leaves)
-        return SampledFrames(
+        frames = SampledFrames(
             np.stack(images) if images else np.empty((0, image_size, image_size, 3), np.uint8),
             self._seconds(times).clip(min=0),
             describe_shortfall(self._seconds(moments), self._seconds(starts), self._seconds(ends)),
         )
+        reached = ends[-1] if ends else moments[0]
+        return frames, (reached - moments[0]) / max(moments[-1] - moments[0], ROUNDING_TICKS)
 
     def _seconds(self, ticks: Sequence[float] | np.ndarray) -> np.ndarray:
         """Convert times on the stream's clock to times from the first frame on [s]."""

@@ -20,7 +20,7 @@ from crosslmm.data.video.decode_pool import Decoder
 from crosslmm.data.video.frame_list import describe_video, map_files
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.adapters import lora
-from crosslmm.model.adapters.base import absolute, open_adapter
+from crosslmm.model.adapters.base import absolute, is_adapter, open_adapter
 from crosslmm.model.answering import greedy_answers
 from crosslmm.model.cache import fork
 from crosslmm.model.weights_source import TOKENIZER, WEIGHTS, WeightsSource
@@ -54,11 +54,14 @@ class Answerer:
         max_new_tokens: default length limit of an answer: at least that of the validations of its run [tokens].
 
     Raises:
-        ValueError: the adapter belongs to another model, or is not one that `crosslmm.model.adapters.lora` loads.
+        ValueError: the adapter belongs to another model, or is not one that `crosslmm.model.adapters.lora` loads; or
+            `folder` is an adapter itself.
     """
 
     def __init__(self, folder: str | Path, device: str | None = None, adapter: str | Path | None = None) -> None:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if is_adapter(str(folder)):
+            raise ValueError(f"{folder}: is an adapter; name the model that it belongs to, and this as its adapter")
         with contextlib.ExitStack() as stack:
             stack.enter_context(_no_progress_bar())
             whole = stack.enter_context(WeightsSource(absolute(str(folder))).local(EXPORTED))

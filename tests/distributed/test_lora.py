@@ -210,6 +210,12 @@ def test_a_killed_run_with_dropout_resumes_exactly(uninterrupted, killed, tmp_pa
     assert_resumes_exactly(uninterrupted, folder)
 
 
+def test_recomputed_layers_drop_the_same(uninterrupted, tmp_path):
+    losses = spawn(2, tmp_path, *DROPOUT, "--train.activation_checkpointing=true")["losses"]
+    for step, values in uninterrupted[0]["losses"].items():
+        assert losses[step] == pytest.approx(values, rel=1e-5, abs=1e-5)
+
+
 def test_a_lost_base_of_the_run_is_written_again(uninterrupted, killed, tmp_path):
     folder = Path(shutil.copytree(killed, tmp_path / "run"))
     shutil.rmtree(folder / BASE_FOLDER)

@@ -160,13 +160,17 @@ def open_adapter(uri: str, pretrained_model_name_or_path: str) -> Iterator[dict[
         yield arguments
 
 
+def is_adapter(uri: str) -> bool:
+    """Return whether this is the folder of an adapter, path or s3:// URI; False for a hub name."""
+    is_folder = storage.scheme_of(uri) == "s3" or Path(uri).is_dir()
+    return is_folder and storage.exists(storage.join(uri, ADAPTER_CONFIG_FILE))
+
+
 def require_no_adapter(config: ModelConfig) -> None:
     """Raise BadConfig if `model.init_from` is the folder of an adapter, which is no whole model."""
-    uri = config.init_from
-    is_folder = uri and (storage.scheme_of(uri) == "s3" or Path(uri).is_dir())
-    if is_folder and storage.exists(storage.join(str(uri), ADAPTER_CONFIG_FILE)):
+    if config.init_from and is_adapter(config.init_from):
         raise BadConfig(
-            f"model.init_from: {uri} is an adapter; make a whole model of it with "
+            f"model.init_from: {config.init_from} is an adapter; make a whole model of it with "
             "python jobs/checkpoint.py export RUN FOLDER --merge"
         )
 

@@ -77,6 +77,8 @@ def test_an_adapter_of_another_model_is_one_line(place):
     assert str(place / "base") in str(error.value)
     assert base["sha256"][:12] in str(error.value)
     assert str(error.value).isprintable()
+    with pytest.raises(ValueError, match=r"sports: is an adapter; name the model that it belongs to"):
+        Answerer(place / "sports", "cpu")
 
 
 @pytest.fixture(scope="module")

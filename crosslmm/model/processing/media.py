@@ -1,5 +1,6 @@
 """Videos and images in the forms that people have them in -> frames for the encoder."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 Kind = Literal["video", "image"]
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,6 @@ def to_frames(given: Any, kind: Kind, side: int, sampling: Sampling) -> np.ndarr
     Raises:
         ValueError: the file cannot be read, or what is given is none of these.
     """
-    frames: np.ndarray | None
     if isinstance(given, str | Path):
         frames = _read(str(given), side, sampling)
     elif isinstance(given, list | tuple):
@@ -92,8 +93,8 @@ def to_frames(given: Any, kind: Kind, side: int, sampling: Sampling) -> np.ndarr
 
 
 def _read(uri: str, side: int, sampling: Sampling) -> np.ndarray:
-    scheme = uri.partition("://")[0] if "://" in uri else "file"
-    if scheme not in ("file", "s3"):
+    scheme = SCHEME.match(uri)
+    if scheme and scheme[1] not in ("file", "s3") and not Path(uri).exists():
         raise ValueError(f"{uri!a} is not fetched: download it, and pass the path or the s3:// URI of a file")
     if _file_reader is None:
         raise ValueError(f"{uri!a}: nothing is there to read files; import crosslmm")
@@ -127,7 +128,7 @@ def _to_array(given: Any) -> np.ndarray:
 
 def _resized(frames: np.ndarray, side: int) -> np.ndarray:
     if frames.shape[1:] == (side, side, 3):
-        return np.ascontiguousarray(frames)
+        return np.require(frames, requirements=["C", "W"])  # torch warns of arrays that are read only
     resize = VideoReformatter()
     images = [av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24") for frame in frames]
     resized = [resize.reformat(image, side, side).to_ndarray() for image in images]

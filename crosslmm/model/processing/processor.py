@@ -233,7 +233,7 @@ class CrossLMMProcessor(ProcessorMixin):
     def _sampling(self, options: dict[str, Any]) -> Sampling:
         """Return how video files are sampled; any other option is either without effect here or unknown."""
         for nested in ("videos_kwargs", "images_kwargs", "text_kwargs"):
-            options = {**options, **(options.pop(nested, None) or {})}
+            options |= options.pop(nested, None) or {}
         chosen = {name: options.pop(name, None) for name in ("num_frames", "sampling", "fps")}
         if options.pop("return_tensors", None) not in (None, "pt", "auto"):
             raise ValueError('return_tensors: this processor returns PyTorch tensors, "pt"')

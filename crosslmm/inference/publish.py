@@ -162,7 +162,7 @@ def push(folder: Path, name: str, private: bool) -> str:
         OSError: the hub does not answer.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     run = folder / MODEL_CONFIG_FILE
     run.write_text(to_yaml(without_addresses(validate_run(yaml.safe_load(run.read_text())))))

@@ -206,7 +206,7 @@ def _is_whole_model(config: ModelConfig, processor: CrossLMMProcessor) -> bool:
         return False
     try:
         with WeightsSource(config.init_from).local(CONFIG) as arguments:
-            theirs = CrossLMMConfig.from_pretrained(**arguments)
+            theirs = CrossLMMConfig.from_pretrained(**arguments, trust_remote_code=False)
     except storage.Unavailable:
         raise
     except Exception as error:  # a broken file can make its reader raise anything

@@ -21,7 +21,7 @@ from crosslmm.data.feature_cache import (
     write_index,
     write_shard,
 )
-from crosslmm.data.feature_format import FeatureRecipe, from_bf16, pack, to_bf16, unpack
+from crosslmm.data.feature_format import FORMAT, FeatureRecipe, from_bf16, pack, to_bf16, unpack
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.encode.recipe import require_encoder
@@ -78,7 +78,7 @@ def test_every_field_of_the_recipe_changes_the_key():
         recipe(data=DataConfig(num_frames=4, sampling="fps")),
         recipe(data=DataConfig(num_frames=4, fps=2)),
         recipe(data=DataConfig(num_frames=4, decoder="decord")),
-        recipe().model_copy(update={"format": 2}),
+        recipe().model_copy(update={"format": FORMAT + 1}),
     ]
     assert len({one.key for one in [recipe(), *changed]}) == len(changed) + 1
     assert len(changed) == len(FeatureRecipe.model_fields)
@@ -201,7 +201,7 @@ def test_differences_of_the_recipe_are_refused_and_named(cached, videos):
 def test_folder_with_invalid_files_is_refused(cached, tmp_path):
     recipe_file = Path(cached) / "features.json"
     good = recipe_file.read_text()
-    for bad in (good.replace('"fps": 1.0', '"fps": 2.0'), good.replace('"format": 1', '"format": 2'), "[]", "{", ""):
+    for bad in (good.replace('"fps": 1.0', '"fps": 2.0'), good.replace(f'"format": {FORMAT}', f'"format": {FORMAT - 1}'), "[]", "{", ""):
         recipe_file.write_text(bad)
         with pytest.raises(BadConfig, match=r"data\.features: .*no features can be read there"):
             FeatureCache(cached)

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.dataset import BlockLayout, ReadSamples, unpack_block
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.quarantine import ErrorBudget, QuarantineEntry, TooManyUnreadable
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.video.decode import VideoFailure
@@ -61,6 +63,16 @@ def read_all(order, ranks, first=0, steps=10, rows_in_block=4, bad=BAD):
         assert [sample.position for sample in unpacked] == layout.positions(block).tolist()
         samples |= {sample.position: sample for sample in unpacked}
     return samples, read
+
+
+def test_videos_with_fewer_frames_than_asked_are_named():
+    order = DeterministicSampler((ROWS,), 4, seed=0)
+    read = reader(BlockLayout(order, 1, 0, 1, 4), ())
+    frames = SampledFrames(np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1), "1 of 8 frames: why")
+    read.decoder = lambda uris: [replace(frames, shortfall=None) if n == 1 else frames for n in range(len(uris))]
+    named = [sample.shortfalls for sample in unpack_block(read({"block": [0]}))]
+    assert [bool(lines) for lines in named] == [True, False, True, True]
+    assert re.fullmatch(r"/videos/\d+\.mp4: 1 of 8 frames: why", named[0][0])
 
 
 def test_unreadable_row_is_replaced_and_quarantined():

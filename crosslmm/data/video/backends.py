@@ -45,7 +45,7 @@ def with_decord(
     content = io.BytesIO(file.read())  # read once: the file could change between the check and the decoding
     with open_container(content, format_name, data) as container:
         _require_all_allowed(container, data)
-        open_stream(container, data, until=0.0)
+        open_stream(content, container, data, until=0.0)
     _require_guess(content, format_name, "decord", decord._ffi.libinfo.find_lib_path()[0])
     content.seek(0)
     reader = decord.VideoReader(content, num_threads=1)
@@ -85,7 +85,7 @@ def with_torchcodec(
 
     with open_container(file, format_name, data) as container:
         _require_all_allowed(container, data)
-        stream, _ = open_stream(container, data, until=0.0)
+        stream, _ = open_stream(file, container, data, until=0.0)
         stream_index, interval = stream.index, frame_ticks(stream) * float(stream.time_base or 1)
     _require_guess(file, format_name, "torchcodec", torchcodec.core_library_path)
     file.seek(0)

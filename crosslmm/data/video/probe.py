@@ -46,7 +46,7 @@ def probe(file: BinaryIO, format_name: str, data: DataConfig) -> Probe:
     Arguments and errors are those of `with_pyav`.
     """
     with open_container(file, format_name, data) as container:
-        stream, timeline = open_stream(container, data, estimate=True)
+        stream, timeline = open_stream(file, container, data, estimate=True)
         context = stream.codec_context
         require_size(context.width, context.height, data, known=True)
         frames, keyframes = _count_frames(container, stream, timeline)

@@ -66,7 +66,7 @@ def with_pyav(
     """
     sampling = FrameSampling.of(data)
     with open_container(file, format_name, data) as container:
-        stream, timeline = open_stream(container, data, sampling.last_moment(start, end))
+        stream, timeline = open_stream(file, container, data, sampling.last_moment(start, end))
         if format_name in ANIMATIONS:
             require_animation_size(stream.codec_context.width, stream.codec_context.height, timeline.frames or 0)
         source = _Source(file, container, stream, timeline, data)

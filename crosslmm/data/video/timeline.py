@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -16,6 +17,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import FrameSampling, frames_at
 from crosslmm.data.video.container import NoFrames, UnreadableVideo, select_video_stream
@@ -146,14 +148,14 @@ class Clock:
 
 
 def open_stream(
-    container: InputContainer, data: DataConfig, until: float = math.inf, estimate: bool = False
+    file: BinaryIO, container: InputContainer, data: DataConfig, until: float = math.inf, estimate: bool = False
 ) -> tuple[VideoStream, Timeline]:
     """Select a video stream, and find out when its frames are shown; loads the container's index.
 
     It is the first that has frames: old WMV files announce a stream for each bit rate, and hold one of them.
 
     Args:
-        container: just opened.
+        file, container: just opened.
         data: limits.
         until: no frame after this time is needed if the video is longer [s].
         estimate: take an estimate of the video's end, if it can be believed.
@@ -167,17 +169,17 @@ def open_stream(
             break
         with contextlib.suppress(NoFrames):
             timeline = (estimate_timeline(container, stream) if estimate else None) or _read_timeline(
-                container, stream, until
+                file, container, stream, until
             )
             require_duration(timeline.duration, data)
             return stream, timeline
     raise NoFrames
 
 
-def _read_timeline(container: InputContainer, stream: VideoStream, until: float) -> Timeline:
+def _read_timeline(file: BinaryIO, container: InputContainer, stream: VideoStream, until: float) -> Timeline:
     if "matroska" in container.format.name:
         rewind(container)  # libav reads the index of a Matroska file on the first seek only
-    timeline = _from_index(container, stream) if has_index(container, stream) else None
+    timeline = _from_index(file, container, stream) if has_index(container, stream) else None
     if not timeline and until <= SHORT_PART_S:
         estimate = estimate_timeline(container, stream)
         timeline = estimate if estimate and estimate.duration > until + 1 else None
@@ -274,7 +276,7 @@ def rewind(container: InputContainer) -> None:
             return
 
 
-def _from_index(container: InputContainer, stream: VideoStream) -> Timeline | None:
+def _from_index(file: BinaryIO, container: InputContainer, stream: VideoStream) -> Timeline | None:
     """Return the times that index and last packets give; None if no packet follows the last keyframe."""
     index, tick, entries = stream.index_entries, float(stream.time_base or 1), len(stream.index_entries)
     start = index[0].timestamp if stream.start_time is None else stream.start_time
@@ -285,10 +287,11 @@ def _from_index(container: InputContainer, stream: VideoStream) -> Timeline | No
         tail = stream.duration - (index[entries - 1].timestamp - index[0].timestamp)
         if 0 < tail <= 2 * frame_ticks(stream):
             return Timeline(start, start + stream.duration, tick, without_pts=without_pts, lists_frames=True)
+    if not lists_all:
+        storage.will_read(file, [(index[entries - 1].pos, container.size)])  # libav reads it twice
     with contextlib.suppress(av.FFmpegError):
-        container.seek(FAR, stream=stream)
+        container.seek(FAR, stream=stream)  # to the last keyframe
     packets = _read_packets(container, stream)
-    rewind(container)
     return packets and Timeline(
         start,
         packets.end,

@@ -379,7 +379,27 @@ def test_animated_webp_gives_the_frames_on_screen(tmp_path, milliseconds, lossle
     assert header.seconds == pytest.approx(duration)
 
 
-@pytest.mark.parametrize("form", ["webp", "gif", "png"])
+def test_animated_avif_gives_all_its_frames(tmp_path):
+    """Its first frame stands in it a second time, as an image."""
+    images = [Image.fromarray(zoo.draw(number)) for number in range(40)]
+    images[0].save(tmp_path / "a.avif", save_all=True, append_images=images[1:], duration=100)
+    result = decode_video(f"{tmp_path}/a.avif", DATA, SIDE)
+    assert [zoo.read_number(image) for image in result.images] == [2, 7, 12, 17, 22, 27, 32, 37]
+    assert result.times == pytest.approx([0.2, 0.7, 1.2, 1.7, 2.2, 2.7, 3.2, 3.7])
+    assert probe_video(f"{tmp_path}/a.avif", DATA).seconds == pytest.approx(4)
+
+
+def test_image_in_tiles_is_refused_by_name(tmp_path):
+    """libav would show one tile of a phone's photo."""
+    Image.fromarray(zoo.draw(1)).save(tmp_path / "a.avif")
+    data = (tmp_path / "a.avif").read_bytes()
+    (tmp_path / "a.heic").write_bytes(data.replace(b"ftypavif", b"ftypheic").replace(b"av01", b"grid", 1))
+    failure = decode_video(f"{tmp_path}/a.heic", DATA, SIDE)
+    assert failure == probe_video(f"{tmp_path}/a.heic", DATA)
+    assert failure.reason == "its picture is stored in tiles, as in photos of an iPhone; convert it to JPEG"
+
+
+@pytest.mark.parametrize("form", ["webp", "gif", "png", "avif", "jpg"])
 def test_still_picture_is_an_image_of_one_frame(tmp_path, form):
     Image.fromarray(zoo.draw(77)).save(tmp_path / f"a.{form}")
     result = decode_video(f"{tmp_path}/a.{form}", DATA, SIDE)

@@ -65,6 +65,7 @@ def select_video_stream(container: InputContainer, data: DataConfig, number: int
         UnreadableVideo: there is no video stream, its codec is not decoded, or its frames are too large.
     """
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    streams.sort(key=lambda stream: stream.frames == 1)  # an animation may come after its first frame
     if not streams:
         raise UnreadableVideo("the file has no video stream")
     if number >= len(streams):

@@ -13,7 +13,7 @@ from crosslmm.data.video.container import UnreadableVideo
 
 SUPPORTED = (
     "an mp4, mov, mkv, webm, avi, ts, m2ts, mpg, vob, flv, wmv, ogv or mxf file, a raw H.264, HEVC or MPEG stream, nor "
-    "a gif, png, webp or jpeg image"
+    "a jpeg, png, webp, gif, avif or heic image"
 )
 SIGNATURES = {
     b"\x1aE\xdf\xa3": "matroska",
@@ -31,6 +31,8 @@ SIGNATURES = {
 """First bytes of formats, and libav's names of these."""
 RAW_STREAM = re.compile(rb"\x00?\x00\x00\x01(?:(?P<h264>[\x06\x09\x27\x47\x67])|(?P<hevc>[\x40\x42\x46\x4e]\x01))")
 """First bytes of streams without a container: a delimiter, parameters, or a comment."""
+HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""Brands of images and animations in the boxes of mp4."""
 PACKET_SIZES = {188: 0, 192: 4, 204: 0}
 """Sizes of a transport stream's packets, and the offset of the sync byte: broadcast, camcorders (a time stamp comes
 first), broadcast with error correction [bytes]."""
@@ -47,7 +49,7 @@ MAX_ELEMENTS = 256
 
 
 def detect_format(file: BinaryIO, max_bytes: int) -> str:
-    """Return libav's name of a file's container; "webp" is Pillow's.
+    """Return libav's name of a file's container; or "webp" (read by Pillow), or "heif" (by libav's mov).
 
     Raises:
         UnreadableVideo: the file is empty, too large, or has none of the supported formats.
@@ -59,6 +61,8 @@ def detect_format(file: BinaryIO, max_bytes: int) -> str:
         raise UnreadableVideo("the file is empty")
     if size > max_bytes:
         raise UnreadableVideo(f"it has {size} bytes, and data.max_video_bytes is {max_bytes}")
+    if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
+        return "heif"
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
         return "mov"
     if head[:4] == b"RIFF" and head[8:11] == b"AVI":

@@ -1,4 +1,4 @@
-"""Images and animations: JPEG, PNG, GIF and WebP. Their size is known before anything is decoded."""
+"""Images and animations: JPEG, PNG, GIF, WebP, AVIF and HEIC. Their size is known before anything is decoded."""
 
 import contextlib
 import io
@@ -14,13 +14,20 @@ from PIL import Image
 
 from crosslmm.config import DataConfig
 from crosslmm.data.frame_sampling import FrameSampling, SampledFrames, describe_shortfall
-from crosslmm.data.video.container import NoFrames, open_container, require_animation_size, require_size
+from crosslmm.data.video import mp4
+from crosslmm.data.video.container import (
+    NoFrames,
+    UnreadableVideo,
+    open_container,
+    require_animation_size,
+    require_size,
+)
 from crosslmm.data.video.pyav import ANIMATIONS, to_image, with_pyav
 from crosslmm.data.video.timeline import choose_frames, require_duration
 
 IMAGE_CODECS = {"jpeg_pipe": "mjpeg", "png_pipe": "png"}
 """libav's name of the codec of each format of still images."""
-PICTURES = (*IMAGE_CODECS, *ANIMATIONS, "webp")
+PICTURES = (*IMAGE_CODECS, *ANIMATIONS, "webp", "heif")
 """Formats of images and animations, which the same code reads whatever `data.decoder` is."""
 NO_DURATION_MS = 100
 """How long a frame of an animation is shown that states no duration, in browsers as here [ms]."""
@@ -32,11 +39,20 @@ def decode_picture(
     """Decode an image, or the sampled frames of an animation. Args, result and errors are those of `with_pyav`."""
     if format_name == "webp":
         return _decode_webp(file, data, image_size, start, end)
+    if format_name == "heif":
+        require_whole(file)
+        return with_pyav(file, "mov", data, image_size, start, end)
     require_size(*stored_size(file, format_name), data)
     content = file if format_name in ("jpeg_pipe", "gif") else _without_compressed_metadata(file)
     if format_name in IMAGE_CODECS:
         return _decode_still(content, format_name, data, image_size)
     return with_pyav(content, format_name, data, image_size, start, end)
+
+
+def require_whole(file: BinaryIO) -> None:
+    """Raise UnreadableVideo if a HEIF image is stored in pieces."""
+    if mp4.is_in_tiles(file):
+        raise UnreadableVideo("its picture is stored in tiles, as in photos of an iPhone; convert it to JPEG")
 
 
 def _decode_still(file: BinaryIO, format_name: str, data: DataConfig, image_size: int) -> SampledFrames:

@@ -11,6 +11,8 @@ CONTAINERS = set(b"moov trak mdia minf dinf stbl edts udta mvex moof traf wave".
 """Boxes whose content libav reads as boxes."""
 MAX_ENTRIES = 16
 """Most descriptions of a track's samples that are looked at."""
+MAX_ITEMS = 1000
+"""Most items of an image that are looked at; a photo of a phone has about fifty."""
 MAX_DEPTH = 10
 """Deepest box that libav enters."""
 
@@ -45,6 +47,20 @@ def encryption_scheme(file: BinaryIO) -> str | None:
                             return file.read(4).decode("ascii", "replace").strip()
                         return "FairPlay" if entry == b"drmi" else "unknown scheme"
     return None
+
+
+def is_in_tiles(file: BinaryIO) -> bool:
+    """Return whether an image is a grid of others, of which libav shows one."""
+    for meta, end in _boxes_at(file, (b"meta",), (0, file.seek(0, io.SEEK_END))):
+        for start, last in _boxes_at(file, (b"iinf",), (meta + 4, end)):
+            file.seek(start)
+            entries = start + (6 if file.read(1) == b"\0" else 8)
+            for _, entry, _ in itertools.islice(_boxes(file, entries, last), MAX_ITEMS):
+                file.seek(entry)
+                head = file.read(14)
+                if b"grid" in (head[8:12], head[10:14]):  # the item's number has two bytes or four
+                    return True
+    return False
 
 
 def read_rotation(file: BinaryIO, track: int) -> int:

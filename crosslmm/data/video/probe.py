@@ -9,7 +9,7 @@ from av.video.stream import VideoStream
 from crosslmm.config import DataConfig
 from crosslmm.data.video import mp4
 from crosslmm.data.video.container import open_container, require_animation_size, require_size
-from crosslmm.data.video.image import IMAGE_CODECS, read_webp_header, stored_size
+from crosslmm.data.video.image import IMAGE_CODECS, read_webp_header, require_whole, stored_size
 from crosslmm.data.video.timeline import Timeline, has_index, open_stream
 
 
@@ -68,11 +68,14 @@ def probe_picture(file: BinaryIO, format_name: str, data: DataConfig) -> Probe:
     if format_name == "webp":
         header = read_webp_header(file, data)
         return Probe(header.duration, header.frames, header.width, header.height, "webp", 0, None)
-    width, height = stored_size(file, format_name)
-    require_size(width, height, data)
-    if format_name in IMAGE_CODECS:
-        return Probe(0.0, 1, width, height, IMAGE_CODECS[format_name], rotation=0, keyframes=None)
-    result = replace(probe(file, format_name, data), keyframes=None)
+    if format_name == "heif":
+        require_whole(file)
+    else:
+        width, height = stored_size(file, format_name)
+        require_size(width, height, data)
+        if format_name in IMAGE_CODECS:
+            return Probe(0.0, 1, width, height, IMAGE_CODECS[format_name], rotation=0, keyframes=None)
+    result = replace(probe(file, "mov" if format_name == "heif" else format_name, data), keyframes=None)
     require_animation_size(result.width, result.height, result.frames or 0)
     return replace(result, seconds=0.0) if result.frames == 1 else result
 

@@ -282,11 +282,13 @@ def _from_index(file: BinaryIO, container: InputContainer, stream: VideoStream) 
     start = index[0].timestamp if stream.start_time is None else stream.start_time
     without_pts = container.format.name == "avi"
     lists_all = without_pts or "mov" in container.format.name  # all frames, and not only keyframes
+    only = 1 if lists_all and entries == 1 else None
     if lists_all and stream.duration and not index[0].is_discard:
         # The header's duration counts if it leaves the last frame about as long on screen as the others.
         tail = stream.duration - (index[entries - 1].timestamp - index[0].timestamp)
         if 0 < tail <= 2 * frame_ticks(stream):
-            return Timeline(start, start + stream.duration, tick, without_pts=without_pts, lists_frames=True)
+            end = start + stream.duration
+            return Timeline(start, end, tick, frames=only, without_pts=without_pts, lists_frames=True)
     if not lists_all:
         storage.will_read(file, [(index[entries - 1].pos, container.size)])  # libav reads it twice
     with contextlib.suppress(av.FFmpegError):
@@ -297,6 +299,7 @@ def _from_index(file: BinaryIO, container: InputContainer, stream: VideoStream) 
         packets.end,
         tick,
         packets.last,
+        only,
         without_pts=without_pts,
         lists_frames=lists_all,
         in_pieces=lists_all and len(stream.index_entries) > entries,

@@ -201,7 +201,13 @@ def test_differences_of_the_recipe_are_refused_and_named(cached, videos):
 def test_folder_with_invalid_files_is_refused(cached, tmp_path):
     recipe_file = Path(cached) / "features.json"
     good = recipe_file.read_text()
-    for bad in (good.replace('"fps": 1.0', '"fps": 2.0'), good.replace(f'"format": {FORMAT}', f'"format": {FORMAT - 1}'), "[]", "{", ""):
+    for bad in (
+        good.replace('"fps": 1.0', '"fps": 2.0'),
+        good.replace(f'"format": {FORMAT}', f'"format": {FORMAT - 1}'),
+        "[]",
+        "{",
+        "",
+    ):
         recipe_file.write_text(bad)
         with pytest.raises(BadConfig, match=r"data\.features: .*no features can be read there"):
             FeatureCache(cached)

@@ -79,8 +79,9 @@ class DataConfig(Section):
 
     # The digests of manifests and features are fixed (preflight/resume.py), not their addresses.
     manifest: dict[str, Count] | str = setting("sample", FREE, FEATURES)
-    """Training manifest: JSONL, LLaVA's JSON, Parquet, a folder of videos, or a folder of jobs/prepare.py (path or
-    s3:// URI). A mixture is {manifest: share, ...} with integer shares. "sample" generates a sample set."""
+    """Training manifest (path or s3:// URI): a file, a folder, or a pattern of names, in any form of docs/data.md; or a
+    folder of jobs/prepare.py. A mixture is {manifest: share, ...} with integer shares. "sample" generates a sample
+    set."""
     validation_manifest: str | None = setting(None, FREE, FEATURES)
     """Held-out manifest; null skips validation (with "sample": the sample set's own)."""
     roots: list[str] = setting([], FREE, FEATURES)

@@ -98,7 +98,7 @@ def to_record(
     }
     # JSON may contain half a surrogate pair, which can be neither written as UTF-8 nor tokenized: encode() raises.
     texts = [part.text for turn in turns for part in turn.parts]
-    json.dumps([record["id"], row.kind, [*map(str, videos)], texts], ensure_ascii=False).encode()
+    "".join([record["id"], row.kind or "", *map(str, videos), *texts]).encode()
     record["videos"] = [_store(video, store) if isinstance(video, Embedded) else video for video in videos]
     return record
 

@@ -187,11 +187,12 @@ def _with_retry_policy(request: dict[str, Any], check: Check) -> Check:
 
 def _manifest(request: dict[str, Any]) -> Check:
     from crosslmm import storage
+    from crosslmm.data.rows.folders import manifest_files
 
     def check() -> str:
         for uri in request["manifests"]:
-            if not storage.is_folder(uri):
-                storage.read_bytes(uri, 0, 1024)
+            for file in manifest_files(uri)[:1]:
+                storage.read_bytes(file, 0, 1024)
         return ", ".join(request["manifests"])
 
     return _with_retry_policy(request, check)

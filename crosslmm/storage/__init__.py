@@ -6,6 +6,7 @@ from crosslmm.storage.filesystem import (
     download,
     download_file,
     exists,
+    files_in,
     folders_in,
     is_empty,
     is_folder,
@@ -42,7 +43,7 @@ from crosslmm.storage.retry import (
 
 __all__ = [
     "MAX_JSON_BYTES", "NO_RETRIES", "BadLocation", "LeadsOut", "Refused", "RetryPolicy", "Unavailable", "absolute",
-    "arrow_filesystem", "download", "download_file", "exists", "folders_in", "follow", "inside", "is_empty",
+    "arrow_filesystem", "download", "download_file", "exists", "files_in", "folders_in", "follow", "inside", "is_empty",
     "is_folder", "join", "keep_policy", "local_path", "names_in", "open_read", "parent", "parse_json", "read_at_most",
     "read_bytes", "read_json", "remove", "remove_folder", "resolve", "retrying", "scheme_of", "stamp_of", "upload",
     "upload_file", "version", "version_of", "will_read", "with_retries", "within", "write_bytes", "write_chunks",

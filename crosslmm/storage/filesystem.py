@@ -343,11 +343,18 @@ def download_file(uri: str, path: str) -> None:
 
 def folders_in(folder: str) -> list[str]:
     """Return the names of the folders directly in a folder, sorted; empty if it does not exist."""
+    return _entries(folder, folders=True)
 
+
+def files_in(folder: str) -> list[str]:
+    """Return the names of the files directly in a folder, sorted; empty if it does not exist."""
+    return _entries(folder, folders=False)
+
+
+def _entries(folder: str, folders: bool) -> list[str]:
     def names(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
-        if not fs.isdir(path):
-            return []
-        return sorted(Path(item["name"]).name for item in fs.ls(path, detail=True) if item["type"] == "directory")
+        entries = fs.ls(path, detail=True) if fs.isdir(path) else []
+        return sorted(Path(item["name"]).name for item in entries if (item["type"] == "directory") == folders)
 
     return call_with_retries(folder, names)
 

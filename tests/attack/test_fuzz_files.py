@@ -25,5 +25,5 @@ def test_changed_files_do_no_harm(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS + 300)
     assert done.returncode == 0, f"seed {SEED}, status {done.returncode}: {done.stderr[-6000:]}"
     cases = json.loads(done.stdout)["cases"]
-    assert len(cases) == 13 + len(VIDEOS)
+    assert len(cases) == 18 + len(VIDEOS)
     assert min(cases.values()) >= 5

@@ -1,11 +1,13 @@
 """jobs/prepare.py end to end: a real cluster, a real object store over HTTP, real videos, and a kill."""
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 
@@ -202,3 +204,31 @@ def test_validate_agrees_with_convert_and_writes_nothing(cluster, manifest):
     assert "3002" in job.stdout
     assert "its id is also on line 2" in job.stdout
     assert storage.names_in("s3://videos") == before
+
+
+def test_a_webdataset_in_the_store_becomes_a_prepared_folder(cluster, store):
+    for shard in range(2):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as file:
+            for i in range(3):
+                for suffix, data in (("mp4", clip(4 + 4 * i)), ("txt", f"clip {shard} {i}".encode())):
+                    info = tarfile.TarInfo(f"{shard}{i}.{suffix}")
+                    info.size = len(data)
+                    file.addfile(info, io.BytesIO(data))
+        storage.write_bytes(f"s3://videos/shards/train-{shard}.tar", buffer.getvalue())
+    source, target = "s3://videos/shards/train-*.tar", "s3://videos/from-shards"
+    status, output = run(cluster, "validate", source, "--data.num_frames", "2")
+    assert status == 0, output
+    assert "6 rows: captions" in output
+    assert re.search(r"line 1, id 00\n +video 1 +in the manifest: 00.mp4, [\d,]+ bytes, 2 frames spread evenly", output)
+    assert re.search(r"assistant \(learned\) +clip 0 0", output)
+    status, output = run(cluster, "convert", source, target)
+    assert status == 0, output
+    assert last_line(output)["codecs"] == {"h264": 6}
+    rows = Manifest(target).rows
+    assert [row["messages"][1]["content"] for row in rows] == [
+        f"clip {shard} {i}" for shard in (0, 1) for i in range(3)
+    ]
+    assert [reference.seconds for _, reference in Manifest(target).videos()] == [1.0, 2.0, 3.0] * 2
+    status, output = run(cluster, "convert", source, target)
+    assert "already prepared" in output

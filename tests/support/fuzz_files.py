@@ -11,7 +11,9 @@ Each case is written into FOLDER/KIND/case and read as a job reads it. The progr
 FOLDER/KIND/case keeps the files of the last case, also if the process dies.
 """
 
+import codecs
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -20,6 +22,7 @@ import os
 import resource
 import shutil
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,6 +85,19 @@ LLAVA = [
     {"id": 1, "video": "a.mp4", "conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": ""}]},
     {"image": ["b.png"], "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]},
 ]  # fmt: skip
+FRAMES = {"type": "video", "video": ["f/1.jpg", "f/2.jpg"], "fps": 2.0, "video_start": 0, "video_end": 1}
+FOREIGN = [
+    {"messages": [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "!"}], "videos": ["a.mp4"]},
+    {"messages": [{"role": "user", "content": [FRAMES]},
+                  {"role": "assistant", "content": [{"type": "text", "text": ""}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "b.png"}}]},
+                  {"role": "assistant", "content": "!"}]},
+    {"instruction": "<video>?", "output": "!", "videos": ["a.mp4"], "history": [["?", "!"]], "system": "S"},
+    {"video": "a.mp4", "start": 0, "end": 1.5, "QA": [{"i": "?", "q": "?", "a": "!"}]},
+    {"q": "?", "a": "!", "video_id": "a"},
+    {"videoid": 1, "page_dir": "p", "name": "!", "contentUrl": "https://x"},
+    {"video": {"bytes": None, "path": "a.mp4"}, "caption": "!"},
+]  # fmt: skip
 CLIP = encode_clip(np.zeros((4, 32, 32, 3), np.uint8))
 
 
@@ -109,6 +125,36 @@ def make_parquet(folder: Path) -> None:
 def make_text_parquet(folder: Path) -> None:
     rows = [{**row, "id": f"{i}", "messages": json.dumps(row["messages"])} for i, row in enumerate(ROWS * 30)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", use_dictionary=False, compression="gzip")
+
+
+def make_csv(folder: Path) -> None:
+    lines = ["video,question,answer", *(f'a.mp4,"What\n""{i}""?",{i}' for i in range(30))]
+    (folder / "rows.csv").write_bytes(codecs.BOM_UTF8 + "\r\n".join(lines).encode())
+
+
+def make_packed(folder: Path) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in [*ROWS, *FOREIGN] * 3 if "id" not in row)
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(text.encode("utf-16")))
+
+
+def make_tar(folder: Path) -> None:
+    with tarfile.open(folder / "rows.tar", "w") as file:
+        for i in range(4):
+            row = {"caption": f"{i}", "url": "https://x"}
+            for suffix, data in (("mp4", CLIP), ("json", json.dumps(row).encode()), ("txt", f"{i}".encode())):
+                info = tarfile.TarInfo(f"{i}.{suffix}")
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+
+
+def make_blobs(folder: Path) -> None:
+    rows = [{"video": {"bytes": CLIP, "path": f"{i}.mp4"}, "caption": f"{i}"} for i in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=2)
+
+
+def convert_file(uri: Path) -> None:
+    convert.convert(str(uri), str(uri.parent / "out"), True, True, 1500, DataConfig())
+    read_manifest(uri.parent / "out")
 
 
 def make_videos(folder: Path) -> None:
@@ -255,6 +301,13 @@ KINDS = {
     "jsonl": Kind(
         lambda f: write_rows(f / "rows.jsonl", [*ROWS, *LLAVA]), lambda f: read_manifest(f / "rows.jsonl"), "rows.jsonl"
     ),
+    "foreign rows": Kind(
+        lambda f: write_rows(f / "rows.jsonl", FOREIGN), lambda f: read_manifest(f / "rows.jsonl"), "rows.jsonl"
+    ),
+    "csv": Kind(make_csv, lambda f: read_manifest(f / "rows.csv"), "rows.csv"),
+    "packed": Kind(make_packed, lambda f: read_manifest(f / "rows.jsonl.gz"), "rows.jsonl.gz"),
+    "tar": Kind(make_tar, lambda f: convert_file(f / "rows.tar"), "rows.tar"),
+    "blobs": Kind(make_blobs, lambda f: convert_file(f / "rows.parquet"), "rows.parquet"),
     "json": Kind(
         lambda f: (f / "rows.json").write_text(json.dumps(LLAVA)), lambda f: read_manifest(f / "rows.json"), "rows.json"
     ),

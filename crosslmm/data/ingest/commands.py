@@ -91,7 +91,7 @@ def validate(
 
     total = validate(manifest, probe, piece_bytes, data, ignore_keys)
     print_validated(manifest, total, probe, data)
-    counts = {"rows": total.rows, "rejected": total.rejected, "quarantined": total.quarantined}
+    counts = {"rows": total.rows, "rejected": total.rejected, "quarantined": total.quarantined, "forms": total.forms}
     return int(bool(total.rejected or total.quarantined)), json.dumps({"manifest": manifest, **counts})
 
 

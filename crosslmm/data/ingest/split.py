@@ -168,8 +168,12 @@ def _numbered_line(number: int, row: str | bytes | dict[str, Any] | BadRow) -> b
 
 
 def _parse_numbered_line(line: bytes) -> tuple[int, Any]:
-    number, row, reason = json.loads(line)
-    return number, row if reason is None else BadRow(reason)
+    match storage.parse_json(line):
+        case [int(number), row, None]:
+            return number, row
+        case [int(number), None, str(reason)]:
+            return number, BadRow(reason)
+    raise ValueError("a piece of the conversion is damaged; give another folder")
 
 
 def read_rows(chunk: Chunk, roots: Sequence[str] = ()) -> Iterator[tuple[int, Any]]:

@@ -64,7 +64,7 @@ def manifest_files(uri: str, roots: Sequence[str] = ()) -> list[str]:
 
 def _matching(uri: str, roots: Sequence[str]) -> list[str]:
     folder, pattern = posixpath.split(uri)
-    names = [name for name in storage.names_in(folder, roots) if "/" not in name and fnmatch.fnmatchcase(name, pattern)]
+    names = [name for name in storage.files_in(folder) if fnmatch.fnmatchcase(name, pattern)]
     if not names:
         raise BadRow("no file matches it")
     if len(names) > MAX_FILES:

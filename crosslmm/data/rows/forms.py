@@ -4,6 +4,7 @@ Which form a row has is said by the keys of `FORMS`, in their order. Every key o
 which say nothing about the conversation, or makes the row malformed. `docs/data.md` has an example of each form.
 """
 
+import functools
 import posixpath
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 from crosslmm.data.rows.conversation import Conversation, Part, Turn
 from crosslmm.data.rows.media import IMAGE_SUFFIXES, KINDS, VIDEO_SUFFIXES, Kind, Media, media_of, with_time_range
 from crosslmm.data.rows.messages import FRAME_HINTS, SIZE_HINTS, messages_of, pairs_of, refuse_keys, turns_of
-from crosslmm.data.rows.values import BadRow, parse_json, require_few_values, shown, text_of, without_nulls
+from crosslmm.data.rows.values import BadRow, parse_json, require_few_values, shown, text_of
 
 EXAMPLE = (
     '{"video": "a.mp4", "messages": [{"role": "user", "content": "<video>What?"}, '
@@ -58,12 +59,17 @@ class Form:
     """Further keys that it may have, besides `id`, `sample_id`, `kind` and `METADATA`."""
     read: Callable[[Row], Conversation]
 
+    @functools.cached_property
+    def known(self) -> frozenset[str]:
+        """All keys that a row may have."""
+        return self.marks | self.keys | METADATA | {"id", "sample_id", "kind"}
+
 
 def conversation_of(raw: str | bytes | Row | BadRow, ignored: Collection[str] = ()) -> Conversation:
     """Return the conversation of a raw row of any form.
 
     Args:
-        raw: as `files.read_rows` yields it.
+        raw: as `files.read_rows` yields it; fields that are null are left out.
         ignored: further keys that are to be ignored.
 
     Raises:
@@ -74,13 +80,14 @@ def conversation_of(raw: str | bytes | Row | BadRow, ignored: Collection[str] = 
     row = parse_json(raw) if isinstance(raw, str | bytes) else require_few_values(raw)
     if not isinstance(row, dict):
         raise BadRow(f"is {shown(row)}, and should be an object, say {EXAMPLE}")
-    row = {key: value for key, value in row.items() if value is not None and key not in ignored}
+    if ignored:
+        row = {key: value for key, value in row.items() if key not in ignored}
     for key in LISTS & row.keys():
         if isinstance(row[key], str) and row[key].lstrip()[:1] in ("[", "{"):
             row[key] = parse_json(row[key], f"{key}: ")
     form = next((form for form in FORMS if form.marks <= row.keys()), None)
     if form is None:
-        raise BadRow(f"has no form of a row, with the keys {_names(row)}; a row is, say, {EXAMPLE}")
+        raise BadRow(f"has no form of a row, with {_names(row)}; a row is, say, {EXAMPLE}")
     _require_known_keys(row, form)
     conversation = form.read(row)
     _add_system(conversation, row)
@@ -89,16 +96,16 @@ def conversation_of(raw: str | bytes | Row | BadRow, ignored: Collection[str] = 
 
 
 def _names(row: Row) -> str:
-    names = ", ".join(shown(key) for key in sorted(map(str, row))[:8])
-    return f"{names}{', ...' if len(row) > 8 else ''}" if row else "no keys"
+    names = ", ".join(ascii(key[:20]) for key in sorted(row)[:5])
+    return f"the keys {names}{', ...' if len(row) > 5 else ''}" if row else "no keys"
 
 
 def _require_known_keys(row: Row, form: Form) -> None:
-    for key in sorted(row.keys() & (NOT_TRAINED.keys() - form.marks - form.keys)):
-        if row[key] not in ("", [], {}):
-            raise BadRow(f"the key {shown(key)} is not followed: {NOT_TRAINED[key]}")
-    known = form.marks | form.keys | METADATA | NOT_TRAINED.keys() | {"id", "sample_id", "kind"}
-    refuse_keys(row.keys() - known, "remove it, or convert the manifest with --ignore_keys")
+    if unknown := row.keys() - form.known:
+        for key in sorted(unknown & NOT_TRAINED.keys()):
+            if row[key] not in ("", [], {}):
+                raise BadRow(f"the key {shown(key)} is not followed: {NOT_TRAINED[key]}")
+        refuse_keys(unknown - NOT_TRAINED.keys(), "remove it, or convert the manifest with --ignore_keys")
 
 
 def _add_system(conversation: Conversation, row: Row) -> None:
@@ -184,7 +191,6 @@ def _read_videochat2(row: Row) -> Conversation:
     unused: set[str] = set()
     instructions: list[str] = []
     for number, item in enumerate(_as_list(row["QA"]), start=1):
-        item = without_nulls(item)
         if not isinstance(item, dict) or not {"q", "a"} <= item.keys() <= {"i", "q", "a"}:
             raise BadRow(
                 f'QA {number} is {shown(item)}, and should be {{"i": instruction, "q": question, "a": answer}}'
@@ -244,7 +250,7 @@ def _about_one(row: Row, turns: list[Turn], form: str) -> Conversation:
         value = posixpath.join(str(row.get("page_dir", "")), f"{value}.mp4")
     elif names[0] in ("video_id", "video_name") and isinstance(value, str | int):
         value = str(value) if str(value).lower().endswith(VIDEO_SUFFIXES) else f"{value}.mp4"
-    is_image = names[0] == "image" or str(value).lower().endswith(IMAGE_SUFFIXES)
+    is_image = names[0] == "image" or (isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES))
     kind: Kind = "image" if is_image else "video"
     first = Part(kind, media=_timed(value, kind, row))
     question = turns[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from crosslmm.data.frame_sampling import TIME_RANGE
-from crosslmm.data.rows.values import BadRow, shown, without_nulls
+from crosslmm.data.rows.values import BadRow, shown
 from crosslmm.data.video.frame_list import FrameList
 
 Kind = Literal["video", "image"]
@@ -59,7 +59,6 @@ def media_of(value: Any, kind: Kind, timing: Mapping[str, Any] | None = None) ->
     Raises:
         BadRow: it is none of these.
     """
-    value = without_nulls(value)
     if isinstance(value, dict):
         value = _from_object(value, kind)
     if isinstance(value, Embedded):

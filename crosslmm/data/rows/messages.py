@@ -6,7 +6,7 @@ from typing import Any
 
 from crosslmm.data.rows.conversation import Part, Turn
 from crosslmm.data.rows.media import Kind, media_of, with_time_range
-from crosslmm.data.rows.values import BadRow, shown, text_of, without_nulls
+from crosslmm.data.rows.values import BadRow, shown, text_of
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PART_FORMS = (
@@ -21,6 +21,11 @@ SIZE_HINTS = {"min_pixels", "max_pixels", "total_pixels", "resized_height", "res
 """Keys of a part that ask for another size of the frames."""
 FRAME_LIST_KEYS = {"fps", "sample_fps", "times"}
 RANGE_KEYS = {"video_start", "video_end"}
+KNOWN_KEYS = {
+    "image": {"type"} | SIZE_HINTS,
+    "video": {"type"} | SIZE_HINTS | FRAME_HINTS | FRAME_LIST_KEYS | RANGE_KEYS,
+}
+"""Keys of a part besides that of its path, by kind."""
 
 
 def messages_of(value: Any, unused: set[str], name: str = "messages") -> list[Turn]:
@@ -75,7 +80,7 @@ def _each(value: Any, name: str, one: str, read: Callable[[dict[str, Any]], Turn
         try:
             if not isinstance(item, dict):
                 raise BadRow(f"is {shown(item)}, and should be an object")
-            turns.append(read(without_nulls(item)))
+            turns.append(read(item))
         except BadRow as error:
             raise BadRow(f"{one} {number}: {error}") from None
     return turns
@@ -88,9 +93,8 @@ def _turn(turn: dict[str, Any]) -> Turn:
 
 
 def _message(message: dict[str, Any], unused: set[str]) -> Turn:
-    if message.get("loss") is True:  # ms-swift's default
-        del message["loss"]
-    refuse_keys(message.keys() - {"role", "content"}, 'a message is {"role": ..., "content": text or parts}')
+    known = {"role", "content", "loss"} if message.get("loss") is True else {"role", "content"}  # ms-swift's default
+    refuse_keys(message.keys() - known, 'a message is {"role": ..., "content": text or parts}')
     if "content" not in message:
         raise BadRow('it has no content; a message is {"role": ..., "content": text or parts}')
     role, content = _role(message.get("role"), "role"), message["content"]
@@ -116,7 +120,6 @@ def _role(role: Any, key: str) -> str:
 def _part(part: Any, number: int, unused: set[str]) -> Part:
     if not isinstance(part, dict):
         raise BadRow(f"part {number} is {shown(part)}; {PART_FORMS}")
-    part = without_nulls(part)
     kinds = [key for key in ("text", *MEDIA_KEYS) if key in part]  # Qwen leaves the type out
     kind = part.get("type", kinds[0] if len(kinds) == 1 else None)
     try:
@@ -133,24 +136,25 @@ def _part(part: Any, number: int, unused: set[str]) -> Part:
 def _media_part(part: dict[str, Any], key: str, unused: set[str]) -> Part:
     kind = MEDIA_KEYS[key]
     sources = [name for name in (key, "url", "path") if name in part]  # Transformers has url and path
-    timing = RANGE_KEYS | FRAME_LIST_KEYS | FRAME_HINTS if kind == "video" else set()
-    refuse_keys(part.keys() - {"type", *sources, *timing, *SIZE_HINTS}, PART_FORMS)
+    others = part.keys() - {"type", *sources}
+    refuse_keys(others - KNOWN_KEYS[kind], PART_FORMS)
     if len(sources) > 1:
         raise BadRow(f"it has both {sources[0]} and {sources[1]}")
-    is_list = bool(sources) and isinstance(part[sources[0]], list)
-    used = FRAME_LIST_KEYS if is_list else set()
-    if not is_list and (extra := part.keys() & (FRAME_LIST_KEYS - FRAME_HINTS)):
-        raise BadRow(f"{min(extra)} belongs to a list of frames, and this video is none")
-    unused |= part.keys() & ((FRAME_HINTS | SIZE_HINTS) - used)
-    if not sources:
-        if key != kind or part.keys() & RANGE_KEYS:
+    value = part[sources[0]] if sources else None
+    if isinstance(value, list):
+        others -= FRAME_LIST_KEYS
+    elif wrong := others & (FRAME_LIST_KEYS - FRAME_HINTS):
+        raise BadRow(f"{min(wrong)} belongs to a list of frames, and this video is none")
+    unused |= others & (FRAME_HINTS | SIZE_HINTS)
+    if value is None:
+        if key != kind or others & RANGE_KEYS:
             raise BadRow(f"it names no {kind}; {PART_FORMS}")
         return Part(kind)
-    media = media_of(part[sources[0]], kind, part)
+    media = media_of(value, kind, part)
     return Part(kind, media=with_time_range(media, part.get("video_start"), part.get("video_end")))
 
 
 def refuse_keys(keys: Iterable[str], remedy: str) -> None:
     """Raise BadRow, which names the first of these keys, if there are any."""
-    if unknown := sorted(map(str, keys)):
-        raise BadRow(f"the key {shown(unknown[0])} is not known here; {remedy}")
+    for key in sorted(keys)[:1]:
+        raise BadRow(f"the key {shown(key)} is not known here; {remedy}")

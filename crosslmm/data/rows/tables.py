@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from crosslmm.data.rows.unpack import lines
-from crosslmm.data.rows.values import MAX_ROW_BYTES, BadRow, without_nulls
+from crosslmm.data.rows.values import MAX_ROW_BYTES, BadRow
 from crosslmm.storage.parquet import OBJECT_BYTES, BadParquet, ParquetFile, string_bytes, unpacked_limit
 
 BATCH_ROWS, BATCH_BYTES = 1024, 64 * 2**20
@@ -114,7 +114,14 @@ def _batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadRow]:
 
 
 def _table_row(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in without_nulls(row).items() if name not in INDEX_COLUMNS}
+    return {name: value for name, value in _without_nulls(row).items() if name not in INDEX_COLUMNS}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop nulls from objects: a column has the fields of all rows, and those that a row lacks are null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _blob_bytes(array: pa.Array) -> int:

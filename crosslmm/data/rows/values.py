@@ -15,7 +15,8 @@ class BadRow(ValueError):
 
 
 class StrictDecoder:
-    """Parses JSON, and remembers what Python's parser would let pass: NaN, and keys that occur twice.
+    """Parses JSON. Fields that are null are left out of objects: they are fields that a row lacks. What Python's parser
+    would let pass is remembered: NaN, and keys that occur twice.
 
     Attributes:
         problem: what was wrong with the last value; None if it is JSON.
@@ -23,7 +24,7 @@ class StrictDecoder:
 
     def __init__(self) -> None:
         self.problem: str | None = None
-        self._decoder = json.JSONDecoder(object_pairs_hook=self._unique, parse_constant=self._refuse)
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._refuse)
 
     def decode(self, text: str, start: int = 0) -> tuple[Any, int]:
         """Return the value that begins at `start`, and where it ends.
@@ -37,13 +38,12 @@ class StrictDecoder:
         except RecursionError:
             raise ValueError("nested too deep") from None
 
-    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) < len(pairs):
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
             self.problem = f"the key {shown(twice)} occurs twice in one object"
-        return row
+        return {key: value for key, value in pairs if value is not None}
 
     def _refuse(self, name: str) -> None:
         self.problem = f"{name} is no JSON value; write null or a number"
@@ -101,13 +101,6 @@ def require_few_values(row: Any, prefix: str = "") -> Any:
 def too_long(size: int) -> str:
     """Return why a row of this size [bytes] is refused."""
     return f"has {size} bytes, of at most {MAX_ROW_BYTES}"
-
-
-def without_nulls(value: Any) -> Any:
-    """Drop nulls from objects: a column of a table has the fields of all rows, and those that a row lacks are null."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def shown(value: Any) -> str:

@@ -91,12 +91,12 @@ def test_the_probe_checks_storage_manifest_decoder_and_video(tmp_path, config):
     request = {
         "node": "a", "folder": str(folder), "checks": ["storage", "manifest", "decoder", "video"], "gpus": 0,
         "writes_storage": True,
-        "config": config.model_dump(mode="json"), "manifests": [f"{tmp_path}/rows.jsonl"],
+        "config": config.model_dump(mode="json"), "manifests": [f"{tmp_path}/rows.jsonl", f"{tmp_path}/r*.jsonl"],
         "videos": [f"{tmp_path}/nothing.mp4"], "image_size": 48,
     }  # fmt: skip
     storage, manifest, decoder, video = node_probe.run_checks(request)
     assert storage[:2] == ("storage", "NotShared")
-    assert manifest == ("manifest", "", f"{tmp_path}/rows.jsonl")
+    assert manifest == ("manifest", "", f"{tmp_path}/rows.jsonl, {tmp_path}/r*.jsonl")
     assert decoder == ("decoder", "", "auto loads")
     assert video == ("video", "ValueError", f"ValueError: {tmp_path}/nothing.mp4: no such file")
     (folder / "driver").write_bytes(b"")

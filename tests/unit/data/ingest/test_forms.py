@@ -136,7 +136,7 @@ def test_videos_that_the_manifest_holds_become_files_of_the_folder(tmp_path, mak
     for row, colour in zip(manifest.rows, [0, 60, 120, 0], strict=True):
         (video,) = row["videos"]
         assert video.startswith(f"{tmp_path}/out/media/")
-        assert abs(int(decode_video(video, data, 16).mean()) - colour) < 4
+        assert abs(int(decode_video(video, data, 16).images.mean()) - colour) < 4
     if make is embedded:
         assert len(list((tmp_path / "out/media").glob("*/*.mp4"))) == 3  # the clip that occurs twice is written once
     assert all(OUTPUT_FILES.fullmatch(name) for name in storage.names_in(str(tmp_path / "out")))

@@ -31,7 +31,7 @@ def system(words):
 
 def read(row, **options):
     """(videos without their folder, messages) of a row."""
-    record = to_record(row, 1, [FOLDER], f"{FOLDER}/train.jsonl", **options)
+    record = to_record(json.dumps(row), 1, [FOLDER], f"{FOLDER}/train.jsonl", **options)
     return [video.replace(f"{FOLDER}/", "") for video in record["videos"]], json.loads(record["messages"])
 
 

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ from crosslmm.train import checkpoint, checkpoint_store
 from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.optim import build_optimizer
 from tests.support.common import ROOT, open_gates
+from tests.support.hub import running_hub
 
 RANKS = 2
 VALUES = [0.5, 0.9, 0.7]
@@ -43,7 +46,7 @@ class Group:
         logging.getLogger("crosslmm").addHandler(handler)
         self.group = dist.new_group(backend="gloo")
         config = run_config()
-        self.processor = build_processor(config.model)
+        self.processor = build_processor(config.model, config.data)
 
         def build(weights: bool):
             model = build_model(config.model, self.processor, seed=0)
@@ -303,7 +306,7 @@ def test_help_names_every_command(job):
     status, out, err = job("--help")
     assert (status, err) == (0, "")
     overview = out
-    for verb in ("list", "verify", "repair", "export"):
+    for verb in ("list", "verify", "repair", "export", "push"):
         assert f"\n    {verb} " in overview
         status, out, err = job(verb, "--help")
         assert (status, err) == (0, "")
@@ -382,6 +385,7 @@ def test_export_equals_the_run_s_own_byte_for_byte(job, run, tmp_path):
     assert (status, out, err) == (0, f"{tmp_path}/made: the model after step 3\n", "")
     made = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
     assert made.pop(run_folder.MODEL_CONFIG_FILE) == (run / "step-00000003-test" / run_folder.CONFIG_FILE).read_bytes()
+    assert b"after 3 training steps" in made.pop("README.md")
     theirs = {path.name: path.read_bytes() for path in (run / "model").iterdir()}
     assert "model.safetensors" in theirs
     assert made == theirs
@@ -391,6 +395,53 @@ def test_export_equals_the_run_s_own_byte_for_byte(job, run, tmp_path):
     for name, buffer in fresh.named_buffers():
         assert torch.equal(model.get_buffer(name), buffer), name
     assert AutoProcessor.from_pretrained(tmp_path / "made").image_size == 48
+
+
+LOAD = """
+import crosslmm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained("someone/model")
+processor = AutoProcessor.from_pretrained("someone/model")
+inputs = processor.apply_chat_template([{"role": "user", "content": "What?"}], tokenize=True, return_dict=True)
+print("answer", model.generate(**inputs, max_new_tokens=2).shape)
+"""
+
+
+def test_push_to_a_hub(run, tmp_path):
+    """By the command, as a person runs it, to a stand-in; the model loads from there."""
+    secret = {"AWS_NOTHING": "1", "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def python(*arguments, **environment):
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)], capture_output=True, text=True,
+            env=os.environ | secret | environment,
+        )  # fmt: skip
+
+    push = [ROOT / "jobs" / "checkpoint.py", "push", run, "someone/model"]
+    with running_hub() as hub:
+        done = python(*push, "--step", "2", **hub.environment())
+        assert done.returncode == 0, done.stderr
+        assert "someone/model" in done.stdout.splitlines()[-1]
+        files = hub.files["someone/model"]
+        assert hub.private == {"someone/model": True}
+        assert {"README.md", "config.json", "crosslmm_auto.py", "model.safetensors", "run.yaml"} <= files.keys()
+        assert b"after 2 training steps" in files["README.md"]
+        assert str(tmp_path).encode() not in files["README.md"] + files["run.yaml"]
+        loaded = python("-c", LOAD, **hub.environment())
+        assert "answer torch.Size([1, " in loaded.stdout, loaded.stderr
+        refused = python(*push, **hub.environment() | {"HF_TOKEN": "hf_wrong"})
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "error: someone/model: the hub refuses it: " in refused.stderr
+    assert "hf auth login" in refused.stderr
+    gone = python(*push, **hub.environment())
+    assert (gone.returncode, gone.stderr.count("\n")) == (1, 1)
+    assert f"someone/model: {hub.endpoint} does not answer" in gone.stderr
+
+
+def test_push_takes_hub_names_and_buckets(job, run, tmp_path):
+    status, out, err = job("push", run, tmp_path / "folder")
+    assert (status, out) == (2, "")
+    assert "is neither a hub name (owner/name) nor an s3:// URI; `export` writes folders" in err
 
 
 def test_export_takes_the_newest_intact_checkpoint(job, run, tmp_path):

@@ -8,7 +8,7 @@ PROGRESS = sed --unbuffered --quiet --regexp-extended \
 	's/^ *Downloading (.*\/)?([^-]+)-([^-]+)-[^ ]+ \(([0-9]{2,}\.[0-9]+ MB|[0-9.]+ GB)\).*/    downloading \2 \3 (\4)/p; \
 	s/^Installing collected.*/    unpacking all packages/p; /^ERROR/p'
 
-.PHONY: demo sweep test attack faults cluster images gpu lint audit format ui clean
+.PHONY: demo sweep test attack faults cluster images gpu harness lint audit format ui clean
 .DEFAULT_GOAL := demo
 
 .venv/.complete: pyproject.toml constraints.txt
@@ -29,7 +29,7 @@ sweep: .venv/.complete
 	$(BIN)/python jobs/tune.py --config tiny --config tiny-sweep --space joint --trials 12 --promote best
 
 # Tests without a cluster run two files at a time; next to tests with a cluster they would starve it.
-WANTED = -m 'not fault and not cluster and not image and not gpu'
+WANTED = -m 'not fault and not cluster and not image and not gpu and not harness'
 test: .venv/.complete
 	$(BIN)/python -m pytest $(WANTED) --ignore tests/jobs --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest $(WANTED) tests/jobs
@@ -56,6 +56,20 @@ gpu: .venv/.complete
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m benchmarks.gpu --json
 
+# lmms-eval needs an older PyAV and torchvision: an environment of its own, which has all else from .venv.
+HARNESS = .harness
+$(HARNESS)/.complete: .venv/.complete tests/harness/requirements.txt tests/harness/sitecustomize.py
+	@$(PYTHON) -m venv $(HARNESS)
+	@packages=$$(echo $(HARNESS)/lib/python*/site-packages); \
+	echo $(CURDIR)/.venv/lib/python*/site-packages > $$packages/venv.pth; \
+	cp tests/harness/sitecustomize.py $$packages
+	@$(HARNESS)/bin/pip install --quiet --no-deps --requirement tests/harness/requirements.txt
+	@$(HARNESS)/bin/pip install --quiet --no-deps --editable .
+	@touch $@
+
+harness: $(HARNESS)/.complete
+	HF_HUB_OFFLINE=1 $(HARNESS)/bin/python -m pytest -m harness tests/harness
+
 lint: .venv/.complete
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -74,4 +88,4 @@ ui: .venv/.complete
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
 
 clean:
-	rm -rf .venv .cache runs mlruns mlflow.db
+	rm -rf .venv .harness .cache runs mlruns mlflow.db

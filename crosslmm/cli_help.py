@@ -4,6 +4,7 @@ import argparse
 import shutil
 import textwrap
 import types
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
@@ -37,13 +38,19 @@ def describe_type(annotation: Any) -> str:
     return str(names.get(annotation) or getattr(annotation, "__name__", annotation))
 
 
-def print_help(parser: ArgumentParser, everything: bool, defaults: dict[str, tuple[Any, str]]) -> None:
+def print_help(
+    parser: ArgumentParser,
+    everything: bool,
+    defaults: dict[str, tuple[Any, str]],
+    common: Sequence[str] = COMMON_KEYS,
+) -> None:
     """Print a parser's arguments, each with its type and the default that the present command would use.
 
     Args:
         parser: whose arguments to explain.
-        everything: all arguments, by section; otherwise the job's own and `COMMON_KEYS`.
+        everything: all arguments, by section; otherwise the job's own and `common`.
         defaults: value and origin of keys that presets or files set.
+        common: settings that a short help shows.
     """
     width = min(shutil.get_terminal_size().columns, 110)
     paragraphs = str(parser.description).strip().split("\n\n")
@@ -52,25 +59,26 @@ def print_help(parser: ArgumentParser, everything: bool, defaults: dict[str, tup
         verbatim = paragraph.startswith("    ")
         lines += ["", *(paragraph.splitlines() if verbatim else textwrap.wrap(" ".join(paragraph.split()), width))]
     for group in parser._action_groups:
-        actions = [action for action in group._group_actions if _shown(action, everything)]
+        actions = [action for action in group._group_actions if _shown(action, everything, common)]
         if actions:
             title = str(group.title or "").rstrip(":")
             lines += ["", f"{'Options' if title == 'options' else title}:"]
         for action in actions:
             lines += _explain(action, defaults, width)
-    keys = sum(1 for action in parser._actions if _shown(action, True))
+    keys = sum(1 for action in parser._actions if _shown(action, True, common))
     if not everything:
-        hint = f"--help all explains all {keys} keys; --print_config prints the configuration as YAML."
-        lines += ["", hint]
+        printed = any(action.dest == "print_config" for action in parser._actions)
+        also = "; --print_config prints the configuration as YAML" if printed else ""
+        lines += ["", f"--help all explains all {keys} keys{also}."]
     print(redacted("\n".join(lines)))  # noqa: T201
 
 
-def _shown(action: argparse.Action, everything: bool) -> bool:
+def _shown(action: argparse.Action, everything: bool, common: Sequence[str]) -> bool:
     nested = isinstance(action.metavar, str) and action.metavar == "CONFIG"  # `--model FILE`, one for each section
     if nested or action.help == argparse.SUPPRESS or action.dest in ("help", "print_config"):
         return False
     is_setting = any(action.dest.startswith(f"{name}.") or action.dest == name for name in RunConfig.model_fields)
-    return everything or not is_setting or action.dest in COMMON_KEYS
+    return everything or not is_setting or action.dest in common
 
 
 def _explain(action: argparse.Action, defaults: dict[str, tuple[Any, str]], width: int) -> list[str]:

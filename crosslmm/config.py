@@ -403,7 +403,7 @@ class RunConfig(Section):
                     f"train.global_batch_size is {self.train.global_batch_size}; with {workers} workers "
                     f"of micro_batch_size {self.train.micro_batch_size} it must be a multiple of {samples}"
                 )
-        if self.name in ("sample", "features"):
+        if self.name in ("sample", "features", "evaluations"):
             raise ValueError(f"name: {self.name} is a folder that all runs share; take another name")
         if self.data.features and self.train.learning_rate.vision:
             raise ValueError(

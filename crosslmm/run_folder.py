@@ -28,6 +28,8 @@ The folder is the source of truth; MLflow's run is made from it and can be made 
     ├── trials/NNN.json                 state of each trial
     ├── report.html                     the report
     └── TRIAL/                          the run of a trial, as above
+
+    STORAGE/evaluations/EVALUATION/     an evaluation, see `evaluate/evaluation_folder.py`
 """
 
 import json
@@ -63,6 +65,7 @@ BASE_FOLDER, BASE_FILE = "base", "base.json"
 SWEEP_FILE = "sweep.json"
 TRIALS_FOLDER = "trials"
 REPORT_FILE = "report.html"
+EVALUATIONS_FOLDER = "evaluations"
 
 StepRecord = tuple[int, float, dict[str, float]]
 """Step number, unix time [s], metrics."""

@@ -3,6 +3,7 @@
     python jobs/train.py                                                       # the tiny preset on generated clips
     python jobs/train.py --data.manifest clips.jsonl --name first-try          # your own videos
     python jobs/train.py --config paper-2b --config stage-1 --data.manifest s3://bucket/train.jsonl
+    python jobs/train.py --evaluate mvbench --evaluate_data /data/mvbench      # and score the model
     ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py --storage s3://bucket/runs
 
 Uses the Ray cluster that it finds, or starts one. The same command with the same --name resumes the run. The last
@@ -16,14 +17,16 @@ import json
 import os
 import sys
 
-from crosslmm.cli import fail, parse_run, print_error, start_job
+from jsonargparse import ArgumentParser
+
+from crosslmm.cli import fail, parse_job, print_error, start_job
 from crosslmm.config import BadConfig
 
 
 def main() -> int:
     """Parse the arguments, train, print the result."""
     try:
-        config = parse_run(sys.argv[1:], description=str(__doc__))
+        config, own = parse_job(sys.argv[1:], str(__doc__), _add_evaluation)
         start_job(config.name)
     except BadConfig as error:
         fail(error)
@@ -31,6 +34,9 @@ def main() -> int:
     import ray
 
     from crosslmm.data.manifest import BadManifest
+    from crosslmm.evaluate.after_training import evaluation_of
+    from crosslmm.evaluate.asking.pipeline import EvaluationFailed
+    from crosslmm.evaluate.questions.question import BadBenchmark
     from crosslmm.storage import BadLocation
     from crosslmm.tracking import quiet_mlflow
     from crosslmm.train.launcher import TrainingFailed
@@ -38,19 +44,29 @@ def main() -> int:
 
     quiet_mlflow()
     try:
-        result = run_training(config)
-    except (BadConfig, BadManifest, BadLocation) as error:
+        evaluate = evaluation_of(own["evaluate"], own["evaluate_data"], config)
+        result = dataclasses.asdict(run_training(config))
+        if evaluate:
+            result["evaluation"] = dataclasses.asdict(evaluate(result["model_uri"]))
+    except (BadConfig, BadManifest, BadBenchmark, BadLocation) as error:
         fail(error)
     except (SystemExit, KeyboardInterrupt):
         print("stopped; the same --name resumes the run from its last checkpoint", file=sys.stderr, flush=True)
         # Threads of Ray and MLflow may be in native code, which does not survive the interpreter's shutdown.
         ray.shutdown()
         os._exit(130)
-    except (TrainingFailed, OSError) as error:  # OSError: the store is down when the driver itself needs it
+    # OSError: the store is down when the driver itself needs it.
+    except (TrainingFailed, EvaluationFailed, OSError) as error:
         print_error(error)
         return 1
-    print(json.dumps(dataclasses.asdict(result)))
+    print(json.dumps(result))
     return 0
+
+
+def _add_evaluation(parser: ArgumentParser) -> None:
+    text = "Benchmark on which the registered model is scored; docs/evaluation.md lists them."
+    parser.add_argument("--evaluate", metavar="BENCHMARK", help=text)
+    parser.add_argument("--evaluate_data", metavar="FOLDER", help="Folder of the benchmark (path or s3:// URI).")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ class Sample:
     """Why its video is unreadable, or why no batch can be made of the row; None if all is well."""
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     """Quarantine entries of the unreadable rows at this position: those that were replaced, or this one."""
+    times: list[list[float]] = field(default_factory=list)
+    """When each frame of each video appears, counted from the video's first frame [s]; empty for features."""
     shortfalls: list[str] = field(default_factory=list)
     """Which of its videos gave fewer frames than asked, and why."""
 

@@ -244,6 +244,7 @@ class ReadSamples:
                     "videos": [len(video) for video in readable],
                     "error": result.reason if isinstance(result, QuarantineEntry) else None,
                     "quarantined": quarantined[i],
+                    "times": [video.times.tolist() for video in readable if isinstance(video, SampledFrames)],
                     "shortfalls": [
                         f"{describe_video(uri)}: {video.shortfall}"
                         for uri, video in zip(row["videos"], readable, strict=False)

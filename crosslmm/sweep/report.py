@@ -1,6 +1,5 @@
 """Writes a sweep's report, one self-contained HTML page: how few visual tokens are enough?"""
 
-import html
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ import plotly.io
 import plotly.offline
 from optuna.distributions import BaseDistribution
 
+from crosslmm.html_page import document, escaped
 from crosslmm.run_folder import REPORT_FILE
 from crosslmm.sweep import figures, paper
 from crosslmm.sweep import trials as selection
 from crosslmm.sweep.figures import number, quantity, tokens
 from crosslmm.sweep.paper import ABSENT
 from crosslmm.sweep.trials import Point, Trial
-from crosslmm.text import printable, redacted
 
 MAX_REASONS = 10
 """Number of different reasons for rejection that the page lists at most."""
@@ -95,25 +94,13 @@ def _states(trials: Sequence[Trial]) -> str:
 
 def _page(sweep: Sweep, trials: Sequence[Trial], drawn: dict[str, go.Figure | str]) -> str:
     facts = {"Sweep": sweep.name, "Space": sweep.space, "Trials": f"{len(trials)}: {_states(trials)}"} | sweep.facts
-    facts_html = "".join(f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd></div>" for label, value in facts.items())
-    # Plotly can load two things from the network. The page needs neither, and its policy forbids it.
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
-<title>{_text(sweep.name)}: how few tokens are enough?</title>
-<style>{STYLE}</style>
-<script>{plotly.offline.get_plotlyjs()}</script>
-</head>
-<body>
-<main>
-<h1>How few tokens are enough?</h1>
-<p class="answer">{_text(headline(sweep, trials))}</p>
+    facts_html = "".join(
+        f"<div><dt>{escaped(label)}</dt><dd>{escaped(value)}</dd></div>" for label, value in facts.items()
+    )
+    body = f"""<h1>How few tokens are enough?</h1>
+<p class="answer">{escaped(headline(sweep, trials))}</p>
 <dl>{facts_html}
-<div class="wide"><dt>Reproduce</dt><dd><code>{_text(sweep.command)}</code><br>{REPRODUCE_NOTE}</dd></div>
+<div class="wide"><dt>Reproduce</dt><dd><code>{escaped(sweep.command)}</code><br>{REPRODUCE_NOTE}</dd></div>
 </dl>
 {_section("Accuracy and compute", FRONT_NOTE, "front", drawn["front"])}
 {_section("Which settings matter", IMPORTANCE_NOTE, "importance", drawn["importance"])}
@@ -122,17 +109,14 @@ def _page(sweep: Sweep, trials: Sequence[Trial], drawn: dict[str, go.Figure | st
 {paper.tables(sweep.distributions, trials)}
 {_rejected_points(sweep)}
 {_failed_trials(trials)}
-{_all_trials(sweep, trials)}
-</main>
-<script>{SORT}</script>
-</body>
-</html>
-"""
+{_all_trials(sweep, trials)}"""
+    title = f"{sweep.name}: how few tokens are enough?"
+    return document(title, body, style=STYLE, script=SORT, library=plotly.offline.get_plotlyjs())
 
 
 def _section(title: str, note: str, name: str, drawn: go.Figure | str) -> str:
     if isinstance(drawn, str):
-        return f'<section><h2>{title}</h2><p class="absent">{_text(drawn)}</p></section>'
+        return f'<section><h2>{title}</h2><p class="absent">{escaped(drawn)}</p></section>'
     plot = plotly.io.to_html(
         drawn,
         full_html=False,
@@ -149,7 +133,7 @@ def _rejected_points(sweep: Sweep) -> str:
     if not sweep.rejected:
         return ""
     counts = Counter(reason for _, reason in sweep.rejected)
-    items = [f"{_text(reason)} ({count})" for reason, count in counts.most_common(MAX_REASONS)]
+    items = [f"{escaped(reason)} ({count})" for reason, count in counts.most_common(MAX_REASONS)]
     note = f"Rejected before they started, by reason, most frequent first: {len(sweep.rejected)} in total."
     if len(counts) > MAX_REASONS:
         note += f" {len(counts) - MAX_REASONS} more reasons are not shown."
@@ -158,7 +142,7 @@ def _rejected_points(sweep: Sweep) -> str:
 
 def _failed_trials(trials: Sequence[Trial]) -> str:
     failed = [trial for trial in trials if trial.state == "failed"]
-    items = [f"trial {trial.number}: {_text(trial.error or 'no cause was recorded')}" for trial in failed]
+    items = [f"trial {trial.number}: {escaped(trial.error or 'no cause was recorded')}" for trial in failed]
     return _list("Failed trials", "First cause of each failure.", items) if failed else ""
 
 
@@ -171,7 +155,7 @@ def _all_trials(sweep: Sweep, trials: Sequence[Trial]) -> str:
     paths = list(dict.fromkeys([*sweep.distributions, *(path for trial in trials for path in trial.point)]))
     units = ["tokens per frame", "prefill MACs", "memory per worker", "steps", "loss", "accuracy", "n", "time"]
     header = "".join(
-        f'<th><button type="button">{_text(name)}</button></th>' for name in ["trial", "state", *paths, *units]
+        f'<th><button type="button">{escaped(name)}</button></th>' for name in ["trial", "state", *paths, *units]
     )
     special = {id(selection.best(trials)): "best", id(selection.knee(trials)): "knee"}
     rows = "".join(_row(trial, paths, special.get(id(trial), "")) for trial in trials)
@@ -200,11 +184,11 @@ def _row(trial: Trial, paths: Sequence[str], special: str) -> str:
         (f"{last.asked:,}", last.asked) if last and last.asked else (ABSENT, ""),
         (duration(trial.seconds), trial.seconds),
     ]
-    tds = "".join(f'<td data-by="{_text(by)}">{_text(text)}</td>' for text, by in cells)
+    tds = "".join(f'<td data-by="{escaped(by)}">{escaped(text)}</td>' for text, by in cells)
     mark = f'<span class="state" style="background:{figures.COLOURS[trial.state]}"></span>'
     tds = tds.replace(f">{trial.state}</td>", f">{mark}{trial.state}</td>", 1)
     faint = "" if trial.state == "finished" else ' class="unfinished"'
-    return f'<tr{faint}>{tds}<td class="error">{_text(trial.error or "")}</td></tr>'
+    return f'<tr{faint}>{tds}<td class="error">{escaped(trial.error or "")}</td></tr>'
 
 
 def duration(seconds: float) -> str:
@@ -219,10 +203,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.3g} s"
 
 
-def _text(value: object) -> str:
-    return html.escape(printable(redacted(str(value))))
-
-
 REPRODUCE_NOTE = """Add the arguments of the configuration; <code>sweep.json</code> in the sweep's folder and the
 parameters of the MLflow run have its values. The same name continues this sweep, and another one runs it again."""
 FRONT_NOTE = """Each point is a trial. The line is the Pareto front: trials that no other finished trial beats in both
@@ -234,32 +214,12 @@ PARALLEL_NOTE = """Each line is a finished trial; darker is more accurate. "None
 CURVES_NOTE = "Validation loss of every trial; the colour shows how the trial ended."
 
 STYLE = """
-*{box-sizing:border-box}
-body{margin:0;background:#fff;color:#222;font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1180px;margin:0 auto;padding:24px 20px 64px}
-h1{font-size:1.6rem;line-height:1.25;margin:0 0 8px}
-h2{font-size:1.15rem;margin:40px 0 4px}
-p{margin:0 0 12px;color:#444;overflow-wrap:anywhere}
-code{background:#f5f5f5;padding:2px 6px;border-radius:3px;font-size:.875rem}
-ul{margin:0;padding-left:20px;overflow-wrap:anywhere}
-.answer{font-size:1.2rem;color:#111;border-left:4px solid #0072B2;padding:2px 0 2px 14px;margin:12px 0 20px}
-.absent{background:#f5f5f5;padding:10px 14px;border-radius:4px}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:10px 24px;margin:0}
-.wide{grid-column:1/-1}
-dt{font-size:.8rem;color:#595959}
-dd{margin:0;color:#444;overflow-wrap:anywhere}
-.box{overflow-x:auto;max-width:100%}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
-th,td{padding:6px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid #e3e3e3;vertical-align:top}
-th{font-weight:600;border-bottom:2px solid #999;vertical-align:bottom}
-th:first-child,td:first-child{text-align:left;padding-left:2px}
 #trials th:nth-child(2),#trials td:nth-child(2),th:last-child,td.error{text-align:left}
 .paper th:last-child{text-align:right}
 th button{font:inherit;color:inherit;background:none;border:0;padding:0;cursor:pointer;text-decoration:underline dotted}
 tr.unfinished td{color:#595959}
 td.error{white-space:normal;min-width:26ch;max-width:60ch;overflow-wrap:anywhere}
 .state{display:inline-block;width:10px;height:10px;border-radius:5px;margin-right:7px}
-@media(max-width:600px){main{padding:16px 12px 48px}h1{font-size:1.35rem}.answer{font-size:1.05rem}}
 """
 
 SORT = """

@@ -1,15 +1,20 @@
 """Open a file with one named demuxer, and check its video stream before anything is decoded."""
 
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
+import av.stream
 from av.container import InputContainer
-from av.stream import Discard, Disposition
+from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from crosslmm.config import DataConfig
 from crosslmm.data.video import mp4
+
+DISCARD: Any = getattr(av.stream, "Discard", None)
+"""What can be done with the packets of a stream. PyAV 15, which lmms-eval needs, has no such choice: it reads those of
+all streams, which costs time alone."""
 
 CODECS = (
     "h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "msmpeg4v2", "msmpeg4v3", "h263", "mjpeg",
@@ -73,8 +78,8 @@ def select_video_stream(container: InputContainer, data: DataConfig, number: int
     selected = streams[number]
     require_codec(selected)
     require_size(selected.codec_context.width, selected.codec_context.height, data)
-    for stream in container.streams:
-        stream.discard = Discard.default if stream is selected else Discard.all
+    for stream in container.streams if DISCARD else ():
+        stream.discard = DISCARD.default if stream is selected else DISCARD.all
     context = selected.codec_context
     context.thread_count = 1
     context.options = {"max_pixels": str(data.max_frame_pixels)}  # frames may become larger within the stream

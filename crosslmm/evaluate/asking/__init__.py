@@ -1,0 +1,1 @@
+"""Asks a model the questions, on Ray."""

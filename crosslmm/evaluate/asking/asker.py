@@ -1,0 +1,201 @@
+"""Asks a model about videos: each video is encoded once, whatever number of questions there are about it."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BatchFeature
+
+from crosslmm.data.collate import Sample
+from crosslmm.evaluate.questions.question import Messages, Question, conversation
+from crosslmm.evaluate.scores.judging import Reply
+from crosslmm.inference.answerer import Answerer
+from crosslmm.model.answering import as_text, greedy_tokens
+
+BATCH_TOKENS = 16_384
+"""Tokens of a batch of questions, padding included, unless a single one has more [tokens]."""
+BATCH_FRAMES = 1_024
+"""Frames of a batch of questions, unless a single one has more [frames]."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The videos of some questions."""
+
+    videos: Sequence[np.ndarray]
+    """Frames of each, uint8 (frames, side, side, 3)."""
+    times: Sequence[np.ndarray]
+    """When each frame of each appears [s]."""
+    shortfalls: Sequence[str] = ()
+    """Which videos gave fewer frames than asked, and why."""
+
+    @classmethod
+    def of(cls, sample: Sample) -> "Watched":
+        """Return the videos of a sample."""
+        return cls(sample.videos, [np.array(times) for times in sample.times], sample.shortfalls)
+
+
+@dataclass
+class _Prepared:
+    """A question that is ready to be asked."""
+
+    number: int
+    """Place among the questions of the call."""
+    question: Question
+    messages: Messages
+    runs: list[list[int]]
+    """Frames of each video part, as numbers of the frames in `features`."""
+    features: Tensor
+    """(frames, patches, width) of all its videos."""
+    reply: Reply
+    """With all that is known before the answer."""
+
+
+class Asker:
+    """Asks an exported model.
+
+    Args:
+        answerer: the model.
+        max_new_tokens: length limit of an answer [tokens].
+        likelihood: compare the likelihoods of the choices instead of generating an answer.
+    """
+
+    def __init__(self, answerer: Answerer, max_new_tokens: int, likelihood: bool = False) -> None:
+        self.answerer, self.max_new_tokens, self.likelihood = answerer, max_new_tokens, likelihood
+        self.model, self.processor = answerer.model, answerer.processor
+
+    @torch.no_grad()
+    def __call__(self, asked: Sequence[tuple[Watched, Sequence[Question]]]) -> list[list[Reply]]:
+        """Return the replies to the questions about each of some videos.
+
+        Batches are made of all questions by length, and depend on nothing else: the same call gives the same replies.
+        """
+        prepared: list[_Prepared] = []
+        replies: list[list[Reply]] = []
+        for watched, questions in asked:
+            features, seconds = self._timed(self._encode, watched)
+            replies.append([])
+            for question in questions:
+                ready = self._prepare(len(prepared), question, watched, features, seconds / len(questions))
+                if isinstance(ready, _Prepared):
+                    prepared.append(ready)
+                replies[-1].append(ready if isinstance(ready, Reply) else ready.reply)
+        answered: dict[int, Reply] = {}
+        for batch in _batches(prepared):
+            answered |= zip((item.number for item in batch), self._ask(batch), strict=True)
+        left = iter(range(len(prepared)))
+        return [[reply if reply.error else answered[next(left)] for reply in of_video] for of_video in replies]
+
+    def _encode(self, watched: Watched) -> Tensor:
+        """Encode videos: (frames of all of them, patches, width)."""
+        config = self.model.config
+        if not watched.videos:
+            shape = (0, config.patches_per_frame, config.vision_config.hidden_size)
+            return torch.zeros(shape, dtype=self.model.dtype, device=self.answerer.device)
+        pixels = torch.from_numpy(np.concatenate(watched.videos)).permute(0, 3, 1, 2).contiguous()
+        return self.model.encode(pixels.to(self.answerer.device))
+
+    def _prepare(
+        self, number: int, question: Question, watched: Watched, features: Tensor, seconds: float
+    ) -> _Prepared | Reply:
+        """Make the prompt of a question; return a reply with the error if it cannot be asked."""
+        times = [[round(float(time), 3) for time in of_video] for of_video in watched.times]
+        reply = Reply(times=times, shortfalls=list(watched.shortfalls), seconds=seconds)
+        try:
+            messages, runs = conversation(question, watched.times)
+            tokens = self.processor.length(messages, [len(run) for run in runs], answer=True)
+            if tokens + self.max_new_tokens - 1 > self.processor.max_length:  # the last new token is not fed back
+                raise ValueError(
+                    f"it takes {tokens} tokens and its answer up to {self.max_new_tokens}, and the decoder has "
+                    f"{self.processor.max_length}"
+                )
+            if self.likelihood:
+                self._choice_tokens(question)
+        except ValueError as error:
+            return replace(reply, error=str(error))
+        return _Prepared(number, question, messages, runs, features, replace(reply, prompt_tokens=tokens))
+
+    def _ask(self, batch: list[_Prepared]) -> list[Reply]:
+        """Ask a batch; if it does not fit the GPU's memory, halves of it."""
+        try:
+            replies, seconds = self._timed(self._choose if self.likelihood else self._generate, batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            torch.cuda.empty_cache()
+            middle = len(batch) // 2
+            return self._ask(batch[:middle]) + self._ask(batch[middle:])
+        share = seconds / len(batch)
+        return [replace(reply, seconds=reply.seconds + share) for reply in replies]
+
+    def _inputs(self, batch: list[_Prepared]) -> BatchFeature:
+        """Return the prompts of a batch, with the features of their videos in place of frames."""
+        # The processor counts the frames of these arrays, which have no content.
+        videos = [[np.zeros((len(run), 1, 1), np.uint16) for run in item.runs] for item in batch]
+        prompts = self.processor([item.messages for item in batch], videos, answer=True, features=(1, 1))
+        frames = [[frame for run in item.runs for frame in run] for item in batch]
+        prompts["features"] = torch.cat([item.features[of_item] for item, of_item in zip(batch, frames, strict=True)])
+        return prompts.to(self.answerer.device)
+
+    def _generate(self, batch: list[_Prepared]) -> list[Reply]:
+        """Return the greedy answers."""
+        tokens = greedy_tokens(self.model, self._inputs(batch), self.max_new_tokens)
+        # An answer ends at the first end token, and what follows is padding.
+        ended = (tokens == self.processor.tokenizer.eos_token_id).cumsum(dim=1)
+        counts = ((ended == 0).sum(dim=1) + (ended > 0).any(dim=1).int()).tolist()
+        return [
+            replace(item.reply, text=text, new_tokens=count)
+            for item, text, count in zip(batch, as_text(self.processor, tokens), counts, strict=True)
+        ]
+
+    def _choose(self, batch: list[_Prepared]) -> list[Reply]:
+        """Return the choices whose first token is most likely to begin the answer."""
+        options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        out = self.model.generate(**self._inputs(batch), **options)
+        log_probabilities = out.logits[0].float().log_softmax(dim=-1).cpu()
+        replies = []
+        for item, row in zip(batch, log_probabilities, strict=True):
+            found = {choice: float(row[token]) for choice, token in self._choice_tokens(item.question).items()}
+            best = max(found, key=found.__getitem__)
+            replies.append(replace(item.reply, text=best, likelihoods={k: round(v, 4) for k, v in found.items()}))
+        return replies
+
+    def _choice_tokens(self, question: Question) -> dict[str, int]:
+        """Return the first token of each choice.
+
+        Raises:
+            ValueError: there are no choices, or two begin with the same token.
+        """
+        encode = self.processor.tokenizer.encode
+        tokens = {choice: encode(choice, add_special_tokens=False)[0] for choice in question.choices}
+        if len(set(tokens.values())) < max(2, len(question.choices)):
+            raise ValueError("it has no choices whose likelihoods can be compared by their first tokens")
+        return tokens
+
+    def _timed(self, function: Any, *arguments: Any) -> tuple[Any, float]:
+        """Return the result of a call, and the time that it takes [s]."""
+        began = time.perf_counter()
+        result = function(*arguments)
+        if self.answerer.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return result, time.perf_counter() - began
+
+
+def _batches(prepared: Sequence[_Prepared]) -> Iterator[list[_Prepared]]:
+    """Yield batches of questions of similar length, the longest first."""
+    batch: list[_Prepared] = []
+    longest = frames = 0
+    for item in sorted(prepared, key=lambda item: (-item.reply.prompt_tokens, item.number)):
+        of_item = sum(map(len, item.runs))
+        longest = longest if batch else item.reply.prompt_tokens
+        if batch and ((len(batch) + 1) * longest > BATCH_TOKENS or frames + of_item > BATCH_FRAMES):
+            yield batch
+            batch, longest, frames = [], item.reply.prompt_tokens, 0
+        batch.append(item)
+        frames += of_item
+    if batch:
+        yield batch

@@ -1,0 +1,41 @@
+"""Small pictures of the frames that the model saw, for the page."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+FRAMES = 8
+"""Frames of a strip, at most."""
+SIDE = 96
+"""Side of each [px]."""
+QUALITY = 6
+"""Quantiser of the JPEG, 2 (best) to 31."""
+
+
+def strip(videos: Sequence[np.ndarray]) -> bytes:
+    """Return some frames of videos, side by side, as one JPEG.
+
+    Args:
+        videos: uint8 (frames, side, side, 3) each, together at least one frame.
+    """
+    frames = [frame for video in videos for frame in video]
+    chosen = np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().astype(int)
+    resize = VideoReformatter()
+    small = [
+        resize.reformat(av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[i]), "rgb24"), SIDE, SIDE).to_ndarray()
+        for i in chosen
+    ]
+    return _jpeg(np.concatenate(small, axis=1))
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    """Encode an image, uint8 (height, width, 3), both even."""
+    codec = av.CodecContext.create("mjpeg", "w")
+    codec.height, codec.width = image.shape[:2]
+    codec.pix_fmt, codec.time_base = "yuvj420p", Fraction(1)
+    codec.qmin = codec.qmax = QUALITY
+    frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="yuvj420p")
+    return b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)])

@@ -1,0 +1,72 @@
+"""Where the questions of an evaluation come from: a benchmark's folder, or a manifest."""
+
+from dataclasses import dataclass, replace
+
+from crosslmm.config import BadConfig
+from crosslmm.data.manifest import Manifest
+from crosslmm.evaluate.benchmarks import BENCHMARKS
+from crosslmm.evaluate.questions.benchmark import Benchmark
+from crosslmm.evaluate.questions.folder import Folder
+from crosslmm.evaluate.questions.manifest import MANIFEST, read_manifest
+from crosslmm.evaluate.questions.question import BadBenchmark, Question
+from crosslmm.evaluate.settings import EvaluationSettings
+
+MOST_LISTED = 50
+"""Groups that an error lists."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Questions, and where they come from."""
+
+    questions: list[Question]
+    benchmark: Benchmark
+    uri: str
+    """Folder or manifest."""
+    digest: str
+    """SHA-256 [hex] of the tables and subtitles, or of the manifest."""
+    roots: list[str]
+    """Folders that videos may lie in."""
+
+
+def read_source(settings: EvaluationSettings) -> Source:
+    """Read the questions that are to be asked.
+
+    Raises:
+        BadConfig, BadBenchmark, BadManifest: naming what is wrong.
+    """
+    source = _read_manifest(settings) if settings.manifest else _read_benchmark(settings)
+    seen: set[str] = set()
+    for question in source.questions:
+        if question.id in seen:
+            raise BadBenchmark(f"{source.uri}: two questions have the id {question.id!a}")
+        seen.add(question.id)
+    return replace(source, questions=_selected(source.questions, settings)[: settings.limit])
+
+
+def _read_manifest(settings: EvaluationSettings) -> Source:
+    manifest = Manifest(str(settings.manifest), settings.roots)
+    return Source(read_manifest(manifest), MANIFEST, manifest.uri, manifest.digest, manifest.roots)
+
+
+def _read_benchmark(settings: EvaluationSettings) -> Source:
+    if settings.benchmark not in BENCHMARKS:
+        raise BadConfig(f"--benchmark {settings.benchmark}: there is none; there are {', '.join(BENCHMARKS)}")
+    benchmark = BENCHMARKS[settings.benchmark]
+    folder = Folder(str(settings.data), settings.roots)
+    questions = benchmark.read(folder)
+    return Source(questions, benchmark, folder.uri, folder.digest, folder.roots)
+
+
+def _selected(questions: list[Question], settings: EvaluationSettings) -> list[Question]:
+    """Return the questions of the group that --only names."""
+    if settings.only is None:
+        return questions
+    key, _, value = settings.only.partition("=")
+    selected = [question for question in questions if (key, value) in question.groups]
+    if not selected:
+        groups = sorted({f"{k}={v}" for question in questions for k, v in question.groups})
+        more = f" and {len(groups) - MOST_LISTED} more" if len(groups) > MOST_LISTED else ""
+        listed = ", ".join(groups[:MOST_LISTED]) or "none at all"
+        raise BadConfig(f"--only {settings.only}: there is no such group; there are {listed}{more}")
+    return selected

@@ -1,0 +1,1 @@
+"""Judges answers and scores them."""

@@ -2,8 +2,10 @@
 
 import functools
 import io
+import json
 import re
 import struct
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,10 +15,13 @@ import pytest
 from PIL import Image
 
 from crosslmm.config import DataConfig
+from crosslmm.data.formats import VIDEO_SUFFIXES
 from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.video import pyav
 from crosslmm.data.video.decode import VideoFailure, decode_video, probe_video
+from crosslmm.data.video.frame_list import FrameList
 from tests.support import ffmpeg, zoo
+from tests.support.common import ROOT
 from tests.support.ffmpeg import make, needs_ffmpeg, run
 
 pytestmark = [pytest.mark.corrupt, needs_ffmpeg]
@@ -545,3 +550,44 @@ def test_audio_that_is_encrypted_alone_is_no_obstacle(tmp_path):
     result = decode_video(str(path), DATA, SIDE)
     assert all(a < b for a, b in pairwise(zoo.read_number(image) for image in result.images))
     assert len(result) == COUNT
+
+
+LINES = re.findall(r"^\| .*`(ffmpeg [^`]+)` \|$", (ROOT / "docs/data.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", LINES, ids=[line.rpartition(" ")[2] for line in LINES])
+def test_each_line_of_the_docs_makes_a_file_that_is_read(tmp_path, line):
+    make(tmp_path / "clip.mp4", *H264, audio_s=5, size=(352, 288), **SLOW)
+    command, *arguments = line.split()
+    subprocess.run([command, "-nostdin", "-v", "error", *arguments], cwd=tmp_path, check=True)
+    path = tmp_path / arguments[-1]
+    if path.stem == "still":
+        result = decode_video(str(path), DATA, SIDE)
+        assert [zoo.read_number(image) for image in result.images] == [0]
+    elif path.suffix == ".webp":  # which ffmpeg writes, and does not read
+        result = decode_video(str(path), DATA, SIDE)
+        assert [zoo.read_number(image) for image in result.images] == [2, 7, 12, 17, 22, 27, 32, 37]
+    else:
+        result = require_right(path)
+    assert result.shortfall is None
+
+
+def test_the_docs_have_a_line_for_every_suffix():
+    made = {Path(line.rpartition(" ")[2]).suffix for line in LINES}
+    table = (ROOT / "docs/data.md").read_text().partition("## Videos and images")[2].partition("\n- ")[0]
+    for suffix in VIDEO_SUFFIXES:
+        assert f"`{suffix[1:]}`" in table, suffix
+    assert len(made) >= 18
+
+
+@pytest.mark.parametrize("row", re.findall(r'^\{"id": "list.*$', (ROOT / "docs/data.md").read_text(), re.MULTILINE))
+def test_each_list_of_frames_in_the_docs_is_read(tmp_path, row):
+    (tmp_path / "f").mkdir()
+    for number in (1, 2, 3):
+        Image.fromarray(zoo.draw(number)).save(tmp_path / f"f/{number:04d}.jpg")
+    fields = json.loads(row)
+    part = fields if "video" in fields else fields["messages"][0]["content"][0]
+    names = tuple(f"{tmp_path}/{name}" for name in part["video"])
+    times = tuple(part["times"]) if "times" in part else None
+    result = decode_video(str(FrameList(names, part.get("fps"), times)), DATA, SIDE)
+    assert len(result) == len(names)

@@ -8,11 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crosslmm.config import DataConfig
+from crosslmm.data.frame_sampling import SampledFrames
+from crosslmm.data.video.decode import decode_video
 from tests.support import zoo
 
 FFMPEG = shutil.which("ffmpeg")
 needs_ffmpeg = pytest.mark.skipif(FFMPEG is None, reason="needs ffmpeg: apt-get install ffmpeg")
-SIDE = 64
+COUNT, SIDE = 8, 64
+DATA = DataConfig(num_frames=COUNT)
+H264 = ("-c:v", "libx264", "-g", "10", "-bf", "2", "-pix_fmt", "yuv420p", "-threads", "1", "-c:a", "aac")
+MPEG2 = ("-c:v", "mpeg2video", "-g", "10", "-bf", "2", "-c:a", "mp2")
+MPEG4 = ("-c:v", "mpeg4", "-g", "10", "-c:a", "mp3")
+VP8 = ("-c:v", "libvpx", "-g", "10", "-c:a", "libvorbis")
+THEORA = ("-c:v", "libtheora", "-q:v", "8", "-g", "10", "-c:a", "libvorbis")
+FRAGMENTS = ("-movflags", "frag_keyframe+empty_moov+skip_trailer")
+SLOW = {"fps": 10, "frames": 40}
+FAST = {"fps": 25, "frames": 100}
 
 
 def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -46,3 +58,26 @@ def decode_all(path: Path) -> tuple[np.ndarray, list[int | None], np.ndarray]:
     images = np.frombuffer(result.stdout, np.uint8).reshape(-1, SIDE, SIDE, 3)
     assert len(times) == len(images), "ffmpeg drops or repeats frames"
     return times - times[0], [zoo.read_number(image) for image in images], images
+
+
+def expected(path: Path, start: float = 0.0, end: float = np.inf, duration: float = 0.0):
+    """Return the times and pictures that are right by ffmpeg's decoding of everything; without a `duration` [s], the
+    last frame is on screen for as long as most are."""
+    times, numbers, images = decode_all(path)
+    duration = duration or times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0.1)
+    end = min(end, duration)
+    moments = start + (np.arange(COUNT) + 0.5) * (end - start) / COUNT + 1e-5
+    chosen = np.unique(np.searchsorted(times, moments, side="right") - 1)
+    return times[chosen], [numbers[i] for i in chosen], images[chosen], duration
+
+
+def require_right(path: Path, start: float = 0.0, end: float = np.inf) -> SampledFrames:
+    """Compare what is decoded with what is right; return it."""
+    times, numbers, images, _ = expected(path, start, end)
+    result = decode_video(f"{path}#t={start},{end}" if end < np.inf else str(path), DATA, SIDE)
+    assert isinstance(result, SampledFrames), result
+    assert [zoo.read_number(image) for image in result.images] == numbers
+    assert result.times == pytest.approx(times, abs=2e-3)
+    assert abs(result.images.astype(int) - images).mean() < 4
+    assert (result.shortfall is None) == (len(numbers) == COUNT)
+    return result

@@ -8,7 +8,7 @@ PROGRESS = sed --unbuffered --quiet --regexp-extended \
 	's/^ *Downloading (.*\/)?([^-]+)-([^-]+)-[^ ]+ \(([0-9]{2,}\.[0-9]+ MB|[0-9.]+ GB)\).*/    downloading \2 \3 (\4)/p; \
 	s/^Installing collected.*/    unpacking all packages/p; /^ERROR/p'
 
-.PHONY: demo sweep test attack faults cluster images gpu harness lint audit format ui clean
+.PHONY: demo sweep test conformance attack faults cluster images gpu harness lint audit format ui clean
 .DEFAULT_GOAL := demo
 
 .venv/.complete: pyproject.toml constraints.txt
@@ -29,10 +29,17 @@ sweep: .venv/.complete
 	$(BIN)/python jobs/tune.py --config tiny --config tiny-sweep --space joint --trials 12 --promote best
 
 # Tests without a cluster run two files at a time; next to tests with a cluster they would starve it.
-WANTED = -m 'not fault and not cluster and not image and not gpu and not harness'
+WANTED = -m 'not fault and not cluster and not image and not gpu and not harness and not conformance'
 test: .venv/.complete
 	$(BIN)/python -m pytest $(WANTED) --ignore tests/jobs --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest $(WANTED) tests/jobs
+
+# Transformers' own tests of a model, from its source distribution; with TRANSFORMERS=path, from a checkout of its
+# repository at the installed version, which also has the tests of generation.
+conformance: .venv/.complete
+	$(BIN)/python tests/conformance/fetch.py $(TRANSFORMERS)
+	PYTHONPATH=.cache/conformance $(BIN)/python -m pytest -m conformance --override-ini addopts= --import-mode importlib \
+		--pythonwarnings ignore tests/conformance
 
 # Ten minutes of fuzzed files, among others.
 attack: .venv/.complete

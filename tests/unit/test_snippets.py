@@ -37,8 +37,8 @@ SNIPPETS = {
         [*FENCED.findall(page.read_text()), *map(ASK.format, INLINE.findall(page.read_text().replace("\n", " ")))]
     )
 }
-PLACEHOLDERS = ("/data/clips",)
-"""Folders of the reader, in the snippets; here the test's own."""
+PLACEHOLDERS = {"/data/clips": "", "/data/model": "/exported"}
+"""Folders of the reader, in the snippets -> in the test's own."""
 PARSED_ONLY: dict[str, str] = {}
 """Name of a snippet -> why it cannot run without more than a CPU and two minutes."""
 PRINTED = {"mlflow.md-0": ["answer", "error", "None  video cannot be read or lies outside the roots"]}
@@ -74,8 +74,8 @@ def test_snippets_are_found_and_are_python():
 @pytest.mark.parametrize("name", [name for name in SNIPPETS if name not in PARSED_ONLY])
 def test_a_snippet_runs(reader, tmp_path, name, how):
     code = SNIPPETS[name]
-    for placeholder in PLACEHOLDERS:
-        code = code.replace(placeholder, str(reader))
+    for placeholder, folder in PLACEHOLDERS.items():
+        code = code.replace(placeholder, f"{reader}{folder}")
     (tmp_path / "script.py").write_text(ONCE + code)
     done = subprocess.run(
         [sys.executable, "script.py" if how == "a file" else "-"],

@@ -116,6 +116,17 @@ def test_a_video_that_is_refused_costs_its_row_and_tells_nothing(model, clips, a
     assert not any("\n" in line for line in caplog.messages)
 
 
+def test_params_limit_the_length_of_an_answer(model, answerer, clips):
+    row = table(("a.mp4", "Which shape?"))
+    for limit in (2, 5):
+        expected = answerer([str(clips / "a.mp4")], ["Which shape?"], max_new_tokens=limit)
+        assert model.predict(row, params={"max_new_tokens": limit})["answer"].tolist() == expected
+    assert len(answerer([str(clips / "a.mp4")], ["Which shape?"], max_new_tokens=2)[0]) < len(expected[0])
+    for limit in (0, 5000):
+        with pytest.raises(ValueError, match=f"params: max_new_tokens is {limit}; it takes 1 to 2048"):
+            model.predict(row, params={"max_new_tokens": limit})
+
+
 def test_without_roots_no_video_is_opened(saved, clips):
     model = mlflow.pyfunc.load_model(saved)
     rows = [(f"{clips}/a.mp4", "What?"), ("a.mp4", "What?"), ("/etc/passwd", "What?")]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from crosslmm.data.formats import VIDEO_SUFFIXES
+from crosslmm.data.rows.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from crosslmm.data.video.decode import decode_video, probe_video
 from crosslmm.data.video.frame_list import FrameList
 from tests.support import zoo
@@ -123,7 +123,7 @@ def test_each_line_of_the_docs_makes_a_file_that_is_read(tmp_path, line):
 def test_the_docs_have_a_line_for_every_suffix():
     made = {Path(line.rpartition(" ")[2]).suffix for line in LINES}
     table = (ROOT / "docs/data.md").read_text().partition("## Videos and images")[2].partition("\n- ")[0]
-    for suffix in VIDEO_SUFFIXES:
+    for suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
         assert f"`{suffix[1:]}`" in table, suffix
     assert len(made) >= 18
 

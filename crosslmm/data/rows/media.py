@@ -15,8 +15,8 @@ Kind = Literal["video", "image"]
 KINDS: tuple[Kind, ...] = ("video", "image")
 
 VIDEO_SUFFIXES = (
-    ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".m2v", ".vob", ".flv",
-    ".wmv", ".asf", ".ogv", ".mxf", ".h264", ".264", ".hevc", ".265", ".gif", ".apng",
+    ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".m2v", ".vob",
+    ".flv", ".wmv", ".asf", ".ogv", ".mxf", ".h264", ".264", ".hevc", ".265", ".gif", ".apng",
 )  # fmt: skip
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic")
 """What a file is by its name, where a row does not say it; a decoder looks at its bytes."""

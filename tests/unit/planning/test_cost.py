@@ -357,7 +357,7 @@ def test_job_prints_a_table_and_the_assumptions(run_job):
         (["--price", "-1"], "greater than 0; got: -1"),
         (["--utilisation", "[0.4,0.2]"], "is not [low, high]"),
         (["--utilisation", "2"], "utilisation"),
-        (["--utilization", "0.5"], "unrecognized"),
+        (["--utilization", "0.5"], "did you mean utilisation?"),
     ],
 )
 def test_bad_arguments_give_one_line_and_status_2(run_job, argv, words):

@@ -5,6 +5,7 @@ Also what an entry point does to its own process: logging, SIGTERM, one line for
 
 import contextlib
 import io
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -123,7 +124,7 @@ def parse_job(
             # Files first, wherever they stand: a value on the command line overrides all of them.
             values = parser.parse_args([*(f"--config={name}" for name in configs), *rest]).as_dict()
     except SystemExit:
-        sys.stdout.write(redacted(printed.getvalue()))
+        sys.stdout.write(redacted(_settings_only(printed.getvalue())))
         raise
     except ArgumentError as error:
         raise BadConfig(explain(error, parser)) from error
@@ -146,6 +147,12 @@ def _parser(description: str, add_own: Callable[[ArgumentParser], object], defau
     )
     parser.add_class_arguments(RunConfig, fail_untyped=False)
     return parser
+
+
+def _settings_only(printed: str) -> str:
+    """Return a printed configuration without a job's own arguments, so that every job takes it as --config."""
+    keys = "|".join(RunConfig.model_fields)
+    return "".join(re.findall(rf"^(?:{keys}):.*\n(?:[ -].*\n)*", printed, re.MULTILINE)) or printed
 
 
 def _split_configs(argv: Sequence[str]) -> tuple[list[str], list[str]]:

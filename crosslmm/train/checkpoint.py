@@ -432,7 +432,7 @@ def write_card(
         step: training steps.
         metrics: of the last validation.
     """
-    datasets = read_run(run)["datasets"] if has_run(run) else []
+    datasets = read_run(run).get("datasets", []) if has_run(run) else []
     parameters = sum(parameter.numel() for parameter in model.parameters())
     (folder / CARD_FILE).write_text(model_card(config, model.config, parameters, datasets, step, metrics))
 

@@ -41,7 +41,7 @@ def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrid
     method = f"file://{folder}/rendezvous-{ranks}-{resume}-{stop}"
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=ranks)
     config, losses, first = run_config(ranks, *overrides), {}, 0
-    processor, group = build_processor(config.model), dist.new_group(backend="gloo")
+    processor, group = build_processor(config.model, config.data), dist.new_group(backend="gloo")
     newest, state = checkpoint.read_newest(str(folder), group) or (None, {})
     job = types.SimpleNamespace(config=config, folder=str(folder), recipe=None)
     model, base = worker._build_sharded(job, processor, newest, torch.device("cpu"))

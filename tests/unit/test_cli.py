@@ -108,13 +108,21 @@ def test_a_bad_file_is_named(tmp_path, content, says):
     assert says in line
 
 
-def test_files_that_cannot_be_opened_are_named(tmp_path, monkeypatch):
+def test_files_that_cannot_be_opened_are_named(tmp_path):
     assert refusal("--config", str(tmp_path)).startswith(f"--config {tmp_path}: cannot be read: ")
     assert refusal("--config", f"{tmp_path}/none.yaml").startswith(f"--config {tmp_path}/none.yaml: cannot be read: ")
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    assert "AWS_*" in refusal("--config", "s3://bucket/mine.yaml")
+
+
+def test_a_file_in_a_bucket_needs_credentials(tmp_path):
+    # A process of its own: clients of the store live as long as their process.
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    plain |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
+    command = [sys.executable, ROOT / "jobs" / "train.py", "--config", "s3://bucket/mine.yaml"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=plain)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: --config s3://bucket/mine.yaml: cannot be read: ")
+    assert "AWS_*" in line
 
 
 def test_a_config_needs_a_value():

@@ -219,6 +219,7 @@ def test_printed_configuration_is_accepted_again(tmp_path):
     assert yaml.safe_load(done.stdout)["model"]["pool_stride"] == 5
     (tmp_path / "printed.yaml").write_text(done.stdout)
     assert parse(f"--config={tmp_path}/printed.yaml") == parse("--model.pool_stride=5")
+    assert "evaluate" not in done.stdout  # an argument of this job alone
 
 
 def test_the_job_refuses_an_unknown_key_in_one_line():

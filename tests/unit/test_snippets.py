@@ -39,7 +39,7 @@ SNIPPETS = {
 }
 PLACEHOLDERS = {"/data/clips": "", "/data/model": "/exported"}
 """Folders of the reader, in the snippets -> in the test's own."""
-PARSED_ONLY: dict[str, str] = {}
+PARSED_ONLY = {"lora.md-0": "it needs an adapter: tests/unit/model/adapters/test_lora.py runs it with one"}
 """Name of a snippet -> why it cannot run without more than a CPU and two minutes."""
 PRINTED = {"mlflow.md-0": ["answer", "error", "None  video cannot be read or lies outside the roots"]}
 """What the page says that a snippet prints."""

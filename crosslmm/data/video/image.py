@@ -130,6 +130,7 @@ def read_webp_header(file: BinaryIO, data: DataConfig) -> WebpHeader:
         elif name == b"VP8L" and head[:1] == b"\x2f":
             bits = int.from_bytes(head[1:5], "little")
             width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    require_size(width, height, data)
     if not pictures:
         raise NoFrames
     require_size(width, height, data, known=True)

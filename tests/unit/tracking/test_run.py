@@ -120,7 +120,7 @@ def test_run_json_holds_what_a_replay_needs(run, folder, config):
 def test_a_replay_sends_nothing_twice(client, run, folder):
     before = client.get_run(run.run_id)
     again = tracking.replay(str(folder))
-    assert again == tracking.Delivered(run.run_id, 0, "FINISHED", None)
+    assert again == tracking.Delivered(run.run_id, 0, "FINISHED", None, None)
     assert client.get_run(run.run_id).to_dictionary() == before.to_dictionary()
 
 
@@ -284,7 +284,7 @@ def test_a_thread_that_cannot_go_on_ends_with_an_error(client, config, tmp_path,
     assert time.monotonic() - began < 30
     assert not run.delivered
     assert f"delivery to {run.uri} stopped: MlflowPanic: lost its lock; python jobs/track.py replay" in caplog.text
-    assert tracking.replay(str(tmp_path)) == tracking.Delivered(run_id, 2, "FINISHED", None)
+    assert tracking.replay(str(tmp_path)) == tracking.Delivered(run_id, 2, "FINISHED", None, None)
     client.delete_run(run_id)
 
 

@@ -28,7 +28,7 @@ def record(evaluated: Evaluated, source: Source, tracking: TrackingConfig) -> st
         EvaluationRecord(
             name=evaluated.folder.name,
             key=evaluated.begun["key"],
-            benchmark=source.benchmark.name,
+            benchmark=source.label,
             params=params | {"model": evaluated.model, "data": source.uri, "folder": evaluated.folder.uri},
             metrics=metrics(evaluated),
             data_uri=source.uri,

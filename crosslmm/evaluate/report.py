@@ -48,7 +48,7 @@ def page(evaluated: Evaluated, rival: Evaluated | None, difference: Estimate | N
     }
     facts_html = "".join(f"<div><dt>{escaped(k)}</dt><dd>{escaped(v)}</dd></div>" for k, v in facts.items())
     shown = _shown(evaluated.answers)
-    body = f"""<h1>{escaped(source.benchmark.name)}</h1>
+    body = f"""<h1>{escaped(source.label)}</h1>
 <p class="answer">{escaped(_headline(evaluated))}</p>
 {_comparison(rival, difference)}<dl>{facts_html}</dl>
 {_groups(evaluated)}
@@ -57,7 +57,7 @@ def page(evaluated: Evaluated, rival: Evaluated | None, difference: Estimate | N
 {_filters(shown)}
 <div id="videos">{_videos(shown, evaluated, source)}</div>
 </section>"""
-    return document(f"{source.benchmark.name}: {evaluated.model}", body, style=STYLE, script=FILTER)
+    return document(f"{source.label}: {evaluated.model}", body, style=STYLE, script=FILTER)
 
 
 def _digests(source: Source, identity: dict[str, Any]) -> dict[str, str]:

@@ -34,6 +34,7 @@ class EvaluationResult:
     name: str
     folder: str
     benchmark: str
+    """Benchmark or manifest, and what was chosen of it."""
     model: str
     """Version or folder of the model."""
     data_sha256: str
@@ -95,7 +96,7 @@ def run_evaluation(settings: EvaluationSettings, overrides: Overrides) -> Evalua
     return EvaluationResult(
         name=evaluated.folder.name,
         folder=evaluated.folder.uri,
-        benchmark=source.benchmark.name,
+        benchmark=source.label,
         model=evaluated.model,
         data_sha256=source.digest,
         questions=len(source.questions),
@@ -135,13 +136,13 @@ def _evaluate(
     identity = {
         "model": model.uri,
         "model_sha256": model.digest,
-        "benchmark": source.benchmark.name,
+        "benchmark": source.label,
         "data_sha256": source.digest,
         "questions_sha256": _digest([asdict(question) for question in source.questions]),
         **{key: getattr(config.data, key) for key in ("num_frames", "sampling", "fps", "decoder")},
         **asdict(asking),
     }
-    name = settings.name or safe_name(f"{source.benchmark.name}-{model.label}-{_digest(identity)[:8]}", 100)
+    name = settings.name or safe_name(f"{source.label}-{model.label}-{_digest(identity)[:8]}", 100)
     folder = EvaluationFolder(config.storage, name.replace("/", "_"))
     job = Job(model, source.questions, source.uri, asking, config, folder)
     begun = folder.begin(identity, job.block_videos)

@@ -30,7 +30,7 @@ def source(name: str, folder: Path) -> Source:
     """Write the made-up folder of a benchmark, and read it."""
     FOLDERS[name](folder)
     opened = Folder(str(folder))
-    return Source(BENCHMARKS[name].read(opened), BENCHMARKS[name], opened.uri, opened.digest, opened.roots)
+    return Source(name, BENCHMARKS[name].read(opened), BENCHMARKS[name], opened.uri, opened.digest, opened.roots)
 
 
 def replies(source: Source, texts=PREDICTIONS, unreadable=()) -> list[Reply]:

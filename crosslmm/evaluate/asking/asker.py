@@ -67,6 +67,9 @@ class Asker:
     def __init__(self, answerer: Answerer, max_new_tokens: int, likelihood: bool = False) -> None:
         self.answerer, self.max_new_tokens, self.likelihood = answerer, max_new_tokens, likelihood
         self.model, self.processor = answerer.model, answerer.processor
+        ends = self.model.generation_config.eos_token_id or []
+        ends = [*(ends if isinstance(ends, list) else [ends]), self.processor.tokenizer.eos_token_id]
+        self._end_ids = torch.tensor(ends, device=answerer.device)
 
     @torch.no_grad()
     def __call__(self, asked: Sequence[tuple[Watched, Sequence[Question]]]) -> list[list[Reply]]:
@@ -145,7 +148,7 @@ class Asker:
         """Return the greedy answers."""
         tokens = greedy_tokens(self.model, self._inputs(batch), self.max_new_tokens)
         # An answer ends at the first end token, and what follows is padding.
-        ended = (tokens == self.processor.tokenizer.eos_token_id).cumsum(dim=1)
+        ended = torch.isin(tokens, self._end_ids).cumsum(dim=1)
         counts = ((ended == 0).sum(dim=1) + (ended > 0).any(dim=1).int()).tolist()
         return [
             replace(item.reply, text=text, new_tokens=count)

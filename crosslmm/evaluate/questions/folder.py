@@ -15,7 +15,7 @@ from crosslmm.data.video.frame_list import BadFrameList, FrameList
 from crosslmm.evaluate.questions.question import BadBenchmark, Question
 from crosslmm.text import first_error, printable
 
-MAX_ROWS = 1_000_000
+MAX_ROWS = 200_000
 """Most rows of a benchmark."""
 MAX_FILE_BYTES = 64 * 2**20
 """Largest file of subtitles [bytes]."""

@@ -13,10 +13,17 @@ CHUNK = 1_000
 """Rows that are read together."""
 
 
-def read_manifest(manifest: Manifest) -> list[Question]:
-    """Return a question for each answer of each row: the conversation up to there, with its videos."""
+def read_manifest(manifest: Manifest, most: int | None = None) -> list[Question]:
+    """Return a question for each answer of each row: the conversation up to there, with its videos.
+
+    Args:
+        manifest: the rows.
+        most: return only so many questions, the first ones.
+    """
     questions: list[Question] = []
     for start in range(0, len(manifest), CHUNK):
+        if most is not None and len(questions) >= most:
+            break
         for row in manifest.take(np.arange(start, min(start + CHUNK, len(manifest)))):
             of_row = list(scoring.questions_of(row["messages"]))
             for turn, (messages, answer) in enumerate(of_row, start=1):
@@ -29,7 +36,7 @@ def read_manifest(manifest: Manifest) -> list[Question]:
                         groups=() if row["kind"] is None else (("kind", row["kind"]),),
                     )
                 )
-    return questions
+    return questions[:most]
 
 
 def _video_parts(messages: Messages) -> int:

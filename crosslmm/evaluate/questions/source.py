@@ -1,6 +1,8 @@
 """Where the questions of an evaluation come from: a benchmark's folder, or a manifest."""
 
+import re
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 
 from crosslmm.config import BadConfig
 from crosslmm.data.manifest import Manifest
@@ -11,6 +13,8 @@ from crosslmm.evaluate.questions.manifest import MANIFEST, read_manifest
 from crosslmm.evaluate.questions.question import BadBenchmark, Question
 from crosslmm.evaluate.settings import EvaluationSettings
 
+MOST_QUESTIONS = 200_000
+"""Most questions of an evaluation; each process holds them all."""
 MOST_LISTED = 50
 """Groups that an error lists."""
 
@@ -19,6 +23,8 @@ MOST_LISTED = 50
 class Source:
     """Questions, and where they come from."""
 
+    label: str
+    """Name of what is scored: videomme, videomme.duration-long.128-frames; of a manifest, its file's name."""
     questions: list[Question]
     benchmark: Benchmark
     uri: str
@@ -41,12 +47,33 @@ def read_source(settings: EvaluationSettings) -> Source:
         if question.id in seen:
             raise BadBenchmark(f"{source.uri}: two questions have the id {question.id!a}")
         seen.add(question.id)
-    return replace(source, questions=_selected(source.questions, settings)[: settings.limit])
+    questions = _selected(source.questions, settings)[: settings.limit]
+    return replace(source, label=_label(source.label, settings), questions=questions)
+
+
+def _label(name: str, settings: EvaluationSettings) -> str:
+    """Return the name of what is scored, with all that makes its score another one."""
+    parts = [
+        name,
+        settings.only,
+        f"first-{settings.limit}" if settings.limit else None,
+        f"{settings.num_frames}-frames" if settings.num_frames else None,
+        "likelihood" if settings.likelihood else None,
+        settings.scorer,
+    ]
+    return ".".join(re.sub(r"[^\w-]+", "-", part)[:60] for part in parts if part)
 
 
 def _read_manifest(settings: EvaluationSettings) -> Source:
     manifest = Manifest(str(settings.manifest), settings.roots)
-    return Source(read_manifest(manifest), MANIFEST, manifest.uri, manifest.digest, manifest.roots)
+    most = (
+        min(settings.limit or MOST_QUESTIONS + 1, MOST_QUESTIONS + 1) if settings.only is None else MOST_QUESTIONS + 1
+    )
+    questions = read_manifest(manifest, most)
+    if len(questions) > MOST_QUESTIONS:
+        raise BadConfig(f"--manifest {settings.manifest}: has more than {MOST_QUESTIONS} questions; give --limit")
+    name = PurePosixPath(manifest.uri).stem
+    return Source(name, questions, MANIFEST, manifest.uri, manifest.digest, manifest.roots)
 
 
 def _read_benchmark(settings: EvaluationSettings) -> Source:
@@ -55,7 +82,7 @@ def _read_benchmark(settings: EvaluationSettings) -> Source:
     benchmark = BENCHMARKS[settings.benchmark]
     folder = Folder(str(settings.data), settings.roots)
     questions = benchmark.read(folder)
-    return Source(questions, benchmark, folder.uri, folder.digest, folder.roots)
+    return Source(benchmark.name, questions, benchmark, folder.uri, folder.digest, folder.roots)
 
 
 def _selected(questions: list[Question], settings: EvaluationSettings) -> list[Question]:

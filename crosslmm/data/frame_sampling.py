@@ -5,7 +5,7 @@ The configuration names a policy, and the registered model stores it, so trainin
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -108,10 +108,14 @@ class SampledFrames:
     """When each frame appears, counted from the video's first frame, float64 (frames,) [s]. A part of a video
     (`#t=START`) may begin with a frame that appeared before START."""
     shortfall: str | None = None
-    """Why there are fewer frames than the policy asked for; None if there are not."""
+    """Why there are fewer frames than the policy asked for, or frames from a part of the file only; None if neither."""
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def with_shortfall(self, reason: str) -> "SampledFrames":
+        """Return the same frames with one more reason."""
+        return replace(self, shortfall=f"{self.shortfall}; {reason}" if self.shortfall else reason)
 
 
 def describe_shortfall(moments: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> str | None:

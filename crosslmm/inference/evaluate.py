@@ -63,12 +63,13 @@ def evaluate(answerer: Answerer, manifest: Manifest, rows: int | None = None, ba
     count = min(rows or len(manifest), len(manifest))
     outcomes: list[scoring.Outcome] = []
     answers: list[Answer] = []
+    short: set[str] = set()
     limit = answer_limit(manifest, answerer.processor)
     data = answerer.config.data.model_copy(update={"roots": manifest.roots})
     with Decoder(data, answerer.processor.image_size) as decoder, Progress(log, "asking", count, "row") as progress:
         for start in range(0, count, batch_size):
             batch = manifest.take(range(start, min(start + batch_size, count)))
-            for answer, new_outcomes in _ask(answerer, batch, _read(decoder, batch), limit):
+            for answer, new_outcomes in _ask(answerer, batch, _read(decoder, batch, short), limit):
                 answers += answer
                 outcomes += new_outcomes
             progress.update(start + len(batch))
@@ -82,8 +83,11 @@ def evaluate(answerer: Answerer, manifest: Manifest, rows: int | None = None, ba
     return Evaluation(score, answers)
 
 
-def _read(decoder: Decoder, rows: list[dict[str, Any]]) -> list[Sample]:
-    """Return the rows with their decoded videos, or with the reason why one of them is unreadable."""
+def _read(decoder: Decoder, rows: list[dict[str, Any]], short: set[str]) -> list[Sample]:
+    """Return the rows with their decoded videos, or with the reason why one of them is unreadable.
+
+    Videos with fewer frames than asked are added to `short`; those that were not in it yet are logged.
+    """
     decoded = iter(decoder([uri for row in rows for uri in row["videos"]]))
     samples = []
     for position, row in enumerate(rows):
@@ -96,8 +100,9 @@ def _read(decoder: Decoder, rows: list[dict[str, Any]]) -> list[Sample]:
             videos.append(video.images)
             if video.shortfall:
                 shortfalls.append(f"{describe_video(uri)}: {video.shortfall}")
-        if shortfalls:
-            log.warning("%a: %s", row["id"], "; ".join(shortfalls))
+        if new := [shortfall for shortfall in shortfalls if shortfall not in short]:
+            log.warning("%a: %s", row["id"], "; ".join(new))
+        short.update(shortfalls)
         fields = {key: row[key] for key in ("manifest", "line", "id", "messages", "kind")}
         samples.append(Sample(position, videos=videos, weight=1.0, error=error, shortfalls=shortfalls, **fields))
     return samples

@@ -24,8 +24,8 @@ POLL_S = 0.5
 """Pause between two reads of the event channel [s]."""
 MAX_KINDS = 20
 """Kinds of questions whose accuracy a log line names at most."""
-MAX_SHORT_ROWS = 1000
-"""Rows with fewer frames than asked that the log names; further ones are counted [rows]."""
+MAX_SHORT_VIDEOS = 1000
+"""Videos with fewer frames than asked that the log names; further ones are counted [videos]."""
 SETTLE_S = 10.0
 """How long a validation's report waits for its metrics to be in the MLflow record [s]."""
 
@@ -64,7 +64,7 @@ class TrainingMonitor:
         # A resumed run extends its ledger.
         earlier = read_ledger(job.folder)
         self._unreadable: dict[tuple[str, str, int], dict[str, Any]] = {_key(entry): entry for entry in earlier}
-        self._short: set[tuple[str, int]] = set()
+        self._short: set[str] = set()
         self._progress = Progress(log, "starting workers", job.total_steps, "step")
         self._channel_failed = False
         self._stop = threading.Event()
@@ -85,10 +85,9 @@ class TrainingMonitor:
             log.warning(
                 "%s rows could not be read; %s in the run's folder lists them", len(self._unreadable), QUARANTINE_FILE
             )
-        if len(self._short) > MAX_SHORT_ROWS:
-            log.warning(
-                "%s rows gave fewer frames than asked; the first %s are named above", len(self._short), MAX_SHORT_ROWS
-            )
+        if len(self._short) > MAX_SHORT_VIDEOS:
+            text = "%s videos gave fewer frames than asked; the first %s are named above"
+            log.warning(text, len(self._short), MAX_SHORT_VIDEOS)
 
     def _follow(self) -> None:
         """Handle events until the run ends; runs in the monitor's thread."""
@@ -192,12 +191,13 @@ class TrainingMonitor:
                 log.warning("%s cannot be written now: %s; trying again later", QUARANTINE_FILE, type(error).__name__)
 
     def _handle_short(self, items: list[tuple[str, int, str, list[str]]]) -> None:
-        """Log rows whose videos gave fewer frames than asked, each row once."""
+        """Log videos that gave fewer frames than asked, each once, with the first row that shows it."""
         for manifest, line, row, shortfalls in items:
-            if (manifest, line) not in self._short:
-                self._short.add((manifest, line))
-                if len(self._short) <= MAX_SHORT_ROWS:
-                    log.warning("kept: %s line %s (%s): %s", manifest, line, row, "; ".join(shortfalls))
+            room = max(0, MAX_SHORT_VIDEOS - len(self._short))
+            new = [shortfall for shortfall in shortfalls if shortfall not in self._short]
+            self._short.update(new)
+            if new[:room]:
+                log.warning("kept: %s line %s (%s): %s", manifest, line, row, "; ".join(new[:room]))
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str, int]:

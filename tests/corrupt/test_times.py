@@ -119,18 +119,23 @@ def test_a_wrong_duration_of_a_matroska_file_is_not_used(tmp_path, cues, factor)
     path = with_duration(make(tmp_path / "a.mkv", *H264, **SLOW), factor)
     if cues == "without an index":
         data = path.read_bytes()
-        path.write_bytes(data[: data.rindex(b"\x1c\x53\xbb\x6b")])
+        path.write_bytes(data.replace(b"\x1c\x53\xbb\x6b", b"\x1c\x53\xbb\x6a"))  # a name that nobody knows
     require_right(path)
 
 
-@pytest.mark.parametrize("factor", [0.3, 0.8, 1.2, 3])
-def test_a_wrong_duration_of_an_mp4_track_is_not_used(tmp_path, factor):
-    path = make(tmp_path / "a.mp4", *H264, **SLOW)
+def with_other_duration(path: Path, factor: float) -> None:
+    """Let the headers of an mp4 claim another duration than its index, so that this counts."""
     data = bytearray(path.read_bytes())
     for box, at in ((b"mdhd", 20), (b"mvhd", 20), (b"tkhd", 24)):
         start = data.index(box) + at
         struct.pack_into(">I", data, start, int(struct.unpack_from(">I", data, start)[0] * factor))
     path.write_bytes(data)
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.8, 1.2, 3])
+def test_a_wrong_duration_of_an_mp4_track_is_not_used(tmp_path, factor):
+    path = make(tmp_path / "a.mp4", *H264, **SLOW)
+    with_other_duration(path, factor)
     require_right(path)
 
 
@@ -273,3 +278,17 @@ def test_a_stream_without_frames_gives_way_to_the_next(tmp_path):
     result = decode_video(str(path), DATA, SIDE)
     assert [zoo.read_number(image) for image in result.images] == [2, 7, 12, 17, 22, 27, 32, 37]
     assert probe_video(str(path), DATA).seconds == pytest.approx(4)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.97])
+@pytest.mark.parametrize("kind", ["a.mp4", "disagrees.mp4", "a.avi", "a.mkv"])
+def test_a_file_that_was_cut_off_is_named_even_if_it_gives_all_frames(tmp_path, kind, share):
+    options = {"avi": MPEG4, "mkv": H264, "mp4": (*H264, "-movflags", "faststart")}[kind[-3:]]
+    path = make(tmp_path / kind, *options, fps=10, frames=100)
+    assert decode_video(str(path), DATA, SIDE).shortfall is None
+    if kind == "disagrees.mp4":
+        with_other_duration(path, 0.8)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    shortfall = decode_video(str(path), DATA, SIDE).shortfall
+    assert f"the file was cut off: it has {int(len(whole) * share)} of its " in shortfall

@@ -16,7 +16,7 @@ from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data.frame_sampling import FrameSampling, SampledFrames, describe_shortfall, split_time_range
 from crosslmm.data.video.backends import with_decord, with_torchcodec
 from crosslmm.data.video.container import UnreadableVideo
-from crosslmm.data.video.detect import detect_format, require_unencrypted
+from crosslmm.data.video.detect import describe_missing_end, detect_format, require_unencrypted
 from crosslmm.data.video.frame_list import BadFrameList, is_frame_list, parse_frame_list
 from crosslmm.data.video.image import PICTURES, decode_picture
 from crosslmm.data.video.probe import Probe, probe, probe_picture
@@ -77,7 +77,9 @@ def decode_video(uri: str, data: DataConfig, image_size: int) -> SampledFrames |
         if format_name in PICTURES:
             return decode_picture(file, format_name, data, image_size, start, end)
         require_unencrypted(file, format_name)
-        return BACKENDS[data.decoder](file, format_name, data, image_size, start, end)
+        missing = describe_missing_end(file, format_name)
+        frames = BACKENDS[data.decoder](file, format_name, data, image_size, start, end)
+        return frames.with_shortfall(missing) if missing else frames
 
     return _read_file(address, data, decode)
 

@@ -1,4 +1,4 @@
-"""Find out what a file is from its first bytes, and whether it is encrypted, before any decoder sees it.
+"""Find out what a file is from its first bytes, whether it is encrypted, and whether its end is missing.
 
 No decoder is left to guess: playlists and scripts could make it open other files and hosts.
 """
@@ -44,6 +44,12 @@ VIDEO_TYPES = {0x01, 0x02, 0x10, 0x1B, 0x24, 0x33, 0x42, 0xEA}
 """Types of the streams in a transport stream's tables that are videos."""
 SCANNED_BYTES = 256 * 2**10
 """Bytes of a file that are searched for scrambled packets."""
+SEGMENT = 0x18538067
+"""Name of the element that holds all others of a Matroska file, after the header."""
+UNKNOWN_END = 2**63
+"""End of a Matroska element of unknown size, beyond the end of every file [bytes]."""
+MIN_MISSING_SHARE = 1e-3
+"""Share of a file from which on its end is missing; writers err by a few bytes."""
 MAX_ELEMENTS = 256
 """Elements of a Matroska file in one parent that are looked at; there are about twenty."""
 
@@ -87,6 +93,15 @@ def require_unencrypted(file: BinaryIO, format_name: str) -> None:
     check = ENCRYPTION.get(format_name)
     if check and (scheme := check(file)):
         raise UnreadableVideo(f"its video is encrypted ({scheme})")
+
+
+def describe_missing_end(file: BinaryIO, format_name: str) -> str | None:
+    """Return in words how much of a file is missing if it was cut off, as far as the format states its size."""
+    claim, size = CLAIMED_SIZE.get(format_name), file.seek(0, os.SEEK_END)
+    claimed = claim(file) if claim else 0
+    if claimed - size <= MIN_MISSING_SHARE * claimed:
+        return None
+    return f"the file was cut off: it has {size} of its {claimed} bytes"
 
 
 def _packet_size(head: bytes) -> int:
@@ -165,15 +180,26 @@ def _protected_asf(file: BinaryIO) -> str | None:
 def _encrypted_matroska(file: BinaryIO) -> str | None:
     """Look for ContentEncryption in the first video track."""
     everything = 0, file.seek(0, os.SEEK_END)
-    segment, tracks = 0x18538067, 0x1654AE6B
+    tracks = 0x1654AE6B
     track, kind, encodings, encoding, encryption = 0xAE, 0x83, 0x6D80, 0x6240, 0x5035
-    for entry in _elements(file, track, _first(file, tracks, _first(file, segment, everything))):
+    for entry in _elements(file, track, _first(file, tracks, _first(file, SEGMENT, everything))):
         at, _ = _first(file, kind, entry)
         file.seek(at)
         if file.read(1) == b"\1":
             found = _first(file, encryption, _first(file, encoding, _first(file, encodings, entry)))
             return "ContentEncryption" if found[1] else None
     return None
+
+
+def _claimed_avi_size(file: BinaryIO) -> int:
+    file.seek(4)
+    size = int.from_bytes(file.read(4), "little")
+    return 0 if size == 2**32 - 1 else 8 + size  # unknown while it was written
+
+
+def _claimed_matroska_size(file: BinaryIO) -> int:
+    _, end = _first(file, SEGMENT, (0, UNKNOWN_END))
+    return end if end < UNKNOWN_END else 0
 
 
 def _first(file: BinaryIO, name: int, parent: tuple[int, int]) -> tuple[int, int]:
@@ -207,3 +233,9 @@ ENCRYPTION: dict[str, Callable[[BinaryIO], str | None]] = {
     "asf": _protected_asf,
 }
 """Functions that return the name of a file's encryption, or None."""
+CLAIMED_SIZE: dict[str, Callable[[BinaryIO], int]] = {
+    "mov": mp4.claimed_size,
+    "matroska": _claimed_matroska_size,
+    "avi": _claimed_avi_size,
+}
+"""Functions that return the size which a file of a format should have [bytes]; 0 if it does not say."""

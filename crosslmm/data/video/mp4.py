@@ -30,6 +30,11 @@ def _contains_compressed(file: BinaryIO, start: int, end: int, depth: int) -> bo
     )
 
 
+def claimed_size(file: BinaryIO) -> int:
+    """Return the file's size by its boxes [bytes]: one that was cut off has less."""
+    return max((last for _, _, last in _claimed_boxes(file, 0, file.seek(0, io.SEEK_END))), default=0)
+
+
 def encryption_scheme(file: BinaryIO) -> str | None:
     """Return the name of the scheme by which a video track is encrypted ("cenc", "cbcs", ...); None if none is."""
     for track in _boxes_at(file, (b"moov", b"trak", b"mdia"), (0, file.seek(0, io.SEEK_END))):
@@ -90,6 +95,12 @@ def _boxes_at(file: BinaryIO, path: tuple[bytes, ...], span: tuple[int, int]) ->
 
 def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield name and content [start, end) of each mp4 box between two offsets; stop at a malformed box."""
+    for name, first, last in _claimed_boxes(file, start, end):
+        yield name, first, min(last, end)
+
+
+def _claimed_boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield boxes as `_boxes` does, but with the end that their size claims, which may be after `end`."""
     while start + 8 <= end:
         file.seek(start)
         head = file.read(16)
@@ -102,5 +113,5 @@ def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, i
             size = end - start
         if size < header_size:
             return
-        yield name, start + header_size, min(start + size, end)
+        yield name, start + header_size, start + size
         start += size

@@ -78,7 +78,9 @@ def with_pyav(
             if timeline.estimated or is_cut:
                 frames, _ = replace(source, timeline=measured).decode(sampling, start, end, image_size)
             if is_cut and not timeline.estimated:
-                frames = _of_a_cut_file(frames, measured.duration, timeline.duration)
+                frames = frames.with_shortfall(
+                    f"the file has {measured.duration:.1f} s of its {timeline.duration:.1f} s"
+                )
     if not len(frames):
         raise NoFrames
     return replace(frames, shortfall=None) if timeline.frames == 1 else frames  # a file of one frame is an image
@@ -89,12 +91,6 @@ def to_image(frame: av.VideoFrame, resize: VideoReformatter, image_size: int) ->
     image = resize.reformat(frame, image_size, image_size, format="rgb24").to_ndarray()
     # Containers store how the phone was held; decoders do not apply it.
     return np.rot90(image, frame.rotation // 90)
-
-
-def _of_a_cut_file(frames: SampledFrames, seconds: float, claimed: float) -> SampledFrames:
-    """Return frames that were sampled from the `seconds` that are left of a video, with the reason."""
-    reason = f"the file has {seconds:.1f} s of its {claimed:.1f} s"
-    return replace(frames, shortfall=f"{frames.shortfall}; {reason}" if frames.shortfall else reason)
 
 
 Segment = tuple[Keyframe | None, np.ndarray]

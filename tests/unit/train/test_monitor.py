@@ -116,15 +116,16 @@ def test_an_error_in_one_kind_of_event_does_not_lose_the_others(tmp_path, caplog
     assert "events of kind 'step' could not be handled; the run goes on" in caplog.messages
 
 
-def test_rows_with_few_frames_are_named_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("crosslmm.train.monitor.MAX_SHORT_ROWS", 2)
-    short = [("short", ("m", line, f"row {line}", ["a.mp4: 1 of 8 frames: why", "b.mp4: too"])) for line in (1, 2, 3)]
+def test_videos_with_few_frames_are_named_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("crosslmm.train.monitor.MAX_SHORT_VIDEOS", 3)
+    videos = [["a: why", "b: why"], ["b: why"], ["b: why", "c: why", "d: why"]]
+    short = [("short", ("m", line, f"row {line}", lines)) for line, lines in enumerate(videos, start=1)]
     with monitor(tmp_path, None, None, short[:2] + short + short):
         pass
     assert caplog.messages == [
-        "kept: m line 1 (row 1): a.mp4: 1 of 8 frames: why; b.mp4: too",
-        "kept: m line 2 (row 2): a.mp4: 1 of 8 frames: why; b.mp4: too",
-        "3 rows gave fewer frames than asked; the first 2 are named above",
+        "kept: m line 1 (row 1): a: why; b: why",
+        "kept: m line 3 (row 3): c: why",
+        "4 videos gave fewer frames than asked; the first 3 are named above",
     ]
 
 

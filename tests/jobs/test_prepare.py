@@ -119,7 +119,7 @@ def test_malformed_rows_prevent_the_seal_and_are_reported(prepared):
     assert unsealed
     error = next(line for line in output.splitlines() if line.startswith("error:"))
     assert re.search(
-        r"line 2001: Invalid JSON: .*; 2 of 4,00[01] rows are malformed; all are in s3://videos/prepared/", error
+        r"line 2001: Invalid JSON: .*; 2 of 4,001 rows are malformed; all are in s3://videos/prepared/", error
     )
     assert re.search(r"1  3002 +its id is also on line 2", output)
 

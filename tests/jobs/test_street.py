@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -249,12 +250,12 @@ def test_a_broken_manifest_fails_the_job_at_once(cluster, manifest):
     job = submit(cluster, "--data.manifest=s3://videos/data/broken.jsonl")
     output, _ = job.communicate(timeout=100)
     assert job.returncode != 0
-    error = next(line for line in output.splitlines() if line.startswith("error:"))
-    lines = len(broken.splitlines())
-    assert f"line {lines - 1}: " in error
-    assert "Invalid JSON" in error
-    assert f"line {lines}: " in error
-    assert "vidoe" in error
+    table, error = output.split("error: ")
+    last = len(broken.splitlines())
+    assert f"line {last - 1}: Invalid JSON" in error
+    assert "2 of 50 rows are malformed" in error
+    assert re.search(rf"1 +{last - 1} +Invalid JSON", table)
+    assert re.search(rf"1 +{last} +.*vidoe", table)
 
 
 def test_a_request_too_large_for_the_cluster_is_refused(cluster, manifest):

@@ -108,6 +108,11 @@ class BackgroundSync:
         """Whether MLflow has all of an ended run."""
         return self._state is State.DELIVERED
 
+    @property
+    def waiting(self) -> int:
+        """Number of steps that are not delivered yet."""
+        return len(self._waiting)
+
     def log(self, steps: Iterable[StepRecord]) -> None:
         """Queue the metrics of steps; MLflow ignores steps that it already has."""
         with self._changed:

@@ -230,12 +230,20 @@ class Saver:
         attempt: differs between starts of the workers, so that none overwrites what an earlier one left.
         group: a gloo group of all ranks that nothing else uses while checkpoints are written.
         base: on rank 0, the model that the adapters belong to; None without adapters.
+        sealed: called on rank 0, in the saver's thread, with step and unix time [s] of each finished checkpoint.
     """
 
     def __init__(
-        self, run: str, config: RunConfig, attempt: str, group: dist.ProcessGroup, base: Base | None = None
+        self,
+        run: str,
+        config: RunConfig,
+        attempt: str,
+        group: dist.ProcessGroup,
+        base: Base | None = None,
+        sealed: Callable[[int, float], None] = lambda step, when: None,
     ) -> None:
         self.run, self.config, self.attempt, self.group, self.base = run, config, attempt, group, base
+        self.sealed = sealed
         self._staging = _Staging()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -328,6 +336,7 @@ class Saver:
             storage.write_bytes(storage.join(self.run, history), "".join(self._history).encode())
         checkpoint_store.write_seal(checkpoint)
         self._history = []
+        self.sealed(checkpoint.step, checkpoint.sealed_at)
 
     def _retain(self) -> None:
         try:

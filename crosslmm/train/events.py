@@ -16,7 +16,7 @@ class EventChannel:
 
     Kinds of events: "started" (first step, number of parameters), "step" (number, unix time [s], metrics), "unreadable"
     (a quarantined row), "short" (manifest, line and id of a row whose videos gave fewer frames than asked, and why),
-    "log" (level, message, rank, step).
+    "log" (level, message, rank, step), "sealed" (step and unix time [s] of a finished checkpoint).
     """
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ from crosslmm.data.quarantine import read_ledger
 from crosslmm.progress import Progress
 from crosslmm.run_folder import QUARANTINE_FILE
 from crosslmm.scoring import ACCURACY, COUNT, UNREADABLE
+from crosslmm.train.gauges import RunGauges
 from crosslmm.train.job import Job
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class TrainingMonitor:
         self._unreadable: dict[tuple[str, str, int], dict[str, Any]] = {_key(entry): entry for entry in earlier}
         self._short: set[str] = set()
         self._progress = Progress(log, "starting workers", job.total_steps, "step")
+        self._gauges = RunGauges(str(job.config.name))
+        self._gauges.set(total_steps=job.total_steps, unreadable=len(self._unreadable))
         self._channel_failed = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="monitor", daemon=True)
@@ -122,6 +125,7 @@ class TrainingMonitor:
             "log": self._handle_log,
             "unreadable": self._handle_unreadable,
             "short": self._handle_short,
+            "sealed": self._handle_sealed,
             "step": self._handle_steps,
         }
         for kind, handler in handlers.items():
@@ -140,12 +144,18 @@ class TrainingMonitor:
         for level, message, rank, step in items:
             log.log(level, "%s", message, extra={"rank": rank} | ({} if step is None else {"step": step}))
 
+    def _handle_sealed(self, items: list[tuple[int, float]]) -> None:
+        for step, when in items:
+            log.debug("checkpoint sealed", extra={"step": step})
+            self._gauges.set(sealed_at=when)
+
     def _handle_steps(self, steps: list[StepEvent]) -> None:
         if not steps:
             return
         self.record.log(steps)
         step, when, metrics = steps[-1]
         self.last_metrics = metrics
+        self._gauges.set(step=step, waiting=self.record.waiting, **metrics)
         self.train_s = when - (self._began or when)
         status = (
             f"loss {metrics.get('loss', math.nan):.3f}  {metrics['samples_per_s']:.0f} samples/s  "
@@ -182,6 +192,7 @@ class TrainingMonitor:
                 self._unreadable[_key(item)] = item
                 self._ledger_outdated = True
                 log.warning("left out: %s line %s (%s): %s", *(item[k] for k in ("manifest", "line", "id", "reason")))
+        self._gauges.set(unreadable=len(self._unreadable))
         if self._ledger_outdated:
             lines = (json.dumps(item) + "\n" for _, item in sorted(self._unreadable.items()))
             try:

@@ -102,7 +102,10 @@ def train(train_loop_config: dict[str, Any]) -> None:
     if rank == 0:
         job.events.post.remote("started", (first_step, sum(p.numel() for p in model.parameters())))
 
-    saver = Saver(job.folder, config, attempt[0], group, base)
+    def sealed(step: int, when: float) -> None:
+        job.events.post.remote("sealed", (step, when))
+
+    saver = Saver(job.folder, config, attempt[0], group, base, sealed)
     with StopListener(job.events, rank) as listener:
         callbacks = _WorkerCallbacks(
             job, model, optimizer, processor, process, saver, watchdog, listener, newest.metrics if newest else {}

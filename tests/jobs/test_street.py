@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.inference.answerer import NO_VIDEO
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.scoring import MARGIN_TOKENS
+from crosslmm.train.gauges import OF_RUN, OF_STEP
 from tests.support.common import ROOT, conversation, processes
 
 STEPS, CHECKPOINT_EVERY = 10, 4
@@ -106,6 +109,18 @@ def submit(cluster, *arguments, **options):
     # From another folder: the job runs in the cluster's folder and environment.
     return subprocess.Popen(command, env=cluster.environment, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, **options)  # fmt: skip
+
+
+def scrape_until_the_end(cluster, job):
+    """Read the metrics of the cluster's nodes, as Prometheus does, while a job runs; return the gauges of its run."""
+    exported = set()
+    while job.poll() is None:
+        listed = json.loads((cluster.folder / "t/prom_metrics_service_discovery.json").read_text())
+        for target in listed[0]["targets"]:
+            with suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                exported |= set(re.findall(r'^(ray_crosslmm_\w+){.*run="adapted"', answer.read().decode(), re.M))
+        time.sleep(1)
+    return exported
 
 
 @pytest.fixture(scope="module")
@@ -221,10 +236,12 @@ def test_adapters_are_trained_over_the_model_of_a_run(cluster, undisturbed, mani
         "--model.init_from=s3://videos/runs/undisturbed/model", "--train.lora.rank=4",
         "--train.learning_rate.vision=0", "--train.lora.dropout=0.1",
     )  # fmt: skip
+    exported = scrape_until_the_end(cluster, job)
     output, _ = job.communicate(timeout=280)
     assert job.returncode == 0, output
     result = json.loads(next(line for line in output.splitlines() if line.startswith('{"name"')))
     assert result["model_uri"] == "models:/crosslmm@adapted"
+    assert exported == {f"ray_{name}" for name, _ in [*OF_STEP.values(), *OF_RUN.values()]}
     files = names("s3://videos/runs/adapted/model")
     assert {"adapter_config.json", "adapter_model.safetensors", "base.json", "run.yaml"} <= files
     assert "model.safetensors" not in files

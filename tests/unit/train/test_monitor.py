@@ -33,6 +33,8 @@ class Events:
 class Record:
     """Record that notes what it gets; its first call can fail."""
 
+    waiting = 0
+
     def __init__(self, fail_first: bool = False) -> None:
         self.calls, self.fail_first = [], fail_first
 
@@ -52,7 +54,8 @@ def _local_ray(monkeypatch):
 
 
 def monitor(folder, record=None, report=None, *batches):
-    job = SimpleNamespace(total_steps=4, folder=str(folder), events=Events(*batches))
+    config = SimpleNamespace(name="run")
+    job = SimpleNamespace(config=config, total_steps=4, folder=str(folder), events=Events(*batches))
     return TrainingMonitor(job, record or Record(), report)
 
 

@@ -267,7 +267,7 @@ def test_a_broken_manifest_fails_the_job_at_once(cluster, manifest):
     job = submit(cluster, "--data.manifest=s3://videos/data/broken.jsonl")
     output, _ = job.communicate(timeout=100)
     assert job.returncode != 0
-    table, error = output.split("error: ")
+    table, error, *_ = output.split("error: ")
     last = len(broken.splitlines())
     assert f"line {last - 1}: Invalid JSON" in error
     assert "2 of 50 rows are malformed" in error

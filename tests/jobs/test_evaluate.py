@@ -1,7 +1,7 @@
 """jobs/evaluate.py on a real cluster: killed and resumed, unreadable videos, a bucket, two registered versions."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,21 +90,28 @@ def test_each_question_has_one_answer(undisturbed):
 
 
 def kill_and_resume(cluster, folder: Path, arguments: list[str], moments: int) -> tuple[str, dict | None]:
-    """Kill the job with SIGKILL at some moments, each time with another number of workers; return the last start."""
-    for moment in range(moments):
-        workers = 1 + moment % 2
+    """Kill the job with SIGKILL at some moments, each time with another number of workers; return the last start. An
+    evaluation that ends before all kills is begun anew."""
+    kills = 0
+    while kills < moments:
+        workers = 1 + kills % 2
         job = evaluate(cluster, folder, f"--scaling.num_workers={workers}", *arguments)
         deadline = time.monotonic() + 240
-        wanted = moment % 4  # blocks that this start may finish; 0: while the model is being loaded
+        wanted = kills % 4  # blocks that this start may finish; 0: while the model is being loaded
         before = len(list(folder.glob("runs/evaluations/*/blocks/*.jsonl")))
         while job.poll() is None and time.monotonic() < deadline:
             blocks = len(list(folder.glob("runs/evaluations/*/blocks/*.jsonl")))
             if blocks - before >= wanted and list(folder.glob("runs/evaluations/*/evaluation.json")):
-                time.sleep(0.3 * moment % 1.7)
+                time.sleep(0.3 * kills % 1.7)
                 break
             time.sleep(0.02)
-        os.kill(job.pid, signal.SIGKILL)
-        job.communicate()
+        if job.poll() is None:
+            job.kill()
+            kills += 1
+        else:
+            shutil.rmtree(folder / "runs")
+        output, _ = job.communicate()
+        assert job.returncode in (0, -signal.SIGKILL), output
     return finish(evaluate(cluster, folder, f"--scaling.num_workers={1 + moments % 2}", *arguments))
 
 

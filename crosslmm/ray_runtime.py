@@ -5,6 +5,7 @@ tests/unit/test_ray_runtime.py, and nowhere else. Imports are local, since helpe
 """
 
 import contextlib
+import json
 import logging
 import os
 import secrets
@@ -175,6 +176,34 @@ def spill_folder() -> str | None:
     # By default Ray spills to a session's folder, whose name changes: name its parent.
     default = not folder or folder.startswith(node.get_session_dir_path())
     return str(node.get_temp_dir_path() if default else folder)
+
+
+def current_job() -> tuple[str, str]:
+    """Return the id of the cluster that this process is connected to, and of its job there; empty outside of any."""
+    if not ray.is_initialized():
+        return "", ""
+    return _local_node().cluster_id.hex(), ray.get_runtime_context().get_job_id()
+
+
+def job_has_ended(cluster: str, job: str) -> bool:
+    """Return whether a job of the connected cluster is known to have ended; False for a job of another one.
+
+    Args:
+        cluster, job: as `current_job` returned them there.
+    """
+    from ray._private.state import jobs
+
+    if not job or cluster != current_job()[0]:
+        return False
+    return any(entry["JobID"] == job and entry["IsDead"] for entry in jobs())
+
+
+def submission_id() -> str:
+    """Return the id under which this process was submitted (`ray job submit`); empty if it was not."""
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    job = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    return str(job.get("metadata", {}).get("job_submission_id", ""))
 
 
 def _local_node() -> Any:

@@ -14,6 +14,7 @@ The folder is the source of truth; MLflow's run is made from it and can be made 
     │   ├── base.json                       of a run that trains adapters: where the other weights are, and their sha256
     │   ├── seal.json                       written last, lists the files; without it the checkpoint does not count
     │   └── broken-seal.json                in place of seal.json once damage was detected; says which
+    ├── owners/NNNNNNNN.json            who ran it, a file per owner; the last one owns the folder, see `lease/lease.py`
     ├── stacks/*.txt                    stack traces of ranks that the watchdog stopped
     ├── not_finite/step-XXXXXXXX.json   sample ids of a step whose gradient was not finite
     ├── ray/                            Ray Train's own state; nothing is read from it
@@ -25,6 +26,7 @@ The folder is the source of truth; MLflow's run is made from it and can be made 
 
     STORAGE/SWEEP/                      a sweep
     ├── sweep.json                      settings that must not change when the sweep resumes
+    ├── owners/NNNNNNNN.json            as of a run; its trials belong to the same owner
     ├── trials/NNN.json                 state of each trial
     ├── report.html                     the report
     └── TRIAL/                          the run of a trial, as above
@@ -52,6 +54,7 @@ QUARANTINE_FILE = "quarantine.jsonl"
 CHECKPOINT_FOLDER = re.compile(r"step-\d{8}-\w+")
 SHARD_FILE, CHECKPOINT_INDEX_FILE = "rank-{:05d}.safetensors", "index.json"
 SEAL_FILE, BROKEN_SEAL_FILE = "seal.json", "broken-seal.json"
+OWNERS_FOLDER, OWNER_FILE = "owners", re.compile(r"(\d{8,12})\.json")
 STACKS_FOLDER = "stacks"
 NON_FINITE_FOLDER = "not_finite"
 RAY_FOLDER = "ray"
@@ -107,6 +110,11 @@ def begin_run(
 def has_run(folder: str) -> bool:
     """Return whether a run was begun in this folder."""
     return storage.exists(storage.join(folder, RUN_FILE))
+
+
+def is_unused(folder: str) -> bool:
+    """Return whether a folder is empty or does not exist; a start that was refused leaves nothing but its lease."""
+    return not storage.files_in(folder) and set(storage.folders_in(folder)) <= {OWNERS_FOLDER}
 
 
 def read_run(folder: str) -> dict[str, Any]:

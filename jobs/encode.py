@@ -36,6 +36,7 @@ def main() -> int:
         fail(error)
     from crosslmm.data.manifest import BadManifest
     from crosslmm.encode.run import EncodingFailed, run_encoding
+    from crosslmm.lease import LeaseLost
     from crosslmm.storage import BadLocation, Unavailable
 
     try:
@@ -45,7 +46,7 @@ def main() -> int:
     except (SystemExit, KeyboardInterrupt):
         print("stopped; the same command resumes where it stopped", file=sys.stderr)
         return 130
-    except (EncodingFailed, Unavailable) as error:
+    except (LeaseLost, EncodingFailed, Unavailable) as error:
         print_error(error)
         return 1
     print(json.dumps(dataclasses.asdict(result)))

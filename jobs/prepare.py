@@ -29,6 +29,7 @@ def main() -> int:
     from crosslmm.data.ingest.ray_tasks import IngestError
     from crosslmm.data.manifest import BadManifest
     from crosslmm.data.quarantine import TooManyUnreadable
+    from crosslmm.lease import LeaseLost
     from crosslmm.storage import BadLocation
 
     try:
@@ -38,7 +39,7 @@ def main() -> int:
     except (SystemExit, KeyboardInterrupt):
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
-    except (IngestError, TooManyUnreadable, OSError) as error:
+    except (LeaseLost, IngestError, TooManyUnreadable, OSError) as error:
         print_error(error)
         return 1
     print(line)

@@ -37,6 +37,7 @@ def main() -> int:
     from crosslmm.evaluate.after_training import evaluation_of
     from crosslmm.evaluate.asking.pipeline import EvaluationFailed
     from crosslmm.evaluate.questions.question import BadBenchmark
+    from crosslmm.lease import LeaseLost
     from crosslmm.storage import BadLocation
     from crosslmm.tracking import quiet_mlflow
     from crosslmm.train.launcher import TrainingFailed
@@ -56,7 +57,7 @@ def main() -> int:
         ray.shutdown()
         os._exit(130)
     # OSError: the store is down when the driver itself needs it.
-    except (TrainingFailed, EvaluationFailed, OSError) as error:
+    except (LeaseLost, TrainingFailed, EvaluationFailed, OSError) as error:
         print_error(error)
         return 1
     print(json.dumps(result))

@@ -49,6 +49,7 @@ def main() -> int:
 
     from crosslmm.data.manifest import BadManifest
     from crosslmm.encode.run import EncodingFailed
+    from crosslmm.lease import LeaseLost
     from crosslmm.storage import BadLocation, Unavailable
     from crosslmm.sweep.run import run_sweep
     from crosslmm.sweep.tuner import SweepFailed
@@ -63,7 +64,7 @@ def main() -> int:
     except (SystemExit, KeyboardInterrupt):
         print("stopped; the same --name continues the sweep", file=sys.stderr)
         return 130
-    except (SweepFailed, EncodingFailed, Unavailable) as error:
+    except (LeaseLost, SweepFailed, EncodingFailed, Unavailable) as error:
         print_error(error)
         return 1
     print(json.dumps(dataclasses.asdict(result)))

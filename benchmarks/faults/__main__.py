@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.faults import ROOT, checkpoints, nodes, processes, surroundings  # noqa: F401  they register faults
+from benchmarks.faults import ROOT, checkpoints, nodes, owners, processes, surroundings  # noqa: F401  they register faults
 from benchmarks.faults.lab import BATCH, EVERY, FAULTS, RESUMED, STEPS, Attempt, Fault, Lab, write_data
 from tests.support.object_store import object_store_in_use
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import ray
 
-from crosslmm import storage
+from crosslmm import lease, storage
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.encode.recipe import open_features
@@ -39,10 +39,13 @@ def train_two_steps(config: RunConfig, manifests: Sequence[Manifest], folder: st
             remedy = "wait for that job, or stop it (`ray job list`), and run the doctor again"
             return Finding("training", "", False, busy, remedy)
         short = hardware.resolve_auto(short, hardware.detect(short, config.watchdog.startup_s))
-        job = build_job(short, list(manifests), None, open_features(short, Rows(list(manifests))))
+        features = open_features(short, Rows(list(manifests)))
+        with lease.look(storage.join(short.storage, str(short.name)), "dry run", "wait").take() as fence:
+            job = build_job(short, list(manifests), None, features, fence)
+            failure = _fit(job, config.watchdog.startup_s)
     except (BadConfig, storage.Unavailable) as error:
         return Finding("training", "", False, str(error), REMEDY)
-    if failure := _fit(job, config.watchdog.startup_s):
+    if failure:
         return Finding("training", "", False, failure, REMEDY)
     steps = [item[2] for kind, item in ray.get(job.events.drain.remote()) if kind == "step"]
     message = (

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -34,15 +35,22 @@ class EncodingRecorder:
         quarantined: quarantine entries of this job.
     """
 
-    def __init__(self, folder: str, missing: dict[str, VideoReference], data: DataConfig) -> None:
+    def __init__(
+        self,
+        folder: str,
+        missing: dict[str, VideoReference],
+        data: DataConfig,
+        require_owner: Callable[[], None] = lambda: None,
+    ) -> None:
         """Read what earlier jobs quarantined.
 
         Args:
             folder: folder of the recipe.
             missing: the videos that this job encodes.
             data: error budget.
+            require_owner: raises an error if the folder has another owner.
         """
-        self.folder = folder
+        self.folder, self._require_owner = folder, require_owner
         self.videos = self.frames = self.bytes = 0
         self.squared_error = self.squared_values = 0.0
         self.quarantined: list[dict[str, Any]] = []
@@ -104,6 +112,7 @@ class EncodingRecorder:
     def _write(self) -> None:
         """Write the quarantine file, then the index: videos in the index are not tried again by this job."""
         self._last_write = time.monotonic()
+        self._require_owner()
         rows = [*self._earlier, *self.quarantined]
         rows.sort(key=lambda row: (row["manifest"], row["line"], row["uri"]))
         if rows or storage.exists(storage.join(self.folder, QUARANTINE_FILE)):

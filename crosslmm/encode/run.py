@@ -3,6 +3,7 @@
 Videos that the folder already has are not encoded again, neither after an interruption nor after videos were added.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset
 from transformers import SiglipVisionModel
 
-from crosslmm import ray_runtime, storage
+from crosslmm import lease, ray_runtime, storage
 from crosslmm.config import RunConfig, validate_run
 from crosslmm.data.dataset import BlockLayout, build_dataset, rows_per_block
 from crosslmm.data.feature_cache import RECIPE_FILE, FeatureCache, create_feature_folder
@@ -76,6 +77,7 @@ def run_encoding(config: RunConfig, settings: FeatureConfig) -> EncodingResult:
     Raises:
         BadConfig, BadManifest: the configuration or a manifest is invalid.
         EncodingFailed: the job stopped; the same command resumes it.
+        lease.LeaseLost: another job has taken over the folder of these features.
     """
     started = time.monotonic()
     root = settings.folder or storage.join(config.storage, "features")
@@ -98,9 +100,13 @@ def run_encoding(config: RunConfig, settings: FeatureConfig) -> EncodingResult:
     versions = _request_versions(videos, recipe.frame_sampling)
     missing = _missing_videos(folder, videos, versions)
     _log_estimate(config, settings, recipe, folder, missing, len(videos))
-    recorder = EncodingRecorder(create_feature_folder(storage.absolute(root), recipe), missing, config.data)
-    if missing:
-        _encode(config, recipe, tower, VideoRows(rows, missing, {uri: versions[uri] for uri in missing}), recorder)
+    claim = lease.look(folder, "encoding", "wait until it has ended").take() if missing else contextlib.nullcontext()
+    with claim as fence:
+        target = create_feature_folder(storage.absolute(root), recipe)
+        recorder = EncodingRecorder(target, missing, config.data, *([fence.require] if fence else []))
+        if missing:
+            versions = {uri: versions[uri] for uri in missing}
+            _encode(config, recipe, tower, VideoRows(rows, missing, versions), recorder)
     squared = recorder.squared_values
     return EncodingResult(
         folder=folder,
@@ -178,6 +184,8 @@ def _encode(
         try:
             for row in _build_dataset(config, recipe, recorder.folder, tower, videos).iter_rows():
                 recorder.add(json.loads(row["done"]))
+        except lease.LeaseLost:
+            raise
         except Exception as error:
             raise EncodingFailed(f"{_first_cause(error)}; run the same command again to resume") from error
 

@@ -1,5 +1,6 @@
 """Files: local paths and `s3://` URIs alike, through fsspec and s3fs."""
 
+from crosslmm.storage.create import create_bytes
 from crosslmm.storage.filesystem import (
     MAX_JSON_BYTES,
     arrow_filesystem,
@@ -43,8 +44,9 @@ from crosslmm.storage.retry import (
 
 __all__ = [
     "MAX_JSON_BYTES", "NO_RETRIES", "BadLocation", "LeadsOut", "Refused", "RetryPolicy", "Unavailable", "absolute",
-    "arrow_filesystem", "download", "download_file", "exists", "files_in", "folders_in", "follow", "inside", "is_empty",
-    "is_folder", "join", "keep_policy", "local_path", "names_in", "open_read", "parent", "parse_json", "read_at_most",
-    "read_bytes", "read_json", "remove", "remove_folder", "resolve", "retrying", "scheme_of", "stamp_of", "upload",
-    "upload_file", "version", "version_of", "will_read", "with_retries", "within", "write_bytes", "write_chunks",
+    "arrow_filesystem", "create_bytes", "download", "download_file", "exists", "files_in", "folders_in", "follow",
+    "inside", "is_empty", "is_folder", "join", "keep_policy", "local_path", "names_in", "open_read", "parent",
+    "parse_json", "read_at_most", "read_bytes", "read_json", "remove", "remove_folder", "resolve", "retrying",
+    "scheme_of", "stamp_of", "upload", "upload_file", "version", "version_of", "will_read", "with_retries",
+    "within", "write_bytes", "write_chunks",
 ]  # fmt: skip

@@ -145,7 +145,7 @@ def write_bytes(uri: str, data: bytes, part_bytes: int = PART_BYTES) -> None:
     if scheme_of(uri) == "s3":
         _write_object(uri, [data], part_bytes)
     else:
-        call_with_retries(uri, lambda _, path: _write_file(path, [data]))
+        call_with_retries(uri, lambda _, path: write_file(path, [data]))
 
 
 def write_chunks(uri: str, chunks: Iterable[bytes], part_bytes: int = PART_BYTES) -> None:
@@ -155,7 +155,7 @@ def write_chunks(uri: str, chunks: Iterable[bytes], part_bytes: int = PART_BYTES
     else:
         # No retry: the iterator is consumed.
         with classified_errors(uri):
-            _write_file(filesystem(uri)[1], chunks)
+            write_file(filesystem(uri)[1], chunks)
 
 
 def upload_file(path: str, uri: str, part_bytes: int = PART_BYTES) -> None:
@@ -168,10 +168,10 @@ def upload_file(path: str, uri: str, part_bytes: int = PART_BYTES) -> None:
     if scheme_of(uri) == "s3":
         _write_object(uri, chunks(), part_bytes)
     else:
-        call_with_retries(uri, lambda _, target: _write_file(target, chunks()))
+        call_with_retries(uri, lambda _, target: write_file(target, chunks()))
 
 
-def _write_file(path: str, chunks: Iterable[bytes]) -> None:
+def write_file(path: str, chunks: Iterable[bytes]) -> None:
     """Write a local file under a temporary name, and rename it when it is complete."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{path}.{secrets.token_hex(4)}.part")
@@ -338,7 +338,7 @@ def download_file(uri: str, path: str) -> None:
     with open_read(uri) as file:
         will_read(file, [(0, file.seek(0, os.SEEK_END))])
         file.seek(0)
-        _write_file(path, iter(lambda: file.read(2**20), b""))
+        write_file(path, iter(lambda: file.read(2**20), b""))
 
 
 def folders_in(folder: str) -> list[str]:

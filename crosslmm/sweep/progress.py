@@ -11,6 +11,7 @@ from rich import box
 from rich.live import Live
 from rich.table import Table
 
+from crosslmm.lease import Fence
 from crosslmm.progress import cell
 from crosslmm.sweep import trials
 from crosslmm.sweep.figures import quantity
@@ -39,10 +40,13 @@ class SweepProgress(Callback):
         record: MLflow run of the sweep.
         total_steps: steps of a trial.
         workers: training workers of a trial.
+        fence: of the folder.
     """
 
-    def __init__(self, folder: str, search: Search, record: MlflowRun, total_steps: int, workers: int) -> None:
-        self.folder, self.search, self.record = folder, search, record
+    def __init__(
+        self, folder: str, search: Search, record: MlflowRun, total_steps: int, workers: int, fence: Fence
+    ) -> None:
+        self.folder, self.search, self.record, self.fence = folder, search, record, fence
         self.total_steps, self.workers, self._console = total_steps, workers, rich.get_console()
         self.out_of_budget = False
         self._since: dict[int, float] = {}
@@ -151,6 +155,7 @@ class SweepProgress(Callback):
 
     def _write(self, trial: Trial) -> None:
         self._count(trial)
+        self.fence.require()
         trials.write(self.folder, trial)
 
     def _count(self, trial: Trial) -> None:

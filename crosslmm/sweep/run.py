@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from crosslmm import run_folder, storage
+from crosslmm import lease, run_folder, storage
 from crosslmm.config import BadConfig, RunConfig, tracking_uri
 from crosslmm.data.feature_format import FeatureConfig
 from crosslmm.data.manifest import Manifest, Rows
@@ -79,6 +79,7 @@ def run_sweep(config: RunConfig, sweep: SweepSettings, space_name: str, space: S
         BadConfig, BadManifest: the request cannot be carried out.
         EncodingFailed: the features could not be made.
         SweepFailed: no trial finished.
+        lease.LeaseLost: another start has taken over the sweep.
     """
     began = time.monotonic()
     config = config.model_copy(update={"name": config.name or datetime.now().strftime("sweep-%Y%m%d-%H%M%S")})
@@ -90,6 +91,7 @@ def run_sweep(config: RunConfig, sweep: SweepSettings, space_name: str, space: S
     max_trials = _max_trials(config, sweep, space, total_steps)
     folder = storage.join(config.storage, str(config.name))
     connect.connect()
+    claim = lease.look(folder, "sweep", "give another --name")
     checks.require_ready(config, manifests)
     # Resolved once for all trials: they are compared, and share features.
     machine = hardware.detect(config)
@@ -97,6 +99,24 @@ def run_sweep(config: RunConfig, sweep: SweepSettings, space_name: str, space: S
     log.info("sweep     %s (the same command with --name %s continues it)", config.name, config.name)
     log.info("machine   %s", hardware.describe(config, machine))
     log.info("space     %s: %s", space_name, ", ".join(space))
+    with claim.take() as fence:
+        return _search(config, sweep, space_name, space, manifests, validation, max_trials, total_steps, fence, began)
+
+
+def _search(
+    config: RunConfig,
+    sweep: SweepSettings,
+    space_name: str,
+    space: Space,
+    manifests: list[Manifest],
+    validation: Manifest,
+    max_trials: int,
+    total_steps: int,
+    fence: lease.Fence,
+    began: float,
+) -> SweepResult:
+    """Begin or continue the sweep in its folder, run its trials, report, promote."""
+    folder = fence.folder
     record, begun = begin_sweep(config, folder, space_name, space, sweep, [*manifests, validation])
     log.info("storage   %s", folder)
     log.info("record    %s, run %s", record.uri, record.run_id)
@@ -112,8 +132,9 @@ def run_sweep(config: RunConfig, sweep: SweepSettings, space_name: str, space: S
         search = Search(space, base, trials.read(folder), Candidates(base, sweep, space, record), max_trials)
         concurrent = sweep.concurrent or max_concurrent_trials(base)
         log.info("trials    %s, %s at a time, of %s steps at most", max_trials, concurrent, total_steps)
-        with SweepProgress(folder, search, record, total_steps, base.scaling.most_workers) as progress:
+        with SweepProgress(folder, search, record, total_steps, base.scaling.most_workers, fence) as progress:
             run_trials(base, sweep, search, progress, concurrent)
+        fence.require()
         if search.rejected:
             point, reason = search.rejected[0]
             log.info("left out  %s points before they started, such as %s: %s", len(search.rejected), point, reason)
@@ -126,6 +147,7 @@ def run_sweep(config: RunConfig, sweep: SweepSettings, space_name: str, space: S
         status = "KILLED"
         raise
     finally:
+        fence.require()  # the record, too, belongs to the sweep's owner
         record.finish(status)
     return _result(config, record, search, page, promoted, time.monotonic() - began)
 

@@ -12,6 +12,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from crosslmm import storage
 from crosslmm.config import RunConfig
+from crosslmm.lease import Fence
 from crosslmm.preflight import placement
 from crosslmm.scoring import ACCURACY, COUNT
 from crosslmm.sweep import trials
@@ -59,7 +60,7 @@ def run_trials(base: RunConfig, sweep: SweepSettings, search: Search, progress: 
     """
     os.environ |= ENVIRONMENT
     scheduler = build_scheduler(sweep, search, progress.total_steps, base)
-    trainable = _trainable(base, progress.total_steps)
+    trainable = _trainable(base, progress.total_steps, progress.fence)
     tuner = tune.Tuner(
         tune.with_resources(trainable, _driver_resources(base)),
         tune_config=tune.TuneConfig(
@@ -123,7 +124,7 @@ def _tune_metrics(trial: Trial, rung: Rung, base: RunConfig, total_steps: int) -
     return metrics
 
 
-def _trainable(base: RunConfig, total_steps: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _trainable(base: RunConfig, total_steps: int, fence: Fence) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Return the function that Tune runs for each trial, in a process of its own: a training run that reports its
     validations.
 
@@ -144,7 +145,8 @@ def _trainable(base: RunConfig, total_steps: int) -> Callable[[dict[str, Any]], 
 
         assert trial.run_id
         try:
-            result = run_training(config, TrialContext(trial.run_id, report, trial.last.step if trial.last else 0))
+            reported = trial.last.step if trial.last else 0
+            result = run_training(config, TrialContext(trial.run_id, fence, report, reported))
         except Exception as error:
             tune.report({"error": f"{type(error).__name__}: {in_brief(error, 500)}"})
             raise

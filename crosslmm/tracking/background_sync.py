@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -71,6 +71,7 @@ class BackgroundSync:
         folder: the run's folder, in which the run was begun.
         tracking: the MLflow server and experiment.
         timeouts: how long to wait for the server.
+        require_owner: raises an error if the run has another owner, whose record this is then.
 
     Attributes:
         uri: the MLflow server, without credentials.
@@ -82,8 +83,14 @@ class BackgroundSync:
         BadConfig: the server refuses, or the URI cannot be that of a server.
     """
 
-    def __init__(self, folder: str, tracking: TrackingConfig, timeouts: SyncTimeouts = DEFAULT_TIMEOUTS) -> None:
-        self.folder, self.tracking, self.timeouts = folder, tracking, timeouts
+    def __init__(
+        self,
+        folder: str,
+        tracking: TrackingConfig,
+        timeouts: SyncTimeouts = DEFAULT_TIMEOUTS,
+        require_owner: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder, self.tracking, self.timeouts, self.require_owner = folder, tracking, timeouts, require_owner
         self.uri = redacted(tracking_uri(tracking))
         self.run_id: str | None = None
         self.model_uri: str | None = None
@@ -230,6 +237,7 @@ class BackgroundSync:
 
     def _deliver(self) -> None:
         """Send the waiting steps, and everything else once the run has ended."""
+        self.require_owner()
         sync = self._sync or self._open()
         with self._changed:
             ended, steps = self._run["status"] is not None, list(self._waiting)

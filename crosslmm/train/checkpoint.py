@@ -231,6 +231,7 @@ class Saver:
         group: a gloo group of all ranks that nothing else uses while checkpoints are written.
         base: on rank 0, the model that the adapters belong to; None without adapters.
         sealed: called on rank 0, in the saver's thread, with step and unix time [s] of each finished checkpoint.
+        require_owner: raises an error if the folder has another owner; rank 0 calls it before it seals.
     """
 
     def __init__(
@@ -241,9 +242,10 @@ class Saver:
         group: dist.ProcessGroup,
         base: Base | None = None,
         sealed: Callable[[int, float], None] = lambda step, when: None,
+        require_owner: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.config, self.attempt, self.group, self.base = run, config, attempt, group, base
-        self.sealed = sealed
+        self.sealed, self.require_owner = sealed, require_owner
         self._staging = _Staging()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -331,6 +333,7 @@ class Saver:
 
     def _seal(self, checkpoint: Checkpoint) -> None:
         """Write the history of the steps up to the checkpoint, then its seal."""
+        self.require_owner()
         if self._history:
             history = f"history/step-{checkpoint.step:08d}.jsonl"
             storage.write_bytes(storage.join(self.run, history), "".join(self._history).encode())

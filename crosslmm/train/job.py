@@ -12,6 +12,7 @@ from crosslmm.config import RunConfig
 from crosslmm.data.dataset import BlockLayout, build_dataset, rows_per_block
 from crosslmm.data.feature_format import FeatureRecipe
 from crosslmm.data.sampler import DeterministicSampler
+from crosslmm.lease import Fence
 
 TRAIN, VALIDATION = "train", "validation"
 """Names under which Ray Train knows the datasets of a run."""
@@ -44,6 +45,8 @@ class Job:
     """How the features were made."""
     events: Any
     """Actor handle of the `EventChannel`."""
+    fence: Fence
+    """Whether the driver still owns the run's folder: asked before anything in it counts."""
 
     def training_layout(self, first_step: int, workers: int) -> BlockLayout:
         """Return the blocks of the steps after the first `first_step`, for `workers` workers."""

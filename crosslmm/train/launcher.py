@@ -20,6 +20,7 @@ from crosslmm.config import BadConfig
 from crosslmm.data.feature_cache import BadFeatures
 from crosslmm.data.manifest import BadManifest
 from crosslmm.data.quarantine import TooManyUnreadable
+from crosslmm.lease import LeaseLost
 from crosslmm.preflight import hardware, placement
 from crosslmm.ray_runtime import QUIET_ENVIRONMENT, worker_group_errors
 from crosslmm.run_folder import RAY_FOLDER
@@ -37,6 +38,7 @@ NON_RETRYABLE_ERRORS = (
     BadManifest,
     TooManyUnreadable,
     FloatingPointError,
+    LeaseLost,
     storage.BadLocation,
     storage.Refused,
 )

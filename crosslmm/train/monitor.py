@@ -13,6 +13,7 @@ import ray
 
 from crosslmm import storage, tracking
 from crosslmm.data.quarantine import read_ledger
+from crosslmm.lease import LeaseLost
 from crosslmm.progress import Progress
 from crosslmm.run_folder import QUARANTINE_FILE
 from crosslmm.scoring import ACCURACY, COUNT, UNREADABLE
@@ -97,8 +98,9 @@ class TrainingMonitor:
         while True:
             last_round = self._stop.wait(POLL_S)
             try:
+                self.job.fence.require_lately()
                 self.handle(self._drain())
-            except SystemExit:
+            except (SystemExit, LeaseLost):
                 return
             if last_round:
                 return

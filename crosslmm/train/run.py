@@ -1,5 +1,6 @@
 """A training run as its driver sees it: check the request, start the workers, follow them, register the model."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from crosslmm import run_folder, storage, tracking
+from crosslmm import lease, run_folder, storage, tracking
 from crosslmm.config import RunConfig
 from crosslmm.data.feature_cache import FeatureCache
 from crosslmm.data.frame_sampling import FrameSampling
@@ -54,6 +55,8 @@ class TrialContext:
 
     run_id: str
     """MLflow run that the sweep made for it."""
+    fence: lease.Fence
+    """Of the sweep's folder, whose owner owns the trials'."""
     report: Callable[[int, dict[str, float]], None]
     """Called after each validation with the number of steps done and the metrics, once the record has them (or its
     server is unreachable)."""
@@ -70,8 +73,9 @@ def run_training(config: RunConfig, trial: TrialContext | None = None) -> Traini
         trial: given by a sweep.
 
     Raises:
-        BadConfig, BadManifest: the request cannot be carried out.
+        BadConfig, BadManifest: the request cannot be carried out, or somebody else runs it.
         launcher.TrainingFailed: the run broke off; the same name resumes it.
+        lease.LeaseLost: another start has taken over the run.
     """
     config = resolve_config(config)
     processor = build_processor(config.model)
@@ -81,33 +85,50 @@ def run_training(config: RunConfig, trial: TrialContext | None = None) -> Traini
         config = config.model_copy(update={"train": config.train.model_copy(update={"max_new_tokens": limit})})
     connect.connect()
     placement.check_placement(config)
+    folder = storage.join(config.storage, str(config.name))
+    claim = trial or lease.look(folder, "training", "give another --name")
     if trial is None:
         checks.require_ready(config, manifests)
     detected = hardware.detect(config)
     config = hardware.resolve_auto(config, detected)
     features = open_features(config, Rows([*manifests, *([validation] if validation else [])]))
-    job = build_job(config, manifests, validation, features)
-    order = _order_of(config, manifests, features)
-    require_resumable(config, job.folder, order)
-    datasets = [_describe(manifest, "training") for manifest in manifests]
-    datasets += [_describe(validation, "validation")] if validation else []
-    run_folder.begin_run(config, job.folder, order, datasets, trial.run_id if trial else None)
-    record = tracking.BackgroundSync(job.folder, config.tracking)
-    _log_summary(job, manifests, record, hardware.describe(config, detected))
-
-    monitor = _train(job, record, trial)
+    with contextlib.nullcontext(claim.fence) if isinstance(claim, TrialContext) else claim.take() as fence:
+        job = build_job(config, manifests, validation, features, fence)
+        record = _begin(job, manifests, validation, features, trial)
+        _log_summary(job, manifests, record, hardware.describe(config, detected))
+        monitor = _train(job, record, trial)
     if record.model_uri:
         log.info("registered %s, now %s, from run %s", record.model_version, record.model_uri, record.run_id)
     return TrainingResult(
         name=str(config.name),
         run_id=record.run_id,
-        model_uri=record.model_uri or storage.join(job.folder, run_folder.MODEL_FOLDER),
+        model_uri=record.model_uri or storage.join(folder, run_folder.MODEL_FOLDER),
         model_version=record.model_version,
         steps=job.total_steps,
         samples=job.total_steps * config.train.global_batch_size,
         train_s=monitor.train_s,
         metrics=monitor.last_metrics,
     )
+
+
+def _begin(
+    job: Job,
+    manifests: list[Manifest],
+    validation: Manifest | None,
+    features: FeatureCache | None,
+    trial: TrialContext | None,
+) -> tracking.BackgroundSync:
+    """Begin or resume the run in its folder and its record.
+
+    Raises:
+        BadConfig: the folder holds a run that this one cannot resume, or MLflow refuses.
+    """
+    order = _order_of(job.config, manifests, features)
+    require_resumable(job.config, job.folder, order)
+    datasets = [_describe(manifest, "training") for manifest in manifests]
+    datasets += [_describe(validation, "validation")] if validation else []
+    run_folder.begin_run(job.config, job.folder, order, datasets, trial.run_id if trial else None)
+    return tracking.BackgroundSync(job.folder, job.config.tracking, require_owner=job.fence.require_lately)
 
 
 def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None) -> TrainingMonitor:
@@ -130,6 +151,7 @@ def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None
         name = job.config.name
         raise launcher.TrainingFailed(f"{error}; the same command with --name {name} resumes the run") from error
     finally:
+        job.fence.require()  # the record, too, belongs to the run's owner
         # When Tune stops a trial, its workers end first, which looks like a failure.
         record.finish("KILLED" if monitor.stopped else status, model_tags)
     return monitor
@@ -148,7 +170,11 @@ def lineage(folder: str) -> dict[str, str]:
 
 
 def build_job(
-    config: RunConfig, manifests: list[Manifest], validation: Manifest | None, features: FeatureCache | None
+    config: RunConfig,
+    manifests: list[Manifest],
+    validation: Manifest | None,
+    features: FeatureCache | None,
+    fence: lease.Fence,
 ) -> Job:
     """Decide all that the workers must agree on, and put the rows into Ray's object store.
 
@@ -157,6 +183,7 @@ def build_job(
         manifests: training manifests.
         validation: validation manifest, if any.
         features: read instead of videos, if given.
+        fence: of the run's folder.
     """
     train, data = config.train, config.data
     order = DeterministicSampler(
@@ -185,6 +212,7 @@ def build_job(
         features=ray.put(features) if features else None,
         recipe=features.recipe if features else None,
         events=open_channel(),
+        fence=fence,
     )
 
 

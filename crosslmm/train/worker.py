@@ -105,7 +105,7 @@ def train(train_loop_config: dict[str, Any]) -> None:
     def sealed(step: int, when: float) -> None:
         job.events.post.remote("sealed", (step, when))
 
-    saver = Saver(job.folder, config, attempt[0], group, base, sealed)
+    saver = Saver(job.folder, config, attempt[0], group, base, sealed, job.fence.require)
     with StopListener(job.events, rank) as listener:
         callbacks = _WorkerCallbacks(
             job, model, optimizer, processor, process, saver, watchdog, listener, newest.metrics if newest else {}
@@ -120,6 +120,7 @@ def train(train_loop_config: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.export(Path(folder), model, processor, config.train.lora, base and base.located(job.folder))
         if rank == 0:
+            job.fence.require()
             (Path(folder) / MODEL_CONFIG_FILE).write_text(to_yaml(config))
             if not config.train.adapted:
                 checkpoint.write_card(Path(folder), model, config, job.folder, done, callbacks.validation)

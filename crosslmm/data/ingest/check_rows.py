@@ -28,6 +28,7 @@ from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import HeaderReader
 from crosslmm.data.video.probe import Probe
 from crosslmm.data.video.timeline import clip_bounds
+from crosslmm.lease import Fence
 
 BATCH_ROWS = 4096
 """Rows that are checked together [rows]."""
@@ -60,6 +61,8 @@ class IngestJob:
     """Limits of probing, and the roots that videos may lie in, the manifest's folder first."""
     ignored_keys: tuple[str, ...] = ()
     """Keys of rows that are ignored."""
+    fence: Fence | None = None
+    """Whether the driver still owns the target; None where rows are only checked."""
 
     @property
     def memory_gib(self) -> float:

@@ -21,12 +21,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa
 
-from crosslmm import storage
+from crosslmm import lease, run_folder, storage
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data import manifest_shards
 from crosslmm.data.ingest import ray_tasks, split
@@ -89,6 +90,7 @@ def convert(
     Raises:
         BadManifest, BadConfig: the request cannot be carried out.
         IngestError, TooManyUnreadable, storage.Unavailable: it stopped; the same call resumes.
+        lease.LeaseLost: another call has taken over the folder.
     """
     began = time.monotonic()
     uri, target = storage.absolute(manifest.rstrip("/")), storage.absolute(folder.rstrip("/"))
@@ -97,7 +99,7 @@ def convert(
     if manifest_shards.is_prepared(uri):
         raise BadManifest(f"{manifest}: is already prepared")
     previous = read_plan(target)
-    if previous is None and not storage.is_empty(target):
+    if previous is None and not run_folder.is_unused(target):
         raise BadConfig(f"{folder}: is not empty, and no earlier call started it; give another folder")
     data = _with_manifest_root(uri, data)
     settings = {
@@ -107,14 +109,21 @@ def convert(
         "roots": data.roots,
         **({"ignored_keys": sorted(ignored_keys)} if ignored_keys else {}),
     }
-    plan = make_plan(uri, target, settings, previous)
+    with lease.look(target, "preparation", "give another folder").take() as fence:
+        return _convert(IngestJob(uri, target, "", probe, data, tuple(ignored_keys), fence), settings, skip_bad, began)
+
+
+def _convert(job: IngestJob, settings: dict[str, Any], skip_bad: bool, began: float) -> dict[str, Any]:
+    """Make or take up the plan in the job's target, convert what is missing, and seal."""
+    target = job.target
+    plan = make_plan(job.manifest, target, settings, read_plan(target))
     if manifest_shards.is_prepared(target):
         table = manifest_shards.PreparedTable(target)
-        log.info("%s: already prepared from %s, which has not changed", target, uri)
+        log.info("%s: already prepared from %s, which has not changed", target, job.manifest)
         return _result(target, table.num_rows, table.about, len(table.parts), began)
-    # Videos that the manifest itself holds are written there.
-    data = data.model_copy(update={"roots": [*data.roots, target]})
-    job = IngestJob(uri, target, plan.key, probe, data, tuple(ignored_keys))
+    # Videos that the manifest itself holds are written to the target.
+    data = job.data.model_copy(update={"roots": [*job.data.roots, target]})
+    job = replace(job, plan=plan.key, data=data)
     with _output_errors(target):
         summaries = _convert_chunks(job, plan.chunks)
         duplicates = _find_duplicates(target, summaries)
@@ -277,6 +286,7 @@ def _seal(
     if total.is_empty:
         raise BadManifest(f"{job.manifest}: is empty")
     waiting = [summary.files["waiting"] for summary in summaries if "waiting" in summary.files]
+    _require_owner(job)
     storage.write_chunks(storage.join(target, REJECTED_FILE), _rejected_lines(target, summaries, duplicates))
     storage.write_chunks(storage.join(target, QUARANTINE_FILE), _quarantine_lines(target, waiting))
     if total.rejected and not skip_bad:
@@ -308,8 +318,14 @@ def _seal(
         "probes": [summary.files["probes"] for summary in summaries if "probes" in summary.files],
     }
     parts = [part for summary in summaries for part in summary.parts]
+    _require_owner(job)
     manifest_shards.seal(target, parts, pa.concat_tables(lengths), about)
     return _result(target, total.rows, about, len(parts), began)
+
+
+def _require_owner(job: IngestJob) -> None:
+    assert job.fence, "convert owns the folder"
+    job.fence.require()
 
 
 def _rejected_lines(target: str, summaries: list[Summary], duplicates: Duplicates) -> Iterator[bytes]:

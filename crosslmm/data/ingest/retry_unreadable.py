@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from crosslmm import storage
+from crosslmm import lease, storage
 from crosslmm.config import DataConfig
 from crosslmm.data import manifest_shards
 from crosslmm.data.frame_sampling import split_time_range
@@ -70,15 +70,18 @@ def requeue(place: str, data: DataConfig) -> dict[str, Any]:
     Raises:
         BadManifest, BadConfig: `place` is neither.
         IngestError, storage.Unavailable: it stopped; nothing was changed.
+        lease.Owned, lease.LeaseLost: a job that runs owns the folder, or has taken it over.
     """
     uri = storage.absolute(place.rstrip("/"))
     with manifest_errors(place):
-        if manifest_shards.is_prepared(uri):
-            results = _requeue_folder(uri, data)
-        elif storage.is_folder(uri):
+        prepared = manifest_shards.is_prepared(uri)
+        if not prepared and storage.is_folder(uri):
             raise BadManifest(f"{place}: is a folder that is not prepared; convert finishes it")
-        else:
-            results = _requeue_quarantine(uri, data)
+        if not prepared:
+            storage.stamp_of(uri)  # raises if it is missing
+        owned = uri if prepared else storage.parent(uri)
+        with lease.look(owned, "requeue", "wait until it has ended").take() as fence:
+            results = (_requeue_folder if prepared else _requeue_quarantine)(uri, data, fence)
     readable = [row for result in results for row in result.readable]
     for manifest, line, name in readable[:MAX_LOGGED_ROWS]:
         log.info("readable now: %s line %d (%s)", manifest, line, name)
@@ -88,16 +91,16 @@ def requeue(place: str, data: DataConfig) -> dict[str, Any]:
     return {"requeued": uri, "readable": len(readable), "unreadable": unreadable}
 
 
-def _requeue_quarantine(uri: str, data: DataConfig) -> list[RetryResult]:
+def _requeue_quarantine(uri: str, data: DataConfig, fence: lease.Fence) -> list[RetryResult]:
     """Decode the videos in a quarantine.jsonl, and remove the lines of those that can be read."""
-    storage.stamp_of(uri)  # raises if it is missing
     chunks = split_in_tasks([uri], QUARANTINE_CHUNK_BYTES)
     results = _run_retries(retry_entries, {number: (data, chunk) for number, chunk in enumerate(chunks)}, data)
+    fence.require()
     storage.write_bytes(uri, b"".join(result.entries for result in results))
     return results
 
 
-def _requeue_folder(target: str, data: DataConfig) -> list[RetryResult]:
+def _requeue_folder(target: str, data: DataConfig, fence: lease.Fence) -> list[RetryResult]:
     """Probe the videos of a folder's waiting rows, and seal the folder with those that can be read as new parts."""
     data = data.model_copy(update={"roots": [target, *map(storage.absolute, data.roots)]})
     table = manifest_shards.PreparedTable(target, data.roots)
@@ -108,6 +111,7 @@ def _requeue_folder(target: str, data: DataConfig) -> list[RetryResult]:
     names: list[str] = about["waiting"]
     results = _run_retries(retry_waiting, {n: (job, first + n, name) for n, name in enumerate(names)}, data)
     parts = [part for result in results for part in result.parts]
+    fence.require()
     if parts:
         lengths = pa.concat_tables([table.lengths(), *(result.lengths for result in results if result.lengths)])
         about = about | {

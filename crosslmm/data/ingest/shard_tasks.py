@@ -86,7 +86,7 @@ def convert_chunk(
     if summary.quarantined:
         summary.files["waiting"] = f"waiting-{number:05d}.parquet"
         write_table(target, summary.files["waiting"], pa.concat_tables(waiting))
-    _write_summary(target, number, summary)
+    _write_summary(job, number, summary)
     return summary
 
 
@@ -127,7 +127,7 @@ def drop_rows(job: IngestJob, number: int, summary: Summary, duplicates: list[tu
     result.files["rejected"] = f"pieces/{number:05d}-1.rejected.jsonl"
     data = sort_by_line(before + rejected_lines(rejected))
     storage.write_bytes(storage.join(target, result.files["rejected"]), data)
-    _write_summary(target, number, result)
+    _write_summary(job, number, result)
     return result
 
 
@@ -204,5 +204,8 @@ def sort_by_line(lines: bytes) -> bytes:
     return b"".join(sorted(lines.splitlines(keepends=True), key=lambda line: int(json.loads(bytes(line))["line"])))
 
 
-def _write_summary(target: str, number: int, summary: Summary) -> None:
-    storage.write_bytes(storage.join(target, f"pieces/{number:05d}.json"), json.dumps(asdict(summary)).encode())
+def _write_summary(job: IngestJob, number: int, summary: Summary) -> None:
+    """Write the summary of a chunk, which makes its files count."""
+    if job.fence:
+        job.fence.require()
+    storage.write_bytes(storage.join(job.target, f"pieces/{number:05d}.json"), json.dumps(asdict(summary)).encode())

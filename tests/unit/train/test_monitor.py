@@ -7,6 +7,7 @@ import pytest
 import ray
 from ray.exceptions import RayError
 
+from crosslmm.lease import LeaseLost
 from crosslmm.run_folder import QUARANTINE_FILE
 from crosslmm.train.monitor import TrainingMonitor
 
@@ -54,8 +55,8 @@ def _local_ray(monkeypatch):
 
 
 def monitor(folder, record=None, report=None, *batches):
-    config = SimpleNamespace(name="run")
-    job = SimpleNamespace(config=config, total_steps=4, folder=str(folder), events=Events(*batches))
+    config, fence = SimpleNamespace(name="run"), SimpleNamespace(require_lately=lambda: None)
+    job = SimpleNamespace(config=config, total_steps=4, folder=str(folder), events=Events(*batches), fence=fence)
     return TrainingMonitor(job, record or Record(), report)
 
 
@@ -178,3 +179,17 @@ def test_workers_log_records_keep_level_rank_and_step(tmp_path, caplog):
         pass
     (record,) = [record for record in caplog.records if record.message == "100% of a step"]
     assert (record.levelno, record.rank, record.step) == (logging.ERROR, 1, 7)
+
+
+def test_a_monitor_whose_run_has_another_owner_records_nothing_more(tmp_path):
+    record = Record()
+    follower = monitor(tmp_path, record, None, [("step", (1, 1.0, METRICS))], [("unreadable", UNREADABLE)])
+
+    def lost():
+        raise LeaseLost("taken over")
+
+    follower.job.fence.require_lately = lost
+    with follower:
+        pass
+    assert not record.calls
+    assert not (tmp_path / QUARANTINE_FILE).exists()

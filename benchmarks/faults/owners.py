@@ -1,0 +1,82 @@
+"""Starts that contend for one run: beside its owner, after one that is gone, and before one that comes back."""
+
+import dataclasses
+import os
+import signal
+import time
+
+from benchmarks.faults.lab import DEADLINE_S, Attempt, Lab, NotSurvived, fault
+from benchmarks.faults.processes import kill_driver
+from crosslmm import lease
+from crosslmm.lease import owners
+from crosslmm.run_folder import read_run
+
+SLACK_S = 5.0
+"""Beyond the lease, until a start that watches has taken over [s]: its last look, and the store's answers."""
+TAKEN_UP = "starting workers"
+
+
+@fault("second start beside the owner")
+def second_start(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """Repeat the command while the run trains: it is refused with the owner's name, and the run does not notice."""
+    run = lab.start_until_checkpoint(name)
+    twin = lab.start(name).wait(status=2)
+    if f"process {run.process.pid}" not in twin.text or "belongs to the training of" not in twin.text:
+        raise NotSurvived(f"the second start does not name the owner:\n{twin.text}")
+    at = lab.release()
+    return [run.wait()], at
+
+
+@fault("owner SIGKILLed on another host")
+def owner_killed_elsewhere(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """Kill the driver and make its file that of another host and cluster: only silence tells that it is dead."""
+    run, at = kill_driver(lab, name)
+    folder = lab.folder_of(name)
+    last = owners.newest(folder)
+    if last is None or last.owner is None:
+        raise NotSurvived("the owner left no file")
+    owners.write(folder, last.number, dataclasses.replace(last.owner, process="", cluster="gone"))
+    again = lab.start(name).wait()
+    watched = [when for when, line in again.lines if "watching for" in line]
+    taken = [when for when, line in again.lines if TAKEN_UP in line]
+    if not watched or not taken:
+        raise NotSurvived(f"the next start did not watch the owner:\n{again.text}")
+    limit = lease.LEASE_S + SLACK_S + _checks_s(run)
+    if taken[0] - watched[0] > limit:
+        raise NotSurvived(f"taken over after {taken[0] - watched[0]:.0f} s instead of {limit:.0f} s\n{again.text}")
+    return [run, again], at
+
+
+@fault("owner SIGSTOPped past its lease, then continued")
+def owner_stopped(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """Stop the driver alone until another start owns the run: then its workers seal nothing, and it records nothing."""
+    run = lab.start_until_checkpoint(name)
+    run.process.send_signal(signal.SIGSTOP)
+    try:
+        again = lab.start(name)
+        _await_owner(lab, name, 2, again)
+        before = read_run(lab.folder_of(name))
+        at = lab.release()
+    finally:
+        os.kill(run.process.pid, signal.SIGCONT)
+    run.wait(status=1)
+    if "this start has stopped, and leaves it alone" not in run.text:
+        raise NotSurvived(f"the first owner does not say that it lost the run:\n{run.text}")
+    if read_run(lab.folder_of(name))["status"] != before["status"]:
+        raise NotSurvived("the first owner has written the run's status")
+    return [run, again.wait()], at
+
+
+def _await_owner(lab: Lab, name: str, number: int, attempt: Attempt) -> None:
+    """Wait until a run has its owner of this number."""
+    until = time.monotonic() + DEADLINE_S
+    while owners.read(lab.folder_of(name), number) is None:
+        if attempt.process.poll() is not None or time.monotonic() > until:
+            raise NotSurvived(f"the run has no owner {number}:\n{attempt.text}")
+        time.sleep(0.5)
+
+
+def _checks_s(run: Attempt) -> float:
+    """Return how long the checks before a run took in a start that found no owner [s]."""
+    started = next(when for when, line in run.lines if TAKEN_UP in line)
+    return started - run.lines[0][0]

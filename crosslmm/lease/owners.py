@@ -1,0 +1,157 @@
+"""The files of a lease: who owns a folder."""
+
+import contextlib
+import getpass
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Self
+
+from pydantic import TypeAdapter
+
+from crosslmm import ray_runtime, storage
+from crosslmm.run_folder import OWNER_FILE, OWNERS_FOLDER
+
+SETTLE_S = 2.0
+"""Where the store cannot refuse a second writer, the time after which both read who came last [s]."""
+MAX_FILE_BYTES = 2**14
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who owns a folder, as its file says."""
+
+    token: str
+    """Differs between any two owners."""
+    work: str
+    """What it does: training, sweep."""
+    user: str
+    host: str
+    pid: int
+    process: str
+    """Machine, namespace, id and start of its process, by which another process of the machine knows it."""
+    cluster: str
+    """Id of its Ray cluster; empty without one, like the next two."""
+    job: str
+    """Ray's number of the job in the cluster."""
+    submission: str
+    """Id under which the job was submitted."""
+    held_s: float = 0.0
+    """How long it has owned the folder, by its own clock [s]."""
+    beats: int = 0
+    ended: bool = False
+    """Whether it ended in order."""
+
+    @classmethod
+    def this_process(cls, work: str) -> Self:
+        """Return this process as an owner."""
+        user = str(os.getuid())
+        with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+            user = getpass.getuser()
+        cluster, job = ray_runtime.current_job()
+        submission, process = ray_runtime.submission_id(), _process(os.getpid())
+        return cls(
+            secrets.token_hex(8), work, user, socket.gethostname(), os.getpid(), process, cluster, job, submission
+        )
+
+    @property
+    def gone(self) -> bool:
+        """Whether it is known to have ended. False also where this process cannot know."""
+        same_machine = self.process and self.process.split()[:2] == _process(os.getpid()).split()[:2]
+        killed = bool(same_machine) and _process(self.pid) != self.process
+        return self.ended or killed or ray_runtime.job_has_ended(self.cluster, self.job)
+
+    def __str__(self) -> str:
+        job = f"Ray job {self.submission}, " if self.submission else ""
+        age = timedelta(seconds=round(self.held_s))
+        return f"the {self.work} of {self.user} on {self.host} ({job}process {self.pid}, for {age})"
+
+
+_OWNER = TypeAdapter(Owner)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An owner's file: its number, counted from 1, and its content."""
+
+    number: int
+    content: bytes
+
+    def __str__(self) -> str:
+        return str(self.owner or "somebody whose file cannot be read")
+
+    @property
+    def owner(self) -> Owner | None:
+        """The owner; None if the file is empty or damaged, as after a kill while it was made."""
+        try:
+            return _OWNER.validate_json(self.content)
+        except ValueError:
+            return None
+
+    @property
+    def free(self) -> bool:
+        """Whether its owner is known to have ended."""
+        return self.owner is not None and self.owner.gone
+
+
+def newest(folder: str, known: int | None = None) -> Entry | None:
+    """Return the owner's file with the highest number; None without one.
+
+    Args:
+        folder: path or URI.
+        known: a number that exists; without it, the files are listed.
+    """
+    if known is None:
+        names = storage.files_in(storage.join(folder, OWNERS_FOLDER))
+        known = max((int(match[1]) for name in names if (match := OWNER_FILE.fullmatch(name))), default=0)
+    last = read(folder, known) if known else None
+    while following := read(folder, known + 1):  # a listing may lag behind
+        last, known = following, following.number
+    return last
+
+
+def read(folder: str, number: int) -> Entry | None:
+    """Return an owner's file; None if there is no such number."""
+    try:
+        return Entry(number, storage.read_at_most(_file(folder, number), MAX_FILE_BYTES))
+    except FileNotFoundError:
+        return None
+
+
+def create(folder: str, number: int, owner: Owner) -> bool:
+    """Make an owner's file unless there is one; return whether it is this owner's."""
+    uri, content = _file(folder, number), _content(owner)
+    # The second call fails, unless the store takes no conditions.
+    if storage.create_bytes(uri, content) and storage.create_bytes(uri, content):
+        time.sleep(SETTLE_S)
+    entry = read(folder, number)
+    return bool(entry and entry.owner and entry.owner.token == owner.token)
+
+
+def write(folder: str, number: int, owner: Owner) -> None:
+    """Write an owner's file anew; nobody but the owner does."""
+    storage.write_bytes(_file(folder, number), _content(owner))
+
+
+def _file(folder: str, number: int) -> str:
+    return storage.join(folder, f"{OWNERS_FOLDER}/{number:08d}.json")
+
+
+def _content(owner: Owner) -> bytes:
+    return json.dumps(asdict(owner)).encode()
+
+
+def _process(pid: int) -> str:
+    """Return what tells a living process from all others of all machines; empty if there is none, or no /proc."""
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = Path("/proc/self/ns/pid").readlink()
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else f"{machine} {namespace} {pid} {rest[18]}"

@@ -1,0 +1,61 @@
+"""Write an object that does not exist yet: of several writers at once, one succeeds."""
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+import fsspec
+
+from crosslmm.storage.filesystem import write_file
+from crosslmm.storage.retry import call_with_retries, http_status, scheme_of
+
+CONFLICT, PRECONDITION_FAILED, NOT_IMPLEMENTED = 409, 412, 501
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write an object that does not exist yet; return whether it was written.
+
+    True also where a store takes no such condition (If-None-Match) and has written over another object. False also
+    where an earlier attempt of this call wrote it, and its response was lost.
+    """
+    if scheme_of(uri) == "file":
+        return call_with_retries(uri, lambda _, path: _create_file(path, data))
+    try:
+        _put(uri, data, IfNoneMatch="*")
+        return True
+    except OSError as error:
+        if http_status(error) == PRECONDITION_FAILED:
+            return False
+        if http_status(error) == CONFLICT:  # of two at the same moment, S3 may refuse both
+            return create_bytes(uri, data)
+        if http_status(error) != NOT_IMPLEMENTED:
+            raise
+    _put(uri, data)
+    return True
+
+
+def _put(uri: str, data: bytes, **conditions: str) -> None:
+    def attempt(fs: fsspec.AbstractFileSystem, path: str) -> None:
+        bucket, key, _ = fs.split_path(path)
+        fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **conditions)
+
+    call_with_retries(uri, attempt)
+
+
+def _create_file(path: str, data: bytes) -> bool:
+    """Write a local file unless there is one; it is never seen half written, except where there are no hard links."""
+    temporary = f"{path}.{secrets.token_hex(4)}.part"
+    write_file(temporary, [data])
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        with suppress(FileExistsError), Path(path).open("xb") as file:
+            file.write(data)
+            return True
+        return False
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return True

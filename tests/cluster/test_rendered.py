@@ -87,13 +87,35 @@ def test_only_drivers_are_on_demand_and_all_others_on_spot() -> None:
         assert capacity == ["ON_DEMAND", "SPOT", "SPOT"]
 
 
-def test_a_retried_job_resumes_its_run() -> None:
-    for name in JOBS:
-        spec = documents(f"kuberay/{name}.yaml")[0]["spec"]
-        assert spec["backoffLimit"] > 0
-        assert " --name " in spec["entrypoint"]
-        # A driver that reserves resources may be placed on any node that has them.
-        assert not [key for key in spec if key.startswith("entrypoint") and key != "entrypoint"]
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_is_not_retried_and_ends_at_a_deadline(name: str) -> None:
+    (job,) = documents(f"kuberay/{name}.yaml")
+    spec = job["spec"]
+    assert spec["backoffLimit"] == 0  # Ray's job retries inside; KubeRay cannot tell a refused request from a lost head
+    assert 0 < spec["preRunningDeadlineSeconds"] < spec["activeDeadlineSeconds"] <= 7 * 24 * 3600
+    assert spec["shutdownAfterJobFinishes"]
+    assert 8 * 3600 <= spec["ttlSecondsAfterFinished"] <= 24 * 3600  # a night
+    assert " --name " in spec["entrypoint"]
+    # A driver that reserves resources may be placed on any node that has them.
+    assert not [key for key in spec if key.startswith("entrypoint") and key != "entrypoint"]
+
+
+def test_nothing_refuses_the_drain_of_a_node_for_ever() -> None:
+    """A budget that a single pod cannot meet does; autoscalers are asked to choose another node instead."""
+    for path in sorted(CLUSTER.rglob("*.yaml")):
+        if "templates" not in path.parts and not path.name.startswith("compose"):
+            assert "kind: PodDisruptionBudget" not in path.read_text(), path
+    for cluster in clusters():
+        annotations = cluster["headGroupSpec"]["template"]["metadata"]["annotations"]
+        assert annotations["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+        assert annotations["karpenter.sh/do-not-disrupt"] == "true"
+
+
+def test_every_image_is_named_by_digest() -> None:
+    """A node that has the image of a tag would run old code under it."""
+    named = re.findall(r"^\s*(?:-\s*)?(?:image|worker_image): *(\S+)", "\n".join(RENDERED.values()), re.MULTILINE)
+    assert len(named) > 10
+    assert not [image for image in named if "@sha256:" not in image]
 
 
 def test_a_stopped_job_has_time_for_its_checkpoint() -> None:

@@ -109,19 +109,24 @@ def _create_token() -> None:
         ) from error
 
 
+def short_parent() -> str:
+    """Return the system's temporary folder, or /tmp if its path leaves no room for those of Ray's sockets."""
+    from ray._common.utils import get_default_system_temp_dir
+
+    parent = str(get_default_system_temp_dir())
+    if len(os.fsencode(parent)) > LONGEST_PARENT:
+        log.warning("the path %s is too long for Ray's sockets; Ray's files are in /tmp", parent)
+        parent = "/tmp"
+    return parent
+
+
 def private_folder() -> str:
     """Return a folder for the sessions of Ray that no other user can read or write.
 
     Its path is short, since those of sockets are below it and Linux allows 107 bytes. The name is the same each time,
     so that logs of earlier sessions are found; a folder of this name that somebody else made is not used.
     """
-    from ray._common.utils import get_default_system_temp_dir
-
-    parent = get_default_system_temp_dir()
-    if len(os.fsencode(parent)) > LONGEST_PARENT:
-        log.warning("the path %s is too long for Ray's sockets; Ray's files are in /tmp", parent)
-        parent = "/tmp"
-    folder = Path(parent) / f"ray-{os.getuid()}"
+    folder = Path(short_parent()) / f"ray-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     status = folder.lstat()

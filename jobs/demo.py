@@ -4,7 +4,7 @@
 
 The demo starts a Ray cluster with token authentication, submits jobs/train.py to it, loads the model that the job has
 registered in MLflow, and asks it about clips that it has not seen. The last line is one JSON object.
-Exit status: 0 the model has learnt, 1 it has not, or the job failed.
+Exit status: 0 the model has learnt, 1 it has not, or the job failed, 130 stopped.
 """
 
 import argparse
@@ -103,4 +103,8 @@ done in {time.time() - began:.0f} s. Next:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -2,7 +2,8 @@
 
     python jobs/encode.py --config my-run.yaml --features.folder s3://bucket/features
     python jobs/train.py --config my-run.yaml --data.features FOLDER_THAT_ENCODE_PRINTED
-    ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/encode.py --config my-run.yaml
+    ray job submit --address http://HEAD:8265 --runtime-env cluster/runtime-env.yaml -- \\
+        python jobs/encode.py --config my-run.yaml
 
 Decodes each video of the manifests as jobs/train.py would with this configuration, runs the frozen vision encoder and
 stores its features. Prints the number of videos, the size and the price before it starts, and skips videos that the

@@ -63,9 +63,6 @@ def main() -> None:
     groups = [_group(text) for text in DEFAULT_GROUPS] if arguments.nodes == [] else arguments.nodes or []
     if arguments.autoscale is not None and not groups:
         parser.error("--autoscale needs --nodes: the most nodes that it may add")
-    # A closed terminal and `kill` act like Ctrl-C: nodes run in their own sessions, and would outlive this process.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
     print("starting a Ray cluster ...", flush=True)
     with suppress(KeyboardInterrupt), LocalCluster(groups=groups, idle_s=arguments.autoscale) as cluster:
         placement = f" --config tiny --config {cluster.placement}" if groups else ""

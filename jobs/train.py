@@ -4,7 +4,8 @@
     python jobs/train.py --data.manifest clips.jsonl --name first-try          # your own videos
     python jobs/train.py --config paper-2b --config stage-1 --data.manifest s3://bucket/train.jsonl
     python jobs/train.py --evaluate mvbench --evaluate_data /data/mvbench      # and score the model
-    ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py --storage s3://bucket/runs
+    ray job submit --address http://HEAD:8265 --runtime-env cluster/runtime-env.yaml --submission-id first-try-1 -- \\
+        python jobs/train.py --storage s3://bucket/runs --name first-try
 
 Uses the Ray cluster that it finds, or starts one. The same command with the same --name resumes the run. The last
 line of the output is one JSON object with the result.
@@ -52,7 +53,9 @@ def main() -> int:
     except (BadConfig, BadManifest, BadBenchmark, BadLocation) as error:
         fail(error)
     except (SystemExit, KeyboardInterrupt):
-        print("stopped; the same --name resumes the run from its last checkpoint", file=sys.stderr, flush=True)
+        print(
+            "stopped; the same command goes on from the last checkpoint, if there is one", file=sys.stderr, flush=True
+        )
         # Threads of Ray and MLflow may be in native code, which does not survive the interpreter's shutdown.
         ray.shutdown()
         os._exit(130)

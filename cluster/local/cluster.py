@@ -5,9 +5,11 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -46,7 +48,7 @@ class LocalCluster:
     """Starts the head, and each further node, as a child in its own session; leaving the context kills them.
 
     Ports are free ones and the token lies in a private folder, so several clusters of one user can run at the same
-    time; `ray stop` would end all of them.
+    time; `ray stop` would end all of them. In the main thread, SIGTERM and SIGHUP raise KeyboardInterrupt meanwhile.
 
     Args:
         num_cpus: CPUs that Ray may assign on the head; by default all of the machine's, or none if there are groups.
@@ -69,8 +71,11 @@ class LocalCluster:
         groups: Sequence[NodeGroup] = (),
         idle_s: float | None = None,
     ) -> None:
+        from crosslmm.ray_runtime import short_parent  # imports Ray, which --help need not wait for
+
         # A short path, since the paths of sockets are below it; private, since Ray makes its own folders readable.
-        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir=short_parent()))
+        self._handlers = _end_on_signals()
         self.token = self.folder / "token"
         with os.fdopen(os.open(self.token, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
@@ -211,9 +216,20 @@ class LocalCluster:
 
     def stop(self) -> None:
         """Kill every process of the cluster, including nodes that the autoscaler started."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         self._head.stop()
         for file in self.folder.glob(f"*{SESSION_SUFFIX}"):
             kill_session(int(file.read_text()))
         for node in [node for nodes in self.nodes.values() for node in nodes]:
             node.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _end_on_signals() -> dict[signal.Signals, Any]:
+    """Let a closed terminal and `kill` act like Ctrl-C: the nodes run in their own sessions, and would outlive this
+    process. Return the handlers before; empty in a thread, which cannot set any."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    unhandled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    return {number: signal.signal(number, signal.default_int_handler) for number in unhandled}

@@ -1,9 +1,12 @@
 """Calls to an MLflow server: with retries, and with errors in one line that holds no password."""
 
+import contextlib
+import fcntl
 import logging
 import os
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from mlflow.exceptions import InvalidUrlException, MlflowException
@@ -55,11 +58,28 @@ def quiet_mlflow() -> None:
         os.environ.setdefault(name, value)
 
 
+def open_client(uri: str) -> MlflowClient:
+    """Return a client of an MLflow server, or of a sqlite file, whose tables are made if it is new.
+
+    One process at a time makes them. MLflow's own lock lies in the temporary folder, under a name for each spelling of
+    the URI: of two first runs at once, with another TMPDIR, one would end with "duplicate column name".
+    """
+    with contextlib.ExitStack() as stack:
+        if uri.startswith("sqlite:///"):
+            with contextlib.suppress(OSError):  # the file cannot be made either, and MLflow says so
+                lock = stack.enter_context(Path(uri.removeprefix("sqlite:///").partition("?")[0] + ".lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        client = MlflowClient(uri)
+        if uri.startswith("sqlite:///"):
+            client.search_experiments(max_results=1)
+    return client
+
+
 def require_answer(tracking: TrackingConfig) -> None:
     """Raise BadConfig unless the MLflow server answers and accepts the credentials."""
     uri = tracking_uri(tracking)
     try:
-        MlflowClient(uri).search_experiments(max_results=1)
+        open_client(uri).search_experiments(max_results=1)
     except Exception as error:
         raise BadConfig(f"tracking.uri: {describe_failure(redacted(uri), error)}") from error
 
@@ -99,7 +119,7 @@ class RetryingClient:
     """
 
     def __init__(self, uri: str, retry_s: float = RETRY_S) -> None:
-        self._uri, self._client, self._retry_s = redacted(uri), MlflowClient(uri), retry_s
+        self._uri, self._client, self._retry_s = redacted(uri), open_client(uri), retry_s
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._client, name)

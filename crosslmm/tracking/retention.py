@@ -18,13 +18,12 @@ from mlflow.entities import LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.tracking import MlflowClient
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, TrackingConfig, flatten, tracking_uri
 from crosslmm.run_folder import CONFIG_FILE, RUN_FILE, SWEEP_FILE, has_run, list_runs, read_run
 from crosslmm.text import redacted
-from crosslmm.tracking.client import describe_failure, refuses
+from crosslmm.tracking.client import describe_failure, open_client, refuses
 from crosslmm.tracking.registry import BASE_TAG
 from crosslmm.tracking.run import KEY
 
@@ -93,7 +92,7 @@ class Retention:
     def __init__(self, storage_folder: str, tracking: TrackingConfig) -> None:
         self.root = storage.absolute(storage_folder).rstrip("/")
         self.uri = tracking_uri(tracking)
-        self.client = MlflowClient(self.uri)
+        self.client = open_client(self.uri)
         try:
             experiment = self.client.get_experiment_by_name(tracking.experiment)
             if experiment is None:

@@ -11,13 +11,12 @@ from typing import Any
 import yaml
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
 from crosslmm.run_folder import CONFIG_FILE, MODEL_FOLDER, QUARANTINE_FILE, RUN_FILE, StepRecord, read_run, steps_after
 from crosslmm.text import redacted, without_credentials
-from crosslmm.tracking.client import describe_failure, refuses, refuses_item
+from crosslmm.tracking.client import describe_failure, open_client, refuses, refuses_item
 from crosslmm.tracking.registry import register
 from crosslmm.tracking.run import BATCH_SIZES, MlflowRun, find_or_create, find_run, loggable
 
@@ -39,7 +38,7 @@ class RunSync(MlflowRun):
     """
 
     def __init__(self, folder: str, run: dict[str, Any], tracking: TrackingConfig) -> None:
-        client = MlflowClient(tracking_uri(tracking))
+        client = open_client(tracking_uri(tracking))
         run_id = find_run(client, run["run_id"])
         if run_id is None:
             tags = {"mlflow.runName": run["name"], **run["tags"]}

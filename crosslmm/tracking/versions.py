@@ -16,7 +16,7 @@ from crosslmm import storage
 from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
 from crosslmm.run_folder import git_revision
 from crosslmm.text import redacted
-from crosslmm.tracking.client import RetryingClient, describe_failure, refuses
+from crosslmm.tracking.client import RetryingClient, describe_failure, open_client, refuses
 from crosslmm.tracking.run import MlflowRun, find_or_create
 
 NAMED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
@@ -87,7 +87,7 @@ def _find(uri: str, config: TrackingConfig) -> Version | None:
     match = NAMED.fullmatch(uri)
     if not match:
         raise BadConfig(f"{uri}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION")
-    client = mlflow.MlflowClient(tracking_uri(config))
+    client = open_client(tracking_uri(config))
     try:
         if match["alias"]:
             found = client.get_model_version_by_alias(match["name"], match["alias"])
@@ -208,7 +208,7 @@ def _describe_version(client: Any, version: Version, record: EvaluationRecord, r
 
 def move_alias(version: Version, alias: str, tags: dict[str, str], config: TrackingConfig) -> None:
     """Give a version an alias, which another one may have, and tags that say why. Raises like `find_version`."""
-    client = mlflow.MlflowClient(tracking_uri(config))
+    client = open_client(tracking_uri(config))
     try:
         for key, value in tags.items():
             client.set_model_version_tag(version.name, version.number, key, value[:5000])

@@ -22,10 +22,11 @@ class EventChannel:
     def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []
         self.first_step = 0
-        self.stopping = False
+        self.started = self.stopping = False
 
     def post(self, kind: str, item: Any) -> None:
         """Append an event."""
+        self.started |= kind == "started"
         self.events.append((kind, item))
 
     def drain(self) -> list[tuple[str, Any]]:
@@ -41,9 +42,10 @@ class EventChannel:
         """Return the number of steps done when the workers started."""
         return self.first_step
 
-    def request_stop(self) -> None:
-        """Ask the workers to save a checkpoint and end; the driver calls it."""
+    def request_stop(self) -> bool:
+        """Ask the workers to save a checkpoint and end; the driver calls it. Return whether any have begun to train."""
         self.stopping = True
+        return self.started
 
     def stop_requested(self) -> bool:
         """Return whether the driver asked the workers to end."""

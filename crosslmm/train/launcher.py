@@ -50,6 +50,8 @@ PEER_FAILURE_MARKERS = ("gloo", "NCCL", "onnection", "socket", "ProcessGroup")
 STOP_TIMEOUT_S = 45.0
 """Time after the first signal in which the workers can finish their last step and its checkpoint [s]. `ray job stop`
 itself waits for RAY_JOB_STOP_WAIT_TIME_S, which should be longer."""
+ASK_TIMEOUT_S = 5.0
+"""How long the event channel may take to answer [s]."""
 MAX_PAUSE_S = 30.0
 """Longest pause before a restart [s]."""
 
@@ -117,7 +119,7 @@ def run_interruptibly(job: Job, work: Callable[[], Any]) -> None:
     Ray Train would set its own handler for Ctrl-C, and kill the workers.
 
     Raises:
-        KeyboardInterrupt: a signal came, and the workers have ended or `STOP_TIMEOUT_S` is over.
+        KeyboardInterrupt: a signal came, and the workers have ended or not begun, or `STOP_TIMEOUT_S` is over.
     """
     future: Future[Any] = Future()
 
@@ -132,11 +134,24 @@ def run_interruptibly(job: Job, work: Callable[[], Any]) -> None:
         # Not `Thread.join`: if a signal interrupts it, Python considers the thread ended (bpo-45274).
         wait([future])
     except (KeyboardInterrupt, SystemExit):
-        job.events.request_stop.remote()
-        wait([future], STOP_TIMEOUT_S)  # a second signal ends this wait
+        if _request_stop(job):
+            log.info(
+                "stopping after this step and its checkpoint, in %g s at most; again to stop at once", STOP_TIMEOUT_S
+            )
+            wait([future], STOP_TIMEOUT_S)  # a second signal ends this wait
+        else:
+            log.info("stopping; the workers have not begun to train, and there is nothing to save")
         if not future.done() or future.exception():
             raise
     future.result()
+
+
+def _request_stop(job: Job) -> bool:
+    """Ask the workers to stop; return whether to wait for them: not if they are known not to have begun."""
+    try:
+        return bool(ray.get(job.events.request_stop.remote(), timeout=ASK_TIMEOUT_S))
+    except RayError:
+        return True
 
 
 def _root_cause(error: Exception) -> tuple[Exception, str]:

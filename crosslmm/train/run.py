@@ -21,7 +21,7 @@ from crosslmm.preflight import checks, connect, hardware, placement
 from crosslmm.preflight.answer_length import answer_limit
 from crosslmm.preflight.resolve import resolve_config
 from crosslmm.preflight.resume import require_resumable
-from crosslmm.train import launcher
+from crosslmm.train import checkpoint_store, launcher
 from crosslmm.train.events import open_channel
 from crosslmm.train.job import Job
 from crosslmm.train.monitor import TrainingMonitor
@@ -146,6 +146,7 @@ def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None
         status = "FINISHED"
     except (SystemExit, KeyboardInterrupt):
         status = "KILLED"
+        _log_resume(job)
         raise
     except launcher.TrainingFailed as error:
         name = job.config.name
@@ -155,6 +156,14 @@ def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None
         # When Tune stops a trial, its workers end first, which looks like a failure.
         record.finish("KILLED" if monitor.stopped else status, model_tags)
     return monitor
+
+
+def _log_resume(job: Job) -> None:
+    """Log where the next start of a stopped run will begin."""
+    with contextlib.suppress(OSError):
+        step = checkpoint_store.latest_step(job.folder)
+        where = f"resumes the run after step {step}" if step else "begins it anew, as it has no checkpoint yet"
+        log.info("stopped; the same --name %s", where)
 
 
 def lineage(folder: str) -> dict[str, str]:

@@ -65,6 +65,32 @@ def test_a_local_cluster_ends_with_its_command(number):
     assert not folder.exists()
 
 
+HOLD = """\
+import sys, time
+from cluster.local.cluster import LocalCluster
+with LocalCluster(num_cpus=1) as cluster:
+    print(cluster.folder, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.fault
+def test_a_local_cluster_ends_with_any_holder_and_wherever_its_temporary_folder_is(tmp_path):
+    """Like the demo, the holder sets no handler itself; 107 bytes are all that the path of a socket has."""
+    deep = tmp_path / ("x" * 43)
+    deep.mkdir()
+    environment = os.environ | {"TMPDIR": str(deep), "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", HOLD], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        folder = Path(process.stdout.readline().strip())
+        assert folder.is_dir()
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) != 0
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not folder.exists()
+
+
 def test_a_job_starts_its_own_cluster_with_a_private_token():
     job = run_without_cluster(PRINT_TOKEN_MODE)
     assert job.stdout == "token 0o600\n", job.stderr

@@ -311,3 +311,20 @@ def test_tracking_uri_configuration_environment_default(tmp_path, monkeypatch):
 
 def test_flatten_joins_keys_with_dots():
     assert flatten({"a": {"b": {"c": 1}}, "d": [2], "e": None}) == {"a.b.c": 1, "d": [2], "e": None}
+
+
+def test_nothing_is_delivered_for_a_run_that_has_another_owner(tmp_path, config, client):
+    run = start(tmp_path, config, retry_s=0.1, stopped_end_s=1.0)
+    run.log(steps(1))
+    run.settle(60)
+
+    def lost():
+        raise RuntimeError("taken over")
+
+    run.require_owner = lost
+    run.log(steps(2))
+    time.sleep(1)
+    run.finish("KILLED")
+    run_id = run_file(tmp_path)["run_id"]
+    assert [point.step for point in client.get_metric_history(run_id, "loss")] == [1]
+    assert client.get_run(run_id).info.status == "RUNNING"

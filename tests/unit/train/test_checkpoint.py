@@ -1,5 +1,6 @@
 """Checkpoints written by two real ranks: seals, damage, retention, and jobs/checkpoint.py."""
 
+import contextlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from crosslmm import run_folder
 from crosslmm.cli import parse_run
 from crosslmm.config import to_yaml
+from crosslmm.lease import LeaseLost
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import checkpoint, checkpoint_store
 from crosslmm.train.distributed.parallel import parallelize
@@ -125,6 +127,19 @@ def save(rank: int, folder: Path) -> None:
     saver.close()
     blocked = list(ours.messages)
 
+    lost: list[str] = []
+
+    def require_owner() -> None:
+        if lost:
+            raise LeaseLost("taken over")
+
+    saver = checkpoint.Saver(str(folder / "lost"), run_config(), "test", ours.group, require_owner=require_owner)
+    for step in (1, 2):
+        saver.save(step, model, optimizer, {}, [f"{step}\n"] if rank == 0 else [])
+        with contextlib.suppress(LeaseLost):
+            saver.wait()
+        lost.append("from now on")
+
     if rank == 0:
         shutil.copytree(folder / "run", folder / "damaged")
         damaged = checkpoint_store.list_sealed(str(folder / "damaged"))[0]
@@ -195,6 +210,11 @@ def test_a_seal_names_every_file_and_the_world_size(saved):
     assert [checkpoint_store.verify_file(newest, name) for name in newest.files] == [None] * len(newest.files)
     history = sorted((saved / "run" / "history").iterdir())
     assert [path.read_text() for path in history] == ["1\n", "2\n", "3\n"]
+
+
+def test_nothing_is_sealed_in_a_folder_that_has_another_owner(saved):
+    assert steps(saved / "lost") == [1]
+    assert [path.name for path in (saved / "lost" / "history").iterdir()] == ["step-00000001.jsonl"]
 
 
 def truncate(path: Path) -> None:

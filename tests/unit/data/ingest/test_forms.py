@@ -139,7 +139,8 @@ def test_videos_that_the_manifest_holds_become_files_of_the_folder(tmp_path, mak
         assert abs(int(decode_video(video, data, 16).images.mean()) - colour) < 4
     if make is embedded:
         assert len(list((tmp_path / "out/media").glob("*/*.mp4"))) == 3  # the clip that occurs twice is written once
-    assert all(OUTPUT_FILES.fullmatch(name) for name in storage.names_in(str(tmp_path / "out")))
+    written = [name for name in storage.names_in(str(tmp_path / "out")) if not name.startswith("owners/")]
+    assert all(map(OUTPUT_FILES.fullmatch, written))
     # The folder can be moved: videos are named relative to it.
     (tmp_path / "out").rename(tmp_path / "moved")
     (tmp_path / "rows.parquet").unlink(missing_ok=True)

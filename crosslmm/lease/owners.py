@@ -50,13 +50,10 @@ class Owner:
     @classmethod
     def this_process(cls, work: str) -> Self:
         """Return this process as an owner."""
-        user = str(os.getuid())
-        with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
-            user = getpass.getuser()
         cluster, job = ray_runtime.current_job()
         submission, process = ray_runtime.submission_id(), _process(os.getpid())
         return cls(
-            secrets.token_hex(8), work, user, socket.gethostname(), os.getpid(), process, cluster, job, submission
+            secrets.token_hex(8), work, _user(), socket.gethostname(), os.getpid(), process, cluster, job, submission
         )
 
     @property
@@ -97,6 +94,18 @@ class Entry:
     def free(self) -> bool:
         """Whether its owner is known to have ended."""
         return self.owner is not None and self.owner.gone
+
+
+def this_process() -> dict[str, str]:
+    """Return who runs this process, where, and as which of Ray's jobs, as tags of an MLflow run."""
+    job = ray_runtime.submission_id()
+    return {"mlflow.user": _user(), "host": socket.gethostname(), **({"ray_job": job} if job else {})}
+
+
+def _user() -> str:
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+        return getpass.getuser()
+    return str(os.getuid())
 
 
 def newest(folder: str, known: int | None = None) -> Entry | None:

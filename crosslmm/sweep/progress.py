@@ -22,8 +22,9 @@ from crosslmm.tracking import MlflowRun
 
 log = logging.getLogger(__name__)
 
-STATUS: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED"}
-"""MLflow status of a trial's state; KILLED for the others."""
+STATUS: dict[State, str] = {"finished": "FINISHED", "stopped early": "FINISHED", "failed": "FAILED"}
+"""MLflow status of a trial's state; KILLED for the others. MLflow shows a killed run like a failed one, but a trial
+that was stopped early has done what it was for; its tag `state` says how it ended."""
 STYLE: dict[State, str] = {
     "running": "bold", "finished": "green", "stopped early": "yellow", "failed": "red", "out of budget": "magenta",
 }  # fmt: skip
@@ -73,7 +74,7 @@ class SweepProgress(Callback):
         sweep_trial = self.search.by_id[trial.trial_id]
         self._since[sweep_trial.number] = time.monotonic()
         self._write(sweep_trial)
-        self._log(sweep_trial, f"starts  {_point(sweep_trial)}")
+        self._log(sweep_trial, f"starts  {sweep_trial.title}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -136,7 +137,7 @@ class SweepProgress(Callback):
                 *((str(last.step), f"{last.loss:.3f}", f"{last.accuracy:.3f}", str(last.asked)) if last else [""] * 4),
                 f"{trial.seconds:.0f}",
                 trial.state,
-                cell(_point(trial)),
+                cell(trial.title),
                 style=STYLE[trial.state],
             )
         return table
@@ -170,12 +171,3 @@ class SweepProgress(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles this object, and nothing reads it again
-
-
-def _point(trial: Trial) -> str:
-    """Return a point in few words, "pool_stride 4  v2v 0.000123"; the whole key where its last part is ambiguous."""
-    ends = [path.rpartition(".")[2] for path in trial.point]
-    return "  ".join(
-        f"{end if ends.count(end) == 1 else path} {value:.3g}" if isinstance(value, float) else f"{end} {value}"
-        for end, (path, value) in zip(ends, trial.point.items(), strict=True)
-    )

@@ -182,7 +182,9 @@ class Candidates:
                 f"training needs {memory / 1e9:,.1f} GB, more than the {available / 1e9:.0f} GB of --gpu {gpu} hold"
             )
         trial = Trial(number, point, values, model.config.tokens_per_frame, macs, encoder_macs, memory)
-        child = MlflowRun.create(self.record.tracking, trial.name, "jobs/tune.py", parent=self.record.run_id)
+        child = MlflowRun.create(
+            self.record.tracking, trial.title or trial.name, "jobs/tune.py", parent=self.record.run_id
+        )
         child.log_params({"trial": {"number": number, **point}})
         costs = {
             "macs_behind_encoder": macs,

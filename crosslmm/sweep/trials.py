@@ -63,6 +63,15 @@ class Trial:
         return f"{self.number:03d}-{hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]}"
 
     @property
+    def title(self) -> str:
+        """Its point in few words, "pool_stride 4, v2v 0.000123"; the whole key where its last part is ambiguous."""
+        ends = [path.rpartition(".")[2] for path in self.point]
+        return ", ".join(
+            f"{end if ends.count(end) == 1 else path} {f'{value:.3g}' if isinstance(value, float) else value}"
+            for end, (path, value) in zip(ends, self.point.items(), strict=True)
+        )
+
+    @property
     def last(self) -> Rung | None:
         """Latest validation."""
         return self.curve[-1] if self.curve else None

@@ -99,6 +99,7 @@ class BackgroundSync:
         """Guards the fields up to `_registration_failed`."""
         self._state = State.CONNECTING
         self._waiting: list[StepRecord] = []
+        self._tagged = True
         self._run = read_run(folder)  # run.json; its status is set once the run has ended
         self._error: BaseException | None = None
         self._registration_failed = False
@@ -124,6 +125,13 @@ class BackgroundSync:
         """Queue the metrics of steps; MLflow ignores steps that it already has."""
         with self._changed:
             self._waiting += steps
+            self._changed.notify_all()
+
+    def tag(self, tags: dict[str, str]) -> None:
+        """Set tags of the run; those of a later start replace an earlier one's."""
+        with self._changed:
+            self._run["tags"] = {**self._run["tags"], **tags}
+            self._tagged = False
             self._changed.notify_all()
 
     def settle(self, timeout_s: float) -> None:
@@ -226,7 +234,9 @@ class BackgroundSync:
                     continue
                 self._first_attempt.set()
                 with self._changed:
-                    self._changed.wait_for(lambda: self._state in FINAL or self._waiting or self._run["status"])
+                    self._changed.wait_for(
+                        lambda: self._state in FINAL or self._waiting or self._run["status"] or not self._tagged
+                    )
         except BaseException as error:
             with self._changed:
                 self._error = error
@@ -241,6 +251,9 @@ class BackgroundSync:
         sync = self._sync or self._open()
         with self._changed:
             ended, steps = self._run["status"] is not None, list(self._waiting)
+            tags, tagged = self._run["tags"], self._tagged
+        if not tagged:
+            sync.log_values({}, tags)
         # At the end, read the folder too: it has steps that did not reach this process.
         sync.log_history(steps) if ended else sync.log(steps)
         with self._changed:
@@ -249,6 +262,7 @@ class BackgroundSync:
             if self._move(State.LIVE) and was_offline:
                 log.info("record: %s answers; run %s has the steps that waited", self.uri, self.run_id)
             del self._waiting[: len(steps)]
+            self._tagged |= self._run["tags"] is tags
             self._changed.notify_all()
         if ended:
             if self._system_metrics:

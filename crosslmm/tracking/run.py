@@ -53,7 +53,7 @@ class MlflowRun:
     @classmethod
     def create(cls, tracking: TrackingConfig, name: str, source: str, parent: str | None = None) -> Self:
         """Create a run, as a child of `parent` if given."""
-        tags = {"mlflow.runName": name, "mlflow.source.name": source, **git_revision()}
+        tags = {"mlflow.runName": printable(name)[:250], "mlflow.source.name": source, **git_revision()}
         if parent:
             tags["mlflow.parentRunId"] = parent
         client = RetryingClient(tracking_uri(tracking))

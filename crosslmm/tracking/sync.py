@@ -46,6 +46,7 @@ class RunSync(MlflowRun):
         super().__init__(tracking, run_id)
         self.client = client
         self.folder = folder
+        self.log_values({}, run["tags"])
         self.log_params(loggable(yaml.safe_load(storage.read_bytes(storage.join(folder, CONFIG_FILE)))))
         for dataset in run["datasets"]:
             self.log_dataset(**dataset)

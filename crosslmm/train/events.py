@@ -14,9 +14,10 @@ class EventChannel:
     Posting costs a worker next to nothing. The actor lives on the driver's node and ends with it. If its process is
     killed, queued events are lost; the steps among them reach the run's folder with the next checkpoint.
 
-    Kinds of events: "started" (first step, number of parameters), "step" (number, unix time [s], metrics), "unreadable"
-    (a quarantined row), "short" (manifest, line and id of a row whose videos gave fewer frames than asked, and why),
-    "log" (level, message, rank, step), "sealed" (step and unix time [s] of a finished checkpoint).
+    Kinds of events: "started" (first step, numbers of all and of trained parameters, number of workers), "step"
+    (number, unix time [s], metrics), "unreadable" (a quarantined row), "short" (manifest, line and id of a row whose
+    videos gave fewer frames than asked, and why), "log" (level, message, rank, step), "sealed" (step and unix time [s]
+    of a finished checkpoint).
     """
 
     def __init__(self) -> None:

@@ -136,11 +136,14 @@ class TrainingMonitor:
             except Exception:
                 log.exception("events of kind '%s' could not be handled; the run goes on", kind)
 
-    def _handle_started(self, items: list[tuple[int, int]]) -> None:
-        for step, parameters in items:
+    def _handle_started(self, items: list[tuple[int, int, int, int]]) -> None:
+        for step, parameters, trained, workers in items:
             self._began = self._began or time.time()
             where = f"resumed after step {step}" if step else "training from the start"
             log.info("%s, %.1f M parameters", where, parameters / 1e6, extra={"step": step})
+            self.record.tag(
+                {"parameters": f"{parameters:,}", "parameters_trained": f"{trained:,}", "workers": str(workers)}
+            )
 
     def _handle_log(self, items: list[tuple[int, str, int, int | None]]) -> None:
         for level, message, rank, step in items:

@@ -94,8 +94,10 @@ def run_training(config: RunConfig, trial: TrialContext | None = None) -> Traini
     features = open_features(config, Rows([*manifests, *([validation] if validation else [])]))
     with contextlib.nullcontext(claim.fence) if isinstance(claim, TrialContext) else claim.take() as fence:
         job = build_job(config, manifests, validation, features, fence)
+        computes_on = hardware.describe(config, detected)
         record = _begin(job, manifests, validation, features, trial)
-        _log_summary(job, manifests, record, hardware.describe(config, detected))
+        record.tag({**lease.this_process(), "computes_on": computes_on})
+        _log_summary(job, manifests, record, computes_on)
         monitor = _train(job, record, trial)
     if record.model_uri:
         log.info("registered %s, now %s, from run %s", record.model_version, record.model_uri, record.run_id)
@@ -153,8 +155,8 @@ def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None
         raise launcher.TrainingFailed(f"{error}; the same command with --name {name} resumes the run") from error
     finally:
         job.fence.require()  # the record, too, belongs to the run's owner
-        # When Tune stops a trial, its workers end first, which looks like a failure.
-        record.finish("KILLED" if monitor.stopped else status, model_tags)
+        # When Tune stops a trial, its workers end first, which looks like a failure; it is none.
+        record.finish("FINISHED" if monitor.stopped else status, model_tags)
     return monitor
 
 

@@ -100,7 +100,7 @@ def train(train_loop_config: dict[str, Any]) -> None:
         checkpoint.load(state, model, optimizer)
         state.clear()
     if rank == 0:
-        job.events.post.remote("started", (first_step, sum(p.numel() for p in model.parameters())))
+        job.events.post.remote("started", (first_step, *_count_parameters(model), dist.get_world_size()))
 
     def sealed(step: int, when: float) -> None:
         job.events.post.remote("sealed", (step, when))
@@ -127,6 +127,12 @@ def train(train_loop_config: dict[str, Any]) -> None:
             storage.upload(folder, storage.join(job.folder, MODEL_FOLDER))
     dist.barrier(group)
     watchdog.close()
+
+
+def _count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Return the number of parameters, and of those among them that are trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def _build_sharded(

@@ -73,6 +73,11 @@ def test_invalid_or_too_costly_points_are_rejected(base, record):
         Candidates(paper, SweepSettings(gpu="l4"), SPACE, record)(0, {"model.pool_stride": 9})
 
 
+def test_a_trials_run_is_named_by_its_point(base, record):
+    trial = candidates(base, record)(0, {"model.pool_stride": 2})
+    assert record.client.get_run(trial.run_id).info.run_name == "pool_stride 2"
+
+
 def test_search_skips_rejected_points_with_the_reason(base, record):
     search = Search(SPACE, base, [], candidates(base, record), max_trials=5)
     suggested = 0

@@ -60,7 +60,7 @@ def test_a_point_is_no_markup_of_the_terminal(tmp_path):
     search = SimpleNamespace(trials=[sweeps.trial(point=point)], by_id={})
     console = Console(width=200, file=io.StringIO())
     console.print(SweepProgress(str(tmp_path), search, None, 4, 1, None).table())
-    assert r"vision_weights s3://bucket/[/x][red]  tokenizer \x1b[2J" in console.file.getvalue()
+    assert r"vision_weights s3://bucket/[/x][red], tokenizer \x1b[2J" in console.file.getvalue()
 
 
 def test_headline_names_the_best_and_the_knee():

@@ -37,6 +37,12 @@ def test_run_name_depends_on_the_point():
     assert one.name.startswith("003-")
 
 
+def test_a_title_says_the_point_in_few_words():
+    point = {"model.pool_stride": 9, "model.cross_attention_every": 4, "train.learning_rate.v2v": 1e-3}
+    assert trial(3, 5, point=point).title == "pool_stride 9, cross_attention_every 4, v2v 0.001"
+    assert trial(3, 5, point={"a.x": 1, "b.x": 0.25}).title == "a.x 1, b.x 0.25"
+
+
 def test_front_holds_only_unbeaten_finished_trials():
     known = [
         trial(0, 10, 0.5), trial(1, 20, 0.4), trial(2, 30, 0.8), trial(3, 30, 0.7), trial(4, 80, 0.8),

@@ -328,3 +328,18 @@ def test_nothing_is_delivered_for_a_run_that_has_another_owner(tmp_path, config,
     run_id = run_file(tmp_path)["run_id"]
     assert [point.step for point in client.get_metric_history(run_id, "loss")] == [1]
     assert client.get_run(run_id).info.status == "RUNNING"
+
+
+def test_the_run_says_who_runs_it_where_and_what_it_trains(tmp_path, config, client):
+    run = start(tmp_path, config)
+    run.tag({"mlflow.user": "alice", "host": "node-1", "ray_job": "first-try-1"})
+    run.log(steps(1))
+    run.settle(60)
+    run.finish("FAILED")
+    assert client.get_run(run.run_id).data.tags.items() >= {"mlflow.user": "alice", "host": "node-1"}.items()
+    resumed = start(tmp_path, config)
+    resumed.tag({"host": "node-2", "parameters": "1,000"})
+    resumed.finish("FAILED")
+    tags = client.get_run(run.run_id).data.tags
+    assert tags.items() >= {"host": "node-2", "ray_job": "first-try-1", "parameters": "1,000"}.items()
+    assert run_file(tmp_path)["tags"].items() >= {"host": "node-2", "parameters": "1,000"}.items()

@@ -45,6 +45,9 @@ class Record:
             raise ValueError("no JSON")
         self.calls.append([step for step, _, _ in steps])
 
+    def tag(self, tags) -> None:
+        self.calls.append(tags)
+
     def settle(self, seconds) -> None:
         self.calls.append("settled")
 
@@ -193,3 +196,9 @@ def test_a_monitor_whose_run_has_another_owner_records_nothing_more(tmp_path):
         pass
     assert not record.calls
     assert not (tmp_path / QUARANTINE_FILE).exists()
+
+
+def test_the_record_says_how_many_parameters_are_trained_by_how_many_workers(tmp_path):
+    record = Record()
+    monitor(tmp_path, record).handle([("started", (0, 1_000_000, 20_000, 2))])
+    assert record.calls == [{"parameters": "1,000,000", "parameters_trained": "20,000", "workers": "2"}]

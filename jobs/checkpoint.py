@@ -69,8 +69,16 @@ def verify(run: str, step: int | None) -> int:
 
 def repair(run: str) -> int:
     """Break the seals of damaged checkpoints, and remove what is unfinished or in the way of a restart."""
-    for line in checkpoint_store.repair(run):
-        print(line, flush=True)
+    from crosslmm import lease  # imports Ray, which the other commands need not wait for
+
+    try:
+        with lease.look(run, "repair", "repair it when it has ended").take() as fence:
+            for line in checkpoint_store.repair(run):
+                fence.require()
+                print(line, flush=True)
+    except lease.LeaseLost as error:
+        print_error(error)
+        return 1
     return 0
 
 
@@ -145,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--step", type=int, help="only the checkpoint after this step (default: all)")
     command.set_defaults(command=verify)
 
-    text = """break the seals of damaged checkpoints, remove unfinished ones and Ray Train's snapshots. Only for a run
-    that is not running: a checkpoint that is being written counts as unfinished. Prints what it removes before it
+    text = """break the seals of damaged checkpoints, remove unfinished ones and Ray Train's snapshots. Refused while
+    the run is running: a checkpoint that is being written counts as unfinished. Prints what it removes before it
     removes it; never removes an intact checkpoint."""
     command = commands.add_parser("repair", parents=[run], help="stop trusting what is damaged", description=text)
     command.set_defaults(command=repair)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from crosslmm import run_folder
+from crosslmm import lease, run_folder
 from crosslmm.cli import parse_run
 from crosslmm.config import to_yaml
 from crosslmm.lease import LeaseLost
@@ -394,10 +394,20 @@ def test_repair_leaves_what_a_run_resumes_from(job, run):
     assert (status, last) == (0, "the run will resume from step 2")
 
 
+def test_a_run_that_is_running_is_not_repaired(job, run):
+    with lease.look(str(run), "training", "wait").take():
+        (run / "step-00000009-test").mkdir()  # a checkpoint that is being written
+        status, out, err = job("repair", run)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {run}: belongs to the training of ")
+    assert (run / "step-00000009-test").exists()
+
+
 def test_repair_changes_nothing_in_an_intact_run(job, run):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert job("repair", run) == (0, "the run will resume from step 3\n", "")
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if "owners" not in path.parts}
+    assert after == before
 
 
 def test_export_equals_the_run_s_own_byte_for_byte(job, run, tmp_path):

@@ -397,8 +397,8 @@ def test_repair_leaves_what_a_run_resumes_from(job, run):
 def test_a_run_that_is_running_is_not_repaired(job, run):
     with lease.look(str(run), "training", "wait").take():
         (run / "step-00000009-test").mkdir()  # a checkpoint that is being written
-        status, out, err = job("repair", run)
-    assert (status, out) == (2, "")
+        status, _, err = job("repair", run)
+    assert status == 2
     assert err.startswith(f"error: {run}: belongs to the training of ")
     assert (run / "step-00000009-test").exists()
 

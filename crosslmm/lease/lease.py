@@ -136,10 +136,13 @@ class Fence:
             raise LeaseLost(f"{self.folder}: {reason}; this start has stopped, and leaves it alone")
         self._asked = asked
 
-    def require_lately(self) -> None:
-        """Like `require`, for records that are written all the time: asks every `ASK_S`, and goes on if the store does
-        not answer."""
-        if _clock() - self._asked < ASK_S:
+    def require_lately(self, within_s: float | None = None) -> None:
+        """Like `require`, for records: goes on if the store does not answer, and asks only if the last answer is older.
+
+        Args:
+            within_s: than this [s]; None is `ASK_S`, for records that are written all the time.
+        """
+        if _clock() - self._asked < (ASK_S if within_s is None else within_s):
             return
         try:
             with storage.retrying(storage.NO_RETRIES):

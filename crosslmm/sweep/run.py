@@ -147,7 +147,7 @@ def _search(
         status = "KILLED"
         raise
     finally:
-        fence.require()  # the record, too, belongs to the sweep's owner
+        fence.require_lately(0)  # the record, too, belongs to the sweep's owner
         record.finish(status)
     return _result(config, record, search, page, promoted, time.monotonic() - began)
 

@@ -167,6 +167,13 @@ class BackgroundSync:
                     "record: %s; python jobs/track.py replay %s delivers it%s", self._failure(), names, later
                 )  # fmt: skip
 
+    def abandon(self) -> None:
+        """Send nothing more: the run has another owner, which keeps its record.
+
+        MLflow's monitor of the machine may add a sample until the process ends: to stop it is to have it write.
+        """
+        self._move(State.GIVEN_UP)
+
     def _require_start(self) -> None:
         """Wait for the first attempt; raise BadConfig if the server refuses, and go on without it if it is silent."""
         is_file = self.uri.startswith("sqlite:")  # takes seconds to create; a failure is final

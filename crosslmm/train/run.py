@@ -154,10 +154,19 @@ def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None
         name = job.config.name
         raise launcher.TrainingFailed(f"{error}; the same command with --name {name} resumes the run") from error
     finally:
-        job.fence.require()  # the record, too, belongs to the run's owner
+        _require_owner(job, record)
         # When Tune stops a trial, its workers end first, which looks like a failure; it is none.
         record.finish("FINISHED" if monitor.stopped else status, model_tags)
     return monitor
+
+
+def _require_owner(job: Job, record: tracking.BackgroundSync) -> None:
+    """Raise LeaseLost if the run has another owner: the record belongs to it, too."""
+    try:
+        job.fence.require_lately(0)
+    except lease.LeaseLost:
+        record.abandon()
+        raise
 
 
 def _log_resume(job: Job) -> None:

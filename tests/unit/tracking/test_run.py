@@ -324,7 +324,7 @@ def test_nothing_is_delivered_for_a_run_that_has_another_owner(tmp_path, config,
     run.require_owner = lost
     run.log(steps(2))
     time.sleep(1)
-    run.finish("KILLED")
+    run.abandon()
     run_id = run_file(tmp_path)["run_id"]
     assert [point.step for point in client.get_metric_history(run_id, "loss")] == [1]
     assert client.get_run(run_id).info.status == "RUNNING"

@@ -52,5 +52,6 @@ class _RegisterWithTransformers:
 
 
 _hook = _RegisterWithTransformers()
-sys.meta_path.insert(0, _hook)
+# Right before the finder that it asks: hooks of others keep their place in front of it.
+sys.meta_path.insert(sys.meta_path.index(importlib.machinery.PathFinder), _hook)
 _hook.register_if_ready()

@@ -11,8 +11,8 @@ from crosslmm import lease
 from crosslmm.lease import owners
 from crosslmm.run_folder import read_run
 
-SLACK_S = 5.0
-"""Beyond the lease, until a start that watches has taken over [s]: its last look, and the store's answers."""
+SLACK_S = 20.0
+"""Beyond the lease, until a start that watched starts workers [s]: its last look, and the checks before a run."""
 TAKEN_UP = "starting workers"
 
 
@@ -41,7 +41,7 @@ def owner_killed_elsewhere(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     taken = [when for when, line in again.lines if TAKEN_UP in line]
     if not watched or not taken:
         raise NotSurvived(f"the next start did not watch the owner:\n{again.text}")
-    limit = lease.LEASE_S + SLACK_S + _checks_s(run)
+    limit = lease.LEASE_S + SLACK_S
     if taken[0] - watched[0] > limit:
         raise NotSurvived(f"taken over after {taken[0] - watched[0]:.0f} s instead of {limit:.0f} s\n{again.text}")
     return [run, again], at
@@ -74,9 +74,3 @@ def _await_owner(lab: Lab, name: str, number: int, attempt: Attempt) -> None:
         if attempt.process.poll() is not None or time.monotonic() > until:
             raise NotSurvived(f"the run has no owner {number}:\n{attempt.text}")
         time.sleep(0.5)
-
-
-def _checks_s(run: Attempt) -> float:
-    """Return how long the checks before a run took in a start that found no owner [s]."""
-    started = next(when for when, line in run.lines if TAKEN_UP in line)
-    return started - run.lines[0][0]

@@ -35,7 +35,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import psutil
 from mlflow.tracking import MlflowClient
 from rich.table import Table
@@ -45,6 +44,7 @@ from crosslmm.cli import parse_run, start_job
 from crosslmm.config import RunConfig
 from crosslmm.data.feature_cache import FeatureCache, create_feature_folder, write_index, write_shard
 from crosslmm.data.feature_format import from_bf16
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.samples import shapes
 from crosslmm.encode import recipe
@@ -238,10 +238,11 @@ def bytes_per_frame(folder: Path) -> dict[str, float]:
     store = FeatureCache(str(place))
     rows = [row for split in rounding.SPLITS for row in Manifest(f"{folder}/data/{split}.jsonl").rows]
     uris = [row["videos"][0] for row in rows]
-    videos = [(uri, None, from_bf16(cast("np.ndarray", store.read(uri)))) for uri in uris]
+    stored = [cast("SampledFrames", store.read(uri)) for uri in uris]
+    videos = [(uri, None, from_bf16(x.images), x.times.tolist()) for uri, x in zip(uris, stored, strict=True)]
     int8 = create_feature_folder(str(folder / "int8"), store.recipe.model_copy(update={"dtype": "int8"}))
     write_index(int8, write_shard(int8, videos, "int8")[0])
-    frames = sum(len(x_FPD) for _, _, x_FPD in videos)
+    frames = sum(len(x) for x in stored)
     folders = {"bf16": place, "int8": Path(int8)}
     return {dtype: sum(file.stat().st_size for file in at.iterdir()) / frames for dtype, at in folders.items()}
 

@@ -3,7 +3,6 @@
 import functools
 from dataclasses import asdict
 
-import numpy as np
 from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto import modeling_auto
 
@@ -12,7 +11,7 @@ from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
 from crosslmm.model import CrossLMMConfig, CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.configuration import AUTO_MODEL_CLASSES
-from crosslmm.model.processing.media import Sampling, read_files_with
+from crosslmm.model.processing.media import Frames, Sampling, read_files_with
 
 AutoConfig.register(CrossLMMConfig.model_type, CrossLMMConfig)
 AutoProcessor.register(CrossLMMConfig, CrossLMMProcessor)
@@ -25,11 +24,11 @@ def _decoder(side: int, sampling: Sampling) -> Decoder:
     return Decoder(DataConfig.model_validate(asdict(sampling)), side)
 
 
-def _read_file(uri: str, side: int, sampling: Sampling) -> np.ndarray:
+def _read_file(uri: str, side: int, sampling: Sampling) -> Frames:
     (video,) = _decoder(side, sampling)([uri])
     if isinstance(video, VideoFailure):
         raise ValueError(f"{uri}: {video.reason}")
-    return video.images
+    return Frames(video.images, video.times.tolist())
 
 
 read_files_with(_read_file)

@@ -96,6 +96,9 @@ class DataConfig(Section):
     fps_then_uniform does the same, but spreads num_frames evenly where there are more (LLaVA-Video's policy)."""
     fps: Annotated[float, Field(gt=0)] = setting(1.0, FIXED, FEATURES)
     """Frame rate of the two fps policies [1/s]."""
+    timestamps: bool = setting(False, FIXED)
+    """Write the time of each frame of a video before its tokens, as the text "<12.0 seconds>" (the paper does not).
+    Images have none. The model is asked the same way wherever it answers."""
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = setting("auto", FIXED, FEATURES)
     """Decoding library; auto is pyav (measurements: docs/decisions.md)."""
     decode_timeout_s: Annotated[float, Field(gt=0)] = setting(60.0, FREE, FEATURES)

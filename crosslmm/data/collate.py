@@ -13,9 +13,9 @@ from crosslmm.data.video.decode import VideoFailure
 
 Batch = Any
 """Return value of the processor: a mapping of names to tensors, with `.to(device)`."""
-RequireRoom = Callable[[list[dict[str, Any]], list[int], str], None]
-"""Takes a prompt, the frames of its videos and the answer to compare with. Raises ValueError if such an answer could
-not be generated to its end."""
+RequireRoom = Callable[..., None]
+"""Takes a prompt, the number of frames of its videos and the answer to compare with, and as `times` when each of these
+frames is shown. Raises ValueError if such an answer could not be generated to its end."""
 
 PLACEHOLDER_MESSAGES = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
 """Conversation that replaces an unreadable sample, with weight 0, so that all ranks stay at the same step."""
@@ -45,7 +45,7 @@ class Sample:
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     """Quarantine entries of the unreadable rows at this position: those that were replaced, or this one."""
     times: list[list[float]] = field(default_factory=list)
-    """When each frame of each video appears, counted from the video's first frame [s]; empty for features."""
+    """When each frame of each video appears, counted from the video's first frame [s]."""
     shortfalls: list[str] = field(default_factory=list)
     """Which of its videos gave fewer frames than asked, and why."""
 
@@ -149,17 +149,17 @@ def micro_batches(
 
 def collate(samples: list[Sample], processor: Callable[..., Batch]) -> Batch:
     """Collate one training batch; unreadable samples get weight 0."""
-    messages, videos, weights = mask_unreadable(samples)
-    return processor(messages, videos, weights=weights)
+    messages, videos, times, weights = mask_unreadable(samples)
+    return processor(messages, videos, weights=weights, times=times)
 
 
 def collate_for_validation(
     samples: list[Sample], processor: Callable[..., Batch], require_room: RequireRoom
 ) -> ValidationBatch:
     """Collate one validation batch; questions about unreadable samples count apart."""
-    messages, videos, weights = mask_unreadable(samples)
+    messages, videos, times, weights = mask_unreadable(samples)
     return ValidationBatch(
-        inputs=processor(messages, videos, weights=weights),
+        inputs=processor(messages, videos, weights=weights, times=times),
         questions=collate_questions(samples, processor, require_room),
         idle=Questions([], partial(processor, [PLACEHOLDER_MESSAGES[:1]], [[]], answer=True)),
         unreadable=unreadable_questions(samples),
@@ -175,21 +175,26 @@ def collate_questions(
         ValueError: a sample has no answer to compare with, or one that could not be generated to its end.
     """
     asked: list[Question] = []
-    prompts, videos = [], []
+    prompts, videos, times = [], [], []
     for sample in samples:
         if sample.error or not sample.weight:
             continue
         before = len(asked)
         for prompt, reference in scoring.questions_of(sample.messages):
-            seen = sample.videos[: _media_parts(prompt)]
-            require_room(prompt, [len(video) for video in seen], reference)
+            parts = _media_parts(prompt)
+            seen, shown = sample.videos[:parts], sample.times[:parts]
+            require_room(prompt, [len(video) for video in seen], reference, times=shown)
             asked.append(Question(sample.position, sample.kind, scoring.question_text(prompt), reference))
             prompts.append(prompt)
             videos.append(seen)
+            times.append(shown)
         if len(asked) == before:
             raise ValueError("the conversation has no answer to compare with")
-    parts = [slice(i, i + len(samples)) for i in range(0, len(asked), len(samples))]
-    return [Questions(asked[part], partial(processor, prompts[part], videos[part], answer=True)) for part in parts]
+    slices = [slice(i, i + len(samples)) for i in range(0, len(asked), len(samples))]
+    return [
+        Questions(asked[some], partial(processor, prompts[some], videos[some], times=times[some], answer=True))
+        for some in slices
+    ]
 
 
 def unreadable_questions(samples: list[Sample]) -> list[scoring.Outcome]:
@@ -211,10 +216,14 @@ def _count_questions(messages: Any) -> int:
         return 1
 
 
-def mask_unreadable(samples: list[Sample]) -> tuple[list[Any], list[list[np.ndarray]], list[float]]:
-    """Return conversations, videos and weights, with `PLACEHOLDER_MESSAGES` of weight 0 for unreadable samples."""
+def mask_unreadable(
+    samples: list[Sample],
+) -> tuple[list[Any], list[list[np.ndarray]], list[list[list[float]]], list[float]]:
+    """Return conversations, videos, times of their frames, and weights, with `PLACEHOLDER_MESSAGES` of weight 0 for
+    unreadable samples."""
     return (
         [PLACEHOLDER_MESSAGES if s.error else s.messages for s in samples],
         [[] if s.error else s.videos for s in samples],
+        [[] if s.error else s.times for s in samples],
         [0.0 if s.error else s.weight for s in samples],
     )

@@ -34,8 +34,6 @@ from crosslmm.data.video.frame_list import describe_video
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Video = SampledFrames | np.ndarray
-"""A decoded video, or its features, uint16 (frames, patches, width)."""
 
 # A block costs Ray Data 30 to 50 ms whatever its size, so small samples share one.
 MAX_BLOCK_BYTES = 16 * 2**20
@@ -235,7 +233,7 @@ class ReadSamples:
         samples, frames = [], []
         for i, (row, result) in enumerate(zip(rows, videos, strict=True)):
             readable = [] if isinstance(result, QuarantineEntry) else result
-            frames += [video.images if isinstance(video, SampledFrames) else video for video in readable]
+            frames += [video.images for video in readable]
             samples.append(
                 {key: row[key] for key in ("manifest", "line", "id", "kind", "messages")}
                 | {
@@ -244,11 +242,11 @@ class ReadSamples:
                     "videos": [len(video) for video in readable],
                     "error": result.reason if isinstance(result, QuarantineEntry) else None,
                     "quarantined": quarantined[i],
-                    "times": [video.times.tolist() for video in readable if isinstance(video, SampledFrames)],
+                    "times": [video.times.tolist() for video in readable],
                     "shortfalls": [
                         f"{describe_video(uri)}: {video.shortfall}"
                         for uri, video in zip(row["videos"], readable, strict=False)
-                        if isinstance(video, SampledFrames) and video.shortfall
+                        if video.shortfall
                     ],
                 }
             )
@@ -258,7 +256,7 @@ class ReadSamples:
 
     def _read_or_replace(
         self, positions: np.ndarray, index: np.ndarray, weight: np.ndarray
-    ) -> tuple[list[dict[str, Any]], list[list[Video] | QuarantineEntry], list[list[dict[str, Any]]]]:
+    ) -> tuple[list[dict[str, Any]], list[list[SampledFrames] | QuarantineEntry], list[list[dict[str, Any]]]]:
         """Read the rows `index`; in training replace unreadable ones, in `index` too.
 
         Returns:
@@ -266,7 +264,7 @@ class ReadSamples:
             entry, and the quarantine entries of all rows that were tried there.
         """
         rows: list[dict[str, Any]] = [EMPTY_ROW] * len(index)
-        videos: list[list[Video] | QuarantineEntry] = [[] for _ in index]
+        videos: list[list[SampledFrames] | QuarantineEntry] = [[] for _ in index]
         quarantined: list[list[dict[str, Any]]] = [[] for _ in index]
         pending = list(range(len(index)))
         for attempt in range(1, MAX_SUBSTITUTES + 2):
@@ -283,12 +281,12 @@ class ReadSamples:
                 index[i] = self.layout.sampler.substitute(int(positions[i]), attempt)
         return rows, videos, quarantined
 
-    def _read(self, numbers: list[int], rows: list[dict[str, Any]]) -> list[list[Video] | QuarantineEntry]:
+    def _read(self, numbers: list[int], rows: list[dict[str, Any]]) -> list[list[SampledFrames] | QuarantineEntry]:
         """Return the videos of each row, or the quarantine entry of one of them. Known unreadable rows are not tried
         again."""
         new = {number: row for number, row in zip(numbers, rows, strict=True) if number not in self.unreadable}
         decoded = iter(self.decoder([uri for row in new.values() for uri in row["videos"]]))
-        videos: dict[int, list[Video]] = {}
+        videos: dict[int, list[SampledFrames]] = {}
         for number, row in new.items():
             videos[number] = []
             for uri in row["videos"]:

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from crosslmm import storage
 from crosslmm.config import BadConfig
 from crosslmm.data.feature_format import FORMAT, DType, FeatureRecipe, from_bf16, pack, unpack
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.quarantine import to_printable
 from crosslmm.data.video.decode import Stage, VideoFailure, video_version
 from crosslmm.data.video.frame_list import describe_video
@@ -37,7 +38,7 @@ RECIPE_FILE, QUARANTINE_FILE = "features.json", "quarantine.jsonl"
 CONCURRENT_READS = 8
 """Videos whose features are fetched at the same time."""
 MAX_INDEX_BYTES, MAX_INDICES_BYTES = 256 * 2**20, 4 * 2**30
-"""Largest index file, and largest size of all in memory, 0.25 kB a video [bytes]."""
+"""Largest index file, and largest size of all in memory, 0.25 kB a video and 8 bytes a frame [bytes]."""
 REENCODE_HINT = "run python jobs/encode.py with this run's settings, which encodes what is missing or has changed"
 
 INDEX = pa.schema(
@@ -49,6 +50,7 @@ INDEX = pa.schema(
         "offset": pa.int64(),  # in the shard [bytes]
         "size": pa.int64(),  # [bytes]
         "sha256": pa.string(),  # of these bytes, hex
+        "times": pa.list_(pa.float64()),  # when each frame is shown, see `SampledFrames` [s]
         "reason": pa.string(),  # this and the next two: why it is unreadable, see `VideoFailure`
         "stage": pa.string(),
         "attempts": pa.int32(),
@@ -75,6 +77,8 @@ class IndexEntry:
     size: int = 0
     """In the shard [bytes]."""
     sha256: str | None = None
+    times: list[float] | None = None
+    """When each frame is shown [s]."""
     reason: str | None = None
     stage: Stage | None = None
     attempts: int = 1
@@ -90,13 +94,14 @@ def create_feature_folder(root: str, recipe: FeatureRecipe) -> str:
 
 
 def write_shard(
-    folder: str, videos: Sequence[tuple[str, str | None, np.ndarray]], dtype: DType
+    folder: str, videos: Sequence[tuple[str, str | None, np.ndarray, Sequence[float]]], dtype: DType
 ) -> tuple[list[IndexEntry], float, float]:
     """Write one shard. A video whose features cannot be stored gets an entry with the reason, and costs no other.
 
     Args:
         folder: folder of the recipe.
-        videos: (URI, version, features) each; features are float32 (frames, patches, width).
+        videos: (URI, version, features, times) each; features are float32 (frames, patches, width), and times say when
+            each frame is shown [s].
         dtype: format that they are stored in.
 
     Returns:
@@ -106,7 +111,7 @@ def write_shard(
     shard = f"shard-{secrets.token_hex(8)}.bin"
     pieces: list[bytes] = []
     entries, offset, squared_error, squared_values = [], 0, 0.0, 0.0
-    for uri, version, x_FPD in videos:
+    for uri, version, x_FPD, times in videos:
         try:
             piece = pack(x_FPD, dtype)
         except ValueError as error:
@@ -116,7 +121,7 @@ def write_shard(
         squared_error += float(np.square(rounded - x_FPD).sum())
         squared_values += float(np.square(x_FPD).sum())
         digest = hashlib.sha256(piece).hexdigest()
-        entries.append(IndexEntry(uri, version, len(x_FPD), shard, offset, len(piece), digest))
+        entries.append(IndexEntry(uri, version, len(x_FPD), shard, offset, len(piece), digest, list(times)))
         pieces.append(piece)
         offset += len(piece)
     if pieces:
@@ -228,8 +233,8 @@ class FeatureCache:
                 f"{REENCODE_HINT}"
             )
 
-    def __call__(self, uris: Sequence[str]) -> list[np.ndarray | VideoFailure]:
-        """Read the features of some videos, in order: the bits of bfloat16, uint16 (frames, patches, width) each.
+    def __call__(self, uris: Sequence[str]) -> list[SampledFrames | VideoFailure]:
+        """Read the features of some videos, in order, in place of their frames.
 
         Raises:
             BadFeatures: there are none, they are damaged, or the video has changed.
@@ -238,7 +243,7 @@ class FeatureCache:
         with ThreadPoolExecutor(CONCURRENT_READS) as threads:
             return list(threads.map(self.read, uris))
 
-    def read(self, uri: str) -> np.ndarray | VideoFailure:
+    def read(self, uri: str) -> SampledFrames | VideoFailure:
         """Read the features of one video, by one request for its version and one for its bytes; see `__call__`.
 
         Returns `VideoFailure` if the video could not be encoded.
@@ -254,12 +259,15 @@ class FeatureCache:
             stage: Stage = entry.stage if entry.stage in get_args(Stage) else "decode"  # type: ignore[assignment]
             return VideoFailure(to_printable(entry.reason), stage, entry.version, entry.attempts)
         size = entry.frames * self.recipe.frame_bytes
-        if not 0 < entry.frames <= self.recipe.num_frames or entry.size != size or entry.offset < 0 or not entry.shard:
+        times = np.array(entry.times or [], np.float64)
+        are_times = len(times) == entry.frames and (np.isfinite(times) & (times >= 0)).all()
+        is_place = entry.size == size and entry.offset >= 0 and entry.shard
+        if not 0 < entry.frames <= self.recipe.num_frames or not is_place or not are_times:
             raise BadFeatures(
                 f"{name}: its entry in the index is damaged; delete {self.folder}/index-*; then {REENCODE_HINT}"
             )
         try:
-            shard = storage.inside(self.folder, entry.shard)
+            shard = storage.inside(self.folder, str(entry.shard))
             data = storage.read_bytes(shard, entry.offset, entry.offset + size)
         except FileNotFoundError:
             raise BadFeatures(
@@ -273,7 +281,8 @@ class FeatureCache:
             raise BadFeatures(
                 f"{name}: its features are damaged: delete {self.folder}/{entry.shard}; then {REENCODE_HINT}"
             )
-        return unpack(data, (entry.frames, self.recipe.patches, self.recipe.width), self.recipe.dtype)
+        shape = (entry.frames, self.recipe.patches, self.recipe.width)
+        return SampledFrames(unpack(data, shape, self.recipe.dtype), times)
 
     def _find_stored(self, uri: str) -> IndexEntry | None:
         """Like `find`, but None if the shard was deleted. Pickled copies cannot tell: they do not know the shards."""

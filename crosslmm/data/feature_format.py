@@ -13,7 +13,7 @@ from crosslmm.data.frame_sampling import FrameSampling, Policy
 from crosslmm.data.video.decode import BACKENDS
 from crosslmm.schema import Section
 
-FORMAT = 2
+FORMAT = 3
 """Version of the cache's files, and of the frames that decoding takes from a video; part of the key."""
 BF16_BYTES = 2
 """Size of a bfloat16 value [bytes]."""

@@ -103,12 +103,15 @@ class SampledFrames:
     """The frames of a video that are on screen at the sampled moments, each once."""
 
     images: np.ndarray
-    """uint8 (frames, side, side, 3), RGB."""
+    """uint8 (frames, side, side, 3), RGB; or their stored features, uint16 (frames, patches, width) with the bits of
+    bfloat16."""
     times: np.ndarray
     """When each frame appears, counted from the video's first frame, float64 (frames,) [s]. A part of a video
     (`#t=START`) may begin with a frame that appeared before START."""
     shortfall: str | None = None
     """Why there are fewer frames than the policy asked for, or frames from a part of the file only; None if neither."""
+    is_picture: bool = False
+    """True for the only frame of an image file: its time says nothing."""
 
     def __len__(self) -> int:
         return len(self.images)

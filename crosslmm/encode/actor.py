@@ -73,7 +73,7 @@ class Encode:
         readable = [sample for sample in samples if sample.error is None]
         features = self._encode([sample.videos[0] for sample in readable])
         videos = [
-            (self.rows.uris[sample.position], self.rows.versions[sample.position], x_FPD)
+            (self.rows.uris[sample.position], self.rows.versions[sample.position], x_FPD, sample.times[0])
             for sample, x_FPD in zip(readable, features, strict=True)
         ]
         entries, squared_error, squared_values = write_shard(self.folder, videos, self.recipe.dtype)

@@ -59,7 +59,7 @@ class CrossLMM(lmms):
             key = tuple(visuals) if all(isinstance(visual, str) for visual in visuals) and visuals else number
             seen[key] = visuals
             limit = int(options.get("max_new_tokens") or ANSWER_TOKENS)
-            question = Question(str(number), (), _messages(context, len(visuals)), "")
+            question = Question(str(number), (), _messages(context, visuals), "")
             questions.setdefault((key, limit), []).append((number, question))
         for (key, limit), of_visuals in questions.items():
             if (watched := self._watch(seen[key])) is not None:
@@ -100,13 +100,14 @@ class CrossLMM(lmms):
         raise NotImplementedError("crosslmm has no tasks of several rounds")
 
 
-def _messages(context: str, visuals: int) -> Messages:
+def _messages(context: str, visuals: Sequence[Any]) -> Messages:
     """Return the conversation of a request: its visuals where the text has marks for them, or else before the text."""
     texts = context.split(IMAGE_MARK)
-    if len(texts) != visuals + 1:
-        texts = [*[""] * visuals, context]
+    if len(texts) != len(visuals) + 1:
+        texts = [*[""] * len(visuals), context]
     content: list[dict[str, Any]] = []
     for i, text in enumerate(texts):
-        content += [{"type": "video"}] * bool(i)
+        if i:
+            content.append({"type": "video" if isinstance(visuals[i - 1], str) else "image"})
         content += [{"type": "text", "text": text}] * bool(text)
     return [{"role": "user", "content": content}]

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import yaml
 from transformers import Cache
@@ -14,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from crosslmm import storage
 from crosslmm.config import validate_run
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.row_schema import resolve_video
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
@@ -95,8 +95,8 @@ class Answerer:
         Raises:
             ValueError: a video is unreadable; the message names it and the reason.
         """
-        conversations = [[_user_message(question, with_video=True)] for question in questions]
         frames = [self._decode(uri) for uri in videos]
+        conversations = [[_user_message(question, video)] for question, video in zip(questions, frames, strict=True)]
         return self._generate(conversations, frames, max_new_tokens or self.max_new_tokens)
 
     def answer_rows(
@@ -117,7 +117,7 @@ class Answerer:
             storage.Unavailable: the store is unreachable or failing; says nothing about the rows.
         """
         max_new_tokens = max_new_tokens or self.max_new_tokens
-        good: list[tuple[list[dict[str, Any]], np.ndarray]] = []
+        good: list[tuple[list[dict[str, Any]], SampledFrames]] = []
         errors: list[str | None] = []
         for video, question in zip(videos, questions, strict=True):
             try:
@@ -131,7 +131,7 @@ class Answerer:
 
     def _prepare(
         self, video: Any, question: Any, roots: Sequence[str], max_new_tokens: int
-    ) -> tuple[list[dict[str, Any]], np.ndarray]:
+    ) -> tuple[list[dict[str, Any]], SampledFrames]:
         """Return the conversation and the frames of an unchecked row.
 
         Raises:
@@ -141,10 +141,10 @@ class Answerer:
         if not _is_text(question):
             raise BadRow("question is not text")
         frames = self._decode_unchecked(video, roots)
-        conversation = [_user_message(question, with_video=True)]
+        conversation, times = [_user_message(question, frames)], [frames.times.tolist()]
         try:
             # The last new token is not fed back.
-            tokens = self.processor.length(conversation, [len(frames)], answer=True) + max_new_tokens - 1
+            tokens = self.processor.length(conversation, [len(frames)], True, times) + max_new_tokens - 1
         except ValueError as error:
             raise BadRow(f"question: {error}") from error
         if tokens > self.processor.max_length:
@@ -152,7 +152,7 @@ class Answerer:
             raise BadRow(f"video, question and answer take up to {tokens} tokens, and the model reads {limit}")
         return conversation, frames
 
-    def _decode_unchecked(self, video: Any, roots: Sequence[str]) -> np.ndarray:
+    def _decode_unchecked(self, video: Any, roots: Sequence[str]) -> SampledFrames:
         try:
             if not _is_text(video):
                 raise ValueError(f"{video!a} is not text")
@@ -165,9 +165,10 @@ class Answerer:
             raise BadRow(NO_VIDEO) from None
 
     def _generate(
-        self, conversations: Sequence[list[dict[str, Any]]], videos: Sequence[np.ndarray], max_new_tokens: int
+        self, conversations: Sequence[list[dict[str, Any]]], videos: Sequence[SampledFrames], max_new_tokens: int
     ) -> list[str]:
-        prompts = self.processor(conversations, [[video] for video in videos], answer=True)
+        images, times = [[video.images] for video in videos], [[video.times.tolist()] for video in videos]
+        prompts = self.processor(conversations, images, times=times, answer=True)
         return greedy_answers(self.model, self.processor, prompts, max_new_tokens)
 
     def start_conversation(self, video: str) -> "Conversation":
@@ -178,13 +179,13 @@ class Answerer:
         """
         return Conversation(self, self._decode(video))
 
-    def _decode(self, uri: str) -> np.ndarray:
+    def _decode(self, uri: str) -> SampledFrames:
         (video,) = self.decoder([uri])
         if isinstance(video, VideoFailure):
             raise ValueError(f"{describe_video(uri)}: {video.reason}")
         if video.shortfall:
             log.warning("%s: %s", describe_video(uri), video.shortfall)
-        return video.images
+        return video
 
 
 class _Cached(NamedTuple):
@@ -200,7 +201,7 @@ class Conversation:
     A question that fails or is interrupted leaves the conversation as it was before. `messages` may be edited.
     """
 
-    def __init__(self, answerer: Answerer, video: np.ndarray) -> None:
+    def __init__(self, answerer: Answerer, video: SampledFrames) -> None:
         self.answerer = answerer
         self.video = video
         self.messages: list[dict[str, Any]] = []
@@ -213,8 +214,9 @@ class Conversation:
             ValueError: the conversation is longer than the model's context.
         """
         processor, model = self.answerer.processor, self.answerer.model
-        messages = [*self.messages, _user_message(question, with_video=not self.messages)]
-        prompt = processor([messages], [[self.video]], answer=True).to(self.answerer.device)
+        messages = [*self.messages, _user_message(question, None if self.messages else self.video)]
+        times = [[self.video.times.tolist()]]
+        prompt = processor([messages], [[self.video.images]], times=times, answer=True).to(self.answerer.device)
         ids = prompt["input_ids"][0]
         out = model.generate(
             **prompt,
@@ -254,8 +256,10 @@ def _no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _user_message(question: str, with_video: bool) -> dict[str, Any]:
-    return {"role": "user", "content": [{"type": "video"}] * with_video + [{"type": "text", "text": question}]}
+def _user_message(question: str, video: SampledFrames | None) -> dict[str, Any]:
+    """Return a question; the first one of a conversation follows its video or image."""
+    part = [] if video is None else [{"type": "image" if video.is_picture else "video"}]
+    return {"role": "user", "content": [*part, {"type": "text", "text": question}]}
 
 
 def _is_text(value: Any) -> bool:

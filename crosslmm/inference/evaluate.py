@@ -91,20 +91,23 @@ def _read(decoder: Decoder, rows: list[dict[str, Any]], short: set[str]) -> list
     decoded = iter(decoder([uri for row in rows for uri in row["videos"]]))
     samples = []
     for position, row in enumerate(rows):
-        error, videos, shortfalls = None, [], []
+        error, videos, times, shortfalls = None, [], [], []
         for uri in row["videos"]:
             video = next(decoded)
             if isinstance(video, VideoFailure):
                 error = error or f"{describe_video(uri)}: {video.reason}"
                 continue
             videos.append(video.images)
+            times.append(video.times.tolist())
             if video.shortfall:
                 shortfalls.append(f"{describe_video(uri)}: {video.shortfall}")
         if new := [shortfall for shortfall in shortfalls if shortfall not in short]:
             log.warning("%a: %s", row["id"], "; ".join(new))
         short.update(shortfalls)
         fields = {key: row[key] for key in ("manifest", "line", "id", "messages", "kind")}
-        samples.append(Sample(position, videos=videos, weight=1.0, error=error, shortfalls=shortfalls, **fields))
+        samples.append(
+            Sample(position, videos=videos, weight=1.0, error=error, times=times, shortfalls=shortfalls, **fields)
+        )
     return samples
 
 

@@ -2,7 +2,9 @@
 
 A conversation may hold several videos (an image is a video of one frame), with text before, between and after them.
 A pooled visual token attends to its own video, or only to its own frame. A text token attends to every video before
-it, so an answer never depends on a later video, and a cache stays valid when the conversation goes on.
+it, so an answer never depends on a later video, and a cache stays valid when the conversation goes on. Text inside a
+video, the times of its frames, attends to the videos before this one: were it to attend to the frames before it, each
+time would need keys of its own.
 
 Axis suffixes: B sample, M video of a sample, F frame (of all samples, concatenated), L position in the sequence,
 G group of queries that see the same keys, Q query in a group, O key sequence (of one video, frame or sample),
@@ -14,6 +16,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 
@@ -102,9 +105,9 @@ def plan_v2v(is_video_BL: Tensor, num_frames_BM: Tensor, tokens: int, patches: i
 def plan_t2v(
     is_video_BL: Tensor, is_text_BL: Tensor, num_frames_BM: Tensor, tokens: int, patches: int
 ) -> AttentionPlan:
-    """Plan T2V: each text token attends to the patches of all frames before it; text before any video has no query.
+    """Plan T2V: each text token attends to the patches of all videos before it; text before any video has no query.
 
-    A group is a run of text between two videos: its tokens have the same frames before them.
+    A group is the text from the end of one video to the end of the next: its tokens have the same videos before them.
 
     Args:
         is_video_BL: bool, the video placeholders. With a cache, L covers the new positions only.
@@ -116,7 +119,7 @@ def plan_t2v(
     total_frames_B = num_frames_BM.sum(dim=1)
     # Count from the end, because with a cache the earlier placeholders are not in `is_video_BL`.
     frames_from_here_BL = is_video_BL.flip(1).cumsum(dim=1).flip(1) // tokens
-    frames_before_BL = total_frames_B[:, None] - frames_from_here_BL
+    frames_before_BL = _whole_videos(total_frames_B[:, None] - frames_from_here_BL, num_frames_BM)
     rows_N = (is_text_BL & (frames_before_BL > 0)).flatten().nonzero()[:, 0]
 
     # One number for each pair (sample, frames before), so that consecutive rows with equal numbers form a group.
@@ -135,6 +138,13 @@ def plan_t2v(
         num_visible=(frames_before_G * patches).tolist(),
         key_lengths=(total_frames_B * patches).tolist(),
     )
+
+
+def _whole_videos(frames_before_BL: Tensor, num_frames_BM: Tensor) -> Tensor:
+    """Return how many of the frames before each position belong to videos that end before it, int64 (B, L)."""
+    ends_BM = num_frames_BM.cumsum(dim=1)
+    ended_BL = torch.searchsorted(ends_BM, frames_before_BL.contiguous(), right=True)
+    return pad(ends_BM, (1, 0)).gather(1, ended_BL)
 
 
 def _pad_groups(rows_N: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
@@ -179,7 +189,7 @@ def plan_densely(
     # The frame of a placeholder, counted over the batch; anything at other positions.
     own_BL = (first_B[:, None] + (placeholders_BL - 1).clamp(min=0) // tokens).clamp(max=num_frames - 1)
     same_BLF = own_BL[:, :, None] == frame_F if scope == "frame" else video_F[own_BL][:, :, None] == video_F
-    before_BL = placeholders_BL // tokens
+    before_BL = _whole_videos(placeholders_BL // tokens, num_frames_BM)
     sample_B = torch.arange(len(first_B), device=ends.device)
     earlier_BLF = (sample_F == sample_B[:, None, None]) & (in_sample_F < before_BL[:, :, None])
     zero_F = torch.zeros_like(frame_F)

@@ -76,7 +76,8 @@ def build_processor(config: ModelConfig, data: DataConfig | None = None) -> Cros
 
     Args:
         config: the `model` section of the run.
-        data: its `data` section: video files that the processor reads are sampled as in the run.
+        data: its `data` section: video files that the processor reads are sampled as in the run, and frames have times
+            in the prompt if they have them there.
 
     Raises:
         BadConfig: the tokenizer cannot be loaded, or the decoder has no embeddings for its chat tokens.
@@ -96,7 +97,7 @@ def build_processor(config: ModelConfig, data: DataConfig | None = None) -> Cros
         image_size=model.vision_config.image_size,
         tokens_per_frame=model.tokens_per_frame,
         max_length=model.text_config.max_position_embeddings,
-        **(data.model_dump(include={"num_frames", "sampling", "fps"}) if data else {}),
+        **(data.model_dump(include={"num_frames", "sampling", "fps", "timestamps"}) if data else {}),
     )
     vocabulary = model.text_config.vocab_size
     if max(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])) >= vocabulary:

@@ -56,6 +56,9 @@ class Assumptions(Section):
     """Share of the GPU's memory reserved for CUDA's context, NCCL's buffers and fragmentation."""
     text_tokens: Count = 60
     """Text per sample, all of it labelled [tokens]."""
+    stamp_tokens: Count = 7
+    """With data.timestamps: tokens of a frame's time. Qwen's tokenizers take 7 below 100 s, as in "<12.0 seconds>", and
+    one more for each further digit."""
     samples: Count = 1_000_000
     """Rows of the manifest, with one video each."""
     video_seconds: Positive = 60.0

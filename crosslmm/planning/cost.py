@@ -47,7 +47,14 @@ def training_model(config: RunConfig) -> CrossLMMForConditionalGeneration:
     return model
 
 
-def check_lengths(model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int) -> None:
+def positions_of(model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int, stamp_tokens: int = 0) -> int:
+    """Return the length of a sample in the decoder [tokens]; `stamp_tokens` are those of a frame's time."""
+    return frames * (model.config.tokens_per_frame + stamp_tokens) + text_tokens
+
+
+def check_lengths(
+    model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int, stamp_tokens: int = 0
+) -> None:
     """Raise BadConfig if a sample of `frames` and `text_tokens` is empty or exceeds the decoder's context.
 
     Raises:
@@ -55,11 +62,12 @@ def check_lengths(model: CrossLMMForConditionalGeneration, frames: int, text_tok
     """
     if frames < 1 or text_tokens < 1:
         raise BadConfig(f"frames is {frames} and text_tokens is {text_tokens}; each must be at least 1")
-    positions = frames * model.config.tokens_per_frame + text_tokens
+    positions = positions_of(model, frames, text_tokens, stamp_tokens)
     longest = model.config.text_config.max_position_embeddings
     if positions > longest:
         raise BadConfig(
-            f"{frames} frames of {model.config.tokens_per_frame} tokens and {text_tokens} of text are {positions} "
+            f"{frames} frames of {model.config.tokens_per_frame + stamp_tokens} tokens and {text_tokens} of text are "
+            f"{positions} "
             f"positions, but the decoder takes {longest} (model.language.max_position_embeddings): "
             "use fewer frames or a larger model.pool_stride"
         )
@@ -107,12 +115,13 @@ class MACs:
         return self.encoder + self.projector + self.decoder + self.cross_attention
 
 
-def macs(model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int) -> MACs:
+def macs(model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int, stamp_tokens: int = 0) -> MACs:
     """Count the MACs of a prefill from the model's modules: each weight is used once per position that it processes.
 
+    The times of frames (`stamp_tokens` each) are read by the decoder alone: no video is before them.
     Pooling, norms, activations, rotary positions and softmax are not counted: below 0.1 % of the linear layers.
     """
-    linear, products = _counts(model, frames, text_tokens)
+    linear, products = _counts(model, frames, text_tokens, stamp_tokens)
     return MACs(
         encoder=linear["vision"],
         projector=linear["projector"],
@@ -129,12 +138,12 @@ def encoder_macs(model: CrossLMMForConditionalGeneration, frames: int) -> int:
 
 
 def _counts(
-    model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int
+    model: CrossLMMForConditionalGeneration, frames: int, text_tokens: int, stamp_tokens: int = 0
 ) -> tuple[Counter[str], Counter[str]]:
     """Count MACs by component: of linear layers (and the patch embedding), and of score and value products."""
-    check_lengths(model, frames, text_tokens)
+    check_lengths(model, frames, text_tokens, stamp_tokens)
     patches, pooled = frames * model.config.patches_per_frame, frames * model.config.tokens_per_frame
-    positions = pooled + text_tokens
+    positions = positions_of(model, frames, text_tokens, stamp_tokens)
     v2v_keys = model.config.patches_per_frame if model.config.v2v_scope == "frame" else patches
     # By component: number of queries, number of keys, and number of keys that one query sees.
     sizes = {
@@ -180,7 +189,7 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def training_trace(config: RunConfig, frames: int, text_tokens: int) -> Trace:
+def training_trace(config: RunConfig, frames: int, text_tokens: int, stamp_tokens: int = 0) -> Trace:
     """Trace forward and backward of one micro-batch on the meta device.
 
     The trace accounts for checkpointing, frozen components, chunks and freed tensors. It is independent of the number
@@ -190,17 +199,19 @@ def training_trace(config: RunConfig, frames: int, text_tokens: int) -> Trace:
         config: the run; its `data.num_frames` is ignored.
         frames: frames of each sample.
         text_tokens: text tokens of each sample; all of them are labelled, the worst case for the loss.
+        stamp_tokens: tokens of a frame's time; 0 without `data.timestamps`.
 
     Raises:
         BadConfig: the model cannot be built, or the sample does not fit its context.
     """
     model = training_model(config)
-    check_lengths(model, frames, text_tokens)
+    check_lengths(model, frames, text_tokens, stamp_tokens)
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    batch = _batch(model, config.train.micro_batch_size, frames, text_tokens)
-    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == VIDEO, -100)
+    batch = _batch(model, config.train.micro_batch_size, frames, text_tokens, stamp_tokens)
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    batch["labels"][:, -text_tokens:] = TEXT
     return _trace(model, config, batch, lambda: model(**batch, num_items_in_batch=1).loss.backward())
 
 
@@ -217,16 +228,16 @@ def training_memory(config: RunConfig, traced: Trace, sharded: bool = True) -> M
     return _Layout.of(training_model(config), config, sharded).training(traced)
 
 
-def answering_memory(config: RunConfig, frames: int, text_tokens: int) -> Memory:
+def answering_memory(config: RunConfig, frames: int, text_tokens: int, stamp_tokens: int = 0) -> Memory:
     """Predict the peak memory of answering one conversation: one device, unsharded, `train.precision`, with a cache.
 
     Raises:
         BadConfig: see `training_trace`.
     """
     model = empty_model(config.model)
-    check_lengths(model, frames, text_tokens)
+    check_lengths(model, frames, text_tokens, stamp_tokens)
     model.eval()
-    batch = _batch(model, 1, frames, text_tokens)
+    batch = _batch(model, 1, frames, text_tokens, stamp_tokens)
     with torch.no_grad():
         traced = _trace(model, config, batch, lambda: model(**batch, use_cache=True, logits_to_keep=1).past_key_values)
     highest = traced.peak(with_kept=True)
@@ -241,11 +252,13 @@ def answering_memory(config: RunConfig, frames: int, text_tokens: int) -> Memory
     )
 
 
-def _batch(model: CrossLMMForConditionalGeneration, samples: int, frames: int, text_tokens: int) -> dict[str, Any]:
+def _batch(
+    model: CrossLMMForConditionalGeneration, samples: int, frames: int, text_tokens: int, stamp_tokens: int
+) -> dict[str, Any]:
     """Return a micro-batch of equally long samples, [video; text], without padding."""
     side = model.config.vision_config.image_size
-    pooled = frames * model.config.tokens_per_frame
-    input_ids = torch.tensor([[VIDEO] * pooled + [TEXT] * text_tokens] * samples)
+    frame = [TEXT] * stamp_tokens + [VIDEO] * model.config.tokens_per_frame
+    input_ids = torch.tensor([frame * frames + [TEXT] * text_tokens] * samples)
     return {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),

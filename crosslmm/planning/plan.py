@@ -113,7 +113,7 @@ def plan(config: RunConfig, frames: Sequence[int], assumptions: Assumptions) -> 
     """
     model = cost.empty_model(config.model)
     for count in frames:
-        cost.check_lengths(model, count, assumptions.text_tokens)
+        cost.check_lengths(model, count, *_text(config, assumptions))
     components = cost.parameters(model)
     stages = {name: _rates(name) for name in preset_names() if name.startswith("stage-")}
     trainable = {stage: cost.trainable(components, rates) for stage, rates in stages.items()}
@@ -139,21 +139,25 @@ def _price(assumptions: Assumptions) -> float:
     return GPUS[assumptions.gpu].price if assumptions.price is None else assumptions.price
 
 
+def _text(config: RunConfig, assumptions: Assumptions) -> tuple[int, int]:
+    """Return the text of a sample, and that of the time of each of its frames [tokens]."""
+    return assumptions.text_tokens, assumptions.stamp_tokens if config.data.timestamps else 0
+
+
 def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
-    model = cost.empty_model(config.model)
+    model, text = cost.empty_model(config.model), _text(config, assumptions)
+    positions = cost.positions_of(model, frames, *text)
     if config.train.micro_batch_tokens:
         # All samples are assumed equally long, so a number of tokens is a number of samples.
-        samples_per_batch = config.train.micro_batch_tokens // (
-            frames * model.config.tokens_per_frame + assumptions.text_tokens
-        )
+        samples_per_batch = config.train.micro_batch_tokens // positions
         samples_per_batch = max(
             1, min(samples_per_batch, config.train.global_batch_size // config.scaling.most_workers)
         )
         train = config.train.model_copy(update={"micro_batch_size": samples_per_batch, "micro_batch_tokens": None})
         config = config.model_copy(update={"train": train})
     gpu, gpus, train = GPUS[assumptions.gpu], config.scaling.most_workers, config.train
-    macs = cost.macs(model, frames, assumptions.text_tokens)
-    traced = cost.training_trace(config, frames, assumptions.text_tokens)
+    macs = cost.macs(model, frames, *text)
+    traced = cost.training_trace(config, frames, *text)
     memory = cost.training_memory(config, traced)
     fits = memory.total <= usable_memory(assumptions)
 
@@ -176,12 +180,12 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     frame_features = model.config.patches_per_frame * model.config.vision_config.hidden_size * BF16_BYTES
     return Row(
         frames=frames,
-        positions=frames * model.config.tokens_per_frame + assumptions.text_tokens,
+        positions=positions,
         macs=vars(macs),
         linear_macs=macs.linear,
         memory_bytes=vars(memory),
         peak_memory_bytes=memory.total,
-        answering_memory_bytes=vars(cost.answering_memory(config, frames, assumptions.text_tokens)),
+        answering_memory_bytes=vars(cost.answering_memory(config, frames, *text)),
         fits=fits,
         nearest_fit=None if fits else _nearest_fit(config, frames, assumptions, traced),
         training_flops_per_sample=flops_per_sample,
@@ -230,7 +234,7 @@ def _nearest_fit(config: RunConfig, frames: int, assumptions: Assumptions, trace
     for change, changed, fewer, gpu in _changes(config, frames, assumptions.gpu):
         key = _trace_key(changed, fewer)
         if key not in traces:
-            traces[key] = cost.training_trace(changed, fewer, assumptions.text_tokens)
+            traces[key] = cost.training_trace(changed, fewer, *_text(changed, assumptions))
         total = cost.training_memory(changed, traces[key]).total
         if total <= usable_memory(assumptions.model_copy(update={"gpu": gpu})):
             return Fit(change, total)

@@ -145,8 +145,9 @@ class Search(Searcher):
             self._study.tell(drawn, state=optuna.trial.TrialState.FAIL)
 
 
-TEXT_TOKENS = Assumptions().text_tokens
-"""Text length of the sample whose prefill is counted [tokens]."""
+TEXT_TOKENS, STAMP_TOKENS = Assumptions().text_tokens, Assumptions().stamp_tokens
+"""Text length of the sample whose prefill is counted, and that of the time of a frame, with `data.timestamps`
+[tokens]."""
 
 
 class Candidates:
@@ -175,7 +176,8 @@ class Candidates:
         if self.sweep.max_macs and macs > self.sweep.max_macs:
             limit = f"--max_macs allows {self.sweep.max_macs:,.0f}"
             raise BadConfig(f"prefill needs {macs:,} MACs without the vision encoder; {limit}")
-        memory = cost.training_memory(config, cost.training_trace(config, frames, TEXT_TOKENS)).total
+        traced = cost.training_trace(config, frames, TEXT_TOKENS, STAMP_TOKENS * config.data.timestamps)
+        memory = cost.training_memory(config, traced).total
         if (gpu := self.sweep.gpu) and memory > usable_memory(Assumptions(gpu=gpu)):
             available = GPUS[gpu].memory_bytes
             raise BadConfig(
@@ -203,5 +205,6 @@ def prefill(config: RunConfig) -> tuple[int, int]:
     """Count the MACs of one sample's prefill, attention products included -> (without the vision encoder, of the
     encoder)."""
     model, frames = cost.empty_model(config.model), config.data.num_frames
-    macs, encoder_macs = cost.macs(model, frames, TEXT_TOKENS), cost.encoder_macs(model, frames)
+    macs = cost.macs(model, frames, TEXT_TOKENS, STAMP_TOKENS * config.data.timestamps)
+    encoder_macs = cost.encoder_macs(model, frames)
     return macs.linear + macs.attention_products - encoder_macs, encoder_macs

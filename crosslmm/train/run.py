@@ -28,6 +28,9 @@ from crosslmm.train.monitor import TrainingMonitor
 
 log = logging.getLogger(__name__)
 
+TYPICAL_S = 100.0
+"""Time of a frame whose text is as long as most [s]."""
+
 
 @dataclass
 class TrainingResult:
@@ -213,27 +216,29 @@ def build_job(
         tuple(data.manifests.values()),
     )
     steps = train.epochs * order.steps_per_epoch
-    model = build_config(config.model)
-    sampling = FrameSampling(data.num_frames, data.sampling, data.fps)
-    lengths = [
-        manifest.estimate_tokens(sampling, model.tokens_per_frame)
-        for manifest in manifests * bool(train.micro_batch_tokens)
-    ]
     return Job(
         config=config,
         folder=storage.join(config.storage, str(config.name)),
         total_steps=min(steps, train.max_steps or steps),
         order=order,
         rows=ray.put(Rows(manifests)),
-        lengths=np.concatenate(lengths) if lengths else None,
+        lengths=_estimate_lengths(config, manifests) if train.micro_batch_tokens else None,
         validation_size=len(validation) if validation else 0,
         validation_rows=ray.put(Rows([validation])) if validation else None,
-        image_size=model.vision_config.image_size,
+        image_size=build_config(config.model).vision_config.image_size,
         features=ray.put(features) if features else None,
         recipe=features.recipe if features else None,
         events=open_channel(),
         fence=fence,
     )
+
+
+def _estimate_lengths(config: RunConfig, manifests: list[Manifest]) -> np.ndarray:
+    """Estimate the tokens of every row, float32 (rows of all manifests,)."""
+    processor = build_processor(config.model, config.data)
+    tokens_per_frame = processor.tokens_per_frame + processor.stamp_length(TYPICAL_S)
+    sampling = FrameSampling.of(config.data)
+    return np.concatenate([manifest.estimate_tokens(sampling, tokens_per_frame) for manifest in manifests])
 
 
 def _open_manifests(config: RunConfig) -> tuple[list[Manifest], Manifest | None]:

@@ -280,8 +280,8 @@ def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: i
     train, device = job.config.train, ray.train.torch.get_device()
 
     def length_of(sample: Sample) -> int:
-        (messages,), (videos,), _ = mask_unreadable([sample])
-        return processor.length(messages, [len(video) for video in videos])
+        (messages,), (videos,), (times,), _ = mask_unreadable([sample])
+        return processor.length(messages, [len(video) for video in videos], times=times)
 
     def collate_step(samples: list[Sample]) -> loop.StepBatch:
         micro = micro_batches(samples, train.micro_batch_size, train.micro_batch_tokens, length_of)

@@ -99,7 +99,7 @@ def test_killed_job_resumes_and_encodes_no_video_twice(encoded):
     assert 0 < result["relative_error"] < 0.002  # bfloat16 keeps 8 bits
     features = FeatureCache(result["folder"])
     assert all(features.find(uri) == entry for uri, entry in stored.items())
-    assert all(features.read(uri).shape == (4, 64, 64) for uri in clips[:: CLIPS // 20])
+    assert all(features.read(uri).images.shape == (4, 64, 64) for uri in clips[:: CLIPS // 20])
 
 
 def test_unreadable_video_is_named_and_quarantined(encoded):

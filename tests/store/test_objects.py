@@ -218,11 +218,11 @@ def test_reading_features_costs_two_requests(wire):
     version = storage.version(video)
     recipe = FeatureRecipe.from_config(DataConfig(num_frames=2), SIDE, "fp32", 4, 8, "e", "int8")
     folder = create_feature_folder("s3://videos/features", recipe)
-    given = [(uri, version, np.full((2, 4, 8), 3.0, np.float32)) for uri in (f"{video}#t=0,1", video)]
+    given = [(uri, version, np.full((2, 4, 8), 3.0, np.float32), [0.0, 1.0]) for uri in (f"{video}#t=0,1", video)]
     write_index(folder, write_shard(folder, given, "int8")[0])
     features = FeatureCache(folder)
     before = wire.requests
-    assert features.read(video).shape == (2, 4, 8)
+    assert features.read(video).images.shape == (2, 4, 8)
     assert wire.requests - before == 2
     storage.write_bytes(video, b"two")
     assert storage.version(video) not in (None, version)

@@ -249,7 +249,7 @@ def make_features(folder: Path) -> None:
     uri = str(folder / "a.mp4")
     x_FPD = np.ones((2, 6, 8), np.float32)
     for _ in range(2):
-        entries, _, _ = feature_cache.write_shard(features, [(uri, storage.version(uri), x_FPD)], "bf16")
+        entries, _, _ = feature_cache.write_shard(features, [(uri, storage.version(uri), x_FPD, [0.0, 0.5])], "bf16")
         feature_cache.write_index(features, [*entries, IndexEntry("gone.mp4", None, 0, reason="no such file")])
 
 

@@ -20,8 +20,8 @@ LIMITS = {"decode_timeout_s", "decode_memory_gib", "max_video_bytes", "max_video
 """Keys of `DataConfig` that all commands with videos take."""
 TOLERANCES = {"max_bad_share", "bad_allowed"}
 """Keys of `DataConfig` that the commands on manifests take as well."""
-SAMPLING = {"num_frames", "sampling", "fps"}
-"""Keys of `DataConfig` that say which frames a run takes."""
+SAMPLING = {"num_frames", "sampling", "fps", "timestamps"}
+"""Keys of `DataConfig` that say which frames a run takes, and whether their times are written."""
 DEFAULTS = DataConfig()
 NO_KEYS: list[str] = []
 ChunkBytes = Annotated[int, Field(ge=1)]
@@ -120,7 +120,7 @@ def sample(
     train: Annotated[int, Field(ge=4)] = 3000,
     held_out: Annotated[int, Field(ge=4)] = 160,
     seed: int = 0,
-    kind: Literal["shapes", "digits"] = "shapes",
+    kind: Literal["shapes", "digits", "moments"] = "shapes",
 ) -> Result:
     """Write a sample set: short H.264 clips with questions.
 
@@ -131,13 +131,14 @@ def sample(
         train: Number of clips to train on.
         held_out: Number of clips to validate on, drawn separately.
         seed: The same seed gives the same bytes.
-        kind: Moving shapes, with questions about colour, shape, motion and order; or small handwritten digits, which
-            need scikit-learn.
+        kind: Moving shapes, with questions about colour, shape, motion and order; small handwritten digits, which need
+            scikit-learn; or moments at which a shape flashes up, with questions about when (for data.timestamps).
     """
     from crosslmm.data.samples.digits import write_digits
+    from crosslmm.data.samples.moments import write_moments
     from crosslmm.data.samples.shapes import write_sample_set
 
-    write = {"shapes": write_sample_set, "digits": write_digits}[kind]
+    write = {"shapes": write_sample_set, "digits": write_digits, "moments": write_moments}[kind]
     write(folder, train, held_out, seed)
     return 0, f"{folder}: {train} clips in train.jsonl, {held_out} in held_out.jsonl"
 

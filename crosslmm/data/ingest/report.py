@@ -42,7 +42,7 @@ def print_validated(manifest: str, summary: Summary, probe: bool, data: DataConf
     for form, count in _most_frequent(summary.forms):
         console.print(cell(f"{rows(count)}: {form}"))
     for row in summary.previews:
-        console.print(_preview(row, sampling))
+        console.print(_preview(row, sampling, data.timestamps))
     for line in unused_lines(summary.unused):
         console.print(cell(f"note: {line}"))
     if not probe:
@@ -55,13 +55,13 @@ def print_validated(manifest: str, summary: Summary, probe: bool, data: DataConf
             console.print(cell(f"{count:,}  {reason}"))
 
 
-def _preview(row: dict[str, Any], sampling: FrameSampling) -> Group:
+def _preview(row: dict[str, Any], sampling: FrameSampling, timestamps: bool) -> Group:
     """Return a row as the model will see it; what it learns is green, and marked."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for number, (kind, name, seconds) in enumerate(row["media"], start=1):
-        grid.add_row(f"{kind} {number}", cell(f"{name}, {_frames(kind, seconds, sampling)}"))
+        grid.add_row(f"{kind} {number}", cell(f"{name}, {_frames(kind, seconds, sampling, timestamps)}"))
     if row["more_media"]:
         grid.add_row("", f"and {row['more_media']:,} more videos and images")
     for role, text in row["turns"]:
@@ -75,10 +75,16 @@ def _preview(row: dict[str, Any], sampling: FrameSampling) -> Group:
     return Group("", cell(title), Padding(grid, (0, 0, 0, 2)))
 
 
-def _frames(kind: str, seconds: float | None, sampling: FrameSampling) -> str:
-    """Return which frames of a video the model sees: their moments where its duration is known."""
+def _frames(kind: str, seconds: float | None, sampling: FrameSampling, timestamps: bool) -> str:
+    """Return which frames of a video the model sees, their moments where its duration is known, and the text before
+    each."""
     if kind == "image":
         return "one frame"
+    stamps = ', each after its time: "<12.0 seconds>"' if timestamps else ""
+    return f"{_policy(seconds, sampling)}{stamps}"
+
+
+def _policy(seconds: float | None, sampling: FrameSampling) -> str:
     if seconds is None:
         policy = {
             "uniform": f"{sampling.num_frames} frames spread evenly",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import av
@@ -14,7 +15,7 @@ import numpy as np
 from crosslmm import storage
 
 FPS = 4
-"""Frame rate of all clips [1/s]."""
+"""Frame rate of clips that state no other [1/s]."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Clip:
     """(question, answer) of each turn of the conversation."""
     kind: str | None = None
     """Category of the question, if the clip asks a single one."""
+    fps: Fraction | int = FPS
+    """Frame rate [1/s]."""
 
 
 def write_split(folder: str, split: str, clips: Iterator[Clip], **x264: str) -> None:
@@ -39,7 +42,7 @@ def write_split(folder: str, split: str, clips: Iterator[Clip], **x264: str) -> 
     with ThreadPoolExecutor(2) as threads:
         while batch := list(itertools.islice(clips, 256)):
             new = [_row(f"{split}/{len(rows) + i:05d}", clip) for i, clip in enumerate(batch)]
-            files = threads.map(lambda clip: encode_clip(clip.frames, **x264), batch)
+            files = threads.map(lambda clip: encode_clip(clip.frames, clip.fps, **x264), batch)
             for row, file in zip(new, files, strict=True):
                 storage.write_bytes(storage.join(folder, row["video"]), file)
             rows += new
@@ -58,13 +61,13 @@ def _row(name: str, clip: Clip) -> dict[str, Any]:
     return row if clip.kind is None else {**row, "kind": clip.kind}
 
 
-def encode_clip(frames: np.ndarray, **x264: str) -> bytes:
+def encode_clip(frames: np.ndarray, fps: Fraction | int = FPS, **x264: str) -> bytes:
     """Encode frames, uint8 (frames, height, width, 3), as an H.264 .mp4; the same frames give the same bytes."""
     # With threads or B-frames, x264 is not always deterministic.
     options = {"crf": "18", "preset": "veryfast", "threads": "1", "bf": "0", **x264}
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for image in frames:

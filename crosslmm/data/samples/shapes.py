@@ -84,7 +84,7 @@ def motion(rng: np.random.Generator, colour: str, shape: str, direction: str) ->
     step = np.array(DIRECTIONS[direction])
     middle = SIDE / 2 + rng.uniform(-1.5, 1.5, 2) * (1 - abs(step))
     centres = [middle + step * speed * (t - (FRAMES - 1) / 2) for t in range(FRAMES)]
-    return np.stack([_draw(background, colour, shape, centre, size) for centre in centres])
+    return np.stack([draw(background, colour, shape, centre, size) for centre in centres])
 
 
 def _sequence(rng: np.random.Generator, colours: list[str]) -> np.ndarray:
@@ -94,10 +94,10 @@ def _sequence(rng: np.random.Generator, colours: list[str]) -> np.ndarray:
         (colour, str(rng.choice(list(SHAPES))), SIDE / 2 + rng.uniform(-6, 6, 2), rng.uniform(13, 14))
         for colour in colours
     ]
-    return np.stack([_draw(background, *objects[t * len(objects) // FRAMES]) for t in range(FRAMES)])
+    return np.stack([draw(background, *objects[t * len(objects) // FRAMES]) for t in range(FRAMES)])
 
 
-def _draw(background: float, colour: str, shape: str, centre: np.ndarray, size: float) -> np.ndarray:
+def draw(background: float, colour: str, shape: str, centre: np.ndarray, size: float) -> np.ndarray:
     """Draw a shape of half-width `size` [px] at `centre` on a grey background: uint8 (SIDE, SIDE, 3)."""
     frame = np.full((SIDE, SIDE, 3), background, dtype=np.uint8)
     y, x = np.ogrid[:SIDE, :SIDE]

@@ -75,7 +75,8 @@ def decode_video(uri: str, data: DataConfig, image_size: int) -> SampledFrames |
 
     def decode(file: BinaryIO, format_name: str) -> SampledFrames:
         if format_name in PICTURES:
-            return decode_picture(file, format_name, data, image_size, start, end)
+            frames = decode_picture(file, format_name, data, image_size, start, end)
+            return replace(frames, is_picture=len(frames) == 1)
         require_unencrypted(file, format_name)
         missing = describe_missing_end(file, format_name)
         frames = BACKENDS[data.decoder](file, format_name, data, image_size, start, end)

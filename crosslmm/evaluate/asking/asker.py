@@ -49,6 +49,8 @@ class _Prepared:
     messages: Messages
     runs: list[list[int]]
     """Frames of each video part, as numbers of the frames in `features`."""
+    times: list[list[float]]
+    """When each frame of each part appears [s]."""
     features: Tensor
     """(frames, patches, width) of all its videos."""
     reply: Reply
@@ -110,7 +112,9 @@ class Asker:
         reply = Reply(times=times, shortfalls=list(watched.shortfalls), seconds=seconds)
         try:
             messages, runs = conversation(question, watched.times)
-            tokens = self.processor.length(messages, [len(run) for run in runs], answer=True)
+            shown = [time for of_video in watched.times for time in of_video.tolist()]
+            of_parts = [[shown[frame] for frame in run] for run in runs]
+            tokens = self.processor.length(messages, [len(run) for run in runs], True, of_parts)
             if tokens + self.max_new_tokens - 1 > self.processor.max_length:  # the last new token is not fed back
                 raise ValueError(
                     f"it takes {tokens} tokens and its answer up to {self.max_new_tokens}, and the decoder has "
@@ -120,7 +124,7 @@ class Asker:
                 self._choice_tokens(question)
         except ValueError as error:
             return replace(reply, error=str(error))
-        return _Prepared(number, question, messages, runs, features, replace(reply, prompt_tokens=tokens))
+        return _Prepared(number, question, messages, runs, of_parts, features, replace(reply, prompt_tokens=tokens))
 
     def _ask(self, batch: list[_Prepared]) -> list[Reply]:
         """Ask a batch; if it does not fit the GPU's memory, halves of it."""
@@ -139,7 +143,8 @@ class Asker:
         """Return the prompts of a batch, with the features of their videos in place of frames."""
         # The processor counts the frames of these arrays, which have no content.
         videos = [[np.zeros((len(run), 1, 1), np.uint16) for run in item.runs] for item in batch]
-        prompts = self.processor([item.messages for item in batch], videos, answer=True, features=(1, 1))
+        times = [item.times for item in batch]
+        prompts = self.processor([item.messages for item in batch], videos, None, True, (1, 1), times=times)
         frames = [[frame for run in item.runs for frame in run] for item in batch]
         prompts["features"] = torch.cat([item.features[of_item] for item, of_item in zip(batch, frames, strict=True)])
         return prompts.to(self.answerer.device)

@@ -112,3 +112,20 @@ class ChatTokenizer:
         if backend.pre_tokenizer is not None:
             words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
         return [token.id for word in words for token in backend.model.tokenize(word)]
+
+
+def visual_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the video and image parts of a conversation."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    return [part for part in parts if part["type"] != "text"]
+
+
+def with_joined_answers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages; an answer that is a list of texts becomes one text, as the template expects."""
+    joined = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "assistant" and not isinstance(content, str):
+            message = message | {"content": "".join(part["text"] for part in content)}
+        joined.append(message)
+    return joined

@@ -1,8 +1,8 @@
 """Videos and images in the forms that people have them in -> frames for the encoder."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +24,40 @@ class Sampling:
     fps: float
 
 
-FileReader = Callable[[str, int, Sampling], np.ndarray]
-"""Takes the path or s3:// URI of a video or image, the side of the frames [pixels] and the sampling. Returns uint8
-(frames, side, side, 3); raises ValueError with the name and the reason if the file cannot be read."""
+def take_sampling(options: dict[str, Any], defaults: Any) -> Sampling:
+    """Take from a call's options how video files are sampled; any other option must be one without effect here.
+
+    Raises:
+        ValueError: another type of tensors is asked for.
+        TypeError: an option is unknown.
+    """
+    for nested in ("videos_kwargs", "images_kwargs", "text_kwargs"):
+        options |= options.pop(nested, None) or {}
+    chosen = {field.name: options.pop(field.name, None) for field in fields(Sampling)}
+    if options.pop("return_tensors", None) not in (None, "pt", "auto"):
+        raise ValueError('return_tensors: this processor returns PyTorch tensors, "pt"')
+    for name, value in options.items():
+        if name not in ("padding", "do_sample_frames", "add_special_tokens") and value:
+            raise TypeError(f"{name} is not an option of this processor; it has num_frames, sampling and fps")
+    return Sampling(**{name: getattr(defaults, name) if value is None else value for name, value in chosen.items()})
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The frames of a video or image."""
+
+    images: np.ndarray
+    """uint8 (frames, side, side, 3), RGB."""
+    times: Sequence[float] | None = None
+    """When each is shown, counted from the beginning of the video [s]; None if nobody says so."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+FileReader = Callable[[str, int, Sampling], Frames]
+"""Takes the path or s3:// URI of a video or image, the side of the frames [pixels] and the sampling; raises ValueError
+with the name and the reason if the file cannot be read."""
 
 _file_reader: FileReader | None = None
 
@@ -63,8 +94,53 @@ def flat_list(given: Any, kind: Kind) -> list[Any]:
     return [one for element in given for one in flat_list(element, kind)]
 
 
-def to_frames(given: Any, kind: Kind, side: int, sampling: Sampling) -> np.ndarray:
-    """Return the frames of one video or image: uint8 (frames, side, side, 3), RGB.
+def times_of_part(part: dict[str, Any], frames: int) -> list[float] | None:
+    """Return the times that a message's part gives: `times` [s], or `fps` (`sample_fps`), the rate of its frames [1/s].
+
+    Raises:
+        ValueError: these are no numbers.
+    """
+    times, fps = part.get("times"), part.get("fps", part.get("sample_fps"))
+    try:
+        if times is not None:
+            return [float(time) for time in times]
+        return None if fps is None else [i / float(fps) for i in range(frames)]
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise ValueError("times is a list of seconds, and fps a number of frames per second") from None
+
+
+def times_of_videos(times: Any, num_frames: Sequence[int]) -> list[Any]:
+    """Return the times of each video, if any are given: a list of seconds for each, or one such list.
+
+    Raises:
+        ValueError: they are given for another number of videos.
+    """
+    if times is None:
+        return [None] * len(num_frames)
+    of_videos = [times] if len(times) and np.ndim(times[0]) == 0 else list(times)
+    if len(of_videos) != len(num_frames):
+        raise ValueError(f"times are given for {len(of_videos)} videos, and there are {len(num_frames)}")
+    return of_videos
+
+
+def with_times(video: Frames, times: Sequence[float] | None) -> Frames:
+    """Return the frames with the times that are stated for them, if any.
+
+    Raises:
+        ValueError: they are those of a file, which has its own.
+    """
+    if times is None:
+        return video
+    if video.times is not None:
+        raise ValueError(
+            "times and fps of a part say when frames in memory are shown, and a file says that itself; which of its "
+            "frames are taken, num_frames=, sampling= and fps= of the call say"
+        )
+    return replace(video, times=times)
+
+
+def to_frames(given: Any, kind: Kind, side: int, sampling: Sampling) -> Frames:
+    """Return the frames of one video or image; their times are those of a file.
 
     Frames of any size are resized as the decoder does it. All frames of an array or list are taken.
 
@@ -81,10 +157,10 @@ def to_frames(given: Any, kind: Kind, side: int, sampling: Sampling) -> np.ndarr
     if isinstance(given, str | Path):
         frames = _read(str(given), side, sampling)
     elif isinstance(given, list | tuple):
-        one_each = [to_frames(frame, "image", side, sampling) for frame in given]
-        frames = np.concatenate([*one_each, np.empty((0, side, side, 3), np.uint8)])
+        one_each = [to_frames(frame, "image", side, sampling).images for frame in given]
+        frames = Frames(np.concatenate([*one_each, np.empty((0, side, side, 3), np.uint8)]))
     else:
-        frames = _resized(_to_array(given), side)
+        frames = Frames(_resized(_to_array(given), side))
     if not len(frames):
         raise ValueError(f"a {kind} has no frames; remove its part from the conversation, or pass at least one frame")
     if kind == "image" and len(frames) != 1:
@@ -92,7 +168,7 @@ def to_frames(given: Any, kind: Kind, side: int, sampling: Sampling) -> np.ndarr
     return frames
 
 
-def _read(uri: str, side: int, sampling: Sampling) -> np.ndarray:
+def _read(uri: str, side: int, sampling: Sampling) -> Frames:
     scheme = SCHEME.match(uri)
     if scheme and scheme[1] not in ("file", "s3") and not Path(uri).exists():
         raise ValueError(f"{uri!a} is not fetched: download it, and pass the path or the s3:// URI of a file")

@@ -38,6 +38,10 @@ def recipe(dtype="bf16", data=DATA, **changes):
     return FeatureRecipe.from_config(data, dtype=dtype, **defaults | changes)
 
 
+def seconds(frames):
+    return [0.5 + 1.25 * i for i in range(frames)]
+
+
 def values(frames, seed=0):
     return np.random.default_rng(seed).normal(0, 3, (frames, PATCHES, WIDTH)).astype(np.float32)
 
@@ -61,7 +65,10 @@ def cached(tmp_path, videos, dtype):
     """The folder of their features; one more video is unreadable."""
     folder = create_feature_folder(str(tmp_path / "features"), recipe(dtype))
     versions = [storage.version(uri.split("#")[0]) for uri in videos]
-    features = [(uri, version, values(n + 1, n)) for n, (uri, version) in enumerate(zip(videos, versions, strict=True))]
+    features = [
+        (uri, version, values(n + 1, n), seconds(n + 1))
+        for n, (uri, version) in enumerate(zip(videos, versions, strict=True))
+    ]
     entries, _, _ = write_shard(folder, features, dtype)
     unreadable = IndexEntry(str(tmp_path / "gone.mp4"), None, 0, reason="no such file", stage="read")
     write_index(folder, [*entries, unreadable])
@@ -111,7 +118,7 @@ def test_rounding_error_is_bounded_and_reported(tmp_path):
     assert (np.abs(rounded - x) <= largest / 127 * 0.5 * 1.001 + largest * (2**-11 + 2**-8)).all()
     assert not rounded[0, 0].any()
     for dtype, limit in {"bf16": 0.002, "int8": 0.01}.items():
-        _, squared_error, squared_values = write_shard(str(tmp_path), [("a", None, x)], dtype)
+        _, squared_error, squared_values = write_shard(str(tmp_path), [("a", None, x, seconds(5))], dtype)
         again = from_bf16(unpack(pack(x, dtype), x.shape, dtype))
         relative_error = (squared_error / squared_values) ** 0.5
         assert relative_error == pytest.approx(np.linalg.norm(again - x) / np.linalg.norm(x), rel=1e-4)
@@ -130,8 +137,9 @@ def test_features_are_read_in_any_order_as_they_were_stored(cached, videos, dtyp
     features = pickle.loads(pickle.dumps(FeatureCache(cached)))  # as Ray ships it to workers
     for order in ([2, 0, 1], [1, 1, 0]):
         read = features([videos[n] for n in order])
-        for n, bits in zip(order, read, strict=True):
-            assert np.array_equal(bits, unpack(pack(values(n + 1, n), dtype), (n + 1, PATCHES, WIDTH), dtype))
+        for n, video in zip(order, read, strict=True):
+            assert video.times.tolist() == seconds(n + 1)
+            assert np.array_equal(video.images, unpack(pack(values(n + 1, n), dtype), (n + 1, PATCHES, WIDTH), dtype))
     (gone,) = features([str(Path(videos[0]).parent / "gone.mp4")])
     assert gone == VideoFailure("no such file", "read")
 
@@ -167,11 +175,11 @@ def test_changed_video_is_refused_until_encoded_again(cached, videos, dtype):
     version = storage.version(videos[1])
     assert not features.is_current(videos[1], version)
     # The latest index entry counts, whatever the order of URIs.
-    entries, _, _ = write_shard(cached, [(videos[1], version, values(3, 9))], dtype)
+    entries, _, _ = write_shard(cached, [(videos[1], version, values(3, 9), seconds(3))], dtype)
     write_index(cached, entries)
     again = FeatureCache(cached)
     assert again.is_current(videos[1], version)
-    assert np.array_equal(again.read(videos[1]), unpack(pack(values(3, 9), dtype), (3, PATCHES, WIDTH), dtype))
+    assert np.array_equal(again.read(videos[1]).images, unpack(pack(values(3, 9), dtype), (3, PATCHES, WIDTH), dtype))
     Path(videos[1]).unlink()
     with pytest.raises(BadFeatures, match="has changed or disappeared"):
         again([videos[1]])
@@ -358,7 +366,7 @@ def test_a_video_whose_features_cannot_be_stored_costs_no_other(tmp_path, dtype,
     bad = values(2)
     bad[1, 2, 3] = damage
     folder = create_feature_folder(str(tmp_path), recipe(dtype))
-    videos = [("a", None, values(3)), ("b", "etag", bad), ("c", None, values(1))]
+    videos = [("a", None, values(3), seconds(3)), ("b", "etag", bad, seconds(2)), ("c", None, values(1), seconds(1))]
     entries, squared_error, _ = write_shard(folder, videos, dtype)
     assert [entry.frames for entry in entries] == [3, 0, 1]
     assert np.isfinite(squared_error)

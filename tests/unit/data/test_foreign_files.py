@@ -265,7 +265,7 @@ def features(tmp_path):
     recipe = FeatureRecipe.from_config(DataConfig(num_frames=2), 48, "fp32", 6, 8, "e" * 64, "bf16")
     folder = create_feature_folder(str(tmp_path / "features"), recipe)
     x_FPD = np.zeros((2, 6, 8), np.float32)
-    ((entry,), _, _) = write_shard(folder, [(str(video), storage.version(str(video)), x_FPD)], "bf16")
+    ((entry,), _, _) = write_shard(folder, [(str(video), storage.version(str(video)), x_FPD, [0.0, 1.5])], "bf16")
     (tmp_path / "secret").write_bytes(bytes(entry.size))
     return folder, str(video), entry
 
@@ -291,7 +291,7 @@ def test_a_scheme_in_an_index_is_text(features, shard):
 def test_features_that_link_out_are_refused(features, tmp_path):
     folder, video, entry = features
     write_index(folder, [entry])
-    assert FeatureCache(folder).read(video).shape == (2, 6, 8)
+    assert FeatureCache(folder).read(video).images.shape == (2, 6, 8)
     shard = tmp_path / "features" / folder.rpartition("/")[2] / entry.shard
     shard.unlink()
     shard.symlink_to(tmp_path / "secret")
@@ -309,7 +309,8 @@ def test_features_that_link_out_are_refused(features, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [{"size": 2**45}, {"frames": 2**30}, {"frames": -1}, {"frames": 0}, {"offset": -8}, {"offset": 2**62},
-     {"shard": None}, {"sha256": None}, {"frames": 1, "size": 96, "offset": 500}],
+     {"shard": None}, {"sha256": None}, {"frames": 1, "size": 96, "offset": 500}, {"times": None}, {"times": [0.0]},
+     {"times": [0.0, None]}, {"times": [0.0, np.inf]}, {"times": [-1.0, 0.0]}],
 )  # fmt: skip
 def test_an_entry_that_lies_costs_nothing(features, change):
     folder, video, entry = features

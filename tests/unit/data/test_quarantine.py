@@ -42,7 +42,9 @@ class FakeDecoder:
         numbers = [int(re.search(r"\d+", uri)[0]) for uri in uris]
         self.decoded += numbers
         return [
-            VideoFailure("no such file", "read") if n in self.bad else np.full((1, 2, 2, 3), n, np.uint8)
+            VideoFailure("no such file", "read")
+            if n in self.bad
+            else SampledFrames(np.full((1, 2, 2, 3), n, np.uint8), np.zeros(1))
             for n in numbers
         ]
 

@@ -10,6 +10,7 @@ from crosslmm.config import DataConfig
 from crosslmm.data.dataset import BlockLayout, ReadSamples
 from crosslmm.data.feature_cache import FeatureCache, IndexEntry, create_feature_folder, write_index
 from crosslmm.data.feature_format import FeatureRecipe
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.encode.actor import Encode
@@ -36,7 +37,7 @@ def block():
     """The block of all videos, of which one cannot be read."""
 
     def decode(uris):
-        frames = np.zeros((2, 8, 8, 3), np.uint8)
+        frames = SampledFrames(np.zeros((2, 8, 8, 3), np.uint8), np.array([0.5, 1.5]))
         return [VideoFailure("no such file", "read") if uri == "gone.mp4" else frames for uri in uris]
 
     read = ReadSamples.__new__(ReadSamples)
@@ -64,6 +65,7 @@ def test_one_video_costs_no_other(block, tmp_path, monkeypatch, damage):
     write_index(folder, [IndexEntry(**entry) for entry in report["entries"]])
     cache = FeatureCache(folder)
     assert [cache.find(uri).frames for uri in URIS] == [2, 0, 0, 2]
+    assert cache.find("c.mp4").times == [0.5, 1.5]
     assert cache.find("b.mp4").stage == "process"
     with EncodingRecorder(folder, dict.fromkeys(URIS, SimpleNamespace()), DataConfig()) as recorder:
         recorder.add(report)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from crosslmm.config import to_yaml
+from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.evaluate.asking import asker as asking
 from crosslmm.evaluate.asking.asker import Asker, Watched
 from crosslmm.evaluate.questions.question import Question, Subtitles, about
@@ -39,7 +40,9 @@ def question(text: str, name: str = "1", **fields) -> Question:
 def expected(answerer, seed: int, text: str, frames: int = 4) -> str:
     """Return the answer to one question alone, from its frames."""
     messages = about("v.mp4", text)["messages"]
-    return answerer._generate([messages], [random_frames(frames, seed, SIDE)], 6)[0]
+    return answerer._generate([messages], [SampledFrames(random_frames(frames, seed, SIDE), np.arange(frames) / 2)], 6)[
+        0
+    ]
 
 
 def test_answers_equal_those_to_each_question_alone(answerer):

@@ -60,7 +60,10 @@ def test_cluster_file_and_arguments_lie_over_the_training_run(config, tmp_path):
     assert applied.model == config.model
 
 
-@pytest.mark.parametrize("line", ["model: {pool_stride: 2}", "train: {epochs: 2}", "data: {fps: 3}", "nothing: 1"])
+@pytest.mark.parametrize(
+    "line",
+    ["model: {pool_stride: 2}", "train: {epochs: 2}", "data: {fps: 3}", "data: {timestamps: true}", "nothing: 1"],
+)
 def test_file_cannot_change_what_the_model_is(tmp_path, line):
     file = tmp_path / "run.yaml"
     file.write_text(line)

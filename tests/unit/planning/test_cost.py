@@ -66,14 +66,15 @@ def test_components_with_a_learning_rate_are_trainable():
 
 
 @torch.no_grad()
-def test_macs_are_half_the_flops_torch_counts_in_a_prefill(config, model, processor):
+@pytest.mark.parametrize("stamp_tokens", [0, 3])
+def test_macs_are_half_the_flops_torch_counts_in_a_prefill(config, model, processor, stamp_tokens):
     frames, text_tokens = 5, 7
-    macs = cost.macs(cost.empty_model(config.model), frames, text_tokens)
-    pooled = frames * model.config.tokens_per_frame
+    macs = cost.macs(cost.empty_model(config.model), frames, text_tokens, stamp_tokens)
+    frame = [5] * stamp_tokens + [processor.video_token_id] * model.config.tokens_per_frame
     model.set_attn_implementation("eager")  # its products are plain matrix products, which the counter knows
     with FlopCounterMode(display=False) as counter:
         model(
-            input_ids=torch.tensor([[processor.video_token_id] * pooled + [5] * text_tokens]),
+            input_ids=torch.tensor([frame * frames + [5] * text_tokens]),
             pixel_values=torch.from_numpy(random_frames(frames)).permute(0, 3, 1, 2),
             num_frames=torch.tensor([[frames]]),
             logits_to_keep=text_tokens,
@@ -144,7 +145,7 @@ def test_traced_prefill_flops_match_the_counted_macs():
     config = parse_run(["--config", "paper-2b"], "")
     model = cost.empty_model(config.model)
     macs = cost.macs(model, 32, 60)
-    batch = cost._batch(model, 1, 32, 60)
+    batch = cost._batch(model, 1, 32, 60, 0)
     with torch.no_grad():
         traced = cost._trace(model, config, batch, lambda: model(**batch, logits_to_keep=60) and None)
     assert traced.flops / 2 == pytest.approx(macs.linear + macs.attention_products, rel=0.002)

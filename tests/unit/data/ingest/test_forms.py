@@ -243,6 +243,9 @@ def test_probed_videos_are_shown_with_the_moments_of_their_frames(tmp_path, monk
     print_validated("rows.jsonl", total, True, data)
     text = screen.getvalue()
     assert "a.mp4#t=0.5, 1.5 s: the frames at 0.09, 0.28, 0.47, 0.66, 0.84, ..., 1.41 s (8 moments)" in text
+    assert "each after its time" not in text
+    print_validated("rows.jsonl", total, True, data.model_copy(update={"timestamps": True}))
+    assert '1.41 s (8 moments), each after its time: "<12.0 seconds>"' in " ".join(screen.getvalue().split())
     assert f"{'x' * 100}" in text
     assert "x... (400 characters)" in text.replace("\n", "")
     assert "no video was opened" not in text

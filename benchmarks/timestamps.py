@@ -32,7 +32,7 @@ from crosslmm.data.collate import Sample, collate, collate_questions
 from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.manifest import Manifest
 from crosslmm.data.sampler import DeterministicSampler
-from crosslmm.data.samples import moments, shapes
+from crosslmm.data.samples import moments
 from crosslmm.data.video.decode import decode_video
 from crosslmm.model.answering import greedy_answers
 from crosslmm.model.loading import build_model, build_processor
@@ -44,7 +44,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rotary": {"model.cross_attention_rotary": True},
     "timestamps": {"data.timestamps": True},
 }
-TRAIN_CLIPS, HELD_OUT_CLIPS, STEPS = 3000, 300, 600
+TRAIN_CLIPS, HELD_OUT_CLIPS, STEPS = 3000, 300, 400
 LEAST_WITH, MOST_WITHOUT = 0.9, moments.CHANCE + 0.1
 """Accuracy that the arm with times reaches, and that no arm without them exceeds."""
 
@@ -71,7 +71,7 @@ def main() -> None:
 
 def configure(arm: str) -> RunConfig:
     """Return the configuration of an arm."""
-    settings = {"model.pool_stride": 8, "data.num_frames": shapes.FRAMES, "train.global_batch_size": 32} | ARMS[arm]
+    settings = {"model.vision.patch_size": 12, "model.pool_stride": 4, "data.num_frames": moments.FRAMES} | ARMS[arm]
     return parse_run([f"--{key}={json.dumps(value)}" for key, value in settings.items()], "")
 
 
@@ -106,7 +106,7 @@ def train_arm(folder: str, arm: str, steps: int) -> dict[str, float]:
 @functools.cache
 def samples(folder: str, split: str) -> list[Sample]:
     """Return the rows of a manifest with their frames and the times of these, decoded once per process."""
-    data = DataConfig(num_frames=shapes.FRAMES)
+    data = DataConfig(num_frames=moments.FRAMES)
     rows = []
     for row in Manifest(f"{folder}/{split}.jsonl").rows:
         video = cast(SampledFrames, decode_video(row["videos"][0], data, 48))  # written a moment ago

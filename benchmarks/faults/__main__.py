@@ -67,10 +67,10 @@ class Reference:
     step_s: float
 
 
-def run_reference(lab: Lab) -> Reference:
+def run_reference(lab: Lab, number: int, settings: tuple[str, ...]) -> Reference:
     """Run without a fault."""
-    name = "undisturbed"
-    lab.start(name).wait()
+    name = f"undisturbed-{number}"
+    lab.start(name, *settings).wait()
     return Reference(lab.history(name), lab.weights(name), lab.step_s(name))
 
 
@@ -172,12 +172,14 @@ def main() -> int:
         store = stack.enter_context(object_store_in_use(folder / "swift", venv=swift, bucket="lab"))
         write_data()
         lab = Lab(stack, folder, store)
-        log_line("undisturbed run")
-        reference = run_reference(lab)
-        log_line(f"{STEPS} steps of {reference.step_s:.2f} s")
+        references: dict[tuple[str, ...], Reference] = {}
+        for settings in dict.fromkeys(fault.settings for fault in chosen):
+            log_line(" ".join(["undisturbed run", *settings]))
+            references[settings] = reference = run_reference(lab, len(references), settings)
+            log_line(f"{STEPS} steps of {reference.step_s:.2f} s")
         for number, fault in enumerate(chosen, 1):
             log_line(f"{number}/{len(chosen)}  {fault.name} ...")
-            row = run(lab, fault, number, reference)
+            row = run(lab, fault, number, references[fault.settings])
             results.append(row)
             verdict = (
                 "nothing lost" if row.nothing_lost else "survived, BUT WITH LOSSES" if row.survived else "NOT SURVIVED"

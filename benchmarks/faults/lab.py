@@ -48,6 +48,8 @@ SETTINGS = (
     "--train.warmup_steps=2",
     "--data.validation_manifest=null",
 )
+ADAPTERS = ("--train.lora.rank=4", "--train.lora.targets=[decoder,vision]", "--train.lora.dropout=0.1")
+"""Settings of runs that train adapters."""
 HOOKS = ROOT / "tests" / "fault_hooks"
 RESTART = "restarting from"
 RESUMED = re.compile(r"resumed after step (\d+)|training from the start")
@@ -278,8 +280,10 @@ class Lab:
         return sorted((point.step, point.value) for point in points)
 
     def weights(self, name: str) -> str:
-        """Return the sha256 of the exported weights."""
-        return hashlib.sha256(storage.read_bytes(f"{self.folder_of(name)}/model/model.safetensors")).hexdigest()
+        """Return the sha256 of the exported weights: of a model, or of an adapter."""
+        files = [f"{self.folder_of(name)}/model/{file}" for file in ("model.safetensors", "adapter_model.safetensors")]
+        (file,) = filter(storage.exists, files)
+        return hashlib.sha256(storage.read_bytes(file)).hexdigest()
 
     def step_s(self, name: str) -> float:
         """Return the median duration of a step [s]."""
@@ -313,13 +317,15 @@ class Fault:
     """Whether the run gets time for a checkpoint, and so may lose no step."""
     order_of_sums_differs: bool = False
     """Whether another number of workers takes part, which sums in another order."""
+    settings: tuple[str, ...] = ()
+    """What the run trains in place of a whole model; it has an undisturbed run of its own."""
 
 
 FAULTS: list[Fault] = []
 """All faults, in the order of the table."""
 
 
-def fault(name: str, **properties: bool) -> Callable[[Cause], Cause]:
+def fault(name: str, **properties: Any) -> Callable[[Cause], Cause]:
     """Decorate a function to add it to `FAULTS`; `properties` are fields of `Fault`."""
 
     def register(cause: Cause) -> Cause:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mlflow.tracking import MlflowClient
 
 from benchmarks.faults.lab import (
+    ADAPTERS,
     CONTROLLER,
     DEADLINE_S,
     DECODER,
@@ -29,6 +30,19 @@ def rank_killed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     run = lab.start_until_checkpoint(name)
     at = lab.kill(RANK)
     return [run.wait()], at
+
+
+@fault("rank SIGKILLed while adapters learn, then the driver", settings=ADAPTERS)
+def adapters_killed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """Kill a rank of a run that trains adapters, then its driver: both starts read the base that the first one wrote,
+    and dropout goes on as if nothing had happened."""
+    run = lab.start_until_checkpoint(name, *ADAPTERS)
+    at = lab.kill(RANK)
+    lab.hold(2 * FAULT_AFTER + 1)
+    run.wait_for(lambda: lab.sealed_step(name) >= 2 * FAULT_AFTER, f"checkpoint of step {2 * FAULT_AFTER}")
+    run.process.kill()
+    lab.release()
+    return [run.wait(status=None), lab.start(name, *ADAPTERS).wait()], at
 
 
 @fault("rank SIGSTOPped")

@@ -10,8 +10,10 @@ from fractions import Fraction
 import numpy as np
 
 from crosslmm.data.samples.clips import Clip, write_split
-from crosslmm.data.samples.shapes import COLOURS, FRAMES, SHAPES, SIDE, draw
+from crosslmm.data.samples.shapes import COLOURS, SHAPES, SIDE, draw
 
+FRAMES = 4
+"""Number of frames of a clip."""
 FRAME_S = (1, 2, 3)
 """How long each frame of a clip is shown; the frame rates of the clips follow [s]."""
 CHANCE = 1 / len(FRAME_S)
@@ -22,7 +24,7 @@ QUESTION = "When is the shape there?"
 def write_moments(folder: str, train: int = 3000, held_out: int = 160, seed: int = 0) -> None:
     """Write clips and the manifests `train.jsonl` and `held_out.jsonl` into `folder` (a path or an `s3://` URI).
 
-    The answer to the question is the second at which the shape appears: "14".
+    The answer to the question is the second at which the shape appears: "6".
     """
     for stream, (split, count) in enumerate({"train": train, "held_out": held_out}.items()):
         write_split(folder, split, _clips(np.random.default_rng([seed, stream]), count))

@@ -13,7 +13,8 @@ def _damaged(
     lab: Lab, name: str, damage: Callable[[Checkpoint], None], message: str | None
 ) -> tuple[list[Attempt], float]:
     """Damage the newest checkpoint; the run must log `message` and resume from the previous one."""
-    run, at = kill_driver(lab, name)
+    run = lab.start_until_checkpoint(name)
+    at = kill_driver(lab, run)
     newest, previous, *_ = checkpoint_store.list_sealed(lab.folder_of(name))
     damage(newest)
     second = lab.start(name).wait()
@@ -72,7 +73,8 @@ def removed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
 @fault("snapshot truncated")
 def snapshot(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """Truncate Ray Train's list of checkpoints, wherever Ray Train could look for it."""
-    run, at = kill_driver(lab, name)
+    run = lab.start_until_checkpoint(name)
+    at = kill_driver(lab, run)
     folder = lab.folder_of(name)
     subfolders = {file.rsplit("/", 1)[0] for file in storage.names_in(folder) if file.startswith("ray/")}
     for place in (folder, *(f"{folder}/{name}" for name in subfolders)):

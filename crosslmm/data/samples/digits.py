@@ -69,7 +69,7 @@ def _clips(rng: np.random.Generator, count: int, digits: Digits) -> Iterator[Cli
             drawn = plate(digits.images[digit], colour)
             frames[first : first + PLATE_FRAMES, y : y + len(drawn), x : x + len(drawn)] = drawn
         kind = "late digit" if begins[0] == FRAMES - PLATE_FRAMES else "digit"
-        yield Clip(frames, [(QUESTION, str(digits.labels[chosen[0]]))], kind)
+        yield Clip(frames, [(QUESTION, str(digits.labels[chosen[0]]))], [kind])
 
 
 def empty(rng: np.random.Generator, frames: int) -> np.ndarray:

@@ -38,4 +38,4 @@ def _clips(rng: np.random.Generator, count: int) -> Iterator[Clip]:
         colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(list(SHAPES)))
         centre, size = SIDE / 2 + rng.uniform(-6, 6, 2), rng.uniform(13, 14)
         frames[shown] = draw(background, colour, shape, centre, size)
-        yield Clip(frames, [(QUESTION, str(shown * seconds))], "when", Fraction(1, seconds))
+        yield Clip(frames, [(QUESTION, str(shown * seconds))], ["when"], Fraction(1, seconds))

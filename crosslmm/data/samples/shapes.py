@@ -75,7 +75,7 @@ def _clips(rng: np.random.Generator, count: int, one_each: bool) -> Iterator[Cli
             answers = {"colour": colour, "shape": shape, "direction": direction}
             frames = motion(rng, colour, shape, direction)
         kind = list(QUESTIONS)[i % len(QUESTIONS)] if one_each else None
-        yield Clip(frames, [(QUESTIONS[k], answers[k]) for k in ([kind] if kind else kinds)], kind)
+        yield Clip(frames, [(QUESTIONS[k], answers[k]) for k in ([kind] if kind else kinds)], [kind] if kind else None)
 
 
 def motion(rng: np.random.Generator, colour: str, shape: str, direction: str) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Converts pretrained weights of other layouts to those that `model.*_weights` takes."""

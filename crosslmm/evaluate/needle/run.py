@@ -1,6 +1,7 @@
 """The search: for each length, depth and number of hops, questions about needles in the haystack."""
 
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -146,7 +147,7 @@ def _measure(
     began = time.perf_counter()
     for number in range(settings.videos):
         rng = np.random.default_rng([settings.seed, number, hops])
-        colours = [str(colour) for colour in rng.choice(needles.NEEDLES, hops, replace=False)]
+        colours = colours_of(number, hops, settings.seed)
         places = places_of(frames, depth, hops)
         with_needles = [needles.insert(haystack.frame(i), c, rng) for i, c in zip(places, colours, strict=True)]
         features = haystack.encode(np.stack(with_needles)).float()
@@ -163,6 +164,13 @@ def _measure(
         found.append(Found(text, answer, expected, scoring.is_right(answer, expected)))
     seconds = (time.perf_counter() - began) / settings.videos
     return Cell(frames, depth, hops, found, round(seconds, 4), memory.bytes(), None)
+
+
+def colours_of(number: int, hops: int, seed: int) -> list[str]:
+    """Return the needles of a question: all colours in all orders by turns, so that no constant answer is right more
+    often than by chance."""
+    orders = list(itertools.permutations(needles.NEEDLES, hops))
+    return list(orders[np.random.default_rng([seed, hops]).permutation(len(orders))[number % len(orders)]])
 
 
 def places_of(frames: int, depth: float, hops: int) -> list[int]:

@@ -30,8 +30,8 @@ class NeedleSettings(Section):
     """Where the first needle is: 0 is the first frame, 100 the last one that leaves room for the others [%]."""
     hops: list[Hops] = Field(default=[1, 2])
     """Needles of a question; with several, it names the first one and asks for the last."""
-    videos: Count = 10
-    """Questions of a cell, each about needles of its own [questions]."""
+    videos: Count = 12
+    """Questions of a cell, each about needles of its own; of 12, all answers are equally frequent [questions]."""
     haystack: list[str] = Field(default=[])
     """Video files, shown one after the other (paths or s3:// URIs); empty: generated noise."""
     v2v: bool = True

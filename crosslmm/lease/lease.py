@@ -13,7 +13,7 @@ The rule by which a folder changes hands:
 - An owner that ended in order, or whose process or Ray job is known to have ended, is followed at once.
 - Any other is followed once it has been watched for `LEASE_S` without a beat. Clocks are not compared: hosts' differ.
   Time in which the store does not answer is no silence.
-- Whoever beats meanwhile lives, and the newcomer is refused.
+- Whoever beats meanwhile lives, and the newcomer is refused; at once, if the owner is a process of the same machine.
 - An owner that cannot beat (the store is away, the process was stopped) goes on until it finds that somebody followed.
 """
 
@@ -80,7 +80,7 @@ class Claim:
 
 
 def look(folder: str, work: str, instead: str) -> Claim:
-    """Wait until it is clear that nobody owns a folder: at once, unless there is an owner whose end is not known.
+    """Wait until it is clear that nobody owns a folder: at once, unless there is an owner of whom nothing is known.
 
     Args:
         folder: path or URI.
@@ -92,6 +92,8 @@ def look(folder: str, work: str, instead: str) -> Claim:
     """
     newest = owners.newest(folder)
     silent_s, looked = 0.0, _clock()
+    if newest and newest.owner and newest.owner.lives:
+        raise _owned(folder, newest, instead)
     if newest and not newest.free:
         log.info("%s belongs to %s; watching for %g s whether it lives", folder, newest, LEASE_S)
     while newest and not newest.free and silent_s < LEASE_S:

@@ -63,6 +63,12 @@ class Owner:
         killed = bool(same_machine) and _process(self.pid) != self.process
         return self.ended or killed or ray_runtime.job_has_ended(self.cluster, self.job)
 
+    @property
+    def lives(self) -> bool:
+        """Whether it is known to run, as a process of this machine that is not stopped."""
+        same = bool(self.process) and _process(self.pid) == self.process
+        return same and not self.ended and _state(self.pid) not in "Tt"
+
     def __str__(self) -> str:
         job = f"Ray job {self.submission}, " if self.submission else ""
         age = timedelta(seconds=round(self.held_s))
@@ -160,7 +166,15 @@ def _process(pid: int) -> str:
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = Path("/proc/self/ns/pid").readlink()
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return ""
-    return "" if state in "ZX" else f"{machine} {namespace} {pid} {rest[18]}"
+    return "" if _state(pid) in "ZX" else f"{machine} {namespace} {pid} {start}"
+
+
+def _state(pid: int) -> str:
+    """Return a process's state as in /proc: T for a stopped one, Z for one that has ended; X if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"

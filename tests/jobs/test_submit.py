@@ -116,7 +116,7 @@ def test_of_two_jobs_with_one_name_exactly_one_trains(cluster, tmp_path):
     arguments = [
         "--name=twin", "--storage=s3://videos/runs", "--data.manifest=s3://videos/twins/data/train.jsonl",
         "--data.validation_manifest=s3://videos/twins/data/held_out.jsonl", f"--tracking.uri=sqlite:///{tmp_path}/m.db",
-        "--train.max_steps=4", "--train.global_batch_size=8", "--train.epochs=9",
+        "--train.max_steps=4", "--train.global_batch_size=16", "--train.epochs=9",
     ]  # fmt: skip
     jobs = []
     for number in (1, 2):

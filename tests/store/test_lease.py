@@ -37,7 +37,7 @@ def test_create_says_whether_the_store_takes_conditions(store, monkeypatch):
 
 def test_of_twins_exactly_one_owns_the_folder_ten_times(store, tmp_path):
     offsets = [0.0, *(random.Random(11).uniform(0, 1.5) for _ in range(9))]
-    with Contenders(tmp_path, store.environment(), beat_s=0.5, lease_s=4.0) as contenders:
+    with Contenders(tmp_path, store.environment(), beat_s=0.5, lease_s=4.0, elsewhere=True) as contenders:
         pairs = contenders.twins([f"s3://runs/twin-{number}" for number in range(len(offsets))], offsets)
         for owner, refused in pairs:
             assert [owner.wait(), refused.wait()] == [0, 2], (owner.result, refused.result)

@@ -31,9 +31,10 @@ def entry(folder, number=1):
     return owners.read(str(folder), number).owner
 
 
-def test_of_twins_exactly_one_owns_the_folder_ten_times(tmp_path):
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_of_twins_exactly_one_owns_the_folder_ten_times(tmp_path, elsewhere):
     offsets = [0.0, *(random.Random(7).uniform(0, 1.5) for _ in range(9))]
-    with Contenders(tmp_path) as contenders:
+    with Contenders(tmp_path, elsewhere=elsewhere) as contenders:
         pairs = contenders.twins([f"{tmp_path}/run-{number}" for number in range(len(offsets))], offsets)
         for owner, refused in pairs:
             assert [owner.wait(), refused.wait()] == [0, 2], (owner.result, refused.result)
@@ -42,12 +43,14 @@ def test_of_twins_exactly_one_owns_the_folder_ten_times(tmp_path):
             assert not contenders.lines(refused)
 
 
-def test_whoever_is_refused_is_told_who_owns_it_and_what_to_do(tmp_path, quick, monkeypatch):
+def test_whoever_is_refused_is_told_who_owns_it_and_what_to_do(tmp_path, monkeypatch):
     job = {"metadata": {"job_submission_id": "twin-1"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     monkeypatch.setattr("getpass.getuser", lambda: "alice")
+    began = time.monotonic()
     with look(tmp_path).take(), pytest.raises(lease.Owned) as refused:
         look(tmp_path)
+    assert time.monotonic() - began < 4  # before the first beat
     assert str(refused.value).startswith(f"{tmp_path}: belongs to the training of alice on ")
     assert f"(Ray job twin-1, process {os.getpid()}, for 0:00:0" in str(refused.value)
     assert str(refused.value).endswith("which is running; stop it (ray job stop twin-1), or give another --name")

@@ -112,6 +112,12 @@ def has_run(folder: str) -> bool:
     return storage.exists(storage.join(folder, RUN_FILE))
 
 
+def owned_folder(folder: str) -> str:
+    """Return the folder whose lease covers a run's: its own, or that of the sweep whose trial it is."""
+    sweep = storage.parent(folder)
+    return sweep if storage.exists(storage.join(sweep, SWEEP_FILE)) else folder
+
+
 def is_unused(folder: str) -> bool:
     """Return whether a folder is empty or does not exist; a start that was refused leaves nothing but its lease."""
     return not storage.files_in(folder) and set(storage.folders_in(folder)) <= {OWNERS_FOLDER}

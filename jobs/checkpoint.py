@@ -23,7 +23,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from crosslmm import storage
+from crosslmm import run_folder, storage
 from crosslmm.cli import fail, print_error
 from crosslmm.config import BadConfig
 from crosslmm.progress import set_up_logging
@@ -72,7 +72,7 @@ def repair(run: str) -> int:
     from crosslmm import lease  # imports Ray, which the other commands need not wait for
 
     try:
-        with lease.look(run, "repair", "repair it when it has ended").take() as fence:
+        with lease.look(run_folder.owned_folder(run), "repair", "repair it when it has ended").take() as fence:
             for line in checkpoint_store.repair(run):
                 fence.require()
                 print(line, flush=True)

@@ -6,7 +6,7 @@ Each fault hits a real run of the tiny model: two FSDP workers on a Ray cluster,
 store over HTTP behind a proxy that can fail, the record in MLflow. A fault is survived if the run, or the same command
 repeated where the fault killed the driver, ends with status 0. Skipped and repeated samples are counted from MLflow:
 each step must be there once, with a loss equal to the last bit to that of the undisturbed run (each worker also checks
-that it gets the samples of its steps). About a minute per fault on two cores.
+that it gets the samples of its steps). One to seven minutes per fault on two cores.
 """
 
 import argparse

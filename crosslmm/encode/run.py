@@ -98,10 +98,12 @@ def run_encoding(config: RunConfig, settings: FeatureConfig) -> EncodingResult:
     recipe = recipe_of(config, digest(tower), settings.dtype)
     folder = storage.join(storage.absolute(root), recipe.key)
     versions = _request_versions(videos, recipe.frame_sampling)
-    missing = _missing_videos(folder, videos, versions)
+    claim = None
+    if _missing_videos(folder, videos, versions):
+        claim = lease.look(folder, "encoding", "wait until it has ended")
+    missing = _missing_videos(folder, videos, versions)  # another job may just have ended
     _log_estimate(config, settings, recipe, folder, missing, len(videos))
-    claim = lease.look(folder, "encoding", "wait until it has ended").take() if missing else contextlib.nullcontext()
-    with claim as fence:
+    with claim.take() if claim else contextlib.nullcontext() as fence:
         target = create_feature_folder(storage.absolute(root), recipe)
         recorder = EncodingRecorder(target, missing, config.data, *([fence.require] if fence else []))
         if missing:

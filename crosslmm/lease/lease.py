@@ -127,7 +127,7 @@ class Fence:
 
         Raises:
             LeaseLost: it has another one.
-            Unavailable: the store does not answer.
+            OSError: the store does not answer, or refuses.
         """
         asked = _clock()
         following = owners.read(self.folder, self.number + 1)
@@ -139,7 +139,7 @@ class Fence:
         self._asked = asked
 
     def require_lately(self, within_s: float | None = None) -> None:
-        """Like `require`, for records: goes on if the store does not answer, and asks only if the last answer is older.
+        """Like `require`, for records: goes on if the store cannot be asked, and asks only if the last answer is older.
 
         Args:
             within_s: than this [s]; None is `ASK_S`, for records that are written all the time.
@@ -149,7 +149,7 @@ class Fence:
         try:
             with storage.retrying(storage.NO_RETRIES):
                 self.require()
-        except storage.Unavailable:
+        except OSError:  # the store is away, or refuses for now: whatever counts is not written without an answer
             self._asked = _clock()
 
 
@@ -173,6 +173,8 @@ class _Lease:
         self._closed.set()
         self._thread.join(BEAT_S)
         try:
+            if self._thread.is_alive():  # it would write over what is written now
+                raise TimeoutError("the store does not answer")
             with storage.retrying(RELEASE):
                 self.fence.require()
                 self._write(ended=True)

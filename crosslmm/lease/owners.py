@@ -59,9 +59,13 @@ class Owner:
     @property
     def gone(self) -> bool:
         """Whether it is known to have ended. False also where this process cannot know."""
-        same_machine = self.process and self.process.split()[:2] == _process(os.getpid()).split()[:2]
-        killed = bool(same_machine) and _process(self.pid) != self.process
-        return self.ended or killed or ray_runtime.job_has_ended(self.cluster, self.job)
+        return self.ended or self._killed or ray_runtime.job_has_ended(self.cluster, self.job)
+
+    @property
+    def _killed(self) -> bool:
+        same_machine = bool(self.process) and self.process.split()[:2] == _process(os.getpid()).split()[:2]
+        hidden = _state(self.pid) == "X" and _exists(self.pid)
+        return same_machine and not hidden and _process(self.pid) != self.process
 
     @property
     def lives(self) -> bool:
@@ -136,6 +140,8 @@ def read(folder: str, number: int) -> Entry | None:
         return Entry(number, storage.read_at_most(_file(folder, number), MAX_FILE_BYTES))
     except FileNotFoundError:
         return None
+    except ValueError:  # larger than any owner's
+        return Entry(number, b"")
 
 
 def create(folder: str, number: int, owner: Owner) -> bool:
@@ -178,3 +184,12 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "X"
+
+
+def _exists(pid: int) -> bool:
+    """Return whether there is such a process; /proc may hide those of other users (hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True

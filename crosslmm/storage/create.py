@@ -1,7 +1,9 @@
 """Write an object that does not exist yet: of several writers at once, one succeeds."""
 
 import os
+import random
 import secrets
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from crosslmm.storage.filesystem import write_file
 from crosslmm.storage.retry import call_with_retries, http_status, scheme_of
 
 CONFLICT, PRECONDITION_FAILED, NOT_IMPLEMENTED = 409, 412, 501
+CONFLICTS = 5
+"""Attempts whose conflict is followed by another one: of two at the same moment, S3 may refuse both."""
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
@@ -21,16 +25,18 @@ def create_bytes(uri: str, data: bytes) -> bool:
     """
     if scheme_of(uri) == "file":
         return call_with_retries(uri, lambda _, path: _create_file(path, data))
-    try:
-        _put(uri, data, IfNoneMatch="*")
-        return True
-    except OSError as error:
-        if http_status(error) == PRECONDITION_FAILED:
-            return False
-        if http_status(error) == CONFLICT:  # of two at the same moment, S3 may refuse both
-            return create_bytes(uri, data)
-        if http_status(error) != NOT_IMPLEMENTED:
-            raise
+    for attempt in range(CONFLICTS + 1):
+        try:
+            _put(uri, data, IfNoneMatch="*")
+            return True
+        except OSError as error:
+            if http_status(error) == PRECONDITION_FAILED:
+                return False
+            if http_status(error) == NOT_IMPLEMENTED:
+                break
+            if http_status(error) != CONFLICT or attempt == CONFLICTS:
+                raise
+            time.sleep(random.uniform(0.1, 0.5))
     _put(uri, data)
     return True
 

@@ -27,7 +27,7 @@ class EventChannel:
 
     def post(self, kind: str, item: Any) -> None:
         """Append an event."""
-        self.started |= kind == "started"
+        self.started |= kind in ("started", "step")  # a restarted channel has not seen the start
         self.events.append((kind, item))
 
     def drain(self) -> list[tuple[str, Any]]:

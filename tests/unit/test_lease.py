@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from crosslmm import lease, storage
+from crosslmm import lease, run_folder, storage
 from crosslmm.lease import lease as module
 from crosslmm.lease import owners
 from tests.support.twins import Contenders
@@ -141,6 +141,50 @@ def test_an_owner_whose_store_is_away_goes_on_unless_somebody_followed(tmp_path,
         assert entry(tmp_path).beats > 0
     assert caplog.text.count("the lease cannot be renewed") == 1
     assert entry(tmp_path).ended
+
+
+@pytest.mark.parametrize("error", [storage.Unavailable("away"), PermissionError("403"), OSError(5, "EIO")])
+def test_records_go_on_while_the_store_cannot_be_asked(tmp_path, monkeypatch, error):
+    """The monitor's thread asks twice a second: an error of the store must not end it."""
+    with look(tmp_path).take() as fence, monkeypatch.context() as patched:
+        patched.setattr(owners, "read", lambda *_: (_ for _ in ()).throw(error))
+        fence.require_lately(0)
+        with pytest.raises(type(error)):
+            fence.require()
+
+
+def test_an_owner_that_another_user_hides_is_not_known_to_be_gone(tmp_path, monkeypatch):
+    """With hidepid, /proc shows nobody else's processes."""
+    with look(tmp_path).take():
+        owner = entry(tmp_path)
+        shown = owners._state
+
+        monkeypatch.setattr(owners, "_process", lambda pid: "" if pid == owner.pid and hidden else owner.process)
+        monkeypatch.setattr(owners, "_state", lambda pid: "X" if hidden else shown(pid))
+        hidden = True
+        assert not owner.gone
+
+
+def test_a_beat_that_hangs_does_not_undo_the_end(tmp_path, quick, monkeypatch, caplog):
+    real, hang, hanging = storage.write_bytes, threading.Event(), threading.Event()
+
+    def write(uri, data):
+        if hang.is_set():
+            hanging.set()
+            time.sleep(1.0)
+        real(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", write)
+    with look(tmp_path).take():
+        hang.set()
+        assert hanging.wait(5)
+    assert "could not be given up: the store does not answer" in caplog.text
+
+
+def test_a_trial_belongs_to_the_owner_of_its_sweep(tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    assert run_folder.owned_folder(f"{tmp_path}/trial") == str(tmp_path)
+    assert run_folder.owned_folder(f"{tmp_path}/a/b") == f"{tmp_path}/a/b"
 
 
 def test_a_store_that_does_not_answer_is_no_silence_of_the_owner(tmp_path, quick, monkeypatch):

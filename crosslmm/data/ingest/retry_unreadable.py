@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from crosslmm import lease, storage
+from crosslmm import lease, run_folder, storage
 from crosslmm.config import DataConfig
 from crosslmm.data import manifest_shards
 from crosslmm.data.frame_sampling import split_time_range
@@ -79,7 +79,7 @@ def requeue(place: str, data: DataConfig) -> dict[str, Any]:
             raise BadManifest(f"{place}: is a folder that is not prepared; convert finishes it")
         if not prepared:
             storage.stamp_of(uri)  # raises if it is missing
-        owned = uri if prepared else storage.parent(uri)
+        owned = uri if prepared else run_folder.owned_folder(storage.parent(uri))
         with lease.look(owned, "requeue", "wait until it has ended").take() as fence:
             results = (_requeue_folder if prepared else _requeue_quarantine)(uri, data, fence)
     readable = [row for result in results for row in result.readable]

@@ -1,5 +1,6 @@
 """The search: for each length, depth and number of hops, questions about needles in the haystack."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -110,6 +111,8 @@ def _search(settings: NeedleSettings, model: ModelFiles, folder: EvaluationFolde
         yield from (Cell.from_json(data or b"") for data in stored.values())
         return
     answerer = open_files(model.files, settings.device)
+    if answerer.processor.timestamps:
+        raise BadConfig(f"{model.uri}: reads the time of each frame (data.timestamps), which generated haystacks lack")
     _close_gates(answerer.model, settings)
     longest = max(settings.frames)
     log.info("encoding  %s frames", f"{longest:,}")
@@ -167,8 +170,8 @@ def _measure(
 
 
 def colours_of(number: int, hops: int, seed: int) -> list[str]:
-    """Return the needles of a question: all colours in all orders by turns, so that no constant answer is right more
-    often than by chance."""
+    """Return the needles of a question: all colours in all orders by turns: with a multiple of 4 (one hop) or 12
+    (two) questions, no constant answer is right more often than by chance."""
     orders = list(itertools.permutations(needles.NEEDLES, hops))
     return list(orders[np.random.default_rng([seed, hops]).permutation(len(orders))[number % len(orders)]])
 
@@ -191,16 +194,18 @@ class PeakMemory:
     """
 
     def __init__(self, device: str) -> None:
+        self.device = device
         self.on_gpu = device.startswith("cuda")
         if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(device)
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            with contextlib.suppress(OSError):  # resets the high-water mark, where this is allowed
+                Path("/proc/self/clear_refs").write_text("5")
 
     def bytes(self) -> int:
         """Return it [bytes]."""
         if self.on_gpu:
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_allocated(self.device)
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
 

@@ -117,7 +117,7 @@ def times_of_videos(times: Any, num_frames: Sequence[int]) -> list[Any]:
     """
     if times is None:
         return [None] * len(num_frames)
-    of_videos = [times] if len(times) and np.ndim(times[0]) == 0 else list(times)
+    of_videos = [times] if len(times) and isinstance(times[0], int | float | np.number) else list(times)
     if len(of_videos) != len(num_frames):
         raise ValueError(f"times are given for {len(of_videos)} videos, and there are {len(num_frames)}")
     return of_videos

@@ -10,6 +10,7 @@ from crosslmm.data.video.decode import decode_video
 from crosslmm.model.attention_plan import plan_densely, plan_t2v, plan_v2v
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.model.processing import VIDEO_TOKEN
+from crosslmm.model.processing.media import times_of_videos
 from tests.support.common import conversation, open_gates, random_frames
 
 FRAMES, TIMES = random_frames(3, 1), [0.0, 1.25, 61.04]
@@ -285,3 +286,9 @@ def test_the_exported_plan_is_the_same(stamped):
     assert np.array_equal(frames_seen(grouped, is_video.shape[1], 1), dense.visible_BLF[0].sum(-1).numpy())
     rows, frames = grouped.rows_GQ[grouped.valid_GQ], grouped.frame_GQ[grouped.valid_GQ]
     assert torch.equal(dense.query_frame_BL[0, rows], frames)
+
+
+def test_times_of_some_videos_may_be_those_of_their_files():
+    assert times_of_videos([None, [0.0, 1.0]], [4, 2]) == [None, [0.0, 1.0]]
+    assert times_of_videos([[0.0, 1.0], None], [2, 4]) == [[0.0, 1.0], None]
+    assert times_of_videos([0.0, 1.0], [2]) == [[0.0, 1.0]]

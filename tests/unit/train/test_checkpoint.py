@@ -403,6 +403,17 @@ def test_a_run_that_is_running_is_not_repaired(job, run):
     assert (run / "step-00000009-test").exists()
 
 
+def test_a_trial_whose_sweep_is_running_is_not_repaired(job, run):
+    (run.parent / "sweep.json").write_text("{}")
+    try:
+        with lease.look(str(run.parent), "sweep", "wait").take():
+            status, _, err = job("repair", run)
+    finally:
+        (run.parent / "sweep.json").unlink()
+    assert status == 2
+    assert err.startswith(f"error: {run.parent}: belongs to the sweep of ")
+
+
 def test_repair_changes_nothing_in_an_intact_run(job, run):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert job("repair", run) == (0, "the run will resume from step 3\n", "")

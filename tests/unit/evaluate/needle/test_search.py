@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
@@ -15,7 +16,9 @@ from crosslmm.data.samples.needles import chance, question
 from crosslmm.evaluate.needle import run
 from crosslmm.evaluate.needle.run import colours_of, places_of, run_search
 from crosslmm.evaluate.needle.settings import NeedleSettings, parse
+from crosslmm.model.loading import build_processor
 from tests.support.common import ROOT
+from tests.support.evaluations import export_model
 from tests.support.needles import train_and_export
 
 pytestmark = pytest.mark.timeout(1800)  # two models are trained, a minute each on a quiet core
@@ -120,6 +123,20 @@ def test_a_video_beyond_the_context_has_no_score(trained, folder):
     assert "too long" in Path(result.page).read_text()
     with pytest.raises(BadConfig, match="nothing fits"):
         search(trained, folder, frames=[5000], depths=[0.0], videos=1)
+
+
+def test_a_model_that_reads_times_is_refused(config, folder, tmp_path):
+    exported = export_model(config, build_processor(config.model), tmp_path)
+    build_processor(config.model, config.data.model_copy(update={"timestamps": True})).save_pretrained(exported)
+    with pytest.raises(BadConfig, match="reads the time of each frame"):
+        search(exported, folder)
+
+
+def test_a_haystack_that_does_not_fit_the_disk_is_refused(config, folder, tmp_path, monkeypatch):
+    exported = export_model(config, build_processor(config.model), tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(BadConfig, match=r"--scratch: 10,000 frames take .* GB, and 0\.0 GB are free there"):
+        search(exported, folder, frames=[10_000])
 
 
 @pytest.mark.parametrize("hops", [1, 2])

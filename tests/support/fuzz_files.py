@@ -50,6 +50,7 @@ from crosslmm.data.quarantine import TooManyUnreadable
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.data.video.decode import decode_video, probe_video
 from crosslmm.encode.recorder import EncodingRecorder
+from crosslmm.lease import lease
 from crosslmm.text import one_printable_line
 from crosslmm.train import checkpoint_store, shards
 from tests.support import fuzz_videos
@@ -457,6 +458,7 @@ def main() -> None:
     kinds = kinds or list(KINDS)
     logging.disable()
     ray_tasks.run_tasks = run_here
+    lease.LEASE_S, lease.LOOK_S = 0.5, 0.1  # an owner's file that was changed is watched for so long
     retry_unreadable.Decoder = HereDecoder
     retry_unreadable.HeaderReader = check_rows.HeaderReader = HereProber
     watch, counts = Watch(), {}

@@ -24,7 +24,9 @@ class Watch:
     """These act on a link, and not on what it leads to."""
     FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect",
                  "socket.bind", "socket.getaddrinfo", "socket.sendto")  # fmt: skip
-    LIBRARIES = (f"{sys.prefix}/", f"{sys.base_prefix}/", f"{Path(__file__).parents[2]}/", "/dev/null/")
+    LIBRARIES = (f"{sys.prefix}/", f"{sys.base_prefix}/", f"{Path(__file__).parents[2]}/", "/dev/null/",
+                 f"/proc/{os.getpid()}/stat/", "/proc/sys/kernel/random/boot_id/")  # fmt: skip
+    """Also what a lease says of its process."""
 
     def __init__(self) -> None:
         self.folder = ""

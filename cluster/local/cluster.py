@@ -216,14 +216,16 @@ class LocalCluster:
 
     def stop(self) -> None:
         """Kill every process of the cluster, including nodes that the autoscaler started."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._head.stop()
-        for file in self.folder.glob(f"*{SESSION_SUFFIX}"):
-            kill_session(int(file.read_text()))
-        for node in [node for nodes in self.nodes.values() for node in nodes]:
-            node.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self._head.stop()
+            for file in self.folder.glob(f"*{SESSION_SUFFIX}"):
+                kill_session(int(file.read_text()))
+            for node in [node for nodes in self.nodes.values() for node in nodes]:
+                node.process.wait()
+            shutil.rmtree(self.folder, ignore_errors=True)
+        finally:  # not earlier: a second signal would leave the rest of the cluster
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
 
 
 def _end_on_signals() -> dict[signal.Signals, Any]:

@@ -137,10 +137,14 @@ def newest(folder: str, known: int | None = None) -> Entry | None:
 def read(folder: str, number: int) -> Entry | None:
     """Return an owner's file; None if there is no such number."""
     try:
-        return Entry(number, storage.read_at_most(_file(folder, number), MAX_FILE_BYTES))
+        return Entry(number, storage.read_at_most(storage.inside(folder, _name(number)), MAX_FILE_BYTES))
     except FileNotFoundError:
         return None
-    except ValueError:  # larger than any owner's
+    except (
+        ValueError,
+        IsADirectoryError,
+        storage.BadLocation,
+    ):  # too large, a folder, a link that leads out
         return Entry(number, b"")
 
 
@@ -160,7 +164,11 @@ def write(folder: str, number: int, owner: Owner) -> None:
 
 
 def _file(folder: str, number: int) -> str:
-    return storage.join(folder, f"{OWNERS_FOLDER}/{number:08d}.json")
+    return storage.join(folder, _name(number))
+
+
+def _name(number: int) -> str:
+    return f"{OWNERS_FOLDER}/{number:08d}.json"
 
 
 def _content(owner: Owner) -> bytes:

@@ -266,6 +266,18 @@ def test_an_owner_whose_file_is_damaged_is_watched_like_any_other(tmp_path, quic
     assert time.monotonic() - began >= 1.0
 
 
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe", "too large"])
+def test_what_is_no_owner_s_file_is_not_opened_and_blocks_nobody(tmp_path, quick, kind):
+    path, outside = tmp_path / "run/owners/00000001.json", tmp_path / "outside.json"
+    path.parent.mkdir(parents=True)
+    outside.write_text("{}")
+    {"folder": path.mkdir, "link": lambda: path.symlink_to(outside), "pipe": lambda: os.mkfifo(path),
+     "too large": lambda: path.write_bytes(bytes(10**5))}[kind]()  # fmt: skip
+    with look(tmp_path / "run").take() as fence:
+        assert fence.number == 2
+    assert outside.read_text() == "{}"
+
+
 def test_an_owner_whose_folder_was_removed_stops(tmp_path):
 
     def work():

@@ -267,12 +267,12 @@ def test_a_broken_manifest_fails_the_job_at_once(cluster, manifest):
     job = submit(cluster, "--data.manifest=s3://videos/data/broken.jsonl")
     output, _ = job.communicate(timeout=100)
     assert job.returncode != 0
-    table, error, *_ = output.split("error: ")
+    error = output.split("error: ")[1]
     last = len(broken.splitlines())
     assert f"line {last - 1}: Invalid JSON" in error
     assert "2 of 50 rows are malformed" in error
-    assert re.search(rf"1 +{last - 1} +Invalid JSON", table)
-    assert re.search(rf"1 +{last} +.*vidoe", table)
+    assert re.search(rf"1 +{last - 1} +Invalid JSON", output)
+    assert re.search(rf"1 +{last} +.*vidoe", output)
 
 
 def test_a_request_too_large_for_the_cluster_is_refused(cluster, manifest):

@@ -248,9 +248,9 @@ def test_mlflow_pages_show_nested_runs_and_aliases(server, swept, known, browser
     wait_for_texts(
         browser, f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning", "sweep", "4 matching runs"
     )
-    assert known[0].name not in browser.find_element("css selector", "body").text
+    assert known[0].title not in browser.find_element("css selector", "body").text
     browser.find_element("css selector", "[role=row] button[data-component-id*=runnamecellrenderer]").click()
-    names = [trial.name for trial in known]
+    names = [trial.title for trial in known]
     WebDriverWait(browser, 30).until(
         lambda _: all(name in browser.find_element("css selector", "body").text for name in names)
     )

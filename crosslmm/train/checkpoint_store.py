@@ -117,7 +117,10 @@ def _read_seal(uri: str) -> tuple[int, Checkpoint]:
         storage.join(uri, name)
         if name != one_printable_line(name):
             raise ValueError(f"{name!a} is no name of a checkpoint's file")
-    return seal.get("format", 1), checkpoint
+    version = seal.get("format", 1)
+    if not isinstance(version, int):
+        raise ValueError(f"{version!a} is no version of a format")
+    return version, checkpoint
 
 
 def _read_json(uri: str, name: str) -> Any:

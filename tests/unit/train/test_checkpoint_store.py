@@ -46,7 +46,7 @@ def test_a_seal_that_names_files_elsewhere_does_not_count(seal, name):
 @pytest.mark.parametrize(
     "changes",
     [{"step": "many"}, {"step": None}, {"metrics": []}, {"files": {"a": [float("inf"), ""]}}, {"files": []},
-     {"sealed_at": "x"}, {"world_size": {}}, {"files": {"a": 3}}],
+     {"sealed_at": "x"}, {"world_size": {}}, {"files": {"a": 3}}, {"format": "\0"}, {"format": None}],
 )  # fmt: skip
 def test_a_seal_of_other_types_does_not_count(seal, changes):
     assert checkpoint_store.list_sealed(seal(**changes)) == []

@@ -292,3 +292,12 @@ def test_a_file_that_was_cut_off_is_named_even_if_it_gives_all_frames(tmp_path, 
     path.write_bytes(whole[: int(len(whole) * share)])
     shortfall = decode_video(str(path), DATA, SIDE).shortfall
     assert f"the file was cut off: it has {int(len(whole) * share)} of its " in shortfall
+
+
+def test_frames_of_a_file_whose_index_leads_back_are_in_order(tmp_path):
+    """Found by fuzzing: with 96 bytes of the header repeated, libav's index of an avi begins with another frame."""
+    data = zoo.video("avi", "mpeg4", frames=8, g="3")
+    (tmp_path / "a.avi").write_bytes(data[:211] + data[215:311] + data[211:])
+    times = decode_video(f"{tmp_path}/a.avi", DATA, SIDE).times
+    assert len(times)
+    assert (times[1:] > times[:-1]).all()

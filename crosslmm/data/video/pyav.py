@@ -136,7 +136,7 @@ class _Source:
         for keyframe, segment_moments in segments:
             for frame, appears, leaves in self._frames_at(keyframe, segment_moments):
                 time = float(frame.pts or 0)
-                if times and time == times[-1]:
+                if times and time <= times[-1]:  # shown already; or a damaged index led back
                     continue
                 images.append(to_image(frame, resize, image_size))
                 times.append(time)

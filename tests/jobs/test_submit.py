@@ -1,4 +1,4 @@
-"""Jobs as docs/clusters.md submits them: what is uploaded, a second submit of the same job, two jobs with one name."""
+"""`ray job submit` with the commands of docs/clusters.md: what is uploaded; a second job with one name."""
 
 import os
 import random

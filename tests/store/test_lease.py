@@ -1,7 +1,6 @@
 """One owner per folder, on stores that refuse a second writer (Swift) and that do not (s3rver)."""
 
 import os
-import random
 import signal
 import time
 
@@ -36,14 +35,8 @@ def test_create_says_whether_the_store_takes_conditions(store, monkeypatch):
 
 
 def test_of_twins_exactly_one_owns_the_folder_ten_times(store, tmp_path):
-    offsets = [0.0, *(random.Random(11).uniform(0, 1.5) for _ in range(9))]
     with Contenders(tmp_path, store.environment(), beat_s=0.5, lease_s=4.0, elsewhere=True) as contenders:
-        pairs = contenders.twins([f"s3://runs/twin-{number}" for number in range(len(offsets))], offsets)
-        for owner, refused in pairs:
-            assert [owner.wait(), refused.wait()] == [0, 2], (owner.result, refused.result)
-            assert f"process {owner.pid}, for 0:00:" in refused.result["message"]
-            assert contenders.lines(owner)
-            assert not contenders.lines(refused)
+        contenders.require_one_owner_each([f"s3://runs/twin-{number}" for number in range(10)], seed=11)
 
 
 def test_an_owner_that_was_stopped_and_continued_ends_without_having_written(store, tmp_path):

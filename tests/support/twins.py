@@ -12,6 +12,7 @@ While a contender owns the folder, it appends a line to FOLDER/written.PID each 
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -102,6 +103,16 @@ class Contenders:
         self._parent.stdin.write(json.dumps([folder, offset_s, str(answer)]) + "\n")
         self._parent.stdin.flush()
         return Contender(int(self._parent.stdout.readline()), answer)
+
+    def require_one_owner_each(self, folders: Sequence[str], seed: int) -> None:
+        """Start two contenders for each folder, the second up to 1.5 s later; fail unless exactly one of them owns it
+        and the other is refused by the owner's name, and writes nothing."""
+        offsets = [0.0, *(random.Random(seed).uniform(0, 1.5) for _ in folders[1:])]
+        for owner, refused in self.twins(folders, offsets):
+            assert [owner.wait(), refused.wait()] == [0, 2], (owner.result, refused.result)
+            assert f"process {owner.pid}, for 0:00:" in refused.result["message"]
+            assert self.lines(owner)
+            assert not self.lines(refused)
 
     def twins(self, folders: Sequence[str], offsets_s: Sequence[float]) -> list[tuple[Contender, Contender]]:
         """Start two contenders for each folder, the second after its offset; return who owned it and who was refused.

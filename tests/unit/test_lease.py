@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import threading
 import time
@@ -33,14 +32,8 @@ def entry(folder, number=1):
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_of_twins_exactly_one_owns_the_folder_ten_times(tmp_path, elsewhere):
-    offsets = [0.0, *(random.Random(7).uniform(0, 1.5) for _ in range(9))]
     with Contenders(tmp_path, elsewhere=elsewhere) as contenders:
-        pairs = contenders.twins([f"{tmp_path}/run-{number}" for number in range(len(offsets))], offsets)
-        for owner, refused in pairs:
-            assert [owner.wait(), refused.wait()] == [0, 2], (owner.result, refused.result)
-            assert f"process {owner.pid}, for 0:00:" in refused.result["message"]
-            assert contenders.lines(owner)
-            assert not contenders.lines(refused)
+        contenders.require_one_owner_each([f"{tmp_path}/run-{number}" for number in range(10)], seed=7)
 
 
 def test_whoever_is_refused_is_told_who_owns_it_and_what_to_do(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def run_search(settings: NeedleSettings, tracking: TrackingConfig) -> NeedleResu
 
 
 def _label(settings: NeedleSettings) -> str:
-    """Return the name of what is scored, with all that makes its score another one."""
+    """Return the score's name. Searches that cannot be compared (with closed gates, say) have different ones."""
     closed = [f"without-{branch}" for branch in ("v2v", "t2v") if not getattr(settings, branch)]
     return ".".join(["needle", *closed, *(["film"] if settings.haystack else [])])
 

@@ -52,7 +52,7 @@ def read_source(settings: EvaluationSettings) -> Source:
 
 
 def _label(name: str, settings: EvaluationSettings) -> str:
-    """Return the name of what is scored, with all that makes its score another one."""
+    """Return the score's name. Scores that cannot be compared have different ones."""
     parts = [
         name,
         settings.only,

@@ -228,6 +228,16 @@ def test_a_twin_that_looked_at_the_same_time_is_refused(tmp_path):
         second.take()
 
 
+def test_of_two_that_take_the_same_number_one_owns_it(tmp_path, monkeypatch):
+    """Both have found the folder free, so only the store can refuse the second."""
+    claims = look(tmp_path), look(tmp_path)
+    monkeypatch.setattr(owners, "newest", lambda *_: None)
+    with claims[0].take() as fence:
+        with pytest.raises(lease.Owned):
+            claims[1].take()
+        assert entry(tmp_path).token == fence.token
+
+
 def test_a_store_that_ignores_conditions_keeps_the_last_writer(tmp_path, monkeypatch):
     monkeypatch.setattr(owners, "SETTLE_S", 0.5)
     monkeypatch.setattr(storage, "create_bytes", lambda uri, data: storage.write_bytes(uri, data) is None)

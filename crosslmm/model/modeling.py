@@ -4,6 +4,7 @@ Axis suffixes: B sample, M video of a sample, F frame (of all samples, concatena
 L position in the sequence, D width, N labelled position, C H W channel, height and width of a frame.
 """
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,9 @@ from crosslmm.model.vision_encoder import build_vision_encoder, encode, in_chunk
 
 LOSS_CHUNK = 1024
 """Labelled positions whose logits are in memory at a time: 0.6 GB in float32 with Qwen's vocabulary."""
+SHARD_SIZE = "1GB"
+"""Size of a file of saved weights, at most: MLflow's server holds a file twice in memory while it passes it on. One
+tensor is never split."""
 
 
 class Projector(nn.Sequential):
@@ -89,6 +93,10 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the decoder's output projection (`lm_head`)."""
         self.language_model.set_output_embeddings(value)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
+        """Save the model as Transformers does, in files of `SHARD_SIZE` unless `max_shard_size` says otherwise."""
+        super().save_pretrained(save_directory, **{"max_shard_size": SHARD_SIZE, **options})
 
     def encode(self, pixels_FCHW: Tensor) -> Tensor:
         """Encode frames: uint8 (F, 3, image_size, image_size) -> visual tokens (F, P, D) in the encoder's dtype."""

@@ -44,7 +44,7 @@ def promote(
     trial_folder = storage.join(folder, trial.name)
     tags = lineage(trial_folder) | {"sweep": record.run_id, "trial": str(trial.number), "promoted_as": choice}
     child = MlflowRun(record.tracking, str(trial.run_id))
-    model_uri = register(child, storage.join(trial_folder, MODEL_FOLDER), tags)
+    model_uri = register(child, storage.join(trial_folder, MODEL_FOLDER), tags, trial_folder)
     version = child.client.get_run(child.run_id).data.tags["registered_model"]
     promoted = {"model_uri": model_uri, "model_version": f"models:/{version}", "trial": trial.number}
     log.info("registered %s: trial %s, %s of the sweep", promoted["model_version"], trial.number, choice)

@@ -121,7 +121,7 @@ class RunSync(MlflowRun):
         if self.client.get_run(self.run_id).data.tags.get(REGISTERED) == end:
             return f"models:/{self.tracking.registered_model}@{self.tracking.alias}"
         try:
-            registered = register(self, storage.join(self.folder, MODEL_FOLDER), run["lineage"])
+            registered = register(self, storage.join(self.folder, MODEL_FOLDER), run["lineage"], self.folder)
         finally:
             self.end(run)  # logging a model sets the status of its run
         self.client.log_batch(self.run_id, tags=[RunTag(REGISTERED, end)])

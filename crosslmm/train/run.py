@@ -181,15 +181,13 @@ def _log_resume(job: Job) -> None:
 
 
 def lineage(folder: str) -> dict[str, str]:
-    """Return the tags that say where a finished run's model comes from: data digests and configuration.
+    """Return the tags that say where a finished run's model comes from. Its configuration is no tag, which would fill
+    the version's page: `run.yaml` among the model's files has it, and the parameters of the MLflow run.
 
     Args:
         folder: of the run.
     """
-    order = run_folder.read_run(folder)["order"]
-    model = storage.join(folder, run_folder.MODEL_FOLDER)
-    configuration = storage.read_bytes(storage.join(model, run_folder.MODEL_CONFIG_FILE))
-    return {"data_sha256": " ".join(order["manifest"]), "configuration": configuration.decode()}
+    return {"data_sha256": " ".join(run_folder.read_run(folder)["order"]["manifest"])}
 
 
 def build_job(

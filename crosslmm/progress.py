@@ -4,12 +4,15 @@ Modules log through `logging.getLogger(__name__)` and never print. Entry points 
 that only imports the package keeps its own logging configuration.
 """
 
+import contextlib
 import logging
 import os
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,6 +30,9 @@ PLAIN_WIDTH = 120
 """Width of tables that are written to a file or a pipe [characters]."""
 PLAIN_FORMAT = "%(asctime)s %(levelname)s run=%(run)s %(message)s"
 """Format of log lines that go to a file or a pipe; `rank` and `step` are further fields that a format can use."""
+
+FILE_FORMAT = "%(asctime)s %(levelname)s rank=%(rank)s step=%(step)s %(message)s"
+"""Format of log lines in a run's folder."""
 
 
 class SafeFormatter(logging.Formatter):
@@ -92,6 +98,21 @@ def set_up_logging(run: str | None = None) -> None:
         log.setLevel(os.environ.get("CROSSLMM_LOG_LEVEL", "INFO").upper())
     except ValueError as error:
         raise BadConfig(f"CROSSLMM_LOG_LEVEL: {error}; it takes DEBUG, INFO, WARNING or ERROR") from error
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Context manager: writes the log of this package to a local file, too."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(SafeFormatter(FILE_FORMAT))
+    handler.addFilter(_RunFields(None))
+    log = logging.getLogger("crosslmm")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

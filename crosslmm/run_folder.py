@@ -7,6 +7,7 @@ The folder is the source of truth; MLflow's run is made from it and can be made 
     ├── config.yaml                     the configuration that the run started with
     ├── history/*.jsonl                 {"step": int, "time": unix seconds, "metrics": {name: float}}, a line per step
     ├── quarantine.jsonl                samples that could not be read, a line per sample
+    ├── answers/step-XXXXXXXX.json      some answers of the validation after this step, to the same questions each time
     ├── step-XXXXXXXX-ATTEMPT/          a checkpoint
     │   ├── rank-NNNNN.safetensors          the part of a rank: weights, moments of the optimizer
     │   ├── index.json                      where the rows of each tensor are, with the sha256 of each chunk
@@ -15,6 +16,7 @@ The folder is the source of truth; MLflow's run is made from it and can be made 
     │   ├── seal.json                       written last, lists the files; without it the checkpoint does not count
     │   └── broken-seal.json                in place of seal.json once damage was detected; says which
     ├── owners/NNNNNNNN.json            who ran it, a file per owner; the last one owns the folder, see `lease/lease.py`
+    ├── logs/TIME-WHO*.log              what the driver and each rank wrote, a file per start; see `log_uri`
     ├── stacks/*.txt                    stack traces of ranks that the watchdog stopped
     ├── not_finite/step-XXXXXXXX.json   sample ids of a step whose gradient was not finite
     ├── ray/                            Ray Train's own state; nothing is read from it
@@ -39,9 +41,9 @@ import re
 import subprocess
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, RunConfig, to_yaml, tracking_uri
@@ -51,10 +53,12 @@ RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 HISTORY_FOLDER, HISTORY_FILE = "history", re.compile(r"step-(\d{8,12})\.jsonl")
 QUARANTINE_FILE = "quarantine.jsonl"
+ANSWERS_FOLDER, ANSWERS_FILE = "answers", re.compile(r"step-(\d{8,12})\.json")
 CHECKPOINT_FOLDER = re.compile(r"step-\d{8}-\w+")
 SHARD_FILE, CHECKPOINT_INDEX_FILE = "rank-{:05d}.safetensors", "index.json"
 SEAL_FILE, BROKEN_SEAL_FILE = "seal.json", "broken-seal.json"
 OWNERS_FOLDER, OWNER_FILE = "owners", re.compile(r"(\d{8,12})\.json")
+LOGS_FOLDER, LOG_FILE = "logs", re.compile(r"(\d{10})-(driver|rank-\d{5})(-\d+)?\.log")
 STACKS_FOLDER = "stacks"
 NON_FINITE_FOLDER = "not_finite"
 RAY_FOLDER = "ray"
@@ -97,6 +101,7 @@ def begin_run(
         "start_time": time.time(),
         "tags": {"mlflow.source.name": "jobs/train.py", **git_revision()},
         "datasets": datasets,
+        "worker_seconds": 0.0,
     }
     run = first | (read_run(folder) if has_run(folder) else {})
     # A resume may use another MLflow server. Its password, if the URI has one, is never written.
@@ -138,6 +143,35 @@ def checkpoint_folder(step: int, attempt: str) -> str:
     return f"step-{step:08d}-{attempt}"
 
 
+def log_uri(folder: str, who: str, number: int | None = None) -> str:
+    """Return where the log of a process that starts now goes in a run's folder. Names sort by time.
+
+    Args:
+        folder: the run's folder.
+        who: driver, or rank-NNNNN.
+        number: tells several files of one process apart.
+    """
+    which = "" if number is None else f"-{number}"
+    return storage.join(storage.join(folder, LOGS_FOLDER), f"{int(time.time()):010d}-{who}{which}.log")
+
+
+class Log(NamedTuple):
+    """A log in a run's folder."""
+
+    time: int
+    """Start of its process [unix time, s]."""
+    who: str
+    """driver, or rank-NNNNN."""
+    file: str
+    """Its name."""
+
+
+def logs_of(folder: str) -> list[Log]:
+    """Return the logs in a run's folder, oldest first."""
+    names = sorted(storage.names_in(storage.join(folder, LOGS_FOLDER)))
+    return [Log(int(match[1]), match[2], name) for name in names if (match := LOG_FILE.fullmatch(name))]
+
+
 def steps_after(folder: str, last: int) -> Iterable[StepRecord]:
     """Yield the steps in a run's history, leaving out files that end at or before step `last`.
 
@@ -164,6 +198,21 @@ def validations_after(folder: str, last: int) -> list[tuple[int, dict[str, float
         if step > last and "validation/loss" in metrics:
             validations.setdefault(step, metrics)
     return sorted(validations.items())
+
+
+def write_answers(folder: str, step: int, answers: list[dict[str, Any]]) -> None:
+    """Write sample answers of the validation after step `step`; those of an earlier execution of it are replaced."""
+    uri = storage.join(storage.join(folder, ANSWERS_FOLDER), f"step-{step:08d}.json")
+    storage.write_bytes(uri, json.dumps(answers).encode())
+
+
+def read_answers(folder: str, most: int) -> Iterator[dict[str, Any]]:
+    """Yield the sample answers of the last `most` validations, the newest first, each with its `step`."""
+    folder = storage.join(folder, ANSWERS_FOLDER)
+    names = sorted(name for name in storage.names_in(folder) if ANSWERS_FILE.fullmatch(name))
+    for name in reversed(names[-most:]):
+        for answer in storage.read_json(storage.inside(folder, name)):
+            yield {"step": int(name[5:-5]), **answer}
 
 
 def list_runs(storage_folder: str, names: Sequence[str] = ()) -> list[tuple[str, str]]:

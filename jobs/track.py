@@ -1,9 +1,13 @@
-"""Deliver runs from storage to MLflow, and remove old runs.
+"""Deliver runs from storage to MLflow, read the logs of a run, and remove old runs.
 
 A run keeps in its folder whatever MLflow needs: parameters, inputs, metrics, unreadable samples, status, model. If the
 MLflow server was unreachable during the run, deliver the rest later; what MLflow already has is not sent again:
 
     python jobs/track.py replay --storage s3://bucket/runs
+
+Why a run ended, and what its driver and ranks wrote, also when their cluster is gone:
+
+    python jobs/track.py logs first-try --storage s3://bucket/runs
 
 List the runs that no alias and no other run depends on, then remove them: the MLflow run, its artifacts and model
 versions, and the folder with its checkpoints. Active runs, runs whose model has an alias, the newest runs, and runs
@@ -22,11 +26,12 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from crosslmm import run_folder
+from crosslmm import run_folder, storage
 from crosslmm.cli import fail, print_error
 from crosslmm.config import BadConfig, TrackingConfig, require_no_credentials
 from crosslmm.progress import cell, set_up_logging
 from crosslmm.storage import BadLocation
+from crosslmm.text import printable
 
 
 def replay(args: argparse.Namespace) -> int:
@@ -48,6 +53,27 @@ def replay(args: argparse.Namespace) -> int:
     for line in errors:
         print_error(line)
     return int(bool(errors))
+
+
+def logs(args: argparse.Namespace) -> int:
+    """Print why a run ended, which logs it has, and one of them."""
+    ((name, folder),) = run_folder.list_runs(args.storage, [args.name])
+    found = run_folder.logs_of(folder)
+    if not found:
+        raise BadConfig(f"{name}: {folder} has no logs; a version of crosslmm before they were kept ran it")
+    table = Table("started", "of", "file", title=f"{name}: {run_folder.read_run(folder)['tags'].get('ended', '')}")
+    for log in found:
+        table.add_row(*map(cell, (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(log.time)), log.who, log.file)))
+    shown = [log for log in found if args.of in (log.who, log.file)]
+    if not shown:
+        there = ", ".join(sorted({log.who for log in found}))
+        raise BadConfig(f"--of {args.of}: {name} has no such log; there are {there}")
+    _console().print(table)
+    for log in shown:
+        if log.time == shown[-1].time:  # the last start's
+            text = storage.read_bytes(storage.join(storage.join(folder, run_folder.LOGS_FOLDER), log.file)).decode()
+            print(f"{log.file}:\n{printable(text)}")
+    return 0
 
 
 def prune(args: argparse.Namespace) -> int:
@@ -88,8 +114,8 @@ def main() -> int:
     args = _parser().parse_args()
     try:
         set_up_logging()
-        require_no_credentials("--tracking.uri", args.uri)
-        return replay(args) if args.command == "replay" else prune(args)
+        require_no_credentials("--tracking.uri", getattr(args, "uri", None))
+        return {"replay": replay, "logs": logs, "prune": prune}[args.command](args)
     except (BadConfig, BadLocation) as error:
         fail(error)
     except OSError as error:
@@ -106,6 +132,12 @@ def _parser() -> argparse.ArgumentParser:
         "--name", nargs="+", action="extend", default=[], help="run, or SWEEP/TRIAL (default: all runs and trials)"
     )
     verb.add_argument("--tracking.uri", dest="uri", help="MLflow server (default: the one that each run was given)")
+    verb = verbs.add_parser("logs", help="print why a run ended, and what its driver and ranks wrote")
+    verb.add_argument("name", help="run, or SWEEP/TRIAL")
+    verb.add_argument("--storage", default="runs", help="folder of all runs, path or s3:// URI (default: runs)")
+    verb.add_argument(
+        "--of", default="driver", metavar="WHO", help="driver, rank-NNNNN or a file of the table (default: driver)"
+    )
     verb = verbs.add_parser("prune", help="list and remove old runs that nothing depends on")
     verb.add_argument("--storage", required=True, help="folder of all runs, path or s3:// URI")
     verb.add_argument(

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from crosslmm.config import BadConfig, RunConfig
-from crosslmm.schema import Count, Section
+from crosslmm.planning.budget import Budget
+from crosslmm.schema import Count
 
 NO_CLONES = (
     "it continues trials from other trials' checkpoints or pauses them, which Tune cannot do with Ray Train runs"
@@ -14,7 +15,7 @@ UNSUPPORTED_SCHEDULERS = ("pbt", "pbt_replay", "pb2", "hyperband", "hb_bohb", "b
 SCHEDULERS = ("asha", "none")
 
 
-class SweepSettings(Section):
+class SweepSettings(Budget):
     """The sweep."""
 
     trials: Count | None = None
@@ -31,12 +32,6 @@ class SweepSettings(Section):
     """Reduction factor: one in this many trials passes a rung, and the next rung is this many times as far along."""
     concurrent: Count | None = None
     """Concurrent trials; null: as many as the cluster, scaled up to its limit, has room for."""
-    hours: Annotated[float, Field(gt=0)] | None = None
-    """Wall-clock budget of this start; running trials stop too and resume at the next start [h]."""
-    dollars: Annotated[float, Field(gt=0)] | None = None
-    """Budget of all trials together, earlier starts included; needs `price` [USD]."""
-    price: Annotated[float, Field(gt=0)] | None = None
-    """Price of one training worker [USD/h]."""
     gpu: Literal["l4", "rtx-4090", "a100-40", "l40s", "a100-80", "h100", "h200", "b200"] | None = None
     """GPU of the workers: points whose training, as the planner predicts, does not fit its memory are rejected before
     they start."""
@@ -59,8 +54,7 @@ class SweepSettings(Section):
             raise BadConfig(f"--scheduler {self.scheduler}: {NO_CLONES}; choose {' or '.join(SCHEDULERS)}")
         if self.scheduler not in SCHEDULERS:
             raise BadConfig(f"--scheduler {self.scheduler}: choose {' or '.join(SCHEDULERS)}")
-        if self.dollars and not self.price:
-            raise BadConfig("--dollars: needs --price, what one training worker costs [USD an hour]")
+        self.check_budget()
         if self.promote and self.promote not in ("best", "knee") and not self.promote.isdecimal():
             raise BadConfig(f"--promote {self.promote}: give best, knee, or a trial's number")
         if not (config.data.validation_manifest or config.data.manifest == "sample"):

@@ -155,7 +155,7 @@ def _trainable(base: RunConfig, total_steps: int, fence: Fence) -> Callable[[dic
     return run_trial
 
 
-class Budget(tune.Stopper):
+class BudgetStopper(tune.Stopper):
     """Ends a sweep whose budget of hours or dollars is spent."""
 
     def __init__(self, sweep: SweepSettings, progress: SweepProgress) -> None:
@@ -168,10 +168,8 @@ class Budget(tune.Stopper):
 
     def stop_all(self) -> bool:
         """Return whether hours or dollars are spent."""
-        sweep = self.sweep
-        hours = (time.monotonic() - self._began) / 3600
-        spent = self.progress.worker_seconds() / 3600 * (sweep.price or 0)
-        over = bool((sweep.hours and hours >= sweep.hours) or (sweep.dollars and spent >= sweep.dollars))
+        seconds = time.monotonic() - self._began
+        over = self.sweep.spent(seconds, self.progress.worker_seconds()) is not None
         self.progress.out_of_budget |= over
         return over
 
@@ -187,6 +185,6 @@ def _tune_files(base: RunConfig, sweep: SweepSettings, progress: SweepProgress) 
         storage_path=path,
         storage_filesystem=filesystem,
         verbose=0,
-        stop=Budget(sweep, progress),
+        stop=BudgetStopper(sweep, progress),
         callbacks=[progress],
     )

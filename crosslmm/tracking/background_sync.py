@@ -99,7 +99,7 @@ class BackgroundSync:
         """Guards the fields up to `_registration_failed`."""
         self._state = State.CONNECTING
         self._waiting: list[StepRecord] = []
-        self._tagged = True
+        self._tagged = self._answers_sent = True
         self._run = read_run(folder)  # run.json; its status is set once the run has ended
         self._error: BaseException | None = None
         self._registration_failed = False
@@ -133,6 +133,18 @@ class BackgroundSync:
             self._run["tags"] = {**self._run["tags"], **tags}
             self._tagged = False
             self._changed.notify_all()
+
+    def answered(self) -> None:
+        """Send the sample answers in the run's folder, which has new ones."""
+        with self._changed:
+            self._answers_sent = False
+            self._changed.notify_all()
+
+    def keep(self, worker_seconds: float) -> None:
+        """Write into run.json what the run has taken so far, which the budget of its next start counts [s]."""
+        self._run["worker_seconds"] = worker_seconds
+        with suppress(OSError):  # the next checkpoint tries again
+            self._write_run()
 
     def settle(self, timeout_s: float) -> None:
         """Wait until all queued steps are delivered, for at most `timeout_s` [s]."""
@@ -242,7 +254,12 @@ class BackgroundSync:
                 self._first_attempt.set()
                 with self._changed:
                     self._changed.wait_for(
-                        lambda: self._state in FINAL or self._waiting or self._run["status"] or not self._tagged
+                        lambda: (
+                            self._state in FINAL
+                            or self._waiting
+                            or self._run["status"]
+                            or not (self._tagged and self._answers_sent)
+                        )
                     )
         except BaseException as error:
             with self._changed:
@@ -258,9 +275,12 @@ class BackgroundSync:
         sync = self._sync or self._open()
         with self._changed:
             ended, steps = self._run["status"] is not None, list(self._waiting)
-            tags, tagged = self._run["tags"], self._tagged
+            tags, tagged, answers_sent = self._run["tags"], self._tagged, self._answers_sent
+            self._answers_sent = True  # what comes from here on is sent next time
         if not tagged:
             sync.log_values({}, tags)
+        if not answers_sent and not ended:
+            sync.log_answers()
         # At the end, read the folder too: it has steps that did not reach this process.
         sync.log_history(steps) if ended else sync.log(steps)
         with self._changed:

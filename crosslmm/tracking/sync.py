@@ -11,15 +11,27 @@ from typing import Any
 import yaml
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from crosslmm import storage
 from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
-from crosslmm.run_folder import CONFIG_FILE, MODEL_FOLDER, QUARANTINE_FILE, RUN_FILE, StepRecord, read_run, steps_after
-from crosslmm.text import redacted, without_credentials
+from crosslmm.run_folder import (
+    CONFIG_FILE,
+    MODEL_FOLDER,
+    QUARANTINE_FILE,
+    RUN_FILE,
+    StepRecord,
+    read_answers,
+    read_run,
+    steps_after,
+)
+from crosslmm.text import printable, redacted, without_credentials
 from crosslmm.tracking.client import describe_failure, open_client, refuses, refuses_item
 from crosslmm.tracking.registry import register
 from crosslmm.tracking.run import BATCH_SIZES, MlflowRun, find_or_create, find_run, loggable
 
+ANSWERS_TABLE, SHOWN_VALIDATIONS = "answers.json", 50
+"""Artifact with the sample answers, and of how many validations it has them."""
 REGISTERED = "crosslmm.inference.pyfunc"
 """Tag: end time of the run whose model is registered."""
 
@@ -104,8 +116,16 @@ class RunSync(MlflowRun):
         """
         return self.log([*steps_after(self.folder, self.last_step), *more])
 
+    def log_answers(self) -> None:
+        """Send the sample answers of the last validations, as one table that MLflow shows."""
+        if rows := list(read_answers(self.folder, SHOWN_VALIDATIONS)):
+            table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
+            self.log_text(ANSWERS_TABLE, printable(json.dumps(table)))
+            self.log_values({}, {MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": ANSWERS_TABLE, "type": "table"}])})
+
     def end(self, run: dict[str, Any]) -> None:
-        """Send the list of unreadable samples and, once the run has ended, its status."""
+        """Send the sample answers, the list of unreadable samples and, once the run has ended, its status."""
+        self.log_answers()
         quarantine = storage.inside(self.folder, QUARANTINE_FILE)
         if storage.exists(quarantine):
             self.log_text(QUARANTINE_FILE, storage.read_bytes(quarantine).decode())

@@ -52,6 +52,8 @@ STOP_TIMEOUT_S = 45.0
 itself waits for RAY_JOB_STOP_WAIT_TIME_S, which should be longer."""
 ASK_TIMEOUT_S = 5.0
 """How long the event channel may take to answer [s]."""
+BUDGET_POLL_S = 1.0
+"""Pause between two looks at what the run has spent [s]."""
 MAX_PAUSE_S = 30.0
 """Longest pause before a restart [s]."""
 
@@ -60,11 +62,15 @@ _NO_RETRIES = FailureConfig(max_failures=0, controller_failure_limit=0, max_pree
 """Turns off Ray Train's retries: `fit` retries, and counts the attempts that brought no new checkpoint."""
 
 
+class OutOfBudget(Exception):
+    """The run was stopped, with a checkpoint, because its hours or dollars are spent; the message says which."""
+
+
 class TrainingFailed(Exception):
     """The run ended before its last step; the message is one line with the root cause."""
 
 
-def fit(job: Job) -> None:
+def fit(job: Job, spent: Callable[[], str | None] = lambda: None) -> None:
     """Train in Ray Train workers, from the run's last checkpoint if it has one. Blocks until the end.
 
     Restarts the workers after any failure of theirs or of Ray Train's controller: without limit as long as new
@@ -73,8 +79,10 @@ def fit(job: Job) -> None:
 
     Args:
         job: what to train.
+        spent: returns what the run has spent, once a limit is reached.
 
     Raises:
+        OutOfBudget: finished steps are in a checkpoint, if the workers had begun.
         TrainingFailed: with the first worker's error.
         KeyboardInterrupt: the job was told to stop; finished steps are in a checkpoint, if there was time for it.
     """
@@ -82,7 +90,7 @@ def fit(job: Job) -> None:
     previous = ""
     while True:
         try:
-            run_interruptibly(job, lambda: _trainer(job).fit())
+            run_interruptibly(job, lambda: _trainer(job).fit(), spent)
             with contextlib.suppress(OSError):
                 storage.remove_folder(storage.join(job.folder, RAY_FOLDER))
             return
@@ -113,12 +121,15 @@ def fit(job: Job) -> None:
             time.sleep(min(2.0**failures, MAX_PAUSE_S) if failures > 1 else 0.0)
 
 
-def run_interruptibly(job: Job, work: Callable[[], Any]) -> None:
-    """Run `work` in a thread and wait for it. Signals reach the waiting thread, which asks the workers to stop.
+def run_interruptibly(job: Job, work: Callable[[], Any], spent: Callable[[], str | None] = lambda: None) -> None:
+    """Run `work` in a thread and wait for it. Signals reach the waiting thread, which asks the workers to stop; so does
+    the end of the budget.
 
     Ray Train would set its own handler for Ctrl-C, and kill the workers.
 
     Raises:
+        OutOfBudget: `spent` returned something, and the workers have ended or not begun, or the watchdog's limits of a
+            last step are over.
         KeyboardInterrupt: a signal came, and the workers have ended or not begun, or `STOP_TIMEOUT_S` is over.
     """
     future: Future[Any] = Future()
@@ -132,13 +143,19 @@ def run_interruptibly(job: Job, work: Callable[[], Any]) -> None:
     threading.Thread(target=run, name="fit", daemon=True).start()
     try:
         # Not `Thread.join`: if a signal interrupts it, Python considers the thread ended (bpo-45274).
-        wait([future])
-    except (KeyboardInterrupt, SystemExit):
+        while not wait([future], BUDGET_POLL_S).done:
+            if reason := spent():
+                raise OutOfBudget(reason)
+    except (KeyboardInterrupt, SystemExit, OutOfBudget) as error:
         if _request_stop(job):
-            log.info(
-                "stopping after this step and its checkpoint, in %g s at most; again to stop at once", STOP_TIMEOUT_S
-            )
-            wait([future], STOP_TIMEOUT_S)  # a second signal ends this wait
+            if isinstance(error, OutOfBudget):
+                watchdog = job.config.watchdog  # nobody is waiting: a large checkpoint may take its time
+                log.info("%s; stopping after this step and its checkpoint", error)
+                wait([future], watchdog.step_s + watchdog.validation_s + watchdog.checkpoint_s)
+            else:
+                text = "stopping after this step and its checkpoint, in %g s at most; again to stop at once"
+                log.info(text, STOP_TIMEOUT_S)
+                wait([future], STOP_TIMEOUT_S)  # a second signal ends this wait
         else:
             log.info("stopping; the workers have not begun to train, and there is nothing to save")
         if not future.done() or future.exception():

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from transformers import BatchFeature
 
 from crosslmm import scoring
 from crosslmm.config import RunConfig
-from crosslmm.data.collate import ValidationBatch
+from crosslmm.data.collate import Question, ValidationBatch
 from crosslmm.data.quarantine import TooManyUnreadable
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.answering import greedy_answers
@@ -259,10 +259,11 @@ def validate(
     processor: CrossLMMProcessor,
     batches: Iterable[ValidationBatch],
     max_new_tokens: int,
+    answered: Callable[[Question, str], object] = lambda question, answer: None,
 ) -> Metrics:
     """Return the loss over all labelled tokens, and the accuracy of greedy answers, overall and by kind, with counts.
 
-    Every rank calls it with the same number of batches.
+    Every rank calls it with the same number of batches. `answered` gets each of this rank's questions and its answer.
     """
     device = _device_of(model)
     sums = torch.zeros(2, device=device)
@@ -280,6 +281,8 @@ def validate(
             synced = dist.get_world_size() > 1
             answers = greedy_answers(model, processor, questions.prompts(), max_new_tokens, synced_gpus=synced)
             outcomes += questions.outcomes(answers)
+            for question, answer in zip(questions.asked, answers, strict=False):
+                answered(question, answer)
     dist.all_reduce(sums)
     score = scoring.score(itertools.chain.from_iterable(gather_json(outcomes)))
     return {"validation/loss": float(sums[0] / sums[1].clamp(min=1)), **score.metrics()}

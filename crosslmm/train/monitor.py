@@ -14,8 +14,9 @@ import ray
 from crosslmm import storage, tracking
 from crosslmm.data.quarantine import read_ledger
 from crosslmm.lease import LeaseLost
+from crosslmm.planning.budget import Meter
 from crosslmm.progress import Progress
-from crosslmm.run_folder import QUARANTINE_FILE
+from crosslmm.run_folder import QUARANTINE_FILE, write_answers
 from crosslmm.scoring import ACCURACY, COUNT, UNREADABLE
 from crosslmm.train.gauges import RunGauges
 from crosslmm.train.job import Job
@@ -46,6 +47,7 @@ class TrainingMonitor:
         record: gets the metrics of the steps.
         report: takes the number of steps done and the metrics, after each validation; Tune's raises SystemExit to stop
             the trial, which ends the thread.
+        meter: what the run takes, which is kept with each checkpoint.
 
     Attributes:
         last_metrics: metrics of the last step.
@@ -54,9 +56,13 @@ class TrainingMonitor:
     """
 
     def __init__(
-        self, job: Job, record: tracking.BackgroundSync, report: Callable[[int, dict[str, float]], None] | None = None
+        self,
+        job: Job,
+        record: tracking.BackgroundSync,
+        report: Callable[[int, dict[str, float]], None] | None = None,
+        meter: Meter | None = None,
     ) -> None:
-        self.job, self.record, self.report = job, record, report
+        self.job, self.record, self.report, self.meter = job, record, report, meter
         self.last_metrics: dict[str, float] = {}
         self.train_s = 0.0
         self.stopped = False
@@ -128,6 +134,7 @@ class TrainingMonitor:
             "unreadable": self._handle_unreadable,
             "short": self._handle_short,
             "sealed": self._handle_sealed,
+            "answers": self._handle_answers,
             "step": self._handle_steps,
         }
         for kind, handler in handlers.items():
@@ -153,6 +160,14 @@ class TrainingMonitor:
         for step, when in items:
             log.debug("checkpoint sealed", extra={"step": step})
             self._gauges.set(sealed_at=when)
+        if items and self.meter:
+            self.record.keep(self.meter.worker_seconds)
+
+    def _handle_answers(self, items: list[tuple[int, list[dict[str, Any]]]]) -> None:
+        for step, answers in items:
+            write_answers(self.job.folder, step, answers)
+        if items:
+            self.record.answered()
 
     def _handle_steps(self, steps: list[StepEvent]) -> None:
         if not steps:

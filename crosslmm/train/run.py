@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,15 @@ from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.encode.recipe import open_features
 from crosslmm.model.loading import build_config, build_processor
+from crosslmm.planning.budget import NO_BUDGET, Budget, Meter
 from crosslmm.preflight import checks, connect, hardware, placement
 from crosslmm.preflight.answer_length import answer_limit
 from crosslmm.preflight.resolve import resolve_config
 from crosslmm.preflight.resume import require_resumable
+from crosslmm.progress import logging_to
+from crosslmm.storage import shipped_log
+from crosslmm.storage.shipped_log import ShippedLog
+from crosslmm.text import one_printable_line, redacted
 from crosslmm.train import checkpoint_store, launcher
 from crosslmm.train.events import open_channel
 from crosslmm.train.job import Job
@@ -28,6 +35,10 @@ from crosslmm.train.monitor import TrainingMonitor
 
 log = logging.getLogger(__name__)
 
+ENDED = "ended"
+"""Tag of a run: why its last start ended, in one line."""
+MAX_LOGS = 200
+"""Logs of drivers and ranks that a start leaves in the run's folder, the newest [files]."""
 TYPICAL_S = 100.0
 """Time of a frame whose text is as long as most [s]."""
 
@@ -68,15 +79,17 @@ class TrialContext:
     killed before it reported them) are reported first. Validations of steps that are repeated are reported twice."""
 
 
-def run_training(config: RunConfig, trial: TrialContext | None = None) -> TrainingResult:
+def run_training(config: RunConfig, trial: TrialContext | None = None, budget: Budget = NO_BUDGET) -> TrainingResult:
     """Train, record and register. All checks of the request are made before a worker starts.
 
     Args:
         config: the run.
         trial: given by a sweep.
+        budget: what the run may spend.
 
     Raises:
         BadConfig, BadManifest: the request cannot be carried out, or somebody else runs it.
+        launcher.OutOfBudget: the budget is spent; the same name resumes the run.
         launcher.TrainingFailed: the run broke off; the same name resumes it.
         lease.LeaseLost: another start has taken over the run.
     """
@@ -99,9 +112,11 @@ def run_training(config: RunConfig, trial: TrialContext | None = None) -> Traini
         job = build_job(config, manifests, validation, features, fence)
         computes_on = hardware.describe(config, detected)
         record = _begin(job, manifests, validation, features, trial)
-        record.tag({**lease.this_process(), "computes_on": computes_on})
+        record.tag({**lease.this_process(), "computes_on": computes_on, ENDED: "not yet"})
         _log_summary(job, manifests, record, computes_on)
-        monitor = _train(job, record, trial)
+        meter = Meter(budget, config.scaling.most_workers, run_folder.read_run(folder).get("worker_seconds", 0.0))
+        with _log_in(folder):
+            monitor = _train(job, record, trial, meter)
     if record.model_uri:
         log.info("registered %s, now %s, from run %s", record.model_version, record.model_uri, record.run_id)
     return TrainingResult(
@@ -114,6 +129,16 @@ def run_training(config: RunConfig, trial: TrialContext | None = None) -> Traini
         train_s=monitor.train_s,
         metrics=monitor.last_metrics,
     )
+
+
+@contextlib.contextmanager
+def _log_in(folder: str) -> Iterator[None]:
+    """Context manager: copies the log of this process, which has the workers' lines, into the run's folder."""
+    shipped_log.keep_newest(storage.join(folder, run_folder.LOGS_FOLDER), MAX_LOGS)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "driver.log"
+        with ShippedLog(path, run_folder.log_uri(folder, "driver")), logging_to(path):
+            yield
 
 
 def _begin(
@@ -136,30 +161,37 @@ def _begin(
     return tracking.BackgroundSync(job.folder, job.config.tracking, require_owner=job.fence.require_lately)
 
 
-def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None) -> TrainingMonitor:
-    """Run the workers to the end, and close the record with the final status of the run."""
-    monitor = TrainingMonitor(job, record, trial.report if trial else None)
-    status, model_tags = "FAILED", None
+def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None, meter: Meter) -> TrainingMonitor:
+    """Run the workers to the end, and close the record with the final status of the run, and why it ended."""
+    monitor = TrainingMonitor(job, record, trial.report if trial else None, meter)
+    status, model_tags, ended = "FAILED", None, "failed: an error of the driver, which its log shows"
     try:
         if trial:
             for step, metrics in run_folder.validations_after(job.folder, trial.reported):
                 trial.report(step, metrics)
         with monitor:
-            launcher.fit(job)
+            launcher.fit(job, meter.spent)
         if trial is None:
             model_tags = lineage(job.folder)
-        status = "FINISHED"
+        status, ended = "FINISHED", f"finished: {job.total_steps} steps"
     except (SystemExit, KeyboardInterrupt):
-        status = "KILLED"
-        _log_resume(job)
+        status, ended = "KILLED", f"stopped; {_resumes(job)}"
         raise
+    except launcher.OutOfBudget as error:
+        status, ended = "KILLED", f"out of budget: {error}; with more of it, {_resumes(job)}"
+        raise launcher.OutOfBudget(ended) from error
     except launcher.TrainingFailed as error:
-        name = job.config.name
-        raise launcher.TrainingFailed(f"{error}; the same command with --name {name} resumes the run") from error
+        ended = f"failed: {error}; {_resumes(job)}"
+        raise launcher.TrainingFailed(ended.removeprefix("failed: ")) from error
     finally:
         _require_owner(job, record)
-        # When Tune stops a trial, its workers end first, which looks like a failure; it is none.
-        record.finish("FINISHED" if monitor.stopped else status, model_tags)
+        if monitor.stopped:
+            # When Tune stops a trial, its workers end first, which looks like a failure; it is none.
+            status, ended = "FINISHED", "stopped early by the sweep"
+        log.info("%s", ended)
+        record.tag({ENDED: one_printable_line(redacted(ended))})
+        record.keep(meter.worker_seconds)
+        record.finish(status, model_tags)
     return monitor
 
 
@@ -172,12 +204,14 @@ def _require_owner(job: Job, record: tracking.BackgroundSync) -> None:
         raise
 
 
-def _log_resume(job: Job) -> None:
-    """Log where the next start of a stopped run will begin."""
-    with contextlib.suppress(OSError):
+def _resumes(job: Job) -> str:
+    """Say where the next start of the run will begin."""
+    same = f"the same --name {job.config.name}"
+    try:
         step = checkpoint_store.latest_step(job.folder)
-        where = f"resumes the run after step {step}" if step else "begins it anew, as it has no checkpoint yet"
-        log.info("stopped; the same --name %s", where)
+    except OSError:
+        return f"{same} resumes the run"
+    return f"{same} resumes the run after step {step}" if step else f"{same} begins it anew: it has no checkpoint yet"
 
 
 def lineage(folder: str) -> dict[str, str]:

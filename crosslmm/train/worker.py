@@ -24,10 +24,11 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from crosslmm import storage
+from crosslmm import scoring, storage
 from crosslmm.config import to_yaml
 from crosslmm.data.collate import (
     Made,
+    Question,
     Sample,
     collate,
     collate_for_validation,
@@ -42,7 +43,8 @@ from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.adapters.base import Base, open_base
 from crosslmm.model.adapters.lora import require_open_gates
 from crosslmm.model.loading import build_model, build_processor
-from crosslmm.run_folder import MODEL_CONFIG_FILE, MODEL_FOLDER, NON_FINITE_FOLDER
+from crosslmm.run_folder import MODEL_CONFIG_FILE, MODEL_FOLDER, NON_FINITE_FOLDER, log_uri
+from crosslmm.storage.shipped_log import ShippedLog, output_files
 from crosslmm.text import in_brief
 from crosslmm.train import checkpoint, loop
 from crosslmm.train.checkpoint import Saver
@@ -56,6 +58,8 @@ from crosslmm.train.watchdog import Watchdog, stacks_name
 
 log = logging.getLogger(__name__)
 
+SAMPLE_ANSWERS, SAMPLE_CHARACTERS = 16, 500
+"""Answers of each validation that the record shows [answers], and what it shows of each text [characters]."""
 LISTEN_INTERVAL_S = 1.0
 """Pause between two checks of whether a rank is to stop [s]."""
 
@@ -74,8 +78,16 @@ def train(train_loop_config: dict[str, Any]) -> None:
         Stopped: before the last step, with a checkpoint of all steps done.
     """
     job: Job = train_loop_config["job"]
-    config = job.config
     rank = dist.get_rank()
+    with contextlib.ExitStack() as stack:
+        # What the package logs goes to the driver; this is what anything else writes, such as NCCL or a crash.
+        for number, path in enumerate(output_files()):
+            stack.enter_context(ShippedLog(path, log_uri(job.folder, f"rank-{rank:05d}", number)))
+        _train(job, rank)
+
+
+def _train(job: Job, rank: int) -> None:
+    config = job.config
     forward_logs(job.events, rank)
     # The watchdog may report a hang before rank 0 could say under which name.
     attempt = [secrets.token_hex(4)]
@@ -228,9 +240,13 @@ class _WorkerCallbacks(loop.Callbacks):
         self.stop_requested = listener.stop_requested  # type: ignore[method-assign]
         self.validation = validation
         self._history: list[str] = []
+        self._answers: list[dict[str, Any]] = []
 
     def log(self, step: int, metrics: loop.Metrics) -> None:
         if self.rank == 0:
+            if self._answers:
+                self.job.events.post.remote("answers", (step, self._answers))
+                self._answers = []
             now = time.time()
             self.job.events.post.remote("step", (step, now, metrics))
             self._history.append(json.dumps({"step": step, "time": now, "metrics": metrics}) + "\n")
@@ -248,8 +264,17 @@ class _WorkerCallbacks(loop.Callbacks):
         require_room = functools.partial(self.processor.require_room, new_tokens=new_tokens)
         make = functools.partial(collate_for_validation, processor=self.process, require_room=require_room)
         batches = _prefetched(self.job, VALIDATION, layout, make)
-        self.validation = loop.validate(self.model, self.processor, batches, new_tokens)
+        self._answers = []
+        self.validation = loop.validate(self.model, self.processor, batches, new_tokens, self._keep_answer)
         return self.validation
+
+    def _keep_answer(self, question: Question, answer: str) -> None:
+        """Keep the first answers, which are to the same questions in every validation."""
+        if len(self._answers) < SAMPLE_ANSWERS:
+            right = scoring.is_right(answer, question.reference)
+            texts = {"question": question.text, "reference": question.reference, "answer": answer}
+            texts = {key: text[:SAMPLE_CHARACTERS] for key, text in texts.items()}
+            self._answers.append({"row": question.position, "kind": question.kind, **texts, "right": right})
 
     def not_finite(self, step: int, ids: list[str], grad_norm: float) -> None:
         if self.rank == 0:

@@ -20,6 +20,7 @@ from tests.support.object_store import object_store_in_use
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 # A decoder of 470 M parameters, more than half of them in its embeddings.
 WIDE = [
+    "--model.language.num_hidden_layers=8",
     "--model.language.hidden_size=1024",
     "--model.language.intermediate_size=7168",
     "--model.language.vocab_size=262144",

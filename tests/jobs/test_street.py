@@ -21,7 +21,7 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from crosslmm import storage
+from crosslmm import run_folder, storage
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig
 from crosslmm.data.samples.shapes import write_sample_set
@@ -162,6 +162,11 @@ def test_a_job_with_everything_in_an_object_store(undisturbed, manifest, trackin
         retained[-1]
     )
     assert run.info.artifact_uri.startswith("s3://videos/artifacts")
+    assert run.data.tags["ended"] == f"finished: {STEPS} steps"
+    # The first rank's share of the eight questions.
+    answers = json.loads(Path(client.download_artifacts(result["run_id"], "answers.json")).read_text())
+    assert len(answers["data"]) == 4
+    assert {row[answers["columns"].index("step")] for row in answers["data"]} == {STEPS}
 
 
 def test_unreadable_rows_are_listed_and_skipped(undisturbed, manifest, tracking_uri):
@@ -228,6 +233,33 @@ def test_a_killed_run_resumes_with_the_same_losses(cluster, undisturbed, manifes
     killed_run = json.loads(storage.read_bytes("s3://videos/runs/killed/run.json"))["run_id"]
     assert result["run_id"] == killed_run
     assert losses(tracking_uri, killed_run) == losses(tracking_uri, undisturbed[0]["run_id"])
+
+
+def test_a_run_out_of_budget_keeps_its_steps_and_its_logs(cluster, manifest, tracking_uri):
+    """Its hours are too few for its steps: a checkpoint of the last one, one reason everywhere, logs in the store."""
+    long = ["--train.max_steps=100000", "--train.epochs=100000", "--train.checkpoint_every=100000", "--hours=0.015"]
+    job = submit(cluster, *arguments(manifest, tracking_uri, "short"), *long)
+    output, _ = job.communicate(timeout=400)
+    assert job.returncode != 0, output
+    run = json.loads(storage.read_bytes("s3://videos/runs/short/run.json"))
+    ended = run["tags"]["ended"]
+    said = (
+        r"out of budget: the 0\.015 hours of --hours are spent; with more of it, the same --name short resumes the run"
+    )
+    step = int(re.fullmatch(said + r" after step (\d+)", ended)[1])
+    (checkpoint,) = [uri for uri in ls("s3://videos/runs/short") if "/step-" in uri]
+    assert int(checkpoint.split("/step-")[1][:8]) == step > 0
+    assert ended in output
+    assert run["worker_seconds"] > 2 * 0.015 * 3600  # of two workers
+    of_mlflow = MlflowClient(tracking_uri).get_run(run["run_id"])
+    assert (of_mlflow.info.status, of_mlflow.data.tags["ended"]) == ("KILLED", ended)
+
+    files = storage.names_in("s3://videos/runs/short/logs")
+    assert {run_folder.LOG_FILE.fullmatch(name)[2] for name in files} == {"driver", "rank-00000", "rank-00001"}
+    logs = [sys.executable, "jobs/track.py", "logs", "short", "--storage=s3://videos/runs"]
+    shown = subprocess.run(logs, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "training from the start" in shown
+    assert shown.count(ended) == 2
 
 
 def test_adapters_are_trained_over_the_model_of_a_run(cluster, undisturbed, manifest, tracking_uri):

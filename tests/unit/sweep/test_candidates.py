@@ -15,7 +15,7 @@ from crosslmm.sweep.resume import begin_sweep
 from crosslmm.sweep.search import Candidates, Search, prefill
 from crosslmm.sweep.settings import UNSUPPORTED_SCHEDULERS, SweepSettings
 from crosslmm.sweep.trials import Rung, Trial
-from crosslmm.sweep.tuner import Budget, build_scheduler
+from crosslmm.sweep.tuner import BudgetStopper, build_scheduler
 from crosslmm.tracking import MlflowRun
 
 SPACE = {"model.pool_stride": tune.grid_search([1, 2, 4, 8, 9])}
@@ -97,12 +97,12 @@ def test_schedulers_that_clone_trials_are_rejected(base, name):
 
 def test_sweep_ends_when_its_budget_is_spent():
     watch = SimpleNamespace(out_of_budget=False, worker_seconds=lambda: 1800.0)
-    assert not Budget(SweepSettings(), watch).stop_all()
-    assert not Budget(SweepSettings(hours=1, dollars=2, price=3), watch).stop_all()
+    assert not BudgetStopper(SweepSettings(), watch).stop_all()
+    assert not BudgetStopper(SweepSettings(hours=1, dollars=2, price=3), watch).stop_all()
     assert not watch.out_of_budget
-    assert Budget(SweepSettings(dollars=1.5, price=3), watch).stop_all()
+    assert BudgetStopper(SweepSettings(dollars=1.5, price=3), watch).stop_all()
     assert watch.out_of_budget
-    assert Budget(SweepSettings(hours=1e-12), watch).stop_all()
+    assert BudgetStopper(SweepSettings(hours=1e-12), watch).stop_all()
 
 
 def rungs(base, **changed):

@@ -3,9 +3,12 @@
 import json
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from crosslmm import run_folder, tracking
@@ -343,3 +346,46 @@ def test_the_run_says_who_runs_it_where_and_what_it_trains(tmp_path, config, cli
     tags = client.get_run(run.run_id).data.tags
     assert tags.items() >= {"host": "node-2", "ray_job": "first-try-1", "parameters": "1,000"}.items()
     assert run_file(tmp_path)["tags"].items() >= {"host": "node-2", "parameters": "1,000"}.items()
+
+
+def test_sample_answers_are_a_table_that_grows_during_the_run(tmp_path, config, client):
+    config = config.model_copy(update={"name": "answers"})
+    run = start(tmp_path, config)
+    texts = {"question": "Which?", "reference": "red", "answer": "blue\x1b[31m"}
+
+    def rows():
+        with suppress(OSError, MlflowException):
+            return mlflow.artifacts.load_dict(f"{client.get_run(run.run_id).info.artifact_uri}/answers.json")
+
+    for step in (5, 10):
+        run_folder.write_answers(str(tmp_path), step, [{"row": 0, "kind": None, **texts, "right": False}])
+        run.answered()
+        wait_for(lambda: (rows() or {"data": []})["data"][:1], lambda data, step=step: data and data[0][0] == step)
+    table = rows()
+    assert table["columns"] == ["step", "row", "kind", "question", "reference", "answer", "right"]
+    assert [row[:4] for row in table["data"]] == [[10, 0, None, "Which?"], [5, 0, None, "Which?"]]
+    tags = client.get_run(run.run_id).data.tags
+    assert json.loads(tags["mlflow.loggedArtifacts"]) == [{"path": "answers.json", "type": "table"}]
+    run.finish("FINISHED")
+    assert rows() == table
+
+
+def wait_for(look, is_there):
+    until = time.monotonic() + 30
+    while not is_there(look()):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_what_a_run_took_survives_its_driver(tmp_path, config):
+    """The next start's budget counts it."""
+    config = config.model_copy(update={"name": "costly"})
+    run = start(tmp_path, config)
+    assert run_file(tmp_path)["worker_seconds"] == 0
+    run.keep(7.5)
+    assert run_file(tmp_path)["worker_seconds"] == 7.5
+    run.tag({"ended": "failed: worker 0: no"})
+    run.finish("FAILED")
+    assert run_file(tmp_path)["tags"]["ended"] == "failed: worker 0: no"
+    start(tmp_path, config).finish("FAILED")
+    assert run_file(tmp_path)["worker_seconds"] == 7.5

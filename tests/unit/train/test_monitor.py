@@ -7,6 +7,7 @@ import pytest
 import ray
 from ray.exceptions import RayError
 
+from crosslmm import run_folder
 from crosslmm.lease import LeaseLost
 from crosslmm.run_folder import QUARANTINE_FILE
 from crosslmm.train.monitor import TrainingMonitor
@@ -47,6 +48,9 @@ class Record:
 
     def tag(self, tags) -> None:
         self.calls.append(tags)
+
+    def answered(self) -> None:
+        self.calls.append("answered")
 
     def settle(self, seconds) -> None:
         self.calls.append("settled")
@@ -202,3 +206,15 @@ def test_the_record_says_how_many_parameters_are_trained_by_how_many_workers(tmp
     record = Record()
     monitor(tmp_path, record).handle([("started", (0, 1_000_000, 20_000, 2))])
     assert record.calls == [{"parameters": "1,000,000", "parameters_trained": "20,000", "workers": "2"}]
+
+
+def test_sample_answers_are_in_the_folder_before_the_record_hears_of_them(tmp_path):
+    answers = [{"row": 0, "kind": "colour", "question": "Which?", "reference": "red", "answer": "blue", "right": False}]
+    record = Record()
+    running = monitor(tmp_path, record)
+    running.handle([("answers", (2, answers))])
+    running.handle([("answers", (12, answers))])
+    assert record.calls == ["answered", "answered"]
+    assert [row["step"] for row in run_folder.read_answers(str(tmp_path), most=9)] == [12, 2]
+    (newest,) = run_folder.read_answers(str(tmp_path), most=1)
+    assert newest == {"step": 12, **answers[0]}

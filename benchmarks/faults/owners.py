@@ -1,19 +1,24 @@
 """Starts that contend for one run: beside its owner, after one that is gone, and before one that comes back."""
 
 import dataclasses
+import json
 import os
 import signal
+import sys
 import time
 
+from benchmarks.faults import ROOT
 from benchmarks.faults.lab import DEADLINE_S, Attempt, Lab, NotSurvived, fault
 from benchmarks.faults.processes import kill_driver
 from crosslmm import lease
 from crosslmm.lease import owners
-from crosslmm.run_folder import read_run
+from crosslmm.run_folder import OWNERS_FOLDER, read_run
 
 SLACK_S = 20.0
 """Beyond the lease, until a start that watched starts workers [s]: its last look, and the checks before a run."""
 TAKEN_UP = "starting workers"
+FROZEN = ("--train.learning_rate.vision=0",)
+"""Settings of a run that can read features instead of videos."""
 
 
 @fault("second start beside the owner")
@@ -66,6 +71,59 @@ def owner_stopped(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     if read_run(lab.folder_of(name))["status"] != before["status"]:
         raise NotSurvived("the first owner has written the run's status")
     return [run, again.wait()], at
+
+
+@fault("owner of a prepared folder SIGKILLed beside a second start")
+def preparation_killed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """Kill the job that prepares a manifest while another one wants to: the third finishes it, and a run trains on it
+    as on the manifest itself."""
+    folder = f"s3://lab/prepared/{name}"
+    command = ["jobs/prepare.py", "convert", "s3://lab/data/train.jsonl", folder]
+    attempts, at = _contend(lab, name, command, folder, "preparation")
+    return [*attempts, lab.start(name, f"--data.manifest={folder}").wait()], at
+
+
+@fault(
+    "owner of a folder of features SIGKILLed beside a second start",
+    settings=FROZEN,
+    order_of_sums_differs=True,  # features are rounded to bf16
+)
+def encoding_killed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """Kill the job that encodes videos while another one wants to: the third finishes it, and a run trains on the
+    features as on the videos, but for their rounding."""
+    features = f"s3://lab/features/{name}"
+    command = [*lab.command(name, *FROZEN)[1:], f"--features.folder={features}"]
+    attempts, at = _contend(lab, name, ["jobs/encode.py", *command[1:]], features, "encoding")
+    (line,) = [line for _, line in attempts[-1].lines if line.startswith('{"folder"')]
+    return [*attempts, lab.start(name, *FROZEN, f"--data.features={json.loads(line)['folder']}").wait()], at
+
+
+def _contend(lab: Lab, name: str, command: list[str], folder: str, work: str) -> tuple[list[Attempt], float]:
+    """Start a command three times. The first cannot write when the second, which is refused, meets it; then it is
+    killed, and the third does the work. Return the first and the third, and the time of the kill.
+
+    Args:
+        lab, name: of the fault.
+        command: script and arguments.
+        folder: that it writes, or the one above.
+        work: what its owner calls what it does.
+    """
+
+    def start() -> Attempt:
+        environment = lab.cluster.environment | {"RAY_ADDRESS": lab.cluster.gcs_address}
+        return lab.attempt(name, [sys.executable, *command], environment, ROOT)
+
+    path = folder.removeprefix("s3:/")
+    held = lab.store.hold(lambda method, at: method == "PUT" and path in at and f"/{OWNERS_FOLDER}/" not in at)
+    first = start()
+    held.wait(DEADLINE_S)
+    twin = start().wait(status=2)
+    at = time.monotonic()
+    first.process.kill()
+    lab.store.heal()
+    if f"process {first.process.pid}" not in twin.text or f"belongs to the {work} of" not in twin.text:
+        raise NotSurvived(f"the second start does not name the owner:\n{twin.text}")
+    return [first.wait(status=-signal.SIGKILL), start().wait()], at
 
 
 def _await_owner(lab: Lab, name: str, number: int, attempt: Attempt) -> None:

@@ -56,8 +56,13 @@ def test_a_large_model_is_registered_loaded_and_answers(server, model, parts, mo
     assert max(weights) < 1.1e9
 
     tracking = TrackingConfig(uri=server.uri)
+    begun = server.log.read_text().count("/mlflow-artifacts/mpu/create/")
     uri = register(MlflowRun.create(tracking, "large", "a test"), str(model), {})
     version = find_version(uri, tracking)
+    # Files past 500 MiB go in parts, with addresses that the server signs.
+    assert server.log.read_text().count("/mlflow-artifacts/mpu/create/") - begun == parts * sum(
+        size >= 500 * 2**20 for size in weights
+    )
     stored = storage.join("s3://crosslmm-example/mlflow", f"1/models/{version.model_id}/artifacts/artifacts/model")
     assert sorted(storage.files_in(stored)) == sorted(path.name for path in model.iterdir())
 

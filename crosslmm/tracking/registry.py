@@ -121,8 +121,9 @@ def _add_validation(run: MlflowRun, training: str, number: str, model_id: str) -
     if not validated:
         return
     step, when, metrics = validated[max(validated)]
-    data = next(data for data in read_run(training)["datasets"] if data["context"] == "validation")
-    name, digest = data["uri"].rsplit("/", 1)[-1], data["digest"][:36]
+    # A run that was begun without a validation manifest, and got one later, does not have it among its inputs.
+    data = next((data for data in read_run(training)["datasets"] if data["context"] == "validation"), None)
+    name, digest = (data["uri"].rsplit("/", 1)[-1], data["digest"][:36]) if data else (None, None)
     scores = {key: value for key, value in metrics.items() if key.startswith("validation/")}
     names = run.names_of(scores)
     # With the time at which the run has them, so that its curves get no second point.

@@ -43,10 +43,14 @@ def tracking_in(folder):
 
 @pytest.fixture
 def version(tmp_path, caplog):
+    return leave_version(tmp_path, caplog, DATASETS)
+
+
+def leave_version(tmp_path, caplog, datasets):
     """Return the version that a run leaves, and a client. Its model has no weights: nothing may load it."""
     folder, tracking = str(tmp_path / "first"), tracking_in(tmp_path)
     config = parse_run(["--name=first"], "a test").model_copy(update={"tracking": tracking})
-    run_folder.begin_run(config, folder, {}, DATASETS)
+    run_folder.begin_run(config, folder, {}, datasets)
     (tmp_path / "first/model").mkdir()
     (tmp_path / "first/model/run.yaml").write_text("seed: 1\n")
     early = {**VALIDATION, "validation/accuracy": 0.25}
@@ -71,6 +75,13 @@ def test_a_version_has_the_last_validation_with_its_data(version):
     # The run has each validation once.
     history = client.get_metric_history(found.run_id, "validation/accuracy")
     assert [(m.step, m.value) for m in history] == [(1, 0.25), (2, 0.75)]
+
+
+def test_a_run_that_was_begun_without_validation_is_registered_with_the_one_it_got_later(tmp_path, caplog):
+    found, client = leave_version(tmp_path, caplog, DATASETS[:1])
+    assert found.tags["validation"] == "accuracy 0.7500 of 8, loss 0.5, step 2"
+    model = client.get_logged_model(find_version("models:/crosslmm/1", tracking_of(client)).model_id)
+    assert {m.key: m.value for m in model.metrics} == VALIDATION
 
 
 def tracking_of(client):

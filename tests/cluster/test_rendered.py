@@ -93,6 +93,9 @@ def test_a_job_is_not_retried_and_ends_at_a_deadline(name: str) -> None:
     spec = job["spec"]
     assert spec["backoffLimit"] == 0  # Ray's job retries inside; KubeRay cannot tell a refused request from a lost head
     assert 0 < spec["preRunningDeadlineSeconds"] < spec["activeDeadlineSeconds"] <= 7 * 24 * 3600
+    # The job ends by itself before, with a checkpoint: two hours are for images, nodes, and the last step.
+    (hours,) = re.findall(r"--hours (\d+)", spec["entrypoint"])
+    assert 0 < int(hours) * 3600 <= spec["activeDeadlineSeconds"] - 2 * 3600
     assert spec["shutdownAfterJobFinishes"]
     assert 8 * 3600 <= spec["ttlSecondsAfterFinished"] <= 24 * 3600  # a night
     assert " --name " in spec["entrypoint"]
@@ -130,9 +133,9 @@ def configuration(name: str) -> RunConfig:
     entrypoint = documents(f"kuberay/{name}.yaml")[0]["spec"]["entrypoint"].split()
     script, arguments = entrypoint[1], entrypoint[2:]
     assert (ROOT / script).is_file()
-    sweep_options = {"--space", "--trials"}
+    own_options = {"--space", "--trials", "--hours"}
     pairs = zip(arguments[::2], arguments[1::2], strict=True)
-    return parse_run([part for pair in pairs if pair[0] not in sweep_options for part in pair], "")
+    return parse_run([part for pair in pairs if pair[0] not in own_options for part in pair], "")
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -24,6 +24,9 @@ OF_RUN = {
 class RunGauges:
     """The gauges of one run, told apart from those of others by the label `run`. Ray prefixes their names with `ray_`.
 
+    Ray forgets a gauge that was not set for two of its intervals, which are 20 s: `repeat` keeps them all, or nobody
+    would learn that the last checkpoint is old, or that a step takes long.
+
     Args:
         run: its name.
     """
@@ -31,8 +34,14 @@ class RunGauges:
     def __init__(self, run: str) -> None:
         self._labels = {"run": run}
         self._gauges = {key: Gauge(name, text, ("run",)) for key, (name, text) in {**OF_STEP, **OF_RUN}.items()}
+        self._values: dict[str, float] = {}
 
     def set(self, **values: float) -> None:
         """Set the gauges that have these keys; other values, as most metrics of a step are, are not exported."""
         for key in values.keys() & self._gauges.keys():
-            self._gauges[key].set(float(values[key]), self._labels)
+            self._values[key] = float(values[key])
+            self._gauges[key].set(self._values[key], self._labels)
+
+    def repeat(self) -> None:
+        """Set all gauges to what they are."""
+        self.set(**self._values)

@@ -106,6 +106,7 @@ class TrainingMonitor:
             try:
                 self.job.fence.require_lately()
                 self.handle(self._drain())
+                self._gauges.repeat()
             except (SystemExit, LeaseLost):
                 return
             if last_round:

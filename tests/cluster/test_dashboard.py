@@ -37,7 +37,15 @@ def test_every_expression_of_the_dashboard_gives_data(tmp_path):
         assert [text for text, series in given.items() if not series] == []
         for text, series in given.items():
             assert {one["metric"]["run"] for one in series} == {"drawn"}, text
+        # What was set once, such as the time of a checkpoint, is there as long as what each step sets.
+        last_step = last_of(prometheus.series("ray_crosslmm_step"))
+        assert [text for text, series in given.items() if last_of(series) < last_step - 5] == []
         assert prometheus.label_values("ray_crosslmm_step", "run") == ["drawn"]
         # What is drawn is what the run did.
         (progress,) = [text for text in expressions if "total_steps" in text]
         assert 0 < max(float(value) for one in given[progress] for _, value in one["values"]) <= 1
+
+
+def last_of(series):
+    """Return the time of the last value [unix time, s]."""
+    return max(when for one in series for when, _ in one["values"])

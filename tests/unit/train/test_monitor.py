@@ -1,11 +1,13 @@
 """The driver's monitor: events of the workers become log lines, records and reports, whatever fails."""
 
 import logging
+import time
 from types import SimpleNamespace
 
 import pytest
 import ray
 from ray.exceptions import RayError
+from ray.util.metrics import Gauge
 
 from crosslmm import run_folder
 from crosslmm.lease import LeaseLost
@@ -218,3 +220,16 @@ def test_sample_answers_are_in_the_folder_before_the_record_hears_of_them(tmp_pa
     assert [row["step"] for row in run_folder.read_answers(str(tmp_path), most=9)] == [12, 2]
     (newest,) = run_folder.read_answers(str(tmp_path), most=1)
     assert newest == {"step": 12, **answers[0]}
+
+
+def test_gauges_are_set_again_while_nothing_happens(tmp_path, monkeypatch):
+    """Ray forgets those that are not: the age of a checkpoint would vanish 20 s after it."""
+    exported = []
+    monkeypatch.setattr(Gauge, "set", lambda gauge, value, tags: exported.append((gauge.info["name"], value, tags)))
+    with monitor(tmp_path, None, None, [("sealed", (5, 1e9))]) as running:
+        until = time.monotonic() + 30
+        while exported.count(("crosslmm_checkpoint_timestamp_seconds", 1e9, {"run": "run"})) < 3:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    assert running.last_metrics == {}
+    assert exported.count(("crosslmm_total_steps", 4.0, {"run": "run"})) >= 3

@@ -27,7 +27,7 @@ from crosslmm.preflight.resume import require_resumable
 from crosslmm.progress import logging_to
 from crosslmm.storage import shipped_log
 from crosslmm.storage.shipped_log import ShippedLog
-from crosslmm.text import one_printable_line, redacted
+from crosslmm.text import in_brief, one_printable_line, redacted
 from crosslmm.train import checkpoint_store, launcher
 from crosslmm.train.events import open_channel
 from crosslmm.train.job import Job
@@ -164,7 +164,7 @@ def _begin(
 def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None, meter: Meter) -> TrainingMonitor:
     """Run the workers to the end, and close the record with the final status of the run, and why it ended."""
     monitor = TrainingMonitor(job, record, trial.report if trial else None, meter)
-    status, model_tags, ended = "FAILED", None, "failed: an error of the driver, which its log shows"
+    status, model_tags, ended = "FAILED", None, "failed"
     try:
         if trial:
             for step, metrics in run_folder.validations_after(job.folder, trial.reported):
@@ -183,6 +183,9 @@ def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None
     except launcher.TrainingFailed as error:
         ended = f"failed: {error}; {_resumes(job)}"
         raise launcher.TrainingFailed(ended.removeprefix("failed: ")) from error
+    except Exception as error:
+        ended = f"failed: the driver: {type(error).__name__}: {in_brief(error, 500)}; {_resumes(job)}"
+        raise
     finally:
         _require_owner(job, record)
         if monitor.stopped:

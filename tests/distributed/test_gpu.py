@@ -160,7 +160,7 @@ def test_run_logs_its_hardware_stops_resumes_and_learns(tmp_path):
         output = "".join(itertools.takewhile(lambda line: " step " not in line, stopped.stdout))
         stopped.terminate()
         stopped.stdout.read()
-    attention = "flash_attention_2" if hardware.detect_local().flash_attn else "sdpa"
+    attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
     assert f"{torch.cuda.get_device_name()}, bf16, {attention}, NCCL " in output
     assert stopped.returncode
     printed = job(tmp_path, "train", *run)

@@ -1,7 +1,5 @@
 """Detected hardware decides precision and kernels; object stores and worker environments."""
 
-import dataclasses
-
 import pytest
 
 from crosslmm.cli import parse_run, preset_names
@@ -18,8 +16,8 @@ from crosslmm.preflight.hardware import (
 )
 from crosslmm.preflight.placement import NodePool
 
-H100 = Hardware("NVIDIA H100", bf16=True, flash_attn=True, nccl="2.27.3")
-V100 = Hardware("Tesla V100", bf16=False, flash_attn=False, nccl="2.27.3")
+H100 = Hardware("NVIDIA H100", bf16=True, nccl="2.27.3")
+V100 = Hardware("Tesla V100", bf16=False, nccl="2.27.3")
 AUTO = ("--train.precision=auto", "--model.attention=auto")
 
 
@@ -47,8 +45,7 @@ def test_small_object_stores_are_warned_about(store_sizes, warned, monkeypatch):
     ("use_gpu", "hardware", "precision", "attention"),
     [
         ("false", Hardware(), "fp32", "sdpa"),
-        ("true", H100, "bf16", "flash_attention_2"),
-        ("true", dataclasses.replace(H100, flash_attn=False), "bf16", "sdpa"),
+        ("true", H100, "bf16", "sdpa"),
         ("true", V100, "fp32", "sdpa"),
     ],
 )

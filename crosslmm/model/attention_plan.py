@@ -1,4 +1,4 @@
-"""Which positions of a batch attend to which original visual tokens: index arithmetic, done once per forward pass.
+"""Which positions of a batch attend to which original visual tokens: index arithmetic on the host, done once per batch.
 
 A conversation may hold several videos (an image is a video of one frame), with text before, between and after them.
 A pooled visual token attends to its own video, or only to its own frame. A text token attends to every video before
@@ -6,138 +6,152 @@ it, so an answer never depends on a later video, and a cache stays valid when th
 video, the times of its frames, attends to the videos before this one: were it to attend to the frames before it, each
 time would need keys of its own.
 
+The lengths are Python numbers and the indices travel with the batch, so that a forward pass never waits for a value
+that a GPU has to compute first.
+
 Axis suffixes: B sample, M video of a sample, F frame (of all samples, concatenated), L position in the sequence,
-G group of queries that see the same keys, Q query in a group, O key sequence (of one video, frame or sample),
-S original visual token, C channel, N any row.
+N any row, Q query.
 """
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
+
+IGNORED = -100
+"""Label of a position without loss."""
+Padding = Literal["none", "left", "right"]
+
+
+class TextGroup(NamedTuple):
+    """Consecutive text of a sample, with the same videos before all of it."""
+
+    sample: int
+    rows: int
+    """Number of positions."""
+    frames: int
+    """Frames before it in its sample, at least 1."""
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """The queries of one branch (V2V or T2V) and the keys that each may see.
+class VideoPlan:
+    """Where the videos of a batch are, made by `plan_videos`; part of what the processor returns, as `plan`."""
 
-    Queries are grouped by the keys they see, so no tensor of size queries x keys is ever needed.
-    """
+    shape: tuple[int, int]
+    """Of the batch: samples, positions."""
+    videos: tuple[int, ...]
+    """Frames of each video of the batch; none is empty."""
+    samples: tuple[int, ...]
+    """Frames of each sample."""
+    texts: tuple[TextGroup, ...]
+    """Text after a video, in the order of the rows."""
+    padding: Padding
+    """On which side samples are padded."""
+    tokens: int
+    """Positions that are no padding."""
+    indices_N: Tensor
+    """int64: all indices in one tensor, which is copied to a device at once; read them by the properties."""
 
-    rows_GQ: Tensor
-    """int64: positions of the queries, as indices into the flattened batch (B*L); 0 where padding."""
-    valid_GQ: Tensor
-    """bool: False where `rows_GQ` is padding."""
-    frame_GQ: Tensor
-    """int64: frame index of each query, for rotary positions."""
-    key_index: list[int]
-    """Index on axis O of the key sequence that each group attends to."""
-    num_visible: list[int]
-    """How many keys of that sequence the group sees, counted from its start [tokens]."""
-    key_lengths: list[int]
-    """Length of each key sequence, in the order of the batch's frames [tokens]."""
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "VideoPlan":
+        """Return the plan with its indices on a device."""
+        return replace(self, indices_N=self.indices_N.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "VideoPlan":
+        """Return the plan with its indices in pinned memory."""
+        return replace(self, indices_N=self.indices_N.pin_memory())
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, ...]:
+        frames, texts = sum(self.videos), sum(group.rows for group in self.texts)
+        sizes = [texts, texts, frames, frames, len(self.samples)]
+        return self.indices_N.split([len(self.indices_N) - sum(sizes), *sizes])
 
     @property
-    def is_empty(self) -> bool:
-        """True if there are no queries."""
-        return not self.key_index
+    def visual_rows_N(self) -> Tensor:  # noqa: N802
+        """Positions of the pooled tokens in the flattened batch (B*L), frame after frame."""
+        return self._parts[0]
 
-    def pad_keys(self, x_SC: Tensor) -> Tensor:
-        """Split the concatenated tokens of all frames into key sequences: (S, C) -> (O, longest, C), zero-padded."""
-        if not x_SC.shape[0]:
-            # Under FSDP every rank must run the backward of every module, even without frames: add one dummy key.
-            return torch.cat([x_SC, x_SC.new_zeros(1, x_SC.shape[1])])[None]
-        if len(set(self.key_lengths)) == 1:
-            return x_SC.unflatten(0, (len(self.key_lengths), -1))
-        return pad_sequence(list(x_SC.split(self.key_lengths)), batch_first=True)
+    @property
+    def text_rows_N(self) -> Tensor:  # noqa: N802
+        """Positions of the text after a video, in the flattened batch."""
+        return self._parts[1]
 
-    @cached_property
-    def sequence_mask_OS(self) -> Tensor | None:  # noqa: N802
-        """bool (O, longest): False at padding of a key sequence; None if all are equally long."""
-        if len(set(self.key_lengths)) == 1:
-            return None
-        device = self.rows_GQ.device
-        positions = torch.arange(max(self.key_lengths), device=device)
-        return positions < torch.tensor(self.key_lengths, device=device)[:, None]
+    @property
+    def frames_before_N(self) -> Tensor:  # noqa: N802
+        """Frames before each of `text_rows_N` in its sample."""
+        return self._parts[2]
 
-    @cached_property
-    def key_mask_GS(self) -> Tensor | None:  # noqa: N802
-        """bool (G, longest): False at keys that a group may not see; None if every group sees every key."""
-        longest = max([1, *self.key_lengths])
-        if set(self.num_visible) == {longest}:
-            return None
-        device = self.rows_GQ.device
-        return torch.arange(longest, device=device) < torch.tensor(self.num_visible, device=device)[:, None]
+    @property
+    def frame_in_video_F(self) -> Tensor:  # noqa: N802
+        """Number of each frame in its video, from 0."""
+        return self._parts[3]
 
-    def with_dummy_query(self) -> "AttentionPlan":
-        """Return this plan, or if it is empty one with a single invalid query (for FSDP, see `pad_keys`)."""
-        if not self.is_empty:
-            return self
-        zero = self.rows_GQ.new_zeros(1, 1)
-        return AttentionPlan(zero, zero.bool(), zero, key_index=[0], num_visible=[1], key_lengths=self.key_lengths)
+    @property
+    def frame_in_sample_F(self) -> Tensor:  # noqa: N802
+        """Number of each frame in its sample, from 0."""
+        return self._parts[4]
+
+    @property
+    def num_frames_B(self) -> Tensor:  # noqa: N802
+        """Frames of each sample."""
+        return self._parts[5]
 
 
-def plan_v2v(is_video_BL: Tensor, num_frames_BM: Tensor, tokens: int, patches: int, scope: str) -> AttentionPlan:
-    """Plan V2V: each pooled visual token attends to the patches of its video or of its frame.
+def plan_videos(
+    is_video_BL: Tensor, num_frames_BM: Tensor, tokens: int, attention_mask: Tensor | None = None
+) -> VideoPlan:
+    """Return the plan of a batch. All tensors are in CPU memory.
 
     Args:
-        is_video_BL: bool, the video placeholders, frame after frame, as many as `num_frames_BM` implies.
+        is_video_BL: bool, the video placeholders, frame after frame.
         num_frames_BM: int64, frames of each video; zero pads samples with fewer videos.
         tokens: pooled tokens per frame.
-        patches: original visual tokens per frame.
-        scope: "video" or "frame", see `CrossLMMConfig.v2v_scope`.
+        attention_mask: (B, L), zero at padding; None if there is none.
+
+    Raises:
+        ValueError: the placeholders of a sample are not as many as its frames need.
     """
-    frames = [n for n in num_frames_BM.flatten().tolist() if n]
-    if scope == "frame":
-        frames = [1] * sum(frames)
-    rows_N = is_video_BL.flatten().nonzero()[:, 0]
-    rows_GQ, valid_GQ = _pad_groups(rows_N, [n * tokens for n in frames])
-    frame_GQ = (torch.arange(rows_GQ.shape[1], device=rows_N.device) // tokens).expand_as(rows_GQ)
-    lengths = [n * patches for n in frames]
-    return AttentionPlan(
-        rows_GQ, valid_GQ, frame_GQ, key_index=list(range(len(frames))), num_visible=lengths, key_lengths=lengths
-    )
-
-
-def plan_t2v(
-    is_video_BL: Tensor, is_text_BL: Tensor, num_frames_BM: Tensor, tokens: int, patches: int
-) -> AttentionPlan:
-    """Plan T2V: each text token attends to the patches of all videos before it; text before any video has no query.
-
-    A group is the text from the end of one video to the end of the next: its tokens have the same videos before them.
-
-    Args:
-        is_video_BL: bool, the video placeholders. With a cache, L covers the new positions only.
-        is_text_BL: bool, positions that are neither placeholders nor padding.
-        num_frames_BM: int64, frames of each video of the full conversation, cached videos included.
-        tokens: pooled tokens per frame.
-        patches: original visual tokens per frame.
-    """
-    total_frames_B = num_frames_BM.sum(dim=1)
-    # Count from the end, because with a cache the earlier placeholders are not in `is_video_BL`.
-    frames_from_here_BL = is_video_BL.flip(1).cumsum(dim=1).flip(1) // tokens
-    frames_before_BL = _whole_videos(total_frames_B[:, None] - frames_from_here_BL, num_frames_BM)
-    rows_N = (is_text_BL & (frames_before_BL > 0)).flatten().nonzero()[:, 0]
-
+    num_frames_B = num_frames_BM.sum(dim=1)
+    _check_placeholders(is_video_BL.sum(dim=1), num_frames_B, tokens)
+    is_real_BL = torch.ones_like(is_video_BL) if attention_mask is None else attention_mask.bool()
+    frames_before_BL = _whole_videos(is_video_BL.cumsum(dim=1) // tokens, num_frames_BM)
+    is_text_BL = is_real_BL & ~is_video_BL & (frames_before_BL > 0)
+    text_rows_N = is_text_BL.flatten().nonzero()[:, 0]
+    frames_before_N = frames_before_BL.flatten()[text_rows_N]
     # One number for each pair (sample, frames before), so that consecutive rows with equal numbers form a group.
-    base = int(total_frames_B.max()) + 1
-    sample_B = torch.arange(len(total_frames_B), device=total_frames_B.device)
-    group_id_BL = sample_B[:, None] * base + frames_before_BL
-    group_id_G, group_sizes_G = group_id_BL.flatten()[rows_N].unique_consecutive(return_counts=True)
-    sample_G, frames_before_G = group_id_G // base, group_id_G % base
+    base = int(num_frames_B.max()) + 1
+    group_N = (text_rows_N // is_video_BL.shape[1]) * base + frames_before_N
+    groups, sizes = group_N.unique_consecutive(return_counts=True)
+    videos, samples = num_frames_BM[num_frames_BM > 0].tolist(), num_frames_B.tolist()
+    return VideoPlan(
+        shape=(is_video_BL.shape[0], is_video_BL.shape[1]),
+        videos=tuple(videos),
+        samples=tuple(samples),
+        texts=tuple(
+            TextGroup(group // base, rows, group % base)
+            for group, rows in zip(groups.tolist(), sizes.tolist(), strict=True)
+        ),
+        padding=_padding(is_real_BL),
+        tokens=int(is_real_BL.sum()),
+        indices_N=torch.cat([
+            is_video_BL.flatten().nonzero()[:, 0], text_rows_N, frames_before_N,
+            _count_up(videos), _count_up(samples), num_frames_B,
+        ]),
+    )  # fmt: skip
 
-    rows_GQ, valid_GQ = _pad_groups(rows_N, group_sizes_G.tolist())
-    return AttentionPlan(
-        rows_GQ,
-        valid_GQ,
-        frames_before_G[:, None].expand_as(rows_GQ),
-        key_index=sample_G.tolist(),
-        num_visible=(frames_before_G * patches).tolist(),
-        key_lengths=(total_frames_B * patches).tolist(),
-    )
+
+def _check_placeholders(placeholders_B: Tensor, num_frames_B: Tensor, tokens: int) -> None:
+    for b, (given, frames) in enumerate(zip(placeholders_B.tolist(), num_frames_B.tolist(), strict=True)):
+        if given != frames * tokens:
+            raise ValueError(
+                f"sample {b}: the text has {given} video placeholders, "
+                f"but {frames} frames of {tokens} tokens need {frames * tokens}"
+            )
 
 
 def _whole_videos(frames_before_BL: Tensor, num_frames_BM: Tensor) -> Tensor:
@@ -147,14 +161,80 @@ def _whole_videos(frames_before_BL: Tensor, num_frames_BM: Tensor) -> Tensor:
     return pad(ends_BM, (1, 0)).gather(1, ended_BL)
 
 
-def _pad_groups(rows_N: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """Split concatenated rows into groups: (N,) -> zero-padded (G, longest), and a mask, False at padding."""
-    if not sizes:
-        empty = rows_N.view(0, 0)
-        return empty, empty.bool()
-    rows_GQ = pad_sequence(list(rows_N.split(sizes)), batch_first=True)
-    valid_GQ = torch.arange(rows_GQ.shape[1], device=rows_N.device) < torch.tensor(sizes, device=rows_N.device)[:, None]
-    return rows_GQ, valid_GQ
+def _padding(is_real_BL: Tensor) -> Padding:
+    if is_real_BL.all():
+        return "none"
+    # A padded position before a real one makes it "left", wherever it is: the mask is then needed.
+    return "left" if (is_real_BL[:, 1:] & ~is_real_BL[:, :-1]).any() else "right"
+
+
+def _count_up(lengths: Sequence[int]) -> Tensor:
+    """Return 0, 1, ... for each length, concatenated."""
+    return torch.cat([torch.arange(length) for length in lengths] or [torch.empty(0, dtype=torch.int64)])
+
+
+class Group(NamedTuple):
+    """Queries that see the same keys; both are consecutive."""
+
+    queries: int
+    first_key: int
+    """Position among the original visual tokens of all frames."""
+    keys: int
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The queries of one branch (V2V or T2V) and the keys that each sees.
+
+    Queries are grouped by the keys that they see, so no tensor of size queries x keys is ever needed, and the keys of a
+    group are a slice, so none is copied.
+    """
+
+    rows_N: Tensor
+    """int64: positions of the queries in the flattened batch (B*L)."""
+    frame_N: Tensor
+    """int64: frame of each query, for rotary positions."""
+    key_frame_F: Tensor
+    """int64: frame of each key, for rotary positions."""
+    groups: list[Group]
+    """In the order of `rows_N`."""
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the groups are equally large and have the keys to themselves, so that one call serves all."""
+        queries, _, keys = self.groups[0] if self.groups else (0, 0, 0)
+        return all(group == (queries, i * keys, keys) for i, group in enumerate(self.groups))
+
+
+def plan_v2v(plan: VideoPlan, tokens: int, patches: int, scope: str) -> AttentionPlan:
+    """Plan V2V: each pooled visual token attends to the patches of its video or of its frame.
+
+    Args:
+        plan: of the batch.
+        tokens: pooled tokens per frame.
+        patches: original visual tokens per frame.
+        scope: "video" or "frame", see `CrossLMMConfig.v2v_scope`.
+    """
+    videos = list(plan.videos) if scope == "video" else [1] * sum(plan.videos)
+    firsts = itertools.accumulate(videos, initial=0)
+    frame_F = plan.frame_in_video_F if scope == "video" else torch.zeros_like(plan.frame_in_video_F)
+    return AttentionPlan(
+        plan.visual_rows_N,
+        frame_F.repeat_interleave(tokens),
+        frame_F,
+        [Group(n * tokens, first * patches, n * patches) for n, first in zip(videos, firsts, strict=False)],
+    )
+
+
+def plan_t2v(plan: VideoPlan, patches: int) -> AttentionPlan:
+    """Plan T2V: each text token attends to the patches of all videos before it; text before any video has no query."""
+    firsts = list(itertools.accumulate(plan.samples, initial=0))
+    return AttentionPlan(
+        plan.text_rows_N,
+        plan.frames_before_N,
+        plan.frame_in_sample_F,
+        [Group(text.rows, firsts[text.sample] * patches, text.frames * patches) for text in plan.texts],
+    )
 
 
 @dataclass(frozen=True)
@@ -175,7 +255,8 @@ class DensePlan:
 def plan_densely(
     is_video_BL: Tensor, num_frames_BM: Tensor, num_frames: int, tokens: int, scope: str
 ) -> tuple[DensePlan, DensePlan]:
-    """Plan V2V and T2V for `torch.export`; the arguments are those of `plan_v2v`, and F = `num_frames`."""
+    """Plan V2V and T2V for `torch.export`; the arguments are those of `plan_videos` and `plan_v2v`, and
+    F = `num_frames`."""
     videos = num_frames_BM.shape[1]
     ends = num_frames_BM.flatten().cumsum(0)
     frame_F = torch.arange(num_frames, device=ends.device)

@@ -5,12 +5,12 @@ row; and of an `AttentionPlan`: G group of queries that see the same keys, Q que
 S original visual token.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,6 +32,8 @@ class VisualContext:
     t2v: AttentionPlan | DensePlan
     num_frames_B: Tensor
     """int64: frames of each sample."""
+    samples: tuple[int, ...]
+    """The same as Python numbers; empty with a `DensePlan`."""
     chunk: int
     """Frames projected to keys and values at a time, when no gradients are needed."""
 
@@ -87,24 +89,15 @@ class GatedCrossAttention(nn.Module):
             return x_BLD if videos is None else self._attend_to_seen(x_BLD, videos)
         if isinstance(plan, DensePlan):
             return self._attend_densely(x_BLD, plan, tokens_FPD, visual, cache)
-        if torch.is_grad_enabled():
-            plan = plan.with_dummy_query()
-        if plan.is_empty and cache is None:
-            return x_BLD
-        key_OHSC, value_OHSC = self._keys_and_values(plan, tokens_FPD, visual.chunk)
+        key_SHC, value_SHC = self._keys_and_values(plan, tokens_FPD, visual.chunk)
         if cache is not None:
-            any_frames = bool(sum(plan.key_lengths))
-            seen = SeenVideos(key_OHSC, value_OHSC, plan.sequence_mask_OS, visual.num_frames_B) if any_frames else None
-            remember(cache, self.layer_idx, seen)
-        if plan.is_empty:
-            return x_BLD
-        rows_N = plan.rows_GQ.flatten()
-        queries_GQD = x_BLD.flatten(0, 1).index_select(0, rows_N).unflatten(0, plan.rows_GQ.shape)
-        query_GHQC = self._query(queries_GQD, plan.frame_GQ)
-        attended_GQD = self.o_proj(self._attend(query_GHQC, key_OHSC, value_OHSC, plan))
-        attended_GQD = torch.where(plan.valid_GQ[:, :, None], torch.tanh(self.gate) * attended_GQD, 0.0)
+            remember(cache, self.layer_idx, self._seen(key_SHC, value_SHC, tokens_FPD.shape[1], visual))
+        queries_1ND = x_BLD.flatten(0, 1).index_select(0, plan.rows_N)[None]
+        query_NHC = self._query(queries_1ND, plan.frame_N[None])[0].transpose(0, 1)
+        attended_ND = self.o_proj(self._attend(query_NHC, key_SHC, value_SHC, plan))
+        added_ND = (torch.tanh(self.gate) * attended_ND).to(x_BLD.dtype)
         out_BLD = x_BLD.clone()  # not a view: FSDP registers a hook on the returned tensor
-        out_BLD.flatten(0, 1).index_add_(0, rows_N, attended_GQD.flatten(0, 1).to(x_BLD.dtype))
+        out_BLD.flatten(0, 1).index_add_(0, plan.rows_N, added_ND)
         return out_BLD
 
     def _attend_to_seen(self, x_BLD: Tensor, videos: SeenVideos) -> Tensor:
@@ -145,34 +138,53 @@ class GatedCrossAttention(nn.Module):
         return x_GQC.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _keys_and_values(self, plan: AttentionPlan, tokens_FPD: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        key_value_FPC = in_chunks(self._project, tokens_FPD, chunk)
-        key_SC, value_SC = key_value_FPC.flatten(0, 1).chunk(2, dim=-1)
-        key_OHSC, value_OHSC = self._heads(plan.pad_keys(key_SC)), self._heads(plan.pad_keys(value_SC))
+        """Return keys and values of all frames, concatenated: (S, H, C) each."""
+        key_SC, value_SC = in_chunks(self._project, tokens_FPD, chunk).flatten(0, 1).chunk(2, dim=-1)
+        key_SHC, value_SHC = (x.unflatten(-1, (-1, self.head_dim)) for x in (key_SC, value_SC))
         if self.rotary:
-            frame_S = torch.arange(key_OHSC.shape[2], device=key_OHSC.device) // tokens_FPD.shape[1]
-            key_OHSC = _rotate(key_OHSC, frame_S[None])
-        return key_OHSC, value_OHSC
+            frame_S = plan.key_frame_F.repeat_interleave(tokens_FPD.shape[1])
+            key_SHC = _rotate(key_SHC.transpose(0, 1)[None], frame_S[None])[0].transpose(0, 1)
+        return key_SHC, value_SHC
+
+    def _seen(self, key_SHC: Tensor, value_SHC: Tensor, patches: int, visual: VisualContext) -> SeenVideos | None:
+        """Return the videos of each sample, padded to the longest; None if there are none."""
+        lengths = [frames * patches for frames in visual.samples]
+        if not sum(lengths):
+            return None
+        if len(set(lengths)) == 1:
+            key_BSHC, value_BSHC = (x.unflatten(0, (len(lengths), -1)) for x in (key_SHC, value_SHC))
+            mask_BS = None
+        else:
+            key_BSHC, value_BSHC = (pad_sequence(list(x.split(lengths)), True) for x in (key_SHC, value_SHC))
+            positions_S = torch.arange(max(lengths), device=key_SHC.device)
+            mask_BS = positions_S < visual.num_frames_B[:, None] * patches
+        return SeenVideos(key_BSHC.transpose(1, 2), value_BSHC.transpose(1, 2), mask_BS, visual.num_frames_B)
 
     def _project(self, tokens_FPD: Tensor) -> Tensor:
         """Keys and values, concatenated along the channels."""
         normed_FPD = self.visual_norm(tokens_FPD)
         return torch.cat([self.k_proj(normed_FPD), self.v_proj(normed_FPD)], dim=-1)
 
-    def _attend(self, query_GHQC: Tensor, key_OHSC: Tensor, value_OHSC: Tensor, plan: AttentionPlan) -> Tensor:
-        """Run the configured attention kernel -> (G, Q, H*C). Padding is masked, or for flash attention removed."""
-        if plan.key_index != list(range(key_OHSC.shape[0])):
-            index = torch.tensor(plan.key_index, device=key_OHSC.device)
-            key_OHSC, value_OHSC = key_OHSC.index_select(0, index), value_OHSC.index_select(0, index)
-        mask_GS = plan.key_mask_GS
-        implementation = self.config._attn_implementation
-        if "flash" in implementation:
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-            if mask_GS is None:
-                mask_GS = torch.ones(key_OHSC.shape[0], key_OHSC.shape[2], dtype=torch.bool, device=key_OHSC.device)
-            return self._attend_packed(attention, query_GHQC, key_OHSC, value_OHSC, plan, mask_GS)
-        return self._run_kernel(
-            query_GHQC, key_OHSC, value_OHSC, mask_GS[:, None, None] if mask_GS is not None else None
-        )
+    def _attend(self, query_NHC: Tensor, key_SHC: Tensor, value_SHC: Tensor, plan: AttentionPlan) -> Tensor:
+        """Attend group by group, or at once if the groups are alike -> (N, H*C). There is no mask and no padding."""
+        if not plan.groups:
+            # Under FSDP every rank must run the backward of every module: keep keys and values in the graph.
+            return (query_NHC + (key_SHC[:0].sum() + value_SHC[:0].sum())).flatten(1)
+        if plan.is_uniform:
+            count, keys = len(plan.groups), plan.groups[0].keys
+            query_GHQC = query_NHC.unflatten(0, (count, -1)).transpose(1, 2)
+            key_GHSC, value_GHSC = (
+                x[: count * keys].unflatten(0, (count, keys)).transpose(1, 2) for x in (key_SHC, value_SHC)
+            )
+            return self._run_kernel(query_GHQC, key_GHSC, value_GHSC, None).flatten(0, 1)
+        attended = []
+        for query_QHC, group in zip(query_NHC.split([g.queries for g in plan.groups]), plan.groups, strict=True):
+            seen = slice(group.first_key, group.first_key + group.keys)
+            query_1HQC, key_1HSC, value_1HSC = (
+                x.transpose(0, 1)[None] for x in (query_QHC, key_SHC[seen], value_SHC[seen])
+            )
+            attended.append(self._run_kernel(query_1HQC, key_1HSC, value_1HSC, None)[0])
+        return torch.cat(attended)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -180,45 +192,15 @@ class GatedCrossAttention(nn.Module):
         return {"scaling": self.head_dim**-0.5, "dropout": 0.0, "is_causal": False}
 
     def _run_kernel(self, query_GHQC: Tensor, key_GHSC: Tensor, value_GHSC: Tensor, mask: Tensor | None) -> Tensor:
-        """Run a kernel that takes a mask -> (G, Q, H*C). `mask`: bool, (G, 1, 1 or Q, S), False at invisible keys."""
+        """Run the configured kernel -> (G, Q, H*C). `mask`: bool, (G, 1, 1 or Q, S), False at invisible keys."""
         implementation = self.config._attn_implementation
-        if "flash" in implementation:
+        if mask is not None and "flash" in implementation:
             implementation = "sdpa"  # it takes masks; a generated token is one query, for which flash gains nothing
         if mask is not None and implementation == "eager":
             mask = torch.zeros_like(mask, dtype=query_GHQC.dtype).masked_fill(~mask, torch.finfo(query_GHQC.dtype).min)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attended_GQHC, _ = attention(self, query_GHQC, key_GHSC, value_GHSC, mask, **self._options)
         return attended_GQHC.flatten(2)
-
-    def _attend_packed(
-        self,
-        attention: Callable[..., Any],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        plan: AttentionPlan,
-        mask_GS: Tensor,
-    ) -> Tensor:
-        """Variable-length flash attention: the groups are concatenated without padding, with their start offsets."""
-        groups, heads, queries, channels = query.shape
-        # Keep at least one row per group, since the kernel takes no empty sequence; `forward` drops it.
-        keep_GQ = plan.valid_GQ.clone()
-        keep_GQ[:, 0] = True
-        lengths_q, lengths_k = keep_GQ.sum(dim=1), mask_GS.sum(dim=1)
-        packed, _ = attention(
-            self,
-            query.transpose(1, 2)[keep_GQ].transpose(0, 1)[None],
-            key.transpose(1, 2)[mask_GS].transpose(0, 1)[None],
-            value.transpose(1, 2)[mask_GS].transpose(0, 1)[None],
-            None,
-            cu_seq_lens_q=nn.functional.pad(lengths_q.cumsum(0), (1, 0)).int(),
-            cu_seq_lens_k=nn.functional.pad(lengths_k.cumsum(0), (1, 0)).int(),
-            max_length_q=int(lengths_q.max()),
-            max_length_k=int(lengths_k.max()),
-            **self._options,
-        )
-        attended = query.new_zeros(groups, queries, heads * channels)
-        return attended.masked_scatter(keep_GQ[:, :, None], packed.reshape(-1, heads * channels))
 
 
 def _rotate(x_GHQC: Tensor, frame_GQ: Tensor) -> Tensor:
@@ -273,10 +255,7 @@ class DualCrossAttentionLayer(GradientCheckpointingLayer):
             past_key_values: cache of the decoder.
             attention: arguments of the self-attention.
         """
-        x_BLD, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), past_key_values=past_key_values, **attention
-        )
-        x_BLD = hidden_states + x_BLD
+        x_BLD = self._attend_to_itself(hidden_states, past_key_values=past_key_values, **attention)
         # The branches do not affect each other: V2V writes to visual positions only, T2V to text positions only.
         # V2V needs no cache: visual positions are processed once.
         if self.v2v is not None and visual is not None:
@@ -284,4 +263,10 @@ class DualCrossAttentionLayer(GradientCheckpointingLayer):
         # Called without videos too: under FSDP every rank must run every module.
         if self.t2v is not None:
             x_BLD = self.t2v(x_BLD, visual.t2v if visual is not None else None, tokens_FPD, visual, past_key_values)
+        return self._feed_forward(x_BLD)
+
+    def _attend_to_itself(self, x_BLD: Tensor, **attention: Any) -> Tensor:
+        return x_BLD + self.self_attn(self.input_layernorm(x_BLD), **attention)[0]
+
+    def _feed_forward(self, x_BLD: Tensor) -> Tensor:
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 log = logging.get_logger(__name__)
 
-VISUAL_INPUTS = ("pixel_values", "features", "num_frames")
+VISUAL_INPUTS = ("pixel_values", "features", "num_frames", "plan")
 _Base: Any = GenerationMixin  # its methods are typed for a class that has it and PreTrainedModel as bases
 
 
@@ -66,8 +66,9 @@ class VideoGenerationMixin(_Base):
         return expanded
 
     def _expand_frames(
-        self, times: int, pixel_values: Tensor | None, features: Tensor | None, num_frames: Tensor
+        self, times: int, pixel_values: Tensor | None, features: Tensor | None, num_frames: Tensor, plan: Any
     ) -> dict[str, Tensor]:
+        """Return the visual inputs without a plan, which the model makes anew."""
         expanded = {"num_frames": num_frames.repeat_interleave(times, dim=0)}
         if features is None and pixel_values is not None:
             features = self.encode(pixel_values.to(self.device))

@@ -17,7 +17,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from crosslmm.model.attention_plan import plan_densely, plan_t2v, plan_v2v
+from crosslmm.model.attention_plan import IGNORED, VideoPlan, plan_densely, plan_t2v, plan_v2v, plan_videos
 from crosslmm.model.configuration import CrossLMMConfig
 from crosslmm.model.cross_attention import DualCrossAttentionLayer, VisualContext
 from crosslmm.model.generation import VideoGenerationMixin
@@ -115,12 +115,14 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         pixel_values: Tensor | None = None,
         features: Tensor | None = None,
         num_frames: Tensor | None = None,
+        plan: VideoPlan | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
+        loss_rows: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | int | list[int] | None = None,
@@ -137,12 +139,16 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
                 does not run. A batch without frames has F = 0, so that all ranks run the same modules.
             num_frames: int64 (B, M), frames of each video (an image is a video of one frame); zero pads samples with
                 fewer videos.
+            plan: of the same batch, from the processor. Without it, or if `input_ids` are longer by now, the model
+                makes one, for which the host waits for `input_ids`, `attention_mask` and `num_frames`.
             attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
             past_key_values: cache of the decoder, of any class; it also remembers the videos.
             inputs_embeds: (B, L, D), instead of the embeddings of `input_ids`. With both, `input_ids` only say where
                 the placeholders are; without, these are the positions with the embedding of `video_token_id`.
             use_cache: return a cache; default: only if one is given.
             labels: int64 (B, L), -100 at positions without loss. Shifted by one here.
+            loss_rows: int64 (N,), positions in the flattened batch whose next token has a label, if the host knows
+                them; it waits for them otherwise.
             num_items_in_batch: divisor of the summed loss; default: the number of labels in this batch.
             logits_to_keep: compute logits for this many last positions only, or for the positions of a tensor; 0: all.
             output_hidden_states: return the hidden states before each layer and after the last; a list selects some.
@@ -184,22 +190,22 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
             x_BLD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             tokens_FPD = visual = None
         else:
-            if num_frames is None:
-                kind = "pixel_values" if features is None else "features"
-                raise ValueError(f"{kind} are given without num_frames; pass the number of frames of each video")
             assert is_video_BL is not None
-            self._check_frames(is_video_BL, num_frames, frames.shape[0])
+            plan = self._plan(plan, is_video_BL, num_frames, attention_mask, frames)
             if inputs_embeds is None:
                 # The id of a placeholder, whose embedding is overwritten, may lie outside the decoder's vocabulary.
                 inputs_embeds = self.get_input_embeddings()(cast(Tensor, input_ids).masked_fill(is_video_BL, 0))
             features_FPD = self.encode(frames) if features is None else self._cast_features(frames)
             pooled_FVD = self.projector(pool(features_FPD, self.config.pool_stride, self.config.pooling))
-            x_BLD = inputs_embeds.masked_scatter(is_video_BL[:, :, None], pooled_FVD.to(inputs_embeds.dtype))
+            x_BLD = self._place(pooled_FVD, inputs_embeds, is_video_BL, plan)
             tokens_FPD = visual = None
             if self.config.dual_layers:
                 tokens_FPD = in_chunks(self.projector, features_FPD, self.config.encoder_chunk)
-                visual = self._visual_context(frames.shape[0], num_frames, is_video_BL, attention_mask)
+                visual = self._visual_context(frames.shape[0], num_frames, is_video_BL, plan)
             del features_FPD
+            if plan is not None and (plan.padding == "none" or (plan.padding == "right" and past_key_values is None)):
+                # Causal attention never sees what comes later, so padding on the right needs no mask.
+                attention_mask = None
 
         decoded = self._decode(
             x_BLD,
@@ -214,7 +220,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         )
         loss = logits = None
         if labels is not None or shift_labels is not None:
-            loss = self._loss(decoded.last_hidden_state, labels, shift_labels, num_items_in_batch)
+            loss = self._loss(decoded.last_hidden_state, labels, shift_labels, loss_rows, num_items_in_batch)
         else:
             logits = self.get_output_embeddings()(slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep))
         return CausalLMOutputWithPast(
@@ -291,37 +297,65 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
                 f"use less text, fewer frames or a larger pool_stride (now {self.config.tokens_per_frame} tokens/frame)"
             )
 
-    def _check_frames(self, is_video_BL: Tensor, num_frames_BM: Tensor, num_given: int) -> None:
+    def _plan(
+        self,
+        plan: VideoPlan | None,
+        is_video_BL: Tensor,
+        num_frames_BM: Tensor | None,
+        attention_mask: Tensor | None,
+        frames: Tensor,
+    ) -> VideoPlan | None:
+        """Return the plan of the batch on the device: the given one, or a new one; None for `torch.export`."""
         if torch.compiler.is_exporting():
-            return
-        tokens = self.config.tokens_per_frame
-        if (expected := int(num_frames_BM.sum())) != num_given:
-            raise ValueError(f"num_frames adds up to {expected}, but {num_given} frames were given")
-        placeholders_B, expected_B = is_video_BL.sum(dim=1), num_frames_BM.sum(dim=1) * tokens
-        if not torch.equal(placeholders_B, expected_B):
-            b = int((placeholders_B != expected_B).nonzero()[0])
-            raise ValueError(
-                f"sample {b}: the text has {int(placeholders_B[b])} video placeholders, "
-                f"but {int(num_frames_BM[b].sum())} frames of {tokens} tokens need {int(expected_B[b])}"
-            )
+            return None
+        mask_BL = None
+        if attention_mask is not None and attention_mask.ndim == 2:  # that of a static cache has 4 axes
+            mask_BL = attention_mask[:, -is_video_BL.shape[1] :].bool()
+        if plan is None or plan.shape != tuple(is_video_BL.shape):  # `generate` without a cache makes input_ids longer
+            if num_frames_BM is None:
+                kind = "pixel_values" if frames.dtype == torch.uint8 else "features"
+                raise ValueError(f"{kind} are given without num_frames; pass the number of frames of each video")
+            plan = self._make_plan(is_video_BL, num_frames_BM, mask_BL)
+        if (expected := sum(plan.videos)) != len(frames):
+            raise ValueError(f"num_frames adds up to {expected}, but {len(frames)} frames were given")
+        plan = plan.to(is_video_BL.device, non_blocking=True)
+        # The host does not wait for these.
+        other = "plan is of another batch; leave it out to have it made anew"
+        torch._assert_async(is_video_BL.flatten().index_select(0, plan.visual_rows_N).all(), other)
+        if num_frames_BM is not None:
+            torch._assert_async((num_frames_BM.sum(dim=1) == plan.num_frames_B).all(), other)
+        if mask_BL is not None:
+            torch._assert_async(mask_BL.sum() == plan.tokens, other)
+        return plan
+
+    def _make_plan(self, is_video_BL: Tensor, num_frames_BM: Tensor, mask_BL: Tensor | None) -> VideoPlan:
+        if mask_BL is None:
+            mask_BL = torch.ones_like(is_video_BL)
+        # One copy, so that the host waits once.
+        parts = [is_video_BL.flatten(), mask_BL.flatten(), num_frames_BM.flatten().to(is_video_BL.device)]
+        host = torch.cat([part.long() for part in parts]).cpu().split([part.numel() for part in parts])
+        is_video, mask = (part.view(is_video_BL.shape).bool() for part in host[:2])
+        return plan_videos(is_video, host[2].view(num_frames_BM.shape), self.config.tokens_per_frame, mask)
+
+    def _place(self, pooled_FVD: Tensor, embeds_BLD: Tensor, is_video_BL: Tensor, plan: VideoPlan | None) -> Tensor:
+        """Return the embeddings with the pooled tokens in place of their placeholders."""
+        pooled_FVD = pooled_FVD.to(embeds_BLD.dtype)
+        if plan is None:
+            return embeds_BLD.masked_scatter(is_video_BL[:, :, None], pooled_FVD)
+        return embeds_BLD.flatten(0, 1).index_copy(0, plan.visual_rows_N, pooled_FVD.flatten(0, 1)).view_as(embeds_BLD)
 
     def _visual_context(
-        self, frames: int, num_frames_BM: Tensor, is_video_BL: Tensor, attention_mask: Tensor | None
+        self, frames: int, num_frames_BM: Tensor | None, is_video_BL: Tensor, plan: VideoPlan | None
     ) -> VisualContext:
         """Plan which positions attend to which visual tokens in V2V and T2V."""
         tokens, patches = self.config.tokens_per_frame, self.config.patches_per_frame
         scope, chunk = self.config.v2v_scope, self.config.encoder_chunk
-        num_frames_B = num_frames_BM.sum(dim=1)
-        if torch.compiler.is_exporting():
-            return VisualContext(*plan_densely(is_video_BL, num_frames_BM, frames, tokens, scope), num_frames_B, chunk)
-        is_text_BL = ~is_video_BL
-        if attention_mask is not None and attention_mask.ndim == 2:  # of a static cache it has 4, but padding is first
-            is_text_BL &= attention_mask[:, -is_text_BL.shape[1] :].bool()
+        if plan is None:
+            assert num_frames_BM is not None
+            dense = plan_densely(is_video_BL, num_frames_BM, frames, tokens, scope)
+            return VisualContext(*dense, num_frames_BM.sum(dim=1), (), chunk)
         return VisualContext(
-            plan_v2v(is_video_BL, num_frames_BM, tokens, patches, scope),
-            plan_t2v(is_video_BL, is_text_BL, num_frames_BM, tokens, patches),
-            num_frames_B,
-            chunk,
+            plan_v2v(plan, tokens, patches, scope), plan_t2v(plan, patches), plan.num_frames_B, plan.samples, chunk
         )
 
     @capture_outputs  # type: ignore[untyped-decorator]
@@ -341,18 +375,13 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         `capture_outputs` reads `output_attentions` and adds the weights.
         """
         decoder = self.language_model.model
+        given = position_ids
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x_BLD.shape[1], device=x_BLD.device) + seen)[None]
+        # The layers do not get `position_ids`: flash attention would look for several sequences in a row in each layer.
         attention = {
-            "attention_mask": create_causal_mask(
-                config=decoder.config,
-                inputs_embeds=x_BLD,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            ),
-            "position_ids": position_ids,
+            "attention_mask": self._causal_mask(x_BLD, attention_mask, given, past_key_values),
             "position_embeddings": decoder.rotary_emb(x_BLD, position_ids),
             "past_key_values": past_key_values,
         }
@@ -367,30 +396,53 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         chosen = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(last_hidden_state=x_BLD, hidden_states=_select([*states, x_BLD], chosen))
 
+    def _causal_mask(
+        self, x_BLD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+    ) -> Any:
+        """Return what the kernels of the decoder take as their mask."""
+        decoder = self.language_model.model
+        is_2d = attention_mask is not None and attention_mask.ndim == 2
+        if is_2d and cache is not None and x_BLD.shape[1] == 1 and decoder.config._attn_implementation == "sdpa":
+            # A single query sees all that is no padding. Transformers would ask whether there is any, and wait.
+            mask_BL = cast(Tensor, attention_mask)
+            if not cache.is_compileable and mask_BL.shape[1] == cache.get_mask_sizes(1, 0)[0]:
+                return mask_BL.bool()[:, None, None, :]
+        return create_causal_mask(
+            config=decoder.config,
+            inputs_embeds=x_BLD,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
+
     def _loss(
         self,
         x_BLD: Tensor,
         labels: Tensor | None,
         shift_labels: Tensor | None,
+        loss_rows: Tensor | None,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """Next-token cross-entropy in float32 over the labelled positions only, `LOSS_CHUNK` of them at a time."""
-        targets = shift_labels
-        if targets is None:
-            x_BLD, targets = x_BLD[:, :-1], cast(Tensor, labels)[:, 1:]
-        has_label = targets != -100
-        chunks = list(zip(x_BLD[has_label].split(LOSS_CHUNK), targets[has_label].split(LOSS_CHUNK), strict=True))
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(cast(Tensor, labels)[:, 1:], (0, 1), value=IGNORED)
+        x_ND, targets_N = x_BLD.flatten(0, 1), shift_labels.flatten()
+        total_labels = targets_N.ne(IGNORED).sum()
+        if loss_rows is None:
+            loss_rows = targets_N.ne(IGNORED).nonzero()[:, 0]
+        x_ND, targets_N = x_ND.index_select(0, loss_rows), targets_N.index_select(0, loss_rows)
+        chunks = list(zip(x_ND.split(LOSS_CHUNK), targets_N.split(LOSS_CHUNK), strict=True))
         if len(chunks) == 1:
             total = self._cross_entropy(*chunks[0])
         else:
             # Recompute the logits of each chunk in the backward pass instead of storing all of them.
             parts = [checkpoint(self._cross_entropy, x, y, use_reentrant=False) for x, y in chunks]
             total = torch.stack(parts).sum()
-        return total / (has_label.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        return total / (total_labels.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
     def _cross_entropy(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
         logits = self.get_output_embeddings()(x_ND).float()
-        return nn.functional.cross_entropy(logits, targets_N, reduction="sum")
+        return nn.functional.cross_entropy(logits, targets_N, reduction="sum", ignore_index=IGNORED)
 
 
 def _select(states: list[Tensor], chosen: Any) -> Any:

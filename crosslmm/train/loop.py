@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import BatchFeature
 
 from crosslmm import scoring
@@ -18,6 +19,7 @@ from crosslmm.data.collate import Question, ValidationBatch
 from crosslmm.data.quarantine import TooManyUnreadable
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.answering import greedy_answers
+from crosslmm.model.attention_plan import IGNORED
 from crosslmm.train.distributed.collectives import gather_json
 from crosslmm.train.optim import set_learning_rate
 
@@ -153,9 +155,14 @@ def _train_step(
     _seed(config.seed, step)
     labelled_tokens, passes, stop = _exchange_counts(batch, callbacks.stop_requested(), device)
     # FSDP needs every rank in every pass: ranks with fewer micro-batches repeat their last one, without labels.
-    micro_batches = [*batch.micro, *[_without_labels(batch.micro[-1])] * (passes - len(batch.micro))]
+    micro_batches = [*batch.micro, *(_without_labels(batch.micro[-1]) for _ in range(len(batch.micro), passes))]
+    counts = _count(batch.micro, micro_batches, waited_s)
     loss = _accumulate_gradients(model, micro_batches, labelled_tokens, device)
-    grad_norm = _clip_gradients(model, config.train.max_grad_norm)
+    norm = _clip_gradients(model, config.train.max_grad_norm)
+    sums = torch.cat([loss[None], _on_device(counts, device)])
+    dist.all_reduce(sums)
+    # The host waits for the GPU here and in `_exchange_counts`, and nowhere else in a step.
+    grad_norm, loss_sum, frames, tokens, padded_tokens, mean_wait_s = torch.stack([norm, *sums]).tolist()
     finite = math.isfinite(grad_norm)
     if finite:
         optimizer.step()
@@ -165,7 +172,6 @@ def _train_step(
             raise FloatingPointError(f"the gradient's norm is {grad_norm}; the weights were left as they were")
     optimizer.zero_grad(set_to_none=True)
 
-    loss_sum, frames, tokens, padded_tokens, mean_wait_s = _sum_over_ranks(loss, batch, micro_batches, waited_s, device)
     seconds = time.perf_counter() - began
     # A non-finite value has no place in a curve.
     learning = {"loss": loss_sum, "grad_norm": grad_norm} if finite else {"skipped": 1.0}
@@ -190,10 +196,12 @@ def _seed(seed: int, step: int) -> None:
 
 def _exchange_counts(batch: StepBatch, stop_requested: bool, device: torch.device) -> tuple[int, int, bool]:
     """Return labelled tokens of all ranks, the largest number of micro-batches, and whether any rank is to stop."""
-    labelled = sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in batch.micro)
+    labelled = sum(int((micro["labels"][:, 1:] != IGNORED).sum()) for micro in batch.micro)
+    mine = _on_device(torch.tensor([[labelled, len(batch.micro), stop_requested]]), device)
     counts = torch.empty(dist.get_world_size(), 3, dtype=torch.int64, device=device)
-    dist.all_gather_single(counts, torch.tensor([[labelled, len(batch.micro), stop_requested]], device=device))
-    return int(counts[:, 0].sum()), int(counts[:, 1].max()), bool(counts[:, 2].any())
+    dist.all_gather_single(counts, mine)
+    of_ranks, micro_batches, stops = zip(*counts.tolist(), strict=True)
+    return sum(of_ranks), max(micro_batches), any(stops)
 
 
 def _accumulate_gradients(
@@ -210,17 +218,24 @@ def _accumulate_gradients(
         # Gradients are reduced after every micro-batch: without that, unsharded float32 gradients would be kept.
         # FSDP averages gradients over ranks, where the sum is needed: hence world_size.
         # The division happens here because FSDP in bf16 would round a divisor that is passed to the model.
+        loss_rows = _on_device(_loss_rows(micro), device)
         inputs = micro.to(device, non_blocking=True)
-        part = model(**inputs, num_items_in_batch=1).loss * (world_size / divisor)
+        part = model(**inputs, loss_rows=loss_rows, num_items_in_batch=1).loss * (world_size / divisor)
         part.backward()
         loss += part.detach() / world_size
     return loss
 
 
-def _clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
+def _loss_rows(batch: BatchFeature) -> torch.Tensor:
+    """Return the positions in the flattened batch, still on the host, whose next token has a label."""
+    has_label = torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
+    return has_label.flatten().nonzero()[:, 0]
+
+
+def _clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
     """Scale the gradients down to `max_norm`; return their norm before that, over all ranks."""
-    norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return float(norm.full_tensor())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _gather_ids(batch: StepBatch) -> list[str]:
@@ -228,16 +243,17 @@ def _gather_ids(batch: StepBatch) -> list[str]:
     return list(itertools.chain.from_iterable(gather_json(batch.ids)))
 
 
-def _sum_over_ranks(
-    loss: torch.Tensor, batch: StepBatch, micro_batches: list[BatchFeature], waited_s: float, device: torch.device
-) -> list[float]:
-    """Return loss, frames, tokens, tokens with padding, and the mean wait for data [s], each over all ranks."""
-    frames, tokens = (sum(int(micro[key].sum()) for micro in batch.micro) for key in ("num_frames", "attention_mask"))
-    padded_tokens = sum(micro["attention_mask"].numel() for micro in micro_batches)
-    counts = torch.tensor([frames, tokens, padded_tokens, waited_s / dist.get_world_size()], device=device)
-    sums = torch.stack([loss, *counts])
-    dist.all_reduce(sums)
-    return [float(value) for value in sums.tolist()]
+def _count(batches: list[BatchFeature], with_repeated: list[BatchFeature], waited_s: float) -> torch.Tensor:
+    """Return this rank's frames, tokens, tokens with padding, and part of the mean wait for data [s]; on the host, as
+    the batches still are."""
+    frames, tokens = (sum(int(micro[key].sum()) for micro in batches) for key in ("num_frames", "attention_mask"))
+    padded_tokens = sum(micro["attention_mask"].numel() for micro in with_repeated)
+    return torch.tensor([frames, tokens, padded_tokens, waited_s / dist.get_world_size()])
+
+
+def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor from the host to a device; neither waits for the other."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def pinned(batch: BatchFeature, device: torch.device) -> BatchFeature:
@@ -250,7 +266,7 @@ def pinned(batch: BatchFeature, device: torch.device) -> BatchFeature:
 
 def _without_labels(batch: BatchFeature) -> BatchFeature:
     """Return the batch with all labels masked."""
-    return BatchFeature({**batch, "labels": torch.full_like(batch["labels"], -100)})
+    return BatchFeature({**batch, "labels": torch.full_like(batch["labels"], IGNORED)})
 
 
 @torch.no_grad()
@@ -270,8 +286,9 @@ def validate(
     outcomes: list[scoring.Outcome] = []
     model.eval()
     for batch in batches:
-        labelled = (batch.inputs["labels"][:, 1:] != -100).sum()
-        loss = model(**batch.inputs.to(device), num_items_in_batch=1).loss
+        labelled = (batch.inputs["labels"][:, 1:] != IGNORED).sum()
+        loss_rows = _on_device(_loss_rows(batch.inputs), device)
+        loss = model(**batch.inputs.to(device), loss_rows=loss_rows, num_items_in_batch=1).loss
         sums += torch.stack([loss, labelled.to(device)])
         outcomes += batch.unreadable
         # FSDP needs every rank in every forward pass, and ranks have different numbers of questions.

@@ -4,7 +4,7 @@ Reading order: chat (messages to tokens), media (videos and images to frames), f
 of frames), batch (samples to padded tensors), processor.
 """
 
-from crosslmm.model.processing.batch import IGNORED
+from crosslmm.model.attention_plan import IGNORED
 from crosslmm.model.processing.chat import CHAT_TEMPLATE, END_TOKEN, START_TOKEN, VIDEO_TOKEN
 from crosslmm.model.processing.processor import CrossLMMProcessor
 

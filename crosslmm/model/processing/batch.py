@@ -6,9 +6,6 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-IGNORED = -100
-"""Label of a position without loss."""
-
 
 def pad_tokens(ids: list[torch.Tensor], pad_id: int, side: str) -> dict[str, torch.Tensor]:
     """Return `input_ids` and `attention_mask` (B, L), padded on a side: "left" or "right"."""

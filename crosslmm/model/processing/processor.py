@@ -8,9 +8,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
+from crosslmm.model.attention_plan import IGNORED, plan_videos
 from crosslmm.model.configuration import AUTO_MODULE, write_auto_module
 from crosslmm.model.processing import media
-from crosslmm.model.processing.batch import IGNORED, count_frames, pad_tokens, require_frames, stack_frames
+from crosslmm.model.processing.batch import count_frames, pad_tokens, require_frames, stack_frames
 from crosslmm.model.processing.chat import (
     CHAT_TEMPLATE,
     VIDEO_TOKEN,
@@ -102,8 +103,9 @@ class CrossLMMProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `attention_mask` (B, L), `pixel_values` (F, 3, H, W) uint8 or else `features` (F, P, D)
-            bfloat16, `num_frames` (B, M) with zeros where a sample has fewer than M videos, and, unless `answer`,
-            `labels` (B, L) with -100 outside the assistant's answers.
+            bfloat16, `num_frames` (B, M) with zeros where a sample has fewer than M videos, `plan`, what the model
+            would otherwise compute from them on the device, and, unless `answer`, `labels` (B, L) with -100 outside
+            the assistant's answers.
 
         Raises:
             ValueError: the numbers of video parts and videos differ, a video has no frames, or none of its times are
@@ -134,7 +136,9 @@ class CrossLMMProcessor(ProcessorMixin):
         batch["num_frames"] = count_frames(videos)
         if not answer:
             batch["labels"] = pad_sequence(labels, True, IGNORED, side)
-        return BatchFeature(batch)
+        is_video_BL = batch["input_ids"] == self.video_token_id
+        plan = plan_videos(is_video_BL, batch["num_frames"], self.tokens_per_frame, batch["attention_mask"])
+        return BatchFeature({**batch, "plan": plan})
 
     def process_text(
         self,
@@ -279,7 +283,7 @@ class CrossLMMProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of what a call returns for the model."""
-        return ["input_ids", "attention_mask", "pixel_values", "num_frames"]
+        return ["input_ids", "attention_mask", "pixel_values", "num_frames", "plan"]
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:  # type: ignore[override]
         """Save the processor, and `AUTO_MODULE` for programs that do not import this package."""

@@ -7,7 +7,7 @@ from transformers import AutoProcessor, pipeline
 
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.data.video.decode import decode_video
-from crosslmm.model.attention_plan import plan_densely, plan_t2v, plan_v2v
+from crosslmm.model.attention_plan import plan_densely, plan_t2v, plan_v2v, plan_videos
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.model.processing import VIDEO_TOKEN
 from crosslmm.model.processing.media import times_of_videos
@@ -71,7 +71,7 @@ def test_the_time_of_each_frame_stands_before_its_tokens(stamped):
 
 def test_a_model_without_times_is_asked_without(processor):
     with_times, without = batch_of(processor, SAMPLES[0]), processor([MIXED], [MIXED_VIDEOS], answer=True)
-    assert all(torch.equal(with_times[key], without[key]) for key in without)
+    assert all(torch.equal(with_times[key], without[key]) for key in without if key != "plan")
     assert processor.stamp_length(12.0) == 0
 
 
@@ -152,7 +152,7 @@ def test_files_are_asked_about_as_in_training(config, stamped, clip):
         stamped(text=formatted, videos=video.images, times=video.times),
         stamped(text=[formatted], videos=[video.images], times=[video.times.tolist()]),
     ):
-        assert all(torch.equal(batch[key], expected[key]) for key in expected)
+        assert all(torch.equal(batch[key], expected[key]) for key in batch)
 
 
 def test_a_rate_of_frames_gives_their_times(stamped):
@@ -242,50 +242,49 @@ def test_the_answer_depends_on_the_times(variant, stamped):
 
 
 def layout(stamped):
-    """The placeholders, the text and the videos of the mixed conversation, and the tokens of a frame."""
+    """The placeholders and the videos of the mixed conversation, and the tokens of a frame."""
     batch = batch_of(stamped, SAMPLES[0])
     is_video = batch["input_ids"] == stamped.video_token_id
-    return is_video, ~is_video, batch["num_frames"], stamped.tokens_per_frame
+    return is_video, batch["num_frames"], stamped.tokens_per_frame
 
 
 def frames_seen(plan, positions, patches):
     """How many frames each position attends to, counted from the first of its sequence of keys."""
     seen = np.zeros(positions, int)
-    for rows, valid, visible in zip(plan.rows_GQ, plan.valid_GQ, plan.num_visible, strict=True):
-        seen[rows[valid].numpy()] = visible // patches
+    rows_of_groups = plan.rows_N.split([group.queries for group in plan.groups])
+    for rows, group in zip(rows_of_groups, plan.groups, strict=True):
+        seen[rows.numpy()] = group.keys // patches
     return seen
 
 
 def test_times_attend_to_the_videos_before_their_own(stamped):
-    is_video, is_text, num_frames, tokens = layout(stamped)
-    plan = plan_t2v(is_video, is_text, num_frames, tokens, patches=5)
+    is_video, num_frames, tokens = layout(stamped)
+    plan = plan_t2v(plan_videos(is_video, num_frames, tokens), patches=5)
     seen = frames_seen(plan, is_video.shape[1], 5)
     frame_of = is_video[0].cumsum(0).numpy() // tokens  # complete frames before each position
     whole = np.select([frame_of < 3, frame_of < 4, frame_of < 6], [0, 3, 4], 6)
-    assert np.array_equal(seen, np.where(is_text[0], whole, 0))
+    assert np.array_equal(seen, np.where(is_video[0], 0, whole))
     # Text up to the end of the image, and up to the end of the second video: no group for each time.
-    assert plan.num_visible == [15, 20, 30]
+    assert [group.keys for group in plan.groups] == [15, 20, 30]
 
 
 @pytest.mark.parametrize("scope", ["video", "frame"])
 def test_pooled_tokens_attend_as_without_times(stamped, processor, scope):
-    is_video, _, num_frames, tokens = layout(stamped)
-    plan = plan_v2v(is_video, num_frames, tokens, 5, scope)
+    is_video, num_frames, tokens = layout(stamped)
+    plan = plan_v2v(plan_videos(is_video, num_frames, tokens), tokens, 5, scope)
     plain = batch_of(processor, SAMPLES[0])["input_ids"] == processor.video_token_id
-    without = plan_v2v(plain, num_frames, tokens, 5, scope)
-    assert plan.num_visible == without.num_visible
-    assert torch.equal(plan.frame_GQ, without.frame_GQ)
-    at = is_video[0].nonzero()[:, 0]
-    assert torch.equal(plan.rows_GQ[plan.valid_GQ], at)
+    without = plan_v2v(plan_videos(plain, num_frames, tokens), tokens, 5, scope)
+    assert plan.groups == without.groups
+    assert torch.equal(plan.frame_N, without.frame_N)
+    assert torch.equal(plan.rows_N, is_video[0].nonzero()[:, 0])
 
 
 def test_the_exported_plan_is_the_same(stamped):
-    is_video, is_text, num_frames, tokens = layout(stamped)
-    grouped = plan_t2v(is_video, is_text, num_frames, tokens, patches=1)
+    is_video, num_frames, tokens = layout(stamped)
+    grouped = plan_t2v(plan_videos(is_video, num_frames, tokens), patches=1)
     _, dense = plan_densely(is_video, num_frames, 6, tokens, "video")
     assert np.array_equal(frames_seen(grouped, is_video.shape[1], 1), dense.visible_BLF[0].sum(-1).numpy())
-    rows, frames = grouped.rows_GQ[grouped.valid_GQ], grouped.frame_GQ[grouped.valid_GQ]
-    assert torch.equal(dense.query_frame_BL[0, rows], frames)
+    assert torch.equal(dense.query_frame_BL[0, grouped.rows_N], grouped.frame_N)
 
 
 def test_times_of_some_videos_may_be_those_of_their_files():

@@ -349,8 +349,16 @@ def test_impossible_inputs_and_layers_are_refused(variant, processor):
         model(**batch, past_key_values=cache)
     with pytest.raises(ValueError, match="pixel_values are given without num_frames"):
         model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
-    with pytest.raises(ValueError, match="num_frames adds up to 3, but 2 frames were given"):
+    with pytest.raises(ValueError, match="3 frames of 4 tokens need 12"):
+        model(**batch | {"num_frames": torch.tensor([[3]]), "plan": None})
+    with pytest.raises(ValueError, match="num_frames adds up to 2, but 1 frames were given"):
+        model(**batch | {"pixel_values": batch["pixel_values"][:1]})
+    with pytest.raises(RuntimeError, match="plan is of another batch"):
         model(**batch | {"num_frames": torch.tensor([[3]])})
+    with pytest.raises(RuntimeError, match="plan is of another batch"):
+        model(**batch | {"attention_mask": batch["attention_mask"] * (batch["input_ids"] != batch["input_ids"][0, -1])})
+    with pytest.raises(RuntimeError, match="plan is of another batch"):
+        model(**batch | {"input_ids": batch["input_ids"].flip(1)})
     too_long = {"input_ids": torch.ones(1, 2049, dtype=torch.int64)}
     with pytest.raises(
         ValueError, match=r"2049 positions, but the decoder takes 2048 .*pool_stride \(now 4 tokens/frame\)"
@@ -359,3 +367,28 @@ def test_impossible_inputs_and_layers_are_refused(variant, processor):
     for wrong in ([3, 1], [1, 1], [4], [-1]):
         with pytest.raises(Exception, match=r"cross_attention_layers is .* ascending numbers from 0 to 3"):
             variant(cross_attention_layers=wrong)
+
+
+def test_interleaved_images_take_memory_linear_in_their_number(variant, processor):
+    """Each stretch of text sees all images before it; their keys are not copied for each."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+            self.elements = max([self.elements, *(x.numel() for x in tensors)])
+            return out
+
+    model = variant().train()
+    largest = []
+    for images in (16, 32, 64):
+        parts = [part for i in range(images) for part in ({"type": "image"}, {"type": "text", "text": f"{i}"})]
+        talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": "red"}]
+        batch = processor([talk], [[random_frames(1, i) for i in range(images)]])
+        with Largest() as recorded:
+            model(**batch).loss.backward()
+        largest.append(recorded.elements)
+    assert largest[1] <= 2.01 * largest[0]
+    assert largest[2] <= 2.01 * largest[1]

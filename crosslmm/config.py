@@ -71,7 +71,7 @@ class ModelConfig(Section):
     encoder_chunk: Count = setting(4, FREE)
     """Frames that go through the vision encoder at once; more is faster and takes more memory [frames]."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting("sdpa", FREE)
-    """Attention kernels. auto is flash_attention_2 where GPUs with bf16 and the `flash` extra exist, else sdpa."""
+    """Attention kernels. auto is the fastest that was measured, sdpa; flash_attention_2 needs the `flash` extra."""
 
 
 class DataConfig(Section):
@@ -201,6 +201,9 @@ class TrainConfig(Section):
     it. A run keeps what was chosen when it began."""
     activation_checkpointing: bool = setting(False, FREE)
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    compile: bool = setting(False, FIXED)
+    """Compile the model's blocks with torch.compile, which fuses their small kernels: minutes at the start of each
+    worker, and a C++ compiler on CPUs. Results differ from those without it by rounding."""
     checkpoint_every: Count = setting(500, FREE)
     """Interval between checkpoints; one more comes at the end [steps]."""
     keep_checkpoints: Count = setting(2, FREE)

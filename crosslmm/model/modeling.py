@@ -379,9 +379,10 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x_BLD.shape[1], device=x_BLD.device) + seen)[None]
-        # The layers do not get `position_ids`: flash attention would look for several sequences in a row in each layer.
         attention = {
             "attention_mask": self._causal_mask(x_BLD, attention_mask, given, past_key_values),
+            # Flash attention looks in them for several sequences in a row, in each layer, and waits for the answer.
+            "position_ids": given if past_key_values is None else None,
             "position_embeddings": decoder.rotary_emb(x_BLD, position_ids),
             "past_key_values": past_key_values,
         }

@@ -236,6 +236,12 @@ def test_frozen_components_stay_in_bf16_with_checkpointing(tmp_path):
     assert all(name.startswith("projector.") or ".v2v." in name for name in changed)
 
 
+def test_compiled_blocks_train_like_eager_ones(tmp_path, two_ranks):
+    compiled = spawn(2, tmp_path, overrides=("--train.compile=true", "--train.activation_checkpointing=true"))
+    for step, values in two_ranks[0].items():
+        assert compiled[step] == pytest.approx(values, rel=1e-4)
+
+
 def test_two_ranks_from_features_equal_one_process(tmp_path):
     """A rank whose micro-batch is text only takes the same path through the model as one with features."""
     features = ("--data.features=somewhere", "--train.learning_rate.vision=0")

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from crosslmm.config import TrainConfig
 from crosslmm.model import CrossLMMForConditionalGeneration
 from crosslmm.model.adapters.lora import prepare_training
+from crosslmm.model.compilation import compile_blocks
 from crosslmm.model.param_groups import fsdp_units
 
 
@@ -25,7 +26,8 @@ def parallelize(
 
     Args:
         build: builds the model: with weights if its argument is true, otherwise (on the meta device) only shapes.
-        config: precision, activation checkpointing, learning rates (a component with rate 0 is frozen), and adapters.
+        config: precision, activation checkpointing, compilation, learning rates (a component with rate 0 is frozen),
+            and adapters.
         device: device of the shards.
     """
     source = build(True) if dist.get_rank() == 0 else None
@@ -37,6 +39,8 @@ def parallelize(
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     _shard(model, config, device)
+    if config.compile:  # FSDP has replaced the classes of the layers, and its hooks stay outside of what is compiled
+        compile_blocks(model)
     model.to_empty(device=device)
     # `to_empty` unties tied weights.
     model.tie_weights()

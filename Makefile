@@ -63,7 +63,7 @@ test: .venv/.complete
 # repository at the installed version, which also has the tests of generation.
 conformance: .venv/.complete
 	$(BIN)/python tests/conformance/fetch.py $(TRANSFORMERS)
-	PYTHONPATH=.cache/conformance $(BIN)/python -m pytest -m conformance --override-ini addopts= --import-mode importlib \
+	RUN_SLOW=1 PYTHONPATH=.cache/conformance $(BIN)/python -m pytest -m conformance --override-ini addopts= --import-mode importlib \
 		--pythonwarnings ignore tests/conformance
 
 # Ten minutes of fuzzed files, among others.

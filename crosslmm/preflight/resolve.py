@@ -1,4 +1,4 @@
-"""Fill in what a configuration leaves open: the run's name, absolute storage, the sample data."""
+"""Fill in what a configuration leaves open: the run's name, absolute paths, the sample data."""
 
 from datetime import datetime
 from pathlib import Path
@@ -10,9 +10,13 @@ from crosslmm.data.video.decode import require_backend
 from crosslmm.model.adapters.base import require_no_adapter
 from crosslmm.model.loading import build_config
 
+WEIGHTS = ("vision_weights", "language_weights", "tokenizer", "init_from")
+"""Keys of `model` that name a file or folder, or a model on the hub."""
+
 
 def resolve_config(config: RunConfig) -> RunConfig:
-    """Return the configuration with a name, absolute storage and, for `data.manifest: sample`, generated data.
+    """Return the configuration with a name, absolute storage and local weights and, for `data.manifest: sample`,
+    generated data.
 
     Raises:
         BadConfig: the model's configuration is invalid, the decoder does not load, or storage or the tracking database
@@ -27,9 +31,21 @@ def resolve_config(config: RunConfig) -> RunConfig:
     data = config.data
     if data.manifest == "sample":
         data = data.model_copy(update=shapes.sample_manifests(storage.join(folder, "sample")))
+    # Workers have another working directory.
+    weights = {key: _absolute_if_local(getattr(config.model, key)) for key in WEIGHTS}
     return config.model_copy(
-        update={"name": config.name or datetime.now().strftime("%Y%m%d-%H%M%S"), "storage": folder, "data": data}
+        update={
+            "name": config.name or datetime.now().strftime("%Y%m%d-%H%M%S"),
+            "storage": folder,
+            "data": data,
+            "model": config.model.model_copy(update=weights),
+        }
     )
+
+
+def _absolute_if_local(uri: str | None) -> str | None:
+    is_path = uri not in (None, "tiny") and Path(str(uri)).exists()
+    return storage.absolute(str(uri)) if is_path else uri
 
 
 def require_durable(key: str, uri: str) -> None:

@@ -262,12 +262,13 @@ def _report(
     total_steps: int,
 ) -> str:
     """Write the report to the sweep's folder and its MLflow run -> path or URI of the page."""
-    encoder = "frozen" if not config.train.learning_rate.vision else "trained"
+    encoder = _short(config.model.vision_weights) if config.model.vision_weights else "random weights"
+    learns = "trained" if config.train.learning_rate.vision else "frozen"
     facts = {
         "Steps per trial": f"{total_steps}, of {config.train.global_batch_size} samples",
         "Data": f"{', '.join(map(_short, config.data.manifests))}; {config.data.num_frames} frames per video",
         "Validation": _short(str(config.data.validation_manifest)),
-        "Vision encoder": f"{config.model.vision_weights or 'random weights'}, {encoder}",
+        "Vision encoder": f"{encoder}, {learns}",
         "Points rejected before they started": f"{len(search.rejected)}",
         "MLflow run": record.run_id,
     }

@@ -17,8 +17,10 @@ from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
 from crosslmm.data.collate import Sample, collate_for_validation
 from crosslmm.data.feature_format import to_bf16
+from crosslmm.model.compilation import compile_blocks
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.train import checkpoint, loop
+from crosslmm.train.distributed import parallel
 from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.optim import build_optimizer
 from tests.support.common import conversation, open_gates, random_frames
@@ -110,6 +112,7 @@ def train(
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous-{ranks}-{resume}-{stop}", rank=rank,
                             world_size=ranks)  # fmt: skip
     config = run_config(ranks, *overrides)
+    parallel.compile_blocks = functools.partial(compile_blocks, backend="aot_eager")  # inductor takes four minutes
     model, processor = sharded(config, 0.3, device)
     optimizer = build_optimizer(model, config.train)
     group, losses, first = dist.new_group(backend="gloo"), {}, 0

@@ -13,7 +13,7 @@ from crosslmm.model.param_groups import freeze
 from crosslmm.run_folder import MODEL_CONFIG_FILE
 from crosslmm.train.optim import build_optimizer, set_learning_rate
 
-STEPS, BATCH, FRAMES = 200, 32, 4
+STEPS, BATCH, FRAMES = 300, 32, 4
 SETTINGS = {
     "model.vision.patch_size": 8, "model.pool_stride": 6, "model.language.max_position_embeddings": 4096,
     "train.learning_rate.vision": 0, "train.learning_rate.decoder": 2e-3, "train.warmup_steps": 20,
@@ -25,7 +25,7 @@ WITHOUT = {"model.cross_attention_every": 0, "train.learning_rate.v2v": 0, "trai
 
 
 def train_and_export(folder: Path, cross_attention: bool) -> Path:
-    """Train a model on generated needles for a minute, and write it as a run does."""
+    """Train a model on generated needles for a minute or two, and write it as a run does."""
     arguments = SETTINGS | (WITH if cross_attention else WITHOUT)
     config = parse_run([f"--{key}={value}" for key, value in arguments.items()], "")
     processor = build_processor(config.model)

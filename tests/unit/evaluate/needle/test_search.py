@@ -21,7 +21,7 @@ from tests.support.common import ROOT
 from tests.support.evaluations import export_model
 from tests.support.needles import train_and_export
 
-pytestmark = pytest.mark.timeout(1800)  # two models are trained, a minute each on a quiet core
+pytestmark = pytest.mark.timeout(1800)  # two models are trained, one to two minutes each on a quiet core
 FRAMES, DEPTHS, VIDEOS = [4, 16], [0.0, 50.0, 100.0], 8
 
 

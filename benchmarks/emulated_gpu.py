@@ -50,7 +50,7 @@ class Counts:
         self.launches: Counter[str] = Counter()
 
     def take(self) -> dict[str, Counter[str]]:
-        """Return what was counted since the last call."""
+        """Return the counts since the last call, and start again from zero."""
         taken = {name: Counter(counter) for name, counter in vars(self).items()}
         for counter in vars(self).values():
             counter.clear()

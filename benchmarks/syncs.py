@@ -89,7 +89,7 @@ def build_run(*overrides: str) -> RunConfig:
 
 
 def of_step(config: RunConfig, attention: str) -> Counted:
-    """Return what is counted in a training step; the process group must be initialised."""
+    """Return the counts of the last of `STEPS` training steps; the process group must be initialised."""
     with Emulation():
         processor = build_processor(config.model)
         model = _on_gpu(config, processor, attention)
@@ -107,7 +107,7 @@ def of_step(config: RunConfig, attention: str) -> Counted:
 
 
 def of_token(config: RunConfig, attention: str, padded: bool) -> Counted:
-    """Return what is counted for a token of an answer, prompt and first tokens left out."""
+    """Return the counts per generated token: those of a longer answer less those of a shorter one."""
     with Emulation():
         processor = build_processor(config.model)
         model = _on_gpu(config, processor, attention).eval()
@@ -122,7 +122,7 @@ def of_token(config: RunConfig, attention: str, padded: bool) -> Counted:
 
 
 class _LastStep(Callbacks):
-    """Keeps what was counted in the last step."""
+    """Keeps the counts of the last step."""
 
     counted: Counted
 

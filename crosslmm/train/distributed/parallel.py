@@ -39,7 +39,7 @@ def parallelize(
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     _shard(model, config, device)
-    if config.compile:  # FSDP has replaced the classes of the layers, and its hooks stay outside of what is compiled
+    if config.compile:  # after sharding: FSDP replaces the layers' classes, and its hooks must not be compiled
         compile_blocks(model)
     model.to_empty(device=device)
     # `to_empty` unties tied weights.

@@ -3,6 +3,7 @@
 import functools
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -308,8 +309,11 @@ def test_loss_from_features_matches_loss_from_pixels(model, processor, samples):
     pixels, from_features = processor(*samples), with_features(processor, model, *samples)
     assert "pixel_values" not in from_features
     assert from_features["features"].dtype == torch.bfloat16
-    for key in from_features.keys() - {"features"}:
+    for key in from_features.keys() - {"features", "plan"}:
         assert torch.equal(from_features[key], pixels[key])
+    ours, theirs = from_features["plan"], pixels["plan"]
+    assert torch.equal(ours.indices_N, theirs.indices_N)
+    assert replace(ours, indices_N=None) == replace(theirs, indices_N=None)
     unrounded = model.encode(pixels["pixel_values"])
     exact = {**from_features, "features": unrounded}
     assert torch.equal(model(**exact).loss, model(**pixels).loss)

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -167,6 +167,19 @@ class LoraConfig(Section):
     frozen. A projector or cross-attention with a rate that is not among them trains whole."""
 
 
+Recomputed = Literal["none", "selective", "full"]
+"""What the backward pass computes again of a layer: nothing; all but matrix products and attention, whose results are
+kept; everything."""
+
+
+class Checkpointing(NamedTuple):
+    """What is computed again, by part of the model."""
+
+    encoder: Recomputed
+    decoder: Recomputed
+    """With its cross-attentions."""
+
+
 class TrainConfig(Section):
     """Training."""
 
@@ -199,8 +212,12 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = setting("fp32", FIXED, FEATURES)
     """Compute precision. bf16 keeps float32 weights and reduces gradients in float32; auto is bf16 on GPUs that support
     it. A run keeps what was chosen when it began."""
-    activation_checkpointing: bool = setting(False, FREE)
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    activation_checkpointing: (
+        bool | Literal["auto", "none", "selective", "full"] | dict[Literal["encoder", "decoder"], Recomputed]
+    ) = setting(False, FREE)
+    """What the backward pass computes again instead of keeping it: none (false), selective (all but matrix products and
+    attention: little time, most of the memory that can be had so cheaply), full (true), or {encoder: ..., decoder:
+    ...}. auto chooses at each start what the GPU's memory allows; `python jobs/plan.py` says what that would be."""
     compile: bool = setting(False, FIXED)
     """Compile the model's blocks with torch.compile, which fuses their small kernels: minutes at the start of each
     worker, and a C++ compiler on CPUs. Results differ from those without it by rounding."""
@@ -216,6 +233,25 @@ class TrainConfig(Section):
     max_new_tokens: Count | None = setting(None, FREE, COMPARED)
     """Length limit of a generated answer in validation; null takes it from the longest answer of the validation set. A
     limit shorter than one of these answers is refused [tokens]."""
+
+    @model_validator(mode="after")
+    def _compiled_blocks_are_recomputed_whole(self) -> "TrainConfig":
+        if self.compile and self.activation_checkpointing != "auto" and "selective" in self.checkpointing:
+            raise ValueError(
+                "activation_checkpointing selective, and compile: a compiled block is computed again as a whole; use "
+                "none, full or auto"
+            )
+        return self
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """What is recomputed, by part; `auto` has been replaced by then."""
+        chosen = self.activation_checkpointing
+        assert chosen != "auto", "crosslmm.preflight replaces it"
+        if isinstance(chosen, dict):
+            return Checkpointing(chosen.get("encoder", "none"), chosen.get("decoder", "none"))
+        of_both: Recomputed = ("full" if chosen else "none") if isinstance(chosen, bool) else chosen
+        return Checkpointing(of_both, of_both)
 
     @property
     def adapted(self) -> frozenset[str]:

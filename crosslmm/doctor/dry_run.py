@@ -38,7 +38,8 @@ def train_two_steps(config: RunConfig, manifests: Sequence[Manifest], folder: st
         if busy := _resources_in_use(short):
             remedy = "wait for that job, or stop it (`ray job list`), and run the doctor again"
             return Finding("training", "", False, busy, remedy)
-        short = hardware.resolve_auto(short, hardware.detect(short, config.watchdog.startup_s))
+        detected = hardware.detect(short, config.watchdog.startup_s)
+        short = hardware.resolve_checkpointing(hardware.resolve_auto(short, detected), detected)
         features = open_features(short, Rows(list(manifests)))
         with lease.look(storage.join(short.storage, str(short.name)), "dry run", "wait").take() as fence:
             job = build_job(short, list(manifests), None, features, fence)

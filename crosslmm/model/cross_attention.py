@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -47,6 +48,8 @@ class GatedCrossAttention(nn.Module):
     """
 
     is_causal = False
+    left_out = False
+    """Whether the layer leaves this branch out: one with a gate at zero that does not learn adds nothing."""
 
     def __init__(self, config: Any, layer_idx: int, rotary: bool) -> None:
         super().__init__()
@@ -258,10 +261,10 @@ class DualCrossAttentionLayer(GradientCheckpointingLayer):
         x_BLD = self._attend_to_itself(hidden_states, past_key_values=past_key_values, **attention)
         # The branches do not affect each other: V2V writes to visual positions only, T2V to text positions only.
         # V2V needs no cache: visual positions are processed once.
-        if self.v2v is not None and visual is not None:
+        if self.v2v is not None and not self.v2v.left_out and visual is not None:
             x_BLD = self.v2v(x_BLD, visual.v2v, tokens_FPD, visual)
         # Called without videos too: under FSDP every rank must run every module.
-        if self.t2v is not None:
+        if self.t2v is not None and not self.t2v.left_out:
             x_BLD = self.t2v(x_BLD, visual.t2v if visual is not None else None, tokens_FPD, visual, past_key_values)
         return self._feed_forward(x_BLD)
 
@@ -270,3 +273,19 @@ class DualCrossAttentionLayer(GradientCheckpointingLayer):
 
     def _feed_forward(self, x_BLD: Tensor) -> Tensor:
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+
+
+@torch.no_grad()
+def leave_out_closed_branches(model: nn.Module) -> None:
+    """Leave out each cross-attention that adds nothing and never will: its gate is zero, and nothing in it learns, as
+    in T2V during stage 1.
+
+    Args:
+        model: with its final weights; if sharded, all processes call this. On the meta device, gates count as zero,
+            where they begin.
+    """
+    for branch in model.modules():
+        if isinstance(branch, GatedCrossAttention):
+            learns = any(parameter.requires_grad for parameter in branch.parameters())
+            gate = branch.gate.full_tensor() if isinstance(branch.gate, DTensor) else branch.gate
+            branch.left_out = not learns and (gate.is_meta or not gate.any())

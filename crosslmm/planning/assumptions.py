@@ -1,5 +1,6 @@
 """What a plan assumes: GPUs, prices, speeds and data. Imports nothing heavy: bad arguments are refused at once."""
 
+import itertools
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -36,6 +37,14 @@ GPUS = {
     "b200": Gpu(180e9, {"bf16": 2250e12, "fp32": 75e12}, 5.50),
 }
 
+
+def find_gpu(device: str) -> Gpu | None:
+    """Return the GPU of a device's name, such as "NVIDIA A100-SXM4-80GB"; None if it is not in `GPUS`."""
+    words = device.lower().replace("-", " ").replace("gb", "").split()
+    names = {*words, *("-".join(pair) for pair in itertools.permutations(words, 2))}
+    return next((gpu for name, gpu in GPUS.items() if name in names), None)
+
+
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
@@ -48,10 +57,11 @@ class Assumptions(Section):
     """GPU model."""
     price: Positive | None = None
     """Price of one GPU [USD/hour]; null uses the built-in example price."""
-    utilisation: PositiveShare | tuple[PositiveShare, PositiveShare] = (0.14, 0.3)
-    """Share of the GPU's dense FLOP/s that a training step reaches, counting recomputation as work; a number, or [low,
-    high]. Measured: 0.19 and 0.24, the two stages of the 2B in bf16 on one H200. The default is a quarter wider either
-    way, since neither another model nor several GPUs have been measured."""
+    hfu: PositiveShare | tuple[PositiveShare, PositiveShare] = (0.14, 0.3)
+    """Hardware FLOPs utilisation: share of the GPU's dense FLOP/s that a training step reaches, with what the backward
+    pass computes again; a number, or [low, high]. MFU, without it, follows. Measured: 0.19 and 0.24, the two stages of
+    the 2B in bf16 on one H200 (MFU 0.18 and 0.19). The default is a quarter wider either way, since neither another
+    model nor several GPUs have been measured."""
     reserve: Share = 0.1
     """Share of the GPU's memory reserved for CUDA's context, NCCL's buffers and fragmentation."""
     text_tokens: Count = 60
@@ -76,11 +86,11 @@ class Assumptions(Section):
 
     @model_validator(mode="after")
     def _low_comes_first(self) -> "Assumptions":
-        if self.utilisations.low > self.utilisations.high:
-            raise ValueError(f"utilisation: {self.utilisation} is not [low, high]")
+        if self.hfus.low > self.hfus.high:
+            raise ValueError(f"hfu: {self.hfu} is not [low, high]")
         return self
 
     @property
-    def utilisations(self) -> Range:
-        """Low and high end of `utilisation`."""
-        return Range(*(self.utilisation if isinstance(self.utilisation, tuple) else [self.utilisation] * 2))
+    def hfus(self) -> Range:
+        """Low and high end of `hfu`."""
+        return Range(*(self.hfu if isinstance(self.hfu, tuple) else [self.hfu] * 2))

@@ -10,9 +10,11 @@ from torch import nn
 
 from crosslmm.config import BadConfig, LearningRates, ModelConfig, RunConfig
 from crosslmm.model.adapters.lora import prepare_training
+from crosslmm.model.cross_attention import leave_out_closed_branches
 from crosslmm.model.loading import build_config
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.param_groups import COMPONENTS, component_of, fsdp_units
+from crosslmm.model.recomputation import checkpoint_activations
 from crosslmm.model.vision_encoder import ChunkedEncoderLayer
 from crosslmm.planning.meta_trace import Trace, trace
 
@@ -71,6 +73,20 @@ def check_lengths(
             f"positions, but the decoder takes {longest} (model.language.max_position_embeddings): "
             "use fewer frames or a larger model.pool_stride"
         )
+
+
+def longest_sample(config: RunConfig, text_tokens: int, stamp_tokens: int) -> tuple[int, int, int]:
+    """Return frames, text tokens and tokens of a frame's time of the longest sample that the decoder takes: one of
+    `data.num_frames` and `text_tokens`, or less where that is longer than its context.
+
+    Raises:
+        BadConfig: the model cannot be built.
+    """
+    model = empty_model(config.model)
+    stamp_tokens = stamp_tokens if config.data.timestamps else 0
+    room, of_frame = model.config.text_config.max_position_embeddings, model.config.tokens_per_frame + stamp_tokens
+    frames = max(1, min(config.data.num_frames, (room - 1) // of_frame))
+    return frames, max(1, min(text_tokens, room - frames * of_frame)), stamp_tokens
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
@@ -175,7 +191,7 @@ class Memory:
     """Parameters: the shards, and the FSDP units that are gathered at the peak."""
     gradients: int
     optimizer: int
-    """AdamW's two moments, and temporaries of its step as far as they exceed the memory freed by activations."""
+    """AdamW's two moments."""
     activations: int
     """Activations, temporaries, and the input frames."""
     logits: int
@@ -192,8 +208,8 @@ class Memory:
 def training_trace(config: RunConfig, frames: int, text_tokens: int, stamp_tokens: int = 0) -> Trace:
     """Trace forward and backward of one micro-batch on the meta device.
 
-    The trace accounts for checkpointing, frozen components, chunks and freed tensors. It is independent of the number
-    of workers.
+    The trace accounts for checkpointing, frozen components, chunks, freed tensors, and stored features, which need no
+    encoder. It is independent of the number of workers.
 
     Args:
         config: the run; its `data.num_frames` is ignored.
@@ -206,10 +222,14 @@ def training_trace(config: RunConfig, frames: int, text_tokens: int, stamp_token
     """
     model = training_model(config)
     check_lengths(model, frames, text_tokens, stamp_tokens)
-    if config.train.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, config.train.checkpointing)
+    if config.model.init_from is None:
+        leave_out_closed_branches(model)
     model.train()
     batch = _batch(model, config.train.micro_batch_size, frames, text_tokens, stamp_tokens)
+    if config.data.features:
+        shape = len(batch.pop("pixel_values")), model.config.patches_per_frame, model.config.vision_config.hidden_size
+        batch["features"] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     batch["labels"] = torch.full_like(batch["input_ids"], -100)
     batch["labels"][:, -text_tokens:] = TEXT
     return _trace(model, config, batch, lambda: model(**batch, num_items_in_batch=1).loss.backward())
@@ -279,7 +299,7 @@ def _trace(
     return trace(
         call,
         parameters=[*model.parameters(), *model.buffers()],
-        inputs=[batch["pixel_values"]],
+        inputs=[batch.get("pixel_values", batch.get("features"))],
         vocabulary=model.config.text_config.vocab_size,
         fused_norm=config.scaling.use_gpu,
         identical_layers=[
@@ -302,8 +322,6 @@ class _Layout:
 
     weights: int
     trainable: int
-    largest_group: int
-    """Largest parameter group of the optimizer: its step allocates one temporary per element of the group."""
     root: int
     root_trainable: int
     largest_unit: int
@@ -321,18 +339,15 @@ class _Layout:
                 unit_of.setdefault(parameter, number)
         units: Counter[int] = Counter()
         units_trainable: Counter[int] = Counter()
-        groups: Counter[tuple[str, bool]] = Counter()
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             unit = unit_of.get(parameter, ROOT)
             units[unit] += parameter.numel()
             if parameter.requires_grad:
                 units_trainable[unit] += parameter.numel()
-                groups[component_of(name), parameter.ndim >= 2] += parameter.numel()
         root, root_trainable = units.pop(ROOT, 0), units_trainable.pop(ROOT, 0)
         return cls(
             weights=root + units.total(),
             trainable=root_trainable + units_trainable.total(),
-            largest_group=max(groups.values()),
             root=root,
             root_trainable=root_trainable,
             largest_unit=max(units.values()),
@@ -344,11 +359,10 @@ class _Layout:
         )
 
     def training(self, traced: Trace) -> Memory:
-        """Return the largest of three peaks: during the backward pass, at its end, and in the optimizer's step."""
+        """Return the larger of two peaks: during the backward pass, and at its end. The optimizer's step is fused, and
+        needs no memory of its own."""
         weights = FLOAT32 * self.weights // self.workers
         moments = MOMENTS * FLOAT32 * self.trainable // self.workers
-        gradients = FLOAT32 * self.trainable // self.workers
-        temporaries = FLOAT32 * self.largest_group // self.workers
         highest = traced.peak(with_kept=not self.sharded and not self.accumulates)
         backward = Memory(
             weights=weights + self._gathered,
@@ -359,10 +373,7 @@ class _Layout:
             kv_caches=0,
         )
         end = weights + self._gathered_root + moments + self._gradients_at_the_end
-        step = weights + moments + gradients + temporaries
-        # Where a later peak exceeds the first, add the difference to the part that causes it.
-        backward = replace(backward, gradients=backward.gradients + max(0, end - backward.total))
-        return replace(backward, optimizer=backward.optimizer + max(0, step - backward.total))
+        return replace(backward, gradients=backward.gradients + max(0, end - backward.total))
 
     @property
     def _gathered(self) -> int:

@@ -55,6 +55,8 @@ class Trace:
     """Numbers of the storages that outlive the pass."""
     flops: int
     """Floating-point operations of matrix products and convolutions; a multiply-accumulate counts as two."""
+    recomputed_flops: int
+    """Those among them that the backward pass computes again because their results were not kept."""
 
     @property
     def kept_bytes(self) -> int:
@@ -108,7 +110,9 @@ def trace(
     with _kernels(fused_norm), recorder, _run_once(recorder, identical_layers):
         result = call()
     kept = frozenset(number for number, _ in recorder.live.values())
-    traced = Trace(sum(t.nbytes for t in inputs), list(recorder.events), kept, recorder.flops)
+    traced = Trace(
+        sum(t.nbytes for t in inputs), list(recorder.events), kept, recorder.flops, recorder.recomputed_flops
+    )
     del result
     return traced
 
@@ -169,7 +173,7 @@ class _Recorder(TorchDispatchMode):
         self.vocabulary = vocabulary
         self.events: list[_Event] = []
         self.live: dict[int, tuple[int, weakref.ref]] = {}  # number of each live storage, by its id
-        self.flops = 0
+        self.flops = self.recomputed_flops = 0
         self._uncounted = {id(tensor.untyped_storage()): tensor for tensor in uncounted}
         self._count = itertools.count()
 
@@ -184,7 +188,11 @@ class _Recorder(TorchDispatchMode):
                 out = func(*args, **{**kwargs, "device": torch.device("cpu")})
         flops = FLASH_FLOPS.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
         if flops is not None:
-            self.flops += flops(*args, **kwargs, out_val=out)
+            count = flops(*args, **kwargs, out_val=out)
+            self.flops += count
+            # A backward pass has gradients disabled, but where it runs a part of the forward pass again.
+            if torch._C._current_graph_task_id() >= 0 and torch.is_grad_enabled():
+                self.recomputed_flops += count
         for tensor in _tensors(out):
             if tensor.is_meta:
                 self._record_allocation(tensor)

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from crosslmm.cli import preset_names, resolve_preset
-from crosslmm.config import BadConfig, LearningRates, RunConfig, validate_run
+from crosslmm.config import BadConfig, Checkpointing, LearningRates, RunConfig, validate_run
 from crosslmm.data.feature_format import BF16_BYTES
-from crosslmm.planning import cost
+from crosslmm.planning import checkpointing, cost
 from crosslmm.planning.assumptions import GPUS, Assumptions, Range
 from crosslmm.planning.meta_trace import Trace
 
@@ -65,8 +65,16 @@ class Row:
     """Peak of answering a question about one video, by part [bytes]."""
     fits: bool
     nearest_fit: Fit | None
+    checkpointing: dict[str, str]
+    """What the backward pass computes again, by part: as configured, or chosen for `auto`."""
     training_flops_per_sample: int
-    """FLOPs of forward, recomputation and backward."""
+    """FLOPs of the model, forward and backward."""
+    recomputed_flops_per_sample: int
+    """FLOPs that the backward pass spends on computing activations again."""
+    hfu: Range
+    """Hardware FLOPs utilisation, as assumed: all of these FLOPs over time and the GPU's peak."""
+    mfu: Range
+    """Model FLOPs utilisation: the same without what is computed again."""
     samples_per_s: Range
     decode_cores: Range
     """CPU cores needed to decode as fast as one GPU trains."""
@@ -147,23 +155,19 @@ def _text(config: RunConfig, assumptions: Assumptions) -> tuple[int, int]:
 def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     model, text = cost.empty_model(config.model), _text(config, assumptions)
     positions = cost.positions_of(model, frames, *text)
-    if config.train.micro_batch_tokens:
-        # All samples are assumed equally long, so a number of tokens is a number of samples.
-        samples_per_batch = config.train.micro_batch_tokens // positions
-        samples_per_batch = max(
-            1, min(samples_per_batch, config.train.global_batch_size // config.scaling.most_workers)
-        )
-        train = config.train.model_copy(update={"micro_batch_size": samples_per_batch, "micro_batch_tokens": None})
-        config = config.model_copy(update={"train": train})
+    available = usable_memory(assumptions)
+    chosen = checkpointing.choose(checkpointing.in_samples(config, positions), frames, *text, available=available)
+    config, traced, memory = chosen.config, chosen.traced, chosen.memory
     gpu, gpus, train = GPUS[assumptions.gpu], config.scaling.most_workers, config.train
     macs = cost.macs(model, frames, *text)
-    traced = cost.training_trace(config, frames, *text)
-    memory = cost.training_memory(config, traced)
-    fits = memory.total <= usable_memory(assumptions)
+    fits = memory.total <= available
 
-    flops_per_sample = traced.flops // train.micro_batch_size
-    peak = gpu.flops["bf16" if config.in_bf16 else "fp32"] / flops_per_sample
-    samples_per_s = Range(*(peak * utilisation for utilisation in assumptions.utilisations))
+    model_flops, recomputed_flops = (
+        count // train.micro_batch_size for count in (traced.flops - traced.recomputed_flops, traced.recomputed_flops)
+    )
+    all_flops = model_flops + recomputed_flops
+    peak = gpu.flops["bf16" if config.in_bf16 else "fp32"]
+    samples_per_s = Range(*(peak * hfu / all_flops for hfu in assumptions.hfus))
     video_bytes = assumptions.video_seconds * assumptions.bitrate / 8
     weights = cost.FLOAT32 * sum(cost.parameters(model).values())
     learning = cost.FLOAT32 * cost.learning(config)
@@ -188,7 +192,11 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
         answering_memory_bytes=vars(cost.answering_memory(config, frames, *text)),
         fits=fits,
         nearest_fit=None if fits else _nearest_fit(config, frames, assumptions, traced),
-        training_flops_per_sample=flops_per_sample,
+        checkpointing=train.checkpointing._asdict(),
+        training_flops_per_sample=model_flops,
+        recomputed_flops_per_sample=recomputed_flops,
+        hfu=assumptions.hfus,
+        mfu=Range(*(hfu * model_flops / all_flops for hfu in assumptions.hfus)),
         samples_per_s=samples_per_s,
         decode_cores=Range(*(s * assumptions.video_seconds / assumptions.decode_speed for s in samples_per_s)),
         s3_bytes_per_s=Range(*(s * video_bytes for s in samples_per_s)),
@@ -241,8 +249,8 @@ def _nearest_fit(config: RunConfig, frames: int, assumptions: Assumptions, trace
     return None
 
 
-def _trace_key(config: RunConfig, frames: int) -> tuple[int, bool, int]:
-    return config.train.micro_batch_size, config.train.activation_checkpointing, frames
+def _trace_key(config: RunConfig, frames: int) -> tuple[int, Checkpointing, int]:
+    return config.train.micro_batch_size, config.train.checkpointing, frames
 
 
 def _changes(config: RunConfig, frames: int, gpu: str) -> Iterator[tuple[str, RunConfig, int, str]]:
@@ -254,9 +262,9 @@ def _changes(config: RunConfig, frames: int, gpu: str) -> Iterator[tuple[str, Ru
         micro //= 2
         settings = {"train.micro_batch_size": micro} | ({"train.micro_batch_tokens": None} if tokens else {})
         yield from _changed(config, settings, frames, gpu)
-    if not config.train.activation_checkpointing:
-        yield from _changed(config, {"train.activation_checkpointing": True}, frames, gpu)
-        settings = {**settings, "train.activation_checkpointing": True}
+    if config.train.checkpointing != ("full", "full"):
+        yield from _changed(config, {"train.activation_checkpointing": "full"}, frames, gpu)
+        settings = {**settings, "train.activation_checkpointing": "full"}
         yield from _changed(config, settings, frames, gpu)
     while (workers := workers * 2) <= MOST_GPUS:
         yield from _changed(config, {**settings, "scaling.num_workers": workers}, frames, gpu)

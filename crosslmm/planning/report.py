@@ -59,6 +59,11 @@ def _lines(row: Row) -> Iterator[tuple[str, str]]:
     yield "answering: KV caches for one video [GB]", f"{row.answering_memory_bytes['kv_caches'] / 1e9:,.2f}"
     yield "answering: total [GB]", f"{sum(row.answering_memory_bytes.values()) / 1e9:,.2f}"
     yield "fits", "yes" if row.fits else "no"
+    yield "recomputed in the backward pass: encoder, decoder", ", ".join(row.checkpointing.values())
+    yield "training FLOPs per sample: model [T]", f"{row.training_flops_per_sample / 1e12:,.2f}"
+    yield "training FLOPs per sample: recomputed [T]", f"{row.recomputed_flops_per_sample / 1e12:,.2f}"
+    yield "HFU, assumed", _range(row.hfu, ".2f")
+    yield "MFU", _range(row.mfu, ".2f")
     yield "samples per second and GPU", _range(row.samples_per_s, ",.3f")
     yield "CPU cores for decoding per GPU", _range(row.decode_cores, ",.2f")
     yield "storage bandwidth per GPU [MB/s]", _range(row.s3_bytes_per_s, ",.2f", 1e6)

@@ -3,6 +3,7 @@
 `Search` is the searcher that Tune asks; `Candidates` makes a trial of a point, with its costs, or rejects it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import optuna
 from ray.tune.search import Searcher
 
 from crosslmm.config import BadConfig, RunConfig
-from crosslmm.planning import cost
+from crosslmm.planning import checkpointing, cost
 from crosslmm.planning.assumptions import GPUS, Assumptions
 from crosslmm.planning.plan import usable_memory
 from crosslmm.sweep import trials
@@ -176,12 +177,13 @@ class Candidates:
         if self.sweep.max_macs and macs > self.sweep.max_macs:
             limit = f"--max_macs allows {self.sweep.max_macs:,.0f}"
             raise BadConfig(f"prefill needs {macs:,} MACs without the vision encoder; {limit}")
-        traced = cost.training_trace(config, frames, TEXT_TOKENS, STAMP_TOKENS * config.data.timestamps)
-        memory = cost.training_memory(config, traced).total
-        if (gpu := self.sweep.gpu) and memory > usable_memory(Assumptions(gpu=gpu)):
-            available = GPUS[gpu].memory_bytes
+        available = usable_memory(Assumptions(gpu=gpu)) if (gpu := self.sweep.gpu) else math.inf
+        text = TEXT_TOKENS, STAMP_TOKENS * config.data.timestamps
+        memory = checkpointing.choose(config, frames, *text, available=available).memory.total
+        if gpu and memory > available:
+            holds = GPUS[gpu].memory_bytes
             raise BadConfig(
-                f"training needs {memory / 1e9:,.1f} GB, more than the {available / 1e9:.0f} GB of --gpu {gpu} hold"
+                f"training needs {memory / 1e9:,.1f} GB, more than the {holds / 1e9:.0f} GB of --gpu {gpu} hold"
             )
         trial = Trial(number, point, values, model.config.tokens_per_frame, macs, encoder_macs, memory)
         child = MlflowRun.create(

@@ -32,7 +32,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
             for (component, is_matrix), parameters in groups.items()
         ],
         betas=(0.9, 0.98),
-        foreach=True,
+        fused=True,
     )
 
 

@@ -20,6 +20,7 @@ from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.encode.recipe import open_features
 from crosslmm.model.loading import build_config, build_processor
 from crosslmm.planning.budget import NO_BUDGET, Budget, Meter
+from crosslmm.planning.utilisation import Utilisation
 from crosslmm.preflight import checks, connect, hardware, placement
 from crosslmm.preflight.answer_length import answer_limit
 from crosslmm.preflight.resolve import resolve_config
@@ -106,7 +107,7 @@ def run_training(config: RunConfig, trial: TrialContext | None = None, budget: B
     if trial is None:
         checks.require_ready(config, manifests)
     detected = hardware.detect(config)
-    config = hardware.resolve_auto(config, detected)
+    config = hardware.resolve_checkpointing(hardware.resolve_auto(config, detected), detected)
     features = open_features(config, Rows([*manifests, *([validation] if validation else [])]))
     with contextlib.nullcontext(claim.fence) if isinstance(claim, TrialContext) else claim.take() as fence:
         job = build_job(config, manifests, validation, features, fence)
@@ -116,7 +117,7 @@ def run_training(config: RunConfig, trial: TrialContext | None = None, budget: B
         _log_summary(job, manifests, record, computes_on)
         meter = Meter(budget, config.scaling.most_workers, run_folder.read_run(folder).get("worker_seconds", 0.0))
         with _log_in(folder):
-            monitor = _train(job, record, trial, meter)
+            monitor = _train(job, record, trial, meter, Utilisation.of(config, detected.gpu))
     if record.model_uri:
         log.info("registered %s, now %s, from run %s", record.model_version, record.model_uri, record.run_id)
     return TrainingResult(
@@ -161,9 +162,15 @@ def _begin(
     return tracking.BackgroundSync(job.folder, job.config.tracking, require_owner=job.fence.require_lately)
 
 
-def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None, meter: Meter) -> TrainingMonitor:
+def _train(
+    job: Job,
+    record: tracking.BackgroundSync,
+    trial: TrialContext | None,
+    meter: Meter,
+    utilisation: Utilisation | None,
+) -> TrainingMonitor:
     """Run the workers to the end, and close the record with the final status of the run, and why it ended."""
-    monitor = TrainingMonitor(job, record, trial.report if trial else None, meter)
+    monitor = TrainingMonitor(job, record, trial.report if trial else None, meter, utilisation)
     status, model_tags, ended = "FAILED", None, "failed"
     try:
         if trial:

@@ -42,6 +42,7 @@ from crosslmm.encode.recipe import require_encoder
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.adapters.base import Base, open_base
 from crosslmm.model.adapters.lora import require_open_gates
+from crosslmm.model.cross_attention import leave_out_closed_branches
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.run_folder import MODEL_CONFIG_FILE, MODEL_FOLDER, NON_FINITE_FOLDER, log_uri
 from crosslmm.storage.shipped_log import ShippedLog, output_files
@@ -111,6 +112,7 @@ def _train(job: Job, rank: int) -> None:
     if newest:
         checkpoint.load(state, model, optimizer)
         state.clear()
+    leave_out_closed_branches(model)
     if rank == 0:
         job.events.post.remote("started", (first_step, *_count_parameters(model), dist.get_world_size()))
 

@@ -245,6 +245,13 @@ def test_compiled_blocks_train_like_eager_ones(tmp_path, two_ranks):
         assert compiled[step] == pytest.approx(values, rel=1e-4)
 
 
+def test_recomputed_layers_train_like_kept_ones(tmp_path, two_ranks):
+    by_part = "--train.activation_checkpointing={encoder: selective, decoder: selective}"
+    recomputed = spawn(2, tmp_path, overrides=(by_part,))
+    for step, values in two_ranks[0].items():
+        assert recomputed[step] == pytest.approx(values, rel=1e-6)
+
+
 def test_two_ranks_from_features_equal_one_process(tmp_path):
     """A rank whose micro-batch is text only takes the same path through the model as one with features."""
     features = ("--data.features=somewhere", "--train.learning_rate.vision=0")

@@ -15,6 +15,7 @@ from crosslmm.model import CrossLMMForConditionalGeneration
 from crosslmm.model.adapters.lora import prepare_training
 from crosslmm.model.compilation import compile_blocks
 from crosslmm.model.param_groups import fsdp_units
+from crosslmm.model.recomputation import checkpoint_activations
 
 
 def parallelize(
@@ -36,8 +37,7 @@ def parallelize(
     with torch.device("meta"):
         model = build(False)
     prepare_training(model, config)
-    if config.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, config.checkpointing)
     _shard(model, config, device)
     if config.compile:  # after sharding: FSDP replaces the layers' classes, and its hooks must not be compiled
         compile_blocks(model)

@@ -265,7 +265,7 @@ def test_nearest_setting_that_fits_is_reported(measured, monkeypatch):
 
 
 def test_time_price_and_bandwidth_follow_from_the_assumptions(measured):
-    assumed = Assumptions(gpu="h100", price=2.0, utilisation=0.5, samples=1000, video_seconds=31, bitrate=8e6)
+    assumed = Assumptions(gpu="h100", price=2.0, hfu=0.5, samples=1000, video_seconds=31, bitrate=8e6)
     (row,) = plan(measured, [4], assumed).rows
     seconds = row.training_flops_per_sample / (0.5 * GPUS["h100"].flops["fp32"])
     workers, epochs = measured.scaling.num_workers, measured.train.epochs
@@ -293,8 +293,8 @@ def test_traffic_and_storage_are_priced_by_their_arguments(measured):
 
 
 def test_hours_and_price_range_with_the_utilisation(measured):
-    def row(utilisation):
-        return plan(measured, [4], Assumptions(utilisation=utilisation)).rows[0]
+    def row(hfu):
+        return plan(measured, [4], Assumptions(hfu=hfu)).rows[0]
 
     low, high, both = row(0.2), row(0.4), row((0.2, 0.4))
     assert both.samples_per_s == pytest.approx((low.samples_per_s.low, high.samples_per_s.low))
@@ -338,7 +338,7 @@ def test_job_prints_a_table_and_the_assumptions(run_job):
     for words in (
         "attention products",
         "KV caches",
-        "--utilisation [0.14, 0.3]",
+        "--hfu [0.14, 0.3]",
         " to ",
         "not in the price",
         "--decode_speed 62.0",
@@ -356,9 +356,9 @@ def test_job_prints_a_table_and_the_assumptions(run_job):
         (["--gpu", "abacus"], "h100"),
         (["--gpus", "7"], "multiple of 7"),
         (["--price", "-1"], "greater than 0; got: -1"),
-        (["--utilisation", "[0.4,0.2]"], "is not [low, high]"),
-        (["--utilisation", "2"], "utilisation"),
-        (["--utilization", "0.5"], "did you mean utilisation?"),
+        (["--hfu", "[0.4,0.2]"], "is not [low, high]"),
+        (["--hfu", "2"], "hfu"),
+        (["--hfuu", "0.5"], "did you mean hfu?"),
     ],
 )
 def test_bad_arguments_give_one_line_and_status_2(run_job, argv, words):

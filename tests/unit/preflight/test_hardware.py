@@ -1,5 +1,7 @@
 """Detected hardware decides precision and kernels; object stores and worker environments."""
 
+import dataclasses
+
 import pytest
 
 from crosslmm.cli import parse_run, preset_names
@@ -12,12 +14,13 @@ from crosslmm.preflight.hardware import (
     describe,
     object_store_warning,
     resolve_auto,
+    resolve_checkpointing,
     worker_environment,
 )
 from crosslmm.preflight.placement import NodePool
 
-H100 = Hardware("NVIDIA H100", bf16=True, nccl="2.27.3")
-V100 = Hardware("Tesla V100", bf16=False, nccl="2.27.3")
+H100 = Hardware("NVIDIA H100", memory_bytes=85e9, bf16=True, nccl="2.27.3")
+V100 = Hardware("Tesla V100", memory_bytes=16.9e9, bf16=False, nccl="2.27.3")
 AUTO = ("--train.precision=auto", "--model.attention=auto")
 
 
@@ -88,3 +91,21 @@ def test_the_users_gpu_environment_takes_precedence(monkeypatch):
     assert worker_environment(run("--scaling.use_gpu=true")) == GPU_ENVIRONMENT
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     assert worker_environment(run("--scaling.use_gpu=true"))["NCCL_DEBUG"] == "INFO"
+
+
+def test_what_is_recomputed_follows_from_the_memory_of_the_gpu(caplog):
+    auto = run("--train.activation_checkpointing=auto", "--scaling.use_gpu=true")
+    assert resolve_checkpointing(auto, H100).train.checkpointing == ("none", "none")
+    assert "recomputes" not in describe(resolve_checkpointing(auto, H100), H100)
+    tiny = dataclasses.replace(H100, memory_bytes=1e6)
+    small = resolve_checkpointing(auto, tiny)
+    assert small.train.checkpointing == ("full", "full")
+    assert "a step needs" in caplog.text
+    assert "recomputes full encoder and full decoder" in describe(small, tiny)
+    # No memory is known on CPUs, and what is explicit is kept.
+    on_cpus = run("--train.activation_checkpointing=auto")
+    assert resolve_checkpointing(on_cpus, Hardware()).train.checkpointing == ("none", "none")
+    explicit = run("--train.activation_checkpointing={decoder: selective}")
+    assert resolve_checkpointing(explicit, tiny) == explicit
+    # A resume may choose anew.
+    assert not changes(*(resolve_checkpointing(auto, gpu).model_dump(mode="json") for gpu in (H100, tiny)))

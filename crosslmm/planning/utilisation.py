@@ -1,0 +1,56 @@
+"""MFU and HFU of a run while it trains, from its speed."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from crosslmm.config import RunConfig
+from crosslmm.planning import cost
+from crosslmm.planning.assumptions import Assumptions, find_gpu
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """Turns the speed of a run into its utilisation of the GPUs."""
+
+    model_flops: float
+    """FLOPs of the model per frame, forward and backward, with the text that belongs to it."""
+    hardware_flops: float
+    """The same with what the backward pass computes again."""
+    peak: float
+    """Dense FLOP/s of one GPU."""
+
+    @classmethod
+    def of(cls, config: RunConfig, gpu: str | None) -> Self | None:
+        """Return that of a run; None on CPUs, and on a GPU whose peak is not known.
+
+        The FLOPs are those of a sample with `data.num_frames` frames and as much text as plans assume.
+
+        Args:
+            config: the run, without `auto`.
+            gpu: name that the driver gives the GPU.
+
+        Raises:
+            BadConfig: the model cannot be built.
+        """
+        known = find_gpu(gpu) if gpu else None
+        if known is None:
+            return None
+        assumed = Assumptions()
+        sample = cost.longest_sample(config, assumed.text_tokens, assumed.stamp_tokens)
+        traced = cost.training_trace(config, *sample)
+        frames = sample[0] * config.train.micro_batch_size
+        return cls(
+            model_flops=(traced.flops - traced.recomputed_flops) / frames,
+            hardware_flops=traced.flops / frames,
+            peak=known.flops["bf16" if config.in_bf16 else "fp32"],
+        )
+
+    def at(self, frames_per_s: float, gpus: int) -> dict[str, float]:
+        """Return `mfu` and `hfu`.
+
+        Args:
+            frames_per_s: speed of all GPUs together [frames/s].
+            gpus: number of GPUs.
+        """
+        share = frames_per_s / (self.peak * gpus)
+        return {"mfu": self.model_flops * share, "hfu": self.hardware_flops * share}

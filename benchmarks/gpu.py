@@ -1,12 +1,15 @@
 """Measure training and prefill on a GPU at the paper's sizes: python -m benchmarks.gpu [--json].
 
-(a) Training steps of the presets on one GPU, through `crosslmm.train`: NCCL, FSDP, bf16, checkpointed activations. Peak
-    memory compared with the prediction of `jobs/plan.py` (`ratio_...`, limit 0.8 to 1.2), and the share of the GPU's
-    dense FLOP/s, counting recomputation as work: the `utilisation` that the planner assumes.
+(a) Training steps of the presets on one GPU, through `crosslmm.train`: NCCL, FSDP, bf16, and as much recomputed as the
+    memory asks for. Peak memory compared with the prediction of `jobs/plan.py` (`ratio_...`, limit 0.8 to 1.2), and the
+    share of the GPU's dense FLOP/s: `mfu_...`, and with what is recomputed `hfu_...`, which plans assume. Each setting
+    also with compiled blocks (`compiled_over_eager_...`, the time of a step).
 (b) Prefill of CrossLMM and of the LLaVA-OneVision of Transformers in bf16, alternating: time, and peak memory above the
     weights, with logits of every position or the last one; reductions averaged over the numbers of frames, as in the
     paper for the 7B.
 (c) Training steps with flash-attn, if installed, relative to SDPA (`flash_over_sdpa`).
+
+`python -m benchmarks.profile_step` says where the time of a step goes.
 
 Weights are random, which affects neither time nor memory. What does not fit the GPU's memory is left out.
 """
@@ -15,7 +18,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import itertools
 import os
 import statistics
 import sys
@@ -34,9 +36,11 @@ from benchmarks.model import PAPER, Ours, Theirs, prefill, reduction
 from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
 from crosslmm.model import CrossLMMForConditionalGeneration
+from crosslmm.model.cross_attention import leave_out_closed_branches
 from crosslmm.model.loading import build_config
-from crosslmm.planning.assumptions import GPUS, Assumptions
+from crosslmm.planning.assumptions import Assumptions, find_gpu
 from crosslmm.planning.cost import TEXT, VIDEO, training_memory, training_trace
+from crosslmm.preflight.hardware import detect_local, resolve_checkpointing
 from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.loop import Callbacks, Metrics, StepBatch, pinned, train
 from crosslmm.train.optim import build_optimizer
@@ -62,21 +66,27 @@ class Setting(NamedTuple):
     frames: int
     micro_batch: int
     attention: str = "sdpa"
+    compile: bool = False
+    from_features: bool = False
+    """The encoder's features are given instead of frames."""
 
     @property
     def name(self) -> str:
         """Name of the setting in the figures."""
-        kernels = "" if self.attention == "sdpa" else "_flash"
-        return f"{self.model}_{self.stage}_frames{self.frames}x{self.micro_batch}{kernels}".replace("-", "")
+        size = f"frames{self.frames}" + (f"x{self.micro_batch}" if self.micro_batch > 1 else "")
+        marks = {"features": self.from_features, "flash": self.attention != "sdpa", "compiled": self.compile}
+        return "_".join([self.model, self.stage, size, *(m for m, given in marks.items() if given)]).replace("-", "")
 
 
 SETTINGS = [
     Setting("paper-2b", "stage-1", 32, 4),
     Setting("paper-2b", "stage-2", 64, 1),
     Setting("paper-2b", "stage-2", 256, 1),
+    Setting("paper-2b", "stage-1", 64, 4, from_features=True),
     Setting("paper-7b", "stage-1", 64, 1),
 ]
 WITH_FLASH = [setting._replace(attention="flash_attention_2") for setting in SETTINGS[:3]]
+COMPILED = [setting._replace(compile=True) for setting in SETTINGS[:3]]
 
 
 def build_run(setting: Setting) -> RunConfig:
@@ -85,22 +95,28 @@ def build_run(setting: Setting) -> RunConfig:
         [
             f"--config={setting.model}", f"--config={setting.stage}", f"--data.num_frames={setting.frames}",
             f"--model.attention={setting.attention}", "--train.precision=bf16", "--scaling.num_workers=1",
+            f"--train.compile={setting.compile}".lower(), *(["--data.features=given"] if setting.from_features else []),
             f"--train.micro_batch_size={setting.micro_batch}", f"--train.global_batch_size={setting.micro_batch}",
         ],
         "",
     )  # fmt: skip
 
 
-def batch(config: RunConfig, side: int, tokens_per_frame: int) -> BatchFeature:
-    """Return a micro-batch of noise videos with text, all of it labelled."""
+def batch(config: RunConfig, model: Any) -> BatchFeature:
+    """Return a micro-batch of noise videos, or their features, with text, all of it labelled."""
     frames, size = config.data.num_frames, config.train.micro_batch_size
+    side, tokens_per_frame = model.vision_config.image_size, model.tokens_per_frame
+    visual = {"pixel_values": torch.randint(0, 256, (size * frames, 3, side, side), dtype=torch.uint8)}
+    if config.data.features:
+        patches, width = model.patches_per_frame, model.vision_config.hidden_size
+        visual = {"features": torch.randn(size * frames, patches, width, dtype=torch.bfloat16)}
     input_ids = torch.tensor([[VIDEO] * frames * tokens_per_frame + [TEXT] * TEXT_TOKENS] * size)
     return BatchFeature({
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
         "labels": input_ids.masked_fill(input_ids == VIDEO, -100),
-        "pixel_values": torch.randint(0, 256, (size * frames, 3, side, side), dtype=torch.uint8),
         "num_frames": torch.tensor([[frames]] * size),
+        **visual,
     })  # fmt: skip
 
 
@@ -117,7 +133,8 @@ class Seconds(Callbacks):
 
 def trained(setting: Setting) -> dict[str, float]:
     """Train; return the time per step [s], and peak memory allocated and reserved after building the model [bytes]."""
-    config, device = build_run(setting), torch.device("cuda")
+    device = torch.device("cuda")
+    config = resolve_checkpointing(build_run(setting), detect_local())
 
     def build(weights: bool) -> CrossLMMForConditionalGeneration:
         model_config = build_config(config.model, video_token_id=VIDEO)
@@ -128,7 +145,8 @@ def trained(setting: Setting) -> dict[str, float]:
     model: Any = parallelize(build, config.train, device)
     reset_memory()
     optimizer = build_optimizer(model, config.train)
-    made = batch(config, model.config.vision_config.image_size, model.config.tokens_per_frame)
+    leave_out_closed_branches(model)
+    made = batch(config, model.config)
     callbacks = Seconds()
     # Each step copies its batch to the GPU, as in a run.
     train(
@@ -143,7 +161,7 @@ def trained(setting: Setting) -> dict[str, float]:
 
 def training(settings: list[Setting]) -> Iterator[dict[str, Any]]:
     """Yield measurement and prediction of each setting."""
-    peak = next((gpu.flops["bf16"] for name, gpu in GPUS.items() if name in _words(torch.cuda.get_device_name())), None)
+    gpu = find_gpu(torch.cuda.get_device_name())
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     for setting in settings:
         row: dict[str, Any] = {"setting": setting.name}
@@ -153,24 +171,24 @@ def training(settings: list[Setting]) -> Iterator[dict[str, Any]]:
             row["step_s"] = None
         reset_memory()
         if row["step_s"] is not None:
-            row["predicted_bytes"], row["flops"] = planned(setting._replace(attention="sdpa"))
-            row["utilisation"] = peak and row["flops"] / row["step_s"] / peak
+            row |= planned(setting._replace(attention="sdpa"))
+            for name in ("mfu", "hfu"):
+                row[name] = gpu and row[f"{name}_flops"] / row["step_s"] / gpu.flops["bf16"]
         yield row
     dist.destroy_process_group()
 
 
-def _words(device: str) -> set[str]:
-    """Return possible keys of `GPUS` for a device name, such as a100-80 for NVIDIA A100-SXM4-80GB."""
-    words = device.lower().replace("-", " ").replace("gb", "").split()
-    return {*words, *("-".join((a, b)) for a, b in itertools.permutations(words, 2))}
-
-
 @functools.cache
-def planned(setting: Setting) -> tuple[int, int]:
-    """Return memory [bytes] and FLOPs of a step as predicted by `jobs/plan.py`."""
-    config = build_run(setting)
+def planned(setting: Setting) -> dict[str, Any]:
+    """Return what is recomputed, and memory [bytes] and FLOPs of a step as `jobs/plan.py` predicts them."""
+    config = resolve_checkpointing(build_run(setting), detect_local())
     traced = training_trace(config, setting.frames, TEXT_TOKENS)
-    return training_memory(config, traced).total, traced.flops
+    return {
+        "recomputed": list(config.train.checkpointing),
+        "predicted_bytes": training_memory(config, traced).total,
+        "mfu_flops": traced.flops - traced.recomputed_flops,
+        "hfu_flops": traced.flops,
+    }
 
 
 def reset_memory() -> None:
@@ -249,24 +267,24 @@ def main() -> None:
         parser.error("no GPU found; python -m benchmarks.model and benchmarks.memory run on CPUs")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as crosslmm.preflight.hardware sets it
     flash = WITH_FLASH if is_flash_attn_2_available() else []
-    rows = list(printed(training([*SETTINGS, *flash])))
+    rows = list(printed(training([*SETTINGS, *flash, *COMPILED])))
     prefill_rows = {preset: prefills(preset) for preset in ("paper-2b", "paper-7b")}
     figures: dict[str, float] = {}
     for row in rows:
         if row["step_s"] is not None:
             figures[f"ratio_{row['setting']}"] = row["predicted_bytes"] / row["allocated_bytes"]
-            if row["utilisation"] is not None:
-                figures[f"utilisation_{row['setting']}"] = row["utilisation"]
+            figures |= {f"{name}_{row['setting']}": row[name] for name in ("mfu", "hfu") if row[name] is not None}
     for preset, preset_rows in prefill_rows.items():
         size = preset.removeprefix("paper-")
         for figure, pick in PICKS.items():
             if both := [row for row in preset_rows if len(pick(row)) == 2]:
                 figures[f"{figure}_{size}"] = reduction(both, pick)
     by_name = {row["setting"]: row["step_s"] for row in rows}
-    for setting in flash:
-        sdpa, packed = by_name[setting._replace(attention="sdpa").name], by_name[setting.name]
-        if sdpa and packed:
-            figures[f"flash_over_sdpa_{setting.name}"] = packed / sdpa
+    pairs = [("flash_over_sdpa", setting, setting._replace(attention="sdpa")) for setting in flash]
+    pairs += [("compiled_over_eager", setting, setting._replace(compile=False)) for setting in COMPILED]
+    for name, setting, plain in pairs:
+        if by_name[setting.name] and by_name[plain.name]:
+            figures[f"{name}_{plain.name}"] = by_name[setting.name] / by_name[plain.name]
     table = _training_table(rows)
     report("gpu training", table, {}, None, False)
     report(
@@ -280,8 +298,8 @@ def main() -> None:
 
 def _training_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title=f"training steps on one {torch.cuda.get_device_name()}")
-    for heading in ("setting", "step [s]", "utilisation", "allocated [GB]", "reserved [GB]", "predicted [GB]",
-                    f"predicted / allocated (limit 1 ± {LIMIT})"):  # fmt: skip
+    for heading in ("setting", "step [s]", "MFU", "HFU", "recomputed", "allocated [GB]", "reserved [GB]",
+                    "predicted [GB]", f"predicted / allocated (limit 1 ± {LIMIT})"):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for row in rows:
         if row["step_s"] is None:
@@ -289,9 +307,12 @@ def _training_table(rows: list[dict[str, Any]]) -> Table:
             continue
         ratio = row["predicted_bytes"] / row["allocated_bytes"]
         gigabytes = (f"{row[key] / 1e9:.1f}" for key in ("allocated_bytes", "reserved_bytes", "predicted_bytes"))
-        utilisation = f"{row['utilisation']:.2f}" if row["utilisation"] else "unknown GPU"
+        utilisations = (f"{row[name]:.2f}" if row[name] else "unknown GPU" for name in ("mfu", "hfu"))
         missed = "" if abs(ratio - 1) <= LIMIT else "  MISSED"
-        table.add_row(row["setting"], f"{row['step_s']:.3f}", utilisation, *gigabytes, f"{ratio:.3f}{missed}")
+        recomputed = ", ".join(row["recomputed"])
+        table.add_row(
+            row["setting"], f"{row['step_s']:.3f}", *utilisations, recomputed, *gigabytes, f"{ratio:.3f}{missed}"
+        )
     return table
 
 

@@ -134,6 +134,7 @@ def _train(setting: Setting, rank: int, port: int) -> int:
     from crosslmm.model import CrossLMMForConditionalGeneration
     from crosslmm.model.adapters.lora import prepare_training
     from crosslmm.model.loading import build_config
+    from crosslmm.model.recomputation import checkpoint_activations
     from crosslmm.train.distributed.parallel import parallelize
     from crosslmm.train.optim import build_optimizer
 
@@ -155,8 +156,7 @@ def _train(setting: Setting, rank: int, port: int) -> int:
     else:
         model = build(True)
         prepare_training(model, config.train)
-        if setting.checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model, config.train.checkpointing)
     model.train()
     optimizer = build_optimizer(model, config.train)
     pooled, side = setting.frames * model.config.tokens_per_frame, model.config.vision_config.image_size

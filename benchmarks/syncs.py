@@ -24,6 +24,7 @@ from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
 from crosslmm.model import CrossLMMProcessor
 from crosslmm.model.loading import build_model, build_processor
+from crosslmm.model.recomputation import checkpoint_activations
 from crosslmm.train.loop import Callbacks, Metrics, StepBatch, train
 from crosslmm.train.optim import build_optimizer
 
@@ -93,8 +94,7 @@ def of_step(config: RunConfig, attention: str) -> Counted:
     with Emulation():
         processor = build_processor(config.model)
         model = _on_gpu(config, processor, attention)
-        if config.train.activation_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model, config.train.checkpointing)
         optimizer = build_optimizer(model, config.train)
         last = _LastStep()
         conversation = [_question(QUESTION), {"role": "assistant", "content": ANSWER}]

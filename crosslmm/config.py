@@ -201,6 +201,9 @@ class TrainConfig(Section):
     it. A run keeps what was chosen when it began."""
     activation_checkpointing: bool = setting(False, FREE)
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    balance_frames: bool = setting(True, FREE)
+    """Deal frames evenly to the workers for encoding, where their micro-batches have different numbers of frames.
+    Results differ from those without it by rounding."""
     compile: bool = setting(False, FIXED)
     """Compile the model's blocks with torch.compile, which fuses their small kernels: minutes at the start of each
     worker, and a C++ compiler on CPUs. Results differ from those without it by rounding."""

@@ -22,6 +22,7 @@ FRAMES = (
 """Frames of each sample, by step and micro-batch: a rank or more of text only, equal ranks, and fewer frames than
 ranks."""
 SAMPLES = 6
+RANKS = (1, 2, 3)
 ARMS = {
     "trainable": ("--train.activation_checkpointing=true",),
     "frozen": ("--train.learning_rate.vision=0",),
@@ -45,14 +46,19 @@ def micro_batches(processor, ranks: int, rank: int):
         yield [processor(talks[start : start + 2], videos[start : start + 2]) for start in starts]
 
 
-def train(rank: int, ranks: int, folder: Path) -> None:
+def train(rank: int, folder: Path) -> None:
+    """Train on one rank, on two and on three, as far as this rank takes part."""
     torch.set_num_threads(1)
     warnings.filterwarnings("error", category=UserWarning, module=r"torch\.distributed\.fsdp.*")
     forbid_pickles()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
-    arms = [arm for arm in ARMS if arm != "off" or ranks == 3]
-    seen = {arm: train_arm(run_config(ranks, *SETTING, *ARMS[arm]), ranks, rank) for arm in arms}
-    torch.save(seen, folder / f"seen-{rank}.pt")
+    for ranks in RANKS[rank:]:
+        method = f"file://{folder}/rendezvous-{ranks}"
+        dist.init_process_group("gloo", init_method=method, rank=rank, world_size=ranks)
+        arms = [arm for arm in ARMS if arm != "off" or ranks == 3]
+        seen = {arm: train_arm(run_config(ranks, *SETTING, *ARMS[arm]), ranks, rank) for arm in arms}
+        torch.save(seen, folder / f"{rank}-of-{ranks}.pt")
+        if ranks < max(RANKS):
+            dist.destroy_process_group()
     leave()
 
 
@@ -81,14 +87,11 @@ def train_arm(config, ranks: int, rank: int) -> dict:
     return seen
 
 
-def spawn(ranks: int, folder: Path) -> list[dict]:
-    torch.multiprocessing.spawn(train, (ranks, folder), nprocs=ranks)
-    return [torch.load(folder / f"seen-{rank}.pt") for rank in range(ranks)]
-
-
 @pytest.fixture(scope="module")
 def by_ranks(tmp_path_factory):
-    return {ranks: spawn(ranks, tmp_path_factory.mktemp(f"ranks-{ranks}")) for ranks in (1, 2, 3)}
+    folder = tmp_path_factory.mktemp("frames")
+    torch.multiprocessing.spawn(train, (folder,), nprocs=max(RANKS))
+    return {ranks: [torch.load(folder / f"{rank}-of-{ranks}.pt") for rank in range(ranks)] for ranks in RANKS}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

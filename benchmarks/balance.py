@@ -43,7 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     measured = {f"{PLANNED_RANKS} ranks, planned": planned()}
     with tempfile.TemporaryDirectory(prefix="balance-") as folder:
-        torch.multiprocessing.spawn(train_rank, (folder,), nprocs=max(RANKS))
+        torch.multiprocessing.spawn(train_rank, (folder,), nprocs=max(RANKS))  # type: ignore[attr-defined]
         alone, *several = (
             [json.loads((Path(folder) / f"{rank}-of-{ranks}.json").read_text()) for rank in range(ranks)]
             for ranks in RANKS

@@ -216,8 +216,11 @@ class TrainConfig(Section):
         bool | Literal["auto", "none", "selective", "full"] | dict[Literal["encoder", "decoder"], Recomputed]
     ) = setting(False, FREE)
     """What the backward pass computes again instead of keeping it: none (false), selective (all but matrix products and
-    attention: little time, most of the memory that can be had so cheaply), full (true), or {encoder: ..., decoder:
+    attention), full (true), or {encoder: ..., decoder:
     ...}. auto chooses at each start what the GPU's memory allows; `python jobs/plan.py` says what that would be."""
+    balance_frames: bool = setting(True, FREE)
+    """Deal frames evenly to the workers for encoding, where their micro-batches have different numbers of frames.
+    Results differ from those without it by rounding."""
     compile: bool = setting(False, FIXED)
     """Compile the model's blocks with torch.compile, which fuses their small kernels: minutes at the start of each
     worker, and a C++ compiler on CPUs. Results differ from those without it by rounding."""

@@ -4,6 +4,7 @@ Axis suffixes: B sample, M video of a sample, F frame (of all samples, concatena
 L position in the sequence, D width, N labelled position, C H W channel, height and width of a frame.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -116,6 +117,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         features: Tensor | None = None,
         num_frames: Tensor | None = None,
         plan: VideoPlan | None = None,
+        frame_exchange: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -141,6 +143,8 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
                 fewer videos.
             plan: of the same batch, from the processor. Without it, or if `input_ids` are longer by now, the model
                 makes one, for which the host waits for `input_ids`, `attention_mask` and `num_frames`.
+            frame_exchange: encodes the frames together with other ranks: called with `encode` and `pixel_values`, it
+                returns what `encode` alone would. Without it, the frames are encoded here.
             attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
             past_key_values: cache of the decoder, of any class; it also remembers the videos.
             inputs_embeds: (B, L, D), instead of the embeddings of `input_ids`. With both, `input_ids` only say where
@@ -195,7 +199,12 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
             if inputs_embeds is None:
                 # The id of a placeholder, whose embedding is overwritten, may lie outside the decoder's vocabulary.
                 inputs_embeds = self.get_input_embeddings()(cast(Tensor, input_ids).masked_fill(is_video_BL, 0))
-            features_FPD = self.encode(frames) if features is None else self._cast_features(frames)
+            if features is not None:
+                features_FPD = self._cast_features(features)
+            elif frame_exchange is not None:
+                features_FPD = frame_exchange(self.encode, frames)
+            else:
+                features_FPD = self.encode(frames)
             pooled_FVD = self.projector(pool(features_FPD, self.config.pool_stride, self.config.pooling))
             x_BLD = self._place(pooled_FVD, inputs_embeds, is_video_BL, plan)
             tokens_FPD = visual = None

@@ -21,6 +21,7 @@ from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.answering import greedy_answers
 from crosslmm.model.attention_plan import IGNORED
 from crosslmm.train.distributed.collectives import gather_json
+from crosslmm.train.distributed.frame_exchange import FrameExchange, even_loads
 from crosslmm.train.optim import set_learning_rate
 
 Metrics = dict[str, float]
@@ -153,11 +154,17 @@ def _train_step(
     """
     device = _device_of(model)
     _seed(config.seed, step)
-    labelled_tokens, passes, stop = _exchange_counts(batch, callbacks.stop_requested(), device)
+    most = config.train.global_batch_size // dist.get_world_size()
+    labelled_tokens, frames_of_passes, stop = _exchange_counts(batch, callbacks.stop_requested(), most, device)
     # FSDP needs every rank in every pass: ranks with fewer micro-batches repeat their last one, without labels.
-    micro_batches = [*batch.micro, *(_without_labels(batch.micro[-1]) for _ in range(len(batch.micro), passes))]
+    repeated = len(frames_of_passes) - len(batch.micro)
+    micro_batches = [*batch.micro, *(_without_labels(batch.micro[-1]) for _ in range(repeated))]
+    exchanges = [
+        FrameExchange.of_pass(of_ranks, dist.get_rank()) if config.train.balance_frames else None
+        for of_ranks in frames_of_passes
+    ]
     counts = _count(batch.micro, micro_batches, waited_s)
-    loss = _accumulate_gradients(model, micro_batches, labelled_tokens, device)
+    loss = _accumulate_gradients(model, micro_batches, exchanges, labelled_tokens, device)
     norm = _clip_gradients(model, config.train.max_grad_norm)
     sums = torch.cat([loss[None], _on_device(counts, device)])
     dist.all_reduce(sums)
@@ -184,6 +191,7 @@ def _train_step(
         "padding_share": 1 - tokens / padded_tokens,
         "samples_per_s": config.train.global_batch_size / seconds,
         "data_wait_share": mean_wait_s / seconds,
+        **_imbalance(frames_of_passes, config.train.balance_frames),
     }, stop
 
 
@@ -194,18 +202,42 @@ def _seed(seed: int, step: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-def _exchange_counts(batch: StepBatch, stop_requested: bool, device: torch.device) -> tuple[int, int, bool]:
-    """Return labelled tokens of all ranks, the largest number of micro-batches, and whether any rank is to stop."""
+def _exchange_counts(
+    batch: StepBatch, stop_requested: bool, most: int, device: torch.device
+) -> tuple[int, list[tuple[int, ...]], bool]:
+    """Exchange what all ranks have to know of the step; the host waits once.
+
+    Args:
+        most: micro-batches of a rank, at most: what ranks exchange has the same size on all of them.
+
+    Returns:
+        Labelled tokens of all ranks; for each pass, the frames that each rank has to encode (a pass is one micro-batch
+        of each rank, and those with fewer repeat their last one); and whether any rank is to stop.
+    """
     labelled = sum(int((micro["labels"][:, 1:] != IGNORED).sum()) for micro in batch.micro)
-    mine = _on_device(torch.tensor([[labelled, len(batch.micro), stop_requested]]), device)
-    counts = torch.empty(dist.get_world_size(), 3, dtype=torch.int64, device=device)
+    frames = [len(micro["pixel_values"]) if "pixel_values" in micro else 0 for micro in batch.micro]
+    frames += frames[-1:] * (most - len(frames))
+    mine = _on_device(torch.tensor([[labelled, len(batch.micro), stop_requested, *frames]]), device)
+    counts = torch.empty(dist.get_world_size(), mine.shape[1], dtype=torch.int64, device=device)
     dist.all_gather_single(counts, mine)
-    of_ranks, micro_batches, stops = zip(*counts.tolist(), strict=True)
-    return sum(of_ranks), max(micro_batches), any(stops)
+    of_ranks, micro_batches, stops, *frames_of_passes = zip(*counts.tolist(), strict=True)
+    return sum(of_ranks), frames_of_passes[: max(micro_batches)], any(stops)
+
+
+def _imbalance(frames_of_passes: list[tuple[int, ...]], balanced: bool) -> Metrics:
+    """Return the frames that the most loaded rank encodes over the mean: all ranks wait for it in each pass. Without
+    frames to encode (text, stored features), nothing."""
+    loads = [even_loads(of_ranks) if balanced else of_ranks for of_ranks in frames_of_passes]
+    total = sum(map(sum, loads))
+    return {"frame_imbalance": sum(map(max, loads)) * dist.get_world_size() / total} if total else {}
 
 
 def _accumulate_gradients(
-    model: Any, micro_batches: list[BatchFeature], labelled_tokens: int, device: torch.device
+    model: Any,
+    micro_batches: list[BatchFeature],
+    exchanges: list[FrameExchange | None],
+    labelled_tokens: int,
+    device: torch.device,
 ) -> torch.Tensor:
     """Add the gradients of all micro-batches; return this rank's part of the loss, whose sum over ranks is the loss.
 
@@ -214,13 +246,14 @@ def _accumulate_gradients(
     world_size, divisor = dist.get_world_size(), max(labelled_tokens, 1)
     loss = torch.zeros((), device=device)
     model.train()
-    for micro in micro_batches:
+    for micro, exchange in zip(micro_batches, exchanges, strict=True):
         # Gradients are reduced after every micro-batch: without that, unsharded float32 gradients would be kept.
         # FSDP averages gradients over ranks, where the sum is needed: hence world_size.
         # The division happens here because FSDP in bf16 would round a divisor that is passed to the model.
         loss_rows = _on_device(_loss_rows(micro), device)
         inputs = micro.to(device, non_blocking=True)
-        part = model(**inputs, loss_rows=loss_rows, num_items_in_batch=1).loss * (world_size / divisor)
+        out = model(**inputs, frame_exchange=exchange, loss_rows=loss_rows, num_items_in_batch=1)
+        part = out.loss * (world_size / divisor)
         part.backward()
         loss += part.detach() / world_size
     return loss

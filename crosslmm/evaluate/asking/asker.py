@@ -1,4 +1,5 @@
-"""Asks a model about videos: each video is encoded once, whatever number of questions there are about it."""
+"""Asks a model about videos: each video is encoded once, whatever number of questions there are about it, and where
+these save enough, the decoder reads it once as well."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -8,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, DynamicCache
 
 from crosslmm.data.collate import Sample
 from crosslmm.evaluate.questions.question import Messages, Question, conversation
@@ -20,6 +22,9 @@ BATCH_TOKENS = 16_384
 """Tokens of a batch of questions, padding included, unless a single one has more [tokens]."""
 BATCH_FRAMES = 1_024
 """Frames of a batch of questions, unless a single one has more [frames]."""
+SHARED_TOKENS = 1_024
+"""Tokens that the decoder need not read again, at least, where several questions share what it has read of a video;
+with fewer, larger batches save more [tokens]."""
 
 
 @dataclass(frozen=True)
@@ -139,19 +144,53 @@ class Asker:
         share = seconds / len(batch)
         return [replace(reply, seconds=reply.seconds + share) for reply in replies]
 
-    def _inputs(self, batch: list[_Prepared]) -> BatchFeature:
-        """Return the prompts of a batch, with the features of their videos in place of frames."""
+    def _inputs(self, batch: list[_Prepared]) -> dict[str, Any]:
+        """Return the prompts of a batch: with what the decoder has read of its video, if they share one, and otherwise
+        with the features of their videos in place of frames."""
+        prompts = self._prompts(batch)
+        shared = self._read_once(prompts, batch) if _shares_video(batch) else None
+        if shared is None:
+            prompts["features"] = torch.cat([_features(item) for item in batch])
+        return dict(shared or prompts.to(self.answerer.device))
+
+    def _read_once(self, prompts: BatchFeature, batch: list[_Prepared]) -> dict[str, Any] | None:
+        """Let the decoder read the tokens with which all prompts begin, once; return the prompts with them in a cache.
+        None if a video comes after these tokens.
+
+        A prompt keeps its length: what pads the shorter ones moves from before these tokens to behind them.
+        """
+        rows = [row[seen.bool()] for row, seen in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)]
+        shortest = min(map(len, rows)) - 1  # the last token is read in any case, for its logits
+        first = rows[0][:shortest]
+        same = torch.stack([row[:shortest] == first for row in rows]).all(dim=0)
+        prefix = int(same.cumprod(0).sum())
+        ends = [row[prefix:] for row in rows]
+        if any((end == self.processor.video_token_id).any() for end in ends):
+            return None
+        device, cache = self.answerer.device, DynamicCache(config=self.model.config.text_config)
+        read = BatchFeature({"input_ids": first[None, :prefix], "num_frames": prompts["num_frames"][:1]}).to(device)
+        self.model(**read, features=_features(batch[0]), past_key_values=cache, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(batch))
+        input_ids = pad_sequence(ends, batch_first=True, padding_side="left")
+        mask = pad_sequence([torch.ones_like(end) for end in ends], batch_first=True, padding_side="left")
+        before = read["input_ids"].expand(len(batch), -1)
+        return {
+            "input_ids": torch.cat([before, input_ids.to(device)], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(before), mask.to(device)], dim=1),
+            "past_key_values": cache,
+        }
+
+    def _prompts(self, batch: list[_Prepared]) -> BatchFeature:
         # The processor counts the frames of these arrays, which have no content.
         videos = [[np.zeros((len(run), 1, 1), np.uint16) for run in item.runs] for item in batch]
         times = [item.times for item in batch]
-        prompts = self.processor([item.messages for item in batch], videos, None, True, (1, 1), times=times)
-        frames = [[frame for run in item.runs for frame in run] for item in batch]
-        prompts["features"] = torch.cat([item.features[of_item] for item, of_item in zip(batch, frames, strict=True)])
-        return prompts.to(self.answerer.device)
+        return self.processor([item.messages for item in batch], videos, None, True, (1, 1), times=times)
 
     def _generate(self, batch: list[_Prepared]) -> list[Reply]:
         """Return the greedy answers."""
-        tokens = greedy_tokens(self.model, self._inputs(batch), self.max_new_tokens)
+        inputs = self._inputs(batch)
+        cache = {"past_key_values": inputs.pop("past_key_values", None)}
+        tokens = greedy_tokens(self.model, BatchFeature(inputs), self.max_new_tokens, **cache)
         # An answer ends at the first end token, and what follows is padding.
         ended = torch.isin(tokens, self._end_ids).cumsum(dim=1)
         counts = ((ended == 0).sum(dim=1) + (ended > 0).any(dim=1).int()).tolist()
@@ -193,7 +232,32 @@ class Asker:
         return result, time.perf_counter() - began
 
 
+def _features(item: _Prepared) -> Tensor:
+    """Return the features of the frames that a question shows, in its order."""
+    return item.features[[frame for run in item.runs for frame in run]]
+
+
+def _shares_video(batch: Sequence[_Prepared]) -> bool:
+    """Return whether all questions of a batch show the same frames, and enough is saved where these are read once."""
+    first = batch[0]
+    same = all(item.features is first.features and item.runs == first.runs for item in batch)
+    shortest = min(item.reply.prompt_tokens for item in batch)
+    return same and (len(batch) - 1) * shortest >= SHARED_TOKENS
+
+
 def _batches(prepared: Sequence[_Prepared]) -> Iterator[list[_Prepared]]:
+    """Yield batches of questions: those that share a video, then those of similar length, the longest first."""
+    of_video: dict[tuple[int, str], list[_Prepared]] = {}
+    for item in prepared:
+        of_video.setdefault((id(item.features), str(item.runs)), []).append(item)
+    sharing = [items for items in of_video.values() if _shares_video(items)]
+    for items in sharing:
+        yield from _by_length(items)
+    shared = {item.number for items in sharing for item in items}
+    yield from _by_length([item for item in prepared if item.number not in shared])
+
+
+def _by_length(prepared: Sequence[_Prepared]) -> Iterator[list[_Prepared]]:
     """Yield batches of questions of similar length, the longest first."""
     batch: list[_Prepared] = []
     longest = frames = 0

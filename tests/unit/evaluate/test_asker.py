@@ -67,6 +67,45 @@ def test_each_video_is_encoded_once(answerer, monkeypatch):
     assert encoded == [4, 3]
 
 
+@pytest.mark.parametrize("likelihood", [False, True])
+def test_the_decoder_reads_a_video_once_for_all_questions(answerer, monkeypatch, likelihood):
+    """Questions of different lengths, so that padding stands between the video and some of them."""
+    texts = [f"{'What is it? ' * (i % 4 + 1)}{i}" for i in range(8)]
+    choices = {"choices": ("A", "B")} if likelihood else {}
+    asked = [(watched(0, 8), [question(text, **choices) for text in texts]), (watched(1), [question("?", **choices)])]
+    monkeypatch.setattr(asking, "SHARED_TOKENS", 10**9)
+    apart = Asker(answerer, 6, likelihood)(asked)
+    monkeypatch.setattr(asking, "SHARED_TOKENS", 1)
+    read = []
+
+    def count(_, arguments, inputs):
+        read.append(int((inputs["input_ids"] == answerer.processor.video_token_id).sum()))
+
+    hook = answerer.model.register_forward_pre_hook(count, with_kwargs=True)
+    shared = Asker(answerer, 6, likelihood)(asked)
+    hook.remove()
+    texts, expected = ([reply.text for of_video in replies for reply in of_video] for replies in (shared, apart))
+    assert texts == expected
+    assert likelihood or len(set(texts)) > 1
+    for reply, other in zip(shared[0], apart[0], strict=True):
+        assert reply.likelihoods == pytest.approx(other.likelihoods, abs=2e-4)
+    assert sum(read) == (8 + 4) * answerer.model.config.tokens_per_frame
+
+
+def test_what_stands_before_a_video_is_not_shared(answerer, monkeypatch):
+    """Where the texts differ before the video, each prompt is read as a whole."""
+    monkeypatch.setattr(asking, "SHARED_TOKENS", 1)
+    two = watched(0)
+
+    def before(text):
+        content = [{"type": "text", "text": text}, {"type": "video"}]
+        return Question("1", ("v.mp4",), [{"role": "user", "content": content}], "")
+
+    (replies,) = Asker(answerer, 6)([(two, [before("One?"), before("Two, three?")])])
+    (one,), (other,) = (Asker(answerer, 6)([(two, [before(text)])])[0] for text in ("One?", "Two, three?"))
+    assert [reply.text for reply in replies] == [one.text, other.text]
+
+
 def test_batches_hold_as_much_as_they_may(answerer, monkeypatch):
     sizes = []
     generate = answerer.model.generate

@@ -216,8 +216,8 @@ class TrainConfig(Section):
         bool | Literal["auto", "none", "selective", "full"] | dict[Literal["encoder", "decoder"], Recomputed]
     ) = setting(False, FREE)
     """What the backward pass computes again instead of keeping it: none (false), selective (all but matrix products and
-    attention), full (true), or {encoder: ..., decoder:
-    ...}. auto chooses at each start what the GPU's memory allows; `python jobs/plan.py` says what that would be."""
+    attention), full (true), or {encoder: ..., decoder: ...}. auto chooses at each start what the GPU's memory allows;
+    `python jobs/plan.py` says what that would be."""
     balance_frames: bool = setting(True, FREE)
     """Deal frames evenly to the workers for encoding, where their micro-batches have different numbers of frames.
     Results differ from those without it by rounding."""

@@ -80,7 +80,8 @@ def preparation_killed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     folder = f"s3://lab/prepared/{name}"
     command = ["jobs/prepare.py", "convert", "s3://lab/data/train.jsonl", folder]
     attempts, at = _contend(lab, name, command, folder, "preparation")
-    return [*attempts, lab.start(name, f"--data.manifest={folder}").wait()], at
+    prepared = f"--data.manifest={folder}", "--data.roots=[s3://lab/data]"
+    return [*attempts, lab.start(name, *prepared).wait()], at
 
 
 @fault(

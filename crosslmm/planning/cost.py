@@ -299,7 +299,7 @@ def _trace(
     return trace(
         call,
         parameters=[*model.parameters(), *model.buffers()],
-        inputs=[batch.get("pixel_values", batch.get("features"))],
+        inputs=[batch["features" if "features" in batch else "pixel_values"]],
         vocabulary=model.config.text_config.vocab_size,
         fused_norm=config.scaling.use_gpu,
         identical_layers=[

@@ -154,9 +154,8 @@ def describe(config: RunConfig, hardware: Hardware) -> str:
     """Return device, precision, attention kernels and communication backend in one line."""
     kernels = f"{config.train.precision}, {config.model.attention}"
     if config.train.checkpointing != ("none", "none"):
-        kernels += ", recomputes " + " and ".join(
-            f"{how} {part}" for part, how in config.train.checkpointing._asdict().items()
-        )
+        encoder, decoder = config.train.checkpointing
+        kernels += f", recomputation: encoder {encoder}, decoder {decoder}"
     if hardware.gpu is None:
         return f"CPUs, {kernels}, gloo"
     return f"{hardware.gpu}, {kernels}, NCCL {hardware.nccl}"

@@ -96,12 +96,12 @@ def test_the_users_gpu_environment_takes_precedence(monkeypatch):
 def test_what_is_recomputed_follows_from_the_memory_of_the_gpu(caplog):
     auto = run("--train.activation_checkpointing=auto", "--scaling.use_gpu=true")
     assert resolve_checkpointing(auto, H100).train.checkpointing == ("none", "none")
-    assert "recomputes" not in describe(resolve_checkpointing(auto, H100), H100)
+    assert "recomputation" not in describe(resolve_checkpointing(auto, H100), H100)
     tiny = dataclasses.replace(H100, memory_bytes=1e6)
     small = resolve_checkpointing(auto, tiny)
     assert small.train.checkpointing == ("full", "full")
     assert "a step needs" in caplog.text
-    assert "recomputes full encoder and full decoder" in describe(small, tiny)
+    assert "recomputation: encoder full, decoder full" in describe(small, tiny)
     # No memory is known on CPUs, and what is explicit is kept.
     on_cpus = run("--train.activation_checkpointing=auto")
     assert resolve_checkpointing(on_cpus, Hardware()).train.checkpointing == ("none", "none")

@@ -377,7 +377,8 @@ def test_zero_frames_or_text_tokens_are_refused(config):
 
 @pytest.mark.parametrize("names", ["paper-2b", "paper-2b stage-2"])
 def test_running_identical_layers_once_gives_the_same_trace(names, monkeypatch):
-    config = parse_run([f"--config={name}" for name in names.split()], "")
+    arguments = [f"--config={name}" for name in names.split()]
+    config = parse_run([*arguments, "--train.activation_checkpointing=full"], "")
     once = cost.training_trace(config, 12, 20), cost.answering_memory(config, 12, 20)
     monkeypatch.setattr(meta_trace, "_run_once", lambda *_: contextlib.nullcontext())
     each = cost.training_trace(config, 12, 20), cost.answering_memory(config, 12, 20)

@@ -10,7 +10,7 @@ from crosslmm.config import DataConfig
 from crosslmm.data.video import mp4
 from crosslmm.data.video.container import open_container, require_animation_size, require_size
 from crosslmm.data.video.image import IMAGE_CODECS, read_webp_header, require_whole, stored_size
-from crosslmm.data.video.timeline import Timeline, has_index, open_stream
+from crosslmm.data.video.timeline import Timeline, has_index, index_of, open_stream
 
 
 @dataclass(frozen=True)
@@ -86,5 +86,5 @@ def _count_frames(container: InputContainer, stream: VideoStream, timeline: Time
         return timeline.frames, len(timeline.keyframes)
     if timeline.in_pieces or not has_index(container, stream):
         return None, None
-    shown = [entry.is_keyframe for entry in stream.index_entries if not entry.is_discard]
+    shown = [entry.is_keyframe for entry in index_of(stream) if not entry.is_discard]
     return len(shown) if timeline.lists_frames else None, sum(shown)

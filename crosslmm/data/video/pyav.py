@@ -30,6 +30,7 @@ from crosslmm.data.video.timeline import (
     clip_bounds,
     frame_ticks,
     has_index,
+    index_of,
     open_stream,
     rewind,
     scan,
@@ -183,20 +184,20 @@ class _Source:
         if self.timeline.keyframes is not None:
             number = int(np.searchsorted(self.timeline.keyframe_times, moment, "right")) - 1
             return self.timeline.keyframes[number] if number > 0 else None
-        index, delay = self.stream.index_entries, self._presentation_delay()
+        index, delay = index_of(self.stream), self._presentation_delay()
         number = index.search_timestamp(int(moment) - delay)
         return Keyframe(index[number].timestamp + delay, index[number].pos) if number > 0 else None
 
     def _presentation_delay(self) -> int:
         """Return how long after its time in the index a frame is shown [ticks]; an mp4's index has decoding times."""
         stream = self.stream
-        indexed = next((entry.timestamp for entry in stream.index_entries if not entry.is_discard), None)
+        indexed = next((entry.timestamp for entry in index_of(stream) if not entry.is_discard), None)
         return 0 if indexed is None or stream.start_time is None else max(0, stream.start_time - indexed)
 
     def _byte_ranges(self, segments: list[Segment]) -> list[tuple[int, int]]:
         """Return the bytes [start, end) that decoding the segments reads; empty if the index has no positions and
         sizes."""
-        index, delay = self.stream.index_entries, self._presentation_delay()
+        index, delay = index_of(self.stream), self._presentation_delay()
         if self.timeline.keyframes is not None or not has_index(self.container, self.stream):
             return []
         ranges = []

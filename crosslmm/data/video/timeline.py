@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -256,9 +256,14 @@ def scan(container: InputContainer, stream: VideoStream) -> Timeline:
     return timeline
 
 
+def index_of(stream: VideoStream) -> Any:
+    """Return libav's index of a stream; empty with an older PyAV, such as that of lmms-eval, which does not show it."""
+    return getattr(stream, "index_entries", ())
+
+
 def has_index(container: InputContainer, stream: VideoStream) -> bool:
     """Return whether libav's index names the keyframes of a stream."""
-    return len(stream.index_entries) > 0 and any(name in container.format.name for name in INDEXED_FORMATS)
+    return len(index_of(stream)) > 0 and any(name in container.format.name for name in INDEXED_FORMATS)
 
 
 def frame_ticks(stream: VideoStream) -> int:
@@ -278,7 +283,7 @@ def rewind(container: InputContainer) -> None:
 
 def _from_index(file: BinaryIO, container: InputContainer, stream: VideoStream) -> Timeline | None:
     """Return the times that index and last packets give; None if no packet follows the last keyframe."""
-    index, tick, entries = stream.index_entries, float(stream.time_base or 1), len(stream.index_entries)
+    index, tick, entries = index_of(stream), float(stream.time_base or 1), len(index_of(stream))
     start = index[0].timestamp if stream.start_time is None else stream.start_time
     without_pts = container.format.name == "avi"
     lists_all = without_pts or "mov" in container.format.name  # all frames, and not only keyframes
@@ -302,7 +307,7 @@ def _from_index(file: BinaryIO, container: InputContainer, stream: VideoStream) 
         only,
         without_pts=without_pts,
         lists_frames=lists_all,
-        in_pieces=lists_all and len(stream.index_entries) > entries,
+        in_pieces=lists_all and len(index_of(stream)) > entries,
     )
 
 

@@ -40,7 +40,7 @@ def _set(layer: Any, how: Recomputed) -> None:
         for name in ("_attend_to_itself", "_feed_forward"):
             layer.__dict__.pop(name, None)
             if how == "selective":
-                setattr(layer, name, functools.partial(_selectively, getattr(layer, name)))
+                setattr(layer, name, functools.partial(_selectively_in_training, layer, getattr(layer, name)))
     # The names under which Transformers' layers look for both.
     layer.gradient_checkpointing = how == "full" or (how == "selective" and not in_pieces)
     layer._gradient_checkpointing_func = (
@@ -51,3 +51,9 @@ def _set(layer: Any, how: Recomputed) -> None:
 def _selectively(function: Any, *inputs: Any, **options: Any) -> Any:
     contexts = functools.partial(create_selective_checkpoint_contexts, PRODUCTS)
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts, **options)
+
+
+def _selectively_in_training(layer: Any, function: Any, *inputs: Any, **options: Any) -> Any:
+    if not layer.training:
+        return function(*inputs, **options)
+    return _selectively(function, *inputs, **options)

@@ -151,10 +151,14 @@ def resolve_checkpointing(config: RunConfig, hardware: Hardware) -> RunConfig:
 
 
 def describe(config: RunConfig, hardware: Hardware) -> str:
-    """Return device, precision, attention kernels and communication backend in one line."""
+    """Return device, precision, attention kernels, recomputation and communication backend in one line.
+
+    A sweep's trials choose what they recompute themselves, and encoding recomputes nothing: `auto` is left out.
+    """
     kernels = f"{config.train.precision}, {config.model.attention}"
-    if config.train.checkpointing != ("none", "none"):
-        encoder, decoder = config.train.checkpointing
+    train = config.train
+    if train.activation_checkpointing != "auto" and train.checkpointing != ("none", "none"):
+        encoder, decoder = train.checkpointing
         kernels += f", recomputation: encoder {encoder}, decoder {decoder}"
     if hardware.gpu is None:
         return f"CPUs, {kernels}, gloo"

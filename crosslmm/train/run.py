@@ -111,13 +111,13 @@ def run_training(config: RunConfig, trial: TrialContext | None = None, budget: B
     features = open_features(config, Rows([*manifests, *([validation] if validation else [])]))
     with contextlib.nullcontext(claim.fence) if isinstance(claim, TrialContext) else claim.take() as fence:
         job = build_job(config, manifests, validation, features, fence)
-        computes_on = hardware.describe(config, detected)
+        computes_on, utilisation = hardware.describe(config, detected), Utilisation.of(config, detected.gpu)
         record = _begin(job, manifests, validation, features, trial)
         record.tag({**lease.this_process(), "computes_on": computes_on, ENDED: "not yet"})
         _log_summary(job, manifests, record, computes_on)
         meter = Meter(budget, config.scaling.most_workers, run_folder.read_run(folder).get("worker_seconds", 0.0))
         with _log_in(folder):
-            monitor = _train(job, record, trial, meter, Utilisation.of(config, detected.gpu))
+            monitor = _train(job, record, trial, meter, utilisation)
     if record.model_uri:
         log.info("registered %s, now %s, from run %s", record.model_version, record.model_uri, record.run_id)
     return TrainingResult(

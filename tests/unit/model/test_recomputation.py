@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from crosslmm.config import Checkpointing
+from crosslmm.model import recomputation
 from crosslmm.model.cross_attention import leave_out_closed_branches
 from crosslmm.model.param_groups import component_of
 from crosslmm.model.recomputation import checkpoint_activations
@@ -43,7 +44,9 @@ def test_gradients_are_the_same_however_much_is_recomputed(model, batch):
     expected = gradients(model, batch)
     for encoder, decoder in itertools.product(("none", "selective", "full"), repeat=2):
         checkpoint_activations(model, Checkpointing(encoder, decoder))
-        assert all(torch.equal(grad, expected[name]) for name, grad in gradients(model, batch).items())
+        result = gradients(model, batch)
+        assert result.keys() == expected.keys()
+        assert all(torch.equal(grad, expected[name]) for name, grad in result.items())
 
 
 def test_selective_repeats_no_matrix_product(model, batch):
@@ -99,3 +102,10 @@ def test_answers_without_the_branch_are_the_same(model, processor, samples):
     expected = model.generate(**prompts, max_new_tokens=5, do_sample=False)
     leave_out_closed_branches(model)
     assert torch.equal(model.generate(**prompts, max_new_tokens=5, do_sample=False), expected)
+
+
+@torch.no_grad()
+def test_nothing_is_checkpointed_outside_of_training(model, batch, monkeypatch):
+    monkeypatch.setattr(recomputation, "checkpoint", None)
+    checkpoint_activations(model, Checkpointing("selective", "selective"))
+    model.eval()(**batch)

@@ -84,6 +84,17 @@ def test_gpu_presets_use_auto_and_the_laptop_preset_does_not():
     assert not run().in_bf16
 
 
+@pytest.mark.parametrize("preset", [name for name in preset_names() if not name.startswith(("stage", "lora"))])
+@pytest.mark.parametrize("hardware", [Hardware(), H100], ids=["CPUs", "GPU"])
+def test_every_preset_can_be_described_before_its_recomputation_is_chosen(preset, hardware):
+    """As jobs/tune.py and jobs/encode.py do: they leave `auto` to the trials, or need none."""
+    try:
+        config = run(f"--config={preset}", "--config=stage-1", f"--scaling.use_gpu={hardware is H100}".lower())
+    except BadConfig:
+        pytest.skip("not a preset of a model")
+    assert describe(resolve_auto(config, hardware), hardware)
+
+
 def test_the_users_gpu_environment_takes_precedence(monkeypatch):
     for name in GPU_ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)

@@ -1,9 +1,9 @@
 """Measure training and prefill on a GPU at the paper's sizes: python -m benchmarks.gpu [--json].
 
-(a) Training steps of the presets on one GPU, through `crosslmm.train`: NCCL, FSDP, bf16, and as much recomputed as the
-    memory asks for. Peak memory compared with the prediction of `jobs/plan.py` (`ratio_...`, limit 0.8 to 1.2), and the
-    share of the GPU's dense FLOP/s: `mfu_...`, and with what is recomputed `hfu_...`, which plans assume. Each setting
-    also with compiled blocks (`compiled_over_eager_...`, the time of a step).
+(a) Training steps of the presets on one GPU, through `crosslmm.train`: NCCL, FSDP, bf16, with the recomputation that
+    `auto` chooses. Peak memory is compared with the prediction of `jobs/plan.py` (`ratio_...`, limit 0.8 to 1.2).
+    `mfu_...` is the model's FLOPs per second over the GPU's dense peak; `hfu_...` counts recomputed FLOPs too, as plans
+    do. `compiled_over_eager_...` is the time of a step with compiled blocks over that without.
 (b) Prefill of CrossLMM and of the LLaVA-OneVision of Transformers in bf16, alternating: time, and peak memory above the
     weights, with logits of every position or the last one; reductions averaged over the numbers of frames, as in the
     paper for the 7B.
@@ -39,7 +39,8 @@ from crosslmm.model import CrossLMMForConditionalGeneration
 from crosslmm.model.cross_attention import leave_out_closed_branches
 from crosslmm.model.loading import build_config
 from crosslmm.planning.assumptions import Assumptions, find_gpu
-from crosslmm.planning.cost import TEXT, VIDEO, training_memory, training_trace
+from crosslmm.planning.cost import TEXT, VIDEO
+from crosslmm.planning.peak_memory import training_memory, training_trace
 from crosslmm.preflight.hardware import detect_local, resolve_checkpointing
 from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.loop import Callbacks, Metrics, StepBatch, pinned, train
@@ -180,7 +181,7 @@ def training(settings: list[Setting]) -> Iterator[dict[str, Any]]:
 
 @functools.cache
 def planned(setting: Setting) -> dict[str, Any]:
-    """Return what is recomputed, and memory [bytes] and FLOPs of a step as `jobs/plan.py` predicts them."""
+    """Return what `jobs/plan.py` predicts of a step: recomputation by part, memory [bytes] and FLOPs."""
     config = resolve_checkpointing(build_run(setting), detect_local())
     traced = training_trace(config, setting.frames, TEXT_TOKENS)
     return {

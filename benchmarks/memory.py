@@ -1,7 +1,8 @@
 """Compare the memory that the planner predicts with that of training processes: python -m benchmarks.memory [--json].
 
 Each setting runs in new processes that take two training steps on the CPU: forward, backward, AdamW. Their peak
-resident memory, less that after the imports, is compared with `crosslmm.planning.cost`. Linux only; five minutes.
+resident memory, less that after the imports, is compared with `crosslmm.planning.peak_memory`. Linux only; eight
+minutes.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def main() -> None:
     arguments = parser.parse_args()
     # Return freed blocks to the system at once, so that resident memory is that of the tensors.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-    from crosslmm.planning.cost import training_memory, training_trace
+    from crosslmm.planning.peak_memory import training_memory, training_trace
 
     table = Table(title="peak memory of a training step above the imports [MB]")
     for heading in ("setting", "measured", "predicted", "weights", "gradients", "optimizer", "activations", "logits",

@@ -2,8 +2,8 @@
 
 One rank, as a run trains (FSDP, the run's precision, AdamW), on a batch of the configuration's own shape with random
 frames; on a GPU where there is one and `scaling.use_gpu` is set, otherwise on one thread of the CPU. The table has the
-time of each part, forward and backward (what is recomputed counts as backward), and the operators with the largest
-share of the time. --trace writes a trace that https://ui.perfetto.dev opens. Besides `tiny`, a middle size:
+time of each part, forward and backward (recomputation counts as backward), and the operators with the largest share of
+the time. --trace writes a trace that https://ui.perfetto.dev opens. Besides `tiny`, a middle size:
 
   python -m benchmarks.profile_step --config tiny --data.num_frames 16 --model.pool_stride 9
       --model.vision '{hidden_size: 384, intermediate_size: 1152, num_hidden_layers: 6, num_attention_heads: 6,
@@ -30,6 +30,7 @@ import torch.distributed as dist
 from rich.table import Table
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import BatchFeature
 
 from benchmarks import report
 from crosslmm.cli import fail, parse_run
@@ -38,7 +39,7 @@ from crosslmm.model import CrossLMMForConditionalGeneration
 from crosslmm.model.cross_attention import leave_out_closed_branches
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.model.param_groups import component_of
-from crosslmm.preflight.hardware import detect_local, resolve_auto, resolve_checkpointing
+from crosslmm.preflight.hardware import Hardware, detect_local, resolve_auto, resolve_checkpointing
 from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.loop import pinned
 from crosslmm.train.optim import build_optimizer
@@ -102,7 +103,8 @@ class Step:
     def __call__(self) -> None:
         """Take the step; note its parts."""
         step = began = self.clock.now()
-        loss = self.model(**self.batch.to(self.device, non_blocking=True)).loss
+        inputs = BatchFeature(self.batch.data.copy()).to(self.device, non_blocking=True)  # `to` changes the batch
+        loss = self.model(**inputs).loss
         self.clock.note("forward", began)
         began = self.clock.now()
         loss.backward()
@@ -204,6 +206,8 @@ def main() -> None:
         del arguments[at : at + 2]
     try:
         config = parse_run(arguments, description=str(__doc__))
+        if config.data.features:
+            raise BadConfig("data.features: the profile is of a step from frames; leave it out")
         if trace and not Path(trace).absolute().parent.is_dir():
             raise BadConfig(f"--trace {trace}: its folder does not exist")
     except BadConfig as error:
@@ -211,8 +215,8 @@ def main() -> None:
     on_gpu = config.scaling.use_gpu and torch.cuda.is_available()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as crosslmm.preflight.hardware sets it
     torch.set_num_threads(1)
-    found = detect_local()
-    config = resolve_checkpointing(resolve_auto(config, found), found)
+    hardware = detect_local() if on_gpu else Hardware()
+    config = resolve_checkpointing(resolve_auto(config, hardware), hardware)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     step = Step(config, torch.device("cuda" if on_gpu else "cpu"))
     seconds, parts, operators = step.seconds(), step.parts(), step.operators(trace)

@@ -168,12 +168,12 @@ class LoraConfig(Section):
 
 
 Recomputed = Literal["none", "selective", "full"]
-"""What the backward pass computes again of a layer: nothing; all but matrix products and attention, whose results are
-kept; everything."""
+"""What the backward pass recomputes of a layer: nothing; all but matrix products and attention, whose results are kept;
+everything."""
 
 
 class Checkpointing(NamedTuple):
-    """What is computed again, by part of the model."""
+    """What is recomputed, by part of the model."""
 
     encoder: Recomputed
     decoder: Recomputed
@@ -215,7 +215,7 @@ class TrainConfig(Section):
     activation_checkpointing: (
         bool | Literal["auto", "none", "selective", "full"] | dict[Literal["encoder", "decoder"], Recomputed]
     ) = setting(False, FREE)
-    """What the backward pass computes again instead of keeping it: none (false), selective (all but matrix products and
+    """What the backward pass recomputes instead of keeping it: none (false), selective (all but matrix products and
     attention), full (true), or {encoder: ..., decoder: ...}. auto chooses at each start what the GPU's memory allows;
     `python jobs/plan.py` says what that would be."""
     balance_frames: bool = setting(True, FREE)
@@ -241,7 +241,7 @@ class TrainConfig(Section):
     def _compiled_blocks_are_recomputed_whole(self) -> "TrainConfig":
         if self.compile and self.activation_checkpointing != "auto" and "selective" in self.checkpointing:
             raise ValueError(
-                "activation_checkpointing selective, and compile: a compiled block is computed again as a whole; use "
+                "activation_checkpointing selective, and compile: a compiled block is recomputed as a whole; use "
                 "none, full or auto"
             )
         return self

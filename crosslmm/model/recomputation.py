@@ -1,4 +1,4 @@
-"""Activation checkpointing by part of the model: what the backward pass computes again instead of keeping it."""
+"""Activation checkpointing by part of the model: what the backward pass recomputes instead of keeping it."""
 
 import functools
 from typing import Any
@@ -20,12 +20,12 @@ PRODUCTS: list[Any] = [
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
-"""Operators whose results `selective` keeps: they take nearly all the time, and norms and activation functions, which
-are computed again, nearly all the rest of the memory."""
+"""Operators whose results `selective` keeps: they take nearly all the time. What is recomputed, norms and activation
+functions, takes much of the memory. flash-attn's operator is not among them, since flash-attn may not be installed."""
 
 
 def checkpoint_activations(model: CrossLMMForConditionalGeneration, parts: Checkpointing) -> None:
-    """Set what each layer of the encoder and of the decoder, with its cross-attentions, computes again."""
+    """Set what each layer of the encoder, and of the decoder with its cross-attentions, recomputes."""
     for layer in model.vision_tower.encoder.layers:
         _set(layer, parts.encoder)
     for layer in model.language_model.model.layers:
@@ -35,8 +35,8 @@ def checkpoint_activations(model: CrossLMMForConditionalGeneration, parts: Check
 def _set(layer: Any, how: Recomputed) -> None:
     in_pieces = isinstance(layer, DualCrossAttentionLayer)
     if in_pieces:
-        # The cross-attentions are FSDP units of their own. Selective checkpointing would stumble over FSDP's operators,
-        # which differ between forward pass and repetition: it is for the layer's other parts.
+        # The cross-attentions are FSDP units of their own, and selective checkpointing fails if FSDP's operators are
+        # within it: recomputation does not repeat them in the same order. So only the layer's other parts have it.
         for name in ("_attend_to_itself", "_feed_forward"):
             layer.__dict__.pop(name, None)
             if how == "selective":

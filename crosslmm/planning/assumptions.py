@@ -39,8 +39,11 @@ GPUS = {
 
 
 def find_gpu(device: str) -> Gpu | None:
-    """Return the GPU of a device's name, such as "NVIDIA A100-SXM4-80GB"; None if it is not in `GPUS`."""
+    """Return the GPU of a device's name, such as "NVIDIA A100-SXM4-80GB"; None if it is not in `GPUS`, as are slower
+    cards of the same name (PCIe, NVL) and parts of a card (MIG)."""
     words = device.lower().replace("-", " ").replace("gb", "").split()
+    if {"pcie", "nvl", "mig"} & set(words):
+        return None
     names = {*words, *("-".join(pair) for pair in itertools.permutations(words, 2))}
     return next((gpu for name, gpu in GPUS.items() if name in names), None)
 

@@ -1,12 +1,11 @@
-"""Chooses what the backward pass computes again: as little as the memory allows."""
+"""What `train.activation_checkpointing: auto` stands for: as little recomputation as the memory allows."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from crosslmm.config import Checkpointing, Recomputed, RunConfig
-from crosslmm.planning import cost
-from crosslmm.planning.meta_trace import Trace
+from crosslmm.planning import cost, peak_memory
+from crosslmm.planning.assumptions import Assumptions
 
 BY_COST: tuple[tuple[Recomputed, Recomputed], ...] = (
     ("none", "none"),
@@ -18,53 +17,60 @@ BY_COST: tuple[tuple[Recomputed, Recomputed], ...] = (
     ("full", "selective"),
     ("full", "full"),
 )
-"""Pairs (encoder, decoder), by how much they compute again: the encoder does most of the work."""
+"""Pairs (encoder, decoder), by how much they recompute: the encoder does most of the work."""
+LONG_TEXT = 512
+"""Text of the samples with which memory is planned: more than most data sets have, because a step that runs out of
+memory ends the run [tokens]."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A configuration that states what is computed again, and what its training step takes."""
+class Choice(NamedTuple):
+    """What replaces `auto`."""
 
     config: RunConfig
-    traced: Trace
-    memory: cost.Memory
+    """The run, with its choice in train.activation_checkpointing."""
+    needed_bytes: int
+    """Peak memory of a training step."""
 
 
-def choose(
-    config: RunConfig, frames: int, text_tokens: int, stamp_tokens: int = 0, available: float = math.inf
-) -> Choice:
-    """Return the configuration with `auto` replaced in train.activation_checkpointing: by the first of `BY_COST` whose
-    training step fits, or by the last. Anything else stays.
+def choose(config: RunConfig, available: float) -> Choice:
+    """Replace `auto` in train.activation_checkpointing by the first of `BY_COST` whose training step fits, or by the
+    last; runs, sweeps and plans choose alike.
+
+    A step has samples of `data.num_frames` frames and `LONG_TEXT` of text, as far as the decoder's context allows, and
+    the fewest workers that the run may have.
 
     Args:
-        config: the run; micro-batches are counted in samples.
-        frames, text_tokens, stamp_tokens: of each sample, as for `cost.training_trace`.
-        available: memory of a worker [bytes].
+        config: a run with `auto`.
+        available: memory of a worker [bytes]; infinite where it is not known.
 
     Raises:
-        BadConfig: see `cost.training_trace`.
+        BadConfig: the model cannot be built.
     """
-    for candidate in _candidates(config):
-        traced = cost.training_trace(candidate, frames, text_tokens, stamp_tokens)
-        choice = Choice(candidate, traced, cost.training_memory(candidate, traced))
-        if choice.memory.total <= available:
+    sample = cost.longest_sample(config, LONG_TEXT, Assumptions().stamp_tokens)
+    scaling = config.scaling.model_copy(update={"num_workers": config.scaling.least_workers})
+    fewest = in_samples(config.model_copy(update={"scaling": scaling}), cost.positions(config, *sample))
+    for pair in _pairs(config):
+        planned = _with(fewest, pair)
+        traced = peak_memory.training_trace(planned, *sample)
+        needed = peak_memory.training_memory(planned, traced).total
+        if needed <= available:
             break
-    return choice
+    return Choice(_with(config, pair), needed)
 
 
-def _candidates(config: RunConfig) -> Iterator[RunConfig]:
-    if config.train.activation_checkpointing != "auto":
-        yield config
-        return
-    # A frozen encoder has no backward pass.
+def _pairs(config: RunConfig) -> Iterator[Checkpointing]:
+    """Yield the pairs of `BY_COST` that make a difference for a run."""
     frozen = not config.train.learning_rate.vision
     for encoder, decoder in BY_COST:
-        # A compiled block is computed again as a whole.
-        compiled = config.train.compile and "selective" in (encoder, decoder)
-        if not compiled and not (frozen and encoder != "none"):
-            chosen = Checkpointing(encoder, decoder)._asdict()
-            train = config.train.model_copy(update={"activation_checkpointing": chosen})
-            yield config.model_copy(update={"train": train})
+        # A compiled block is recomputed as a whole; a frozen encoder has no backward pass.
+        refused = config.train.compile and "selective" in (encoder, decoder)
+        if not refused and not (frozen and encoder != "none"):
+            yield Checkpointing(encoder, decoder)
+
+
+def _with(config: RunConfig, chosen: Checkpointing) -> RunConfig:
+    train = config.train.model_copy(update={"activation_checkpointing": chosen._asdict()})
+    return config.model_copy(update={"train": train})
 
 
 def in_samples(config: RunConfig, positions: int) -> RunConfig:

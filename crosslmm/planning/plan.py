@@ -10,7 +10,7 @@ import yaml
 from crosslmm.cli import preset_names, resolve_preset
 from crosslmm.config import BadConfig, Checkpointing, LearningRates, RunConfig, validate_run
 from crosslmm.data.feature_format import BF16_BYTES
-from crosslmm.planning import checkpointing, cost
+from crosslmm.planning import checkpointing, cost, peak_memory
 from crosslmm.planning.assumptions import GPUS, Assumptions, Range
 from crosslmm.planning.meta_trace import Trace
 
@@ -66,15 +66,15 @@ class Row:
     fits: bool
     nearest_fit: Fit | None
     checkpointing: dict[str, str]
-    """What the backward pass computes again, by part: as configured, or chosen for `auto`."""
+    """What the backward pass recomputes, of the encoder and of the decoder: as configured, or chosen for `auto`."""
     training_flops_per_sample: int
     """FLOPs of the model, forward and backward."""
     recomputed_flops_per_sample: int
-    """FLOPs that the backward pass spends on computing activations again."""
+    """FLOPs of the activations that the backward pass recomputes."""
     hfu: Range
-    """Hardware FLOPs utilisation, as assumed: all of these FLOPs over time and the GPU's peak."""
+    """Hardware FLOPs utilisation, as assumed: FLOPs per second, recomputed ones included, over the GPU's peak."""
     mfu: Range
-    """Model FLOPs utilisation: the same without what is computed again."""
+    """Model FLOPs utilisation: FLOPs per second of the model alone over the GPU's peak."""
     samples_per_s: Range
     decode_cores: Range
     """CPU cores needed to decode as fast as one GPU trains."""
@@ -156,8 +156,12 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     model, text = cost.empty_model(config.model), _text(config, assumptions)
     positions = cost.positions_of(model, frames, *text)
     available = usable_memory(assumptions)
-    chosen = checkpointing.choose(checkpointing.in_samples(config, positions), frames, *text, available=available)
-    config, traced, memory = chosen.config, chosen.traced, chosen.memory
+    if config.train.activation_checkpointing == "auto":
+        data = config.data.model_copy(update={"num_frames": frames})
+        config = checkpointing.choose(config.model_copy(update={"data": data}), available).config
+    config = checkpointing.in_samples(config, positions)
+    traced = peak_memory.training_trace(config, frames, *text)
+    memory = peak_memory.training_memory(config, traced)
     gpu, gpus, train = GPUS[assumptions.gpu], config.scaling.most_workers, config.train
     macs = cost.macs(model, frames, *text)
     fits = memory.total <= available
@@ -169,10 +173,10 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
     peak = gpu.flops["bf16" if config.in_bf16 else "fp32"]
     samples_per_s = Range(*(peak * hfu / all_flops for hfu in assumptions.hfus))
     video_bytes = assumptions.video_seconds * assumptions.bitrate / 8
-    weights = cost.FLOAT32 * sum(cost.parameters(model).values())
-    learning = cost.FLOAT32 * cost.learning(config)
+    weights = peak_memory.FLOAT32 * sum(cost.parameters(model).values())
+    learning = peak_memory.FLOAT32 * cost.learning(config)
     # With adapters, the weights that do not learn are stored once.
-    checkpoint = (learning if train.adapted else weights) + cost.MOMENTS * learning
+    checkpoint = (learning if train.adapted else weights) + peak_memory.MOMENTS * learning
 
     epoch_samples = assumptions.samples
     run_samples = train.epochs * epoch_samples
@@ -189,7 +193,7 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
         linear_macs=macs.linear,
         memory_bytes=vars(memory),
         peak_memory_bytes=memory.total,
-        answering_memory_bytes=vars(cost.answering_memory(config, frames, *text)),
+        answering_memory_bytes=vars(peak_memory.answering_memory(config, frames, *text)),
         fits=fits,
         nearest_fit=None if fits else _nearest_fit(config, frames, assumptions, traced),
         checkpointing=train.checkpointing._asdict(),
@@ -242,8 +246,8 @@ def _nearest_fit(config: RunConfig, frames: int, assumptions: Assumptions, trace
     for change, changed, fewer, gpu in _changes(config, frames, assumptions.gpu):
         key = _trace_key(changed, fewer)
         if key not in traces:
-            traces[key] = cost.training_trace(changed, fewer, *_text(changed, assumptions))
-        total = cost.training_memory(changed, traces[key]).total
+            traces[key] = peak_memory.training_trace(changed, fewer, *_text(changed, assumptions))
+        total = peak_memory.training_memory(changed, traces[key]).total
         if total <= usable_memory(assumptions.model_copy(update={"gpu": gpu})):
             return Fit(change, total)
     return None

@@ -1,10 +1,9 @@
-"""MFU and HFU of a run while it trains, from its speed."""
+"""MFU and HFU (model and hardware FLOPs utilisation) of a run while it trains, estimated from its speed."""
 
 from dataclasses import dataclass
 from typing import Self
 
 from crosslmm.config import RunConfig
-from crosslmm.planning import cost
 from crosslmm.planning.assumptions import Assumptions, find_gpu
 
 
@@ -13,9 +12,9 @@ class Utilisation:
     """Turns the speed of a run into its utilisation of the GPUs."""
 
     model_flops: float
-    """FLOPs of the model per frame, forward and backward, with the text that belongs to it."""
+    """FLOPs of the model per frame, forward and backward, with its share of the sample's text."""
     hardware_flops: float
-    """The same with what the backward pass computes again."""
+    """The same, recomputed FLOPs included."""
     peak: float
     """Dense FLOP/s of one GPU."""
 
@@ -23,7 +22,8 @@ class Utilisation:
     def of(cls, config: RunConfig, gpu: str | None) -> Self | None:
         """Return that of a run; None on CPUs, and on a GPU whose peak is not known.
 
-        The FLOPs are those of a sample with `data.num_frames` frames and as much text as plans assume.
+        FLOPs per frame are those of a sample with `data.num_frames` frames and as much text as plans assume. So this is
+        an estimate where videos have fewer frames, and text alone counts as no work.
 
         Args:
             config: the run, without `auto`.
@@ -35,9 +35,11 @@ class Utilisation:
         known = find_gpu(gpu) if gpu else None
         if known is None:
             return None
+        from crosslmm.planning import cost, peak_memory  # a job is unpickled where no model is needed
+
         assumed = Assumptions()
         sample = cost.longest_sample(config, assumed.text_tokens, assumed.stamp_tokens)
-        traced = cost.training_trace(config, *sample)
+        traced = peak_memory.training_trace(config, *sample)
         frames = sample[0] * config.train.micro_batch_size
         return cls(
             model_flops=(traced.flops - traced.recomputed_flops) / frames,

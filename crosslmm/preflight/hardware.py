@@ -14,7 +14,7 @@ from crosslmm import ray_runtime
 from crosslmm.config import BadConfig, RunConfig, validate_run
 from crosslmm.data.dataset import rows_per_block
 from crosslmm.data.feature_format import BF16_BYTES, FeatureRecipe
-from crosslmm.planning import checkpointing, cost
+from crosslmm.planning import checkpointing
 from crosslmm.planning.assumptions import Assumptions
 from crosslmm.preflight import placement
 
@@ -33,9 +33,6 @@ BLOCKS_PER_RANK = 4
 """Blocks in the object store for each rank: two prefetched ones, those of the current step and of the next one."""
 OBJECT_STORE = "object_store_memory"
 """Ray's name for the resource "memory of a node's object store" [bytes]."""
-TEXT_TOKENS = 512
-"""Text of a sample with which memory is planned: more than most data sets have, since too little memory ends a run
-[tokens]."""
 LOG_AFTER_S = 10.0
 """Time without a free GPU after which a line is logged [s]."""
 
@@ -119,35 +116,27 @@ def resolve_auto(config: RunConfig, hardware: Hardware) -> RunConfig:
 
 
 def resolve_checkpointing(config: RunConfig, hardware: Hardware) -> RunConfig:
-    """Return the configuration with `auto` replaced in train.activation_checkpointing: as little is computed again as
-    the GPU's memory allows, and nothing on CPUs.
-
-    The plan is for the fewest workers that the run may have, and samples of `data.num_frames` frames and `TEXT_TOKENS`
-    of text.
+    """Return the configuration with `auto` replaced in train.activation_checkpointing, by what the GPU's memory allows;
+    on CPUs nothing is recomputed.
 
     Raises:
         BadConfig: the model cannot be built.
     """
     if config.train.activation_checkpointing != "auto":
         return config
-    assumed = Assumptions()
-    available = hardware.memory_bytes * (1 - assumed.reserve) if hardware.gpu else math.inf
-    sample = frames, text, stamp = cost.longest_sample(config, TEXT_TOKENS, assumed.stamp_tokens)
-    model = cost.empty_model(config.model)
-    scaling = config.scaling.model_copy(update={"num_workers": config.scaling.least_workers})
-    planned = checkpointing.in_samples(
-        config.model_copy(update={"scaling": scaling}), cost.positions_of(model, frames, text, stamp)
-    )
-    chosen = checkpointing.choose(planned, *sample, available=available)
-    if chosen.memory.total > available:
+    chosen = checkpointing.choose(config, usable_memory(hardware))
+    if chosen.needed_bytes > usable_memory(hardware):
         log.warning(
             "machine   a step needs %.1f GB by the plan, and the GPU has %.1f GB: give it smaller micro-batches, fewer "
             "frames or more GPUs if it runs out of memory",
-            chosen.memory.total / 1e9, hardware.memory_bytes / 1e9,
+            chosen.needed_bytes / 1e9, hardware.memory_bytes / 1e9,
         )  # fmt: skip
-    values = config.model_dump()
-    values["train"]["activation_checkpointing"] = chosen.config.train.activation_checkpointing
-    return validate_run(values)
+    return chosen.config
+
+
+def usable_memory(hardware: Hardware) -> float:
+    """Return the GPU's memory without the reserve of a plan [bytes]; infinite on CPUs."""
+    return hardware.memory_bytes * (1 - Assumptions().reserve) if hardware.gpu else math.inf
 
 
 def describe(config: RunConfig, hardware: Hardware) -> str:

@@ -100,11 +100,14 @@ def run_sweep(config: RunConfig, sweep: SweepSettings, space_name: str, space: S
     log.info("machine   %s", hardware.describe(config, machine))
     log.info("space     %s: %s", space_name, ", ".join(space))
     with claim.take() as fence:
-        return _search(config, sweep, space_name, space, manifests, validation, max_trials, total_steps, fence, began)
+        return _search(
+            config, machine, sweep, space_name, space, manifests, validation, max_trials, total_steps, fence, began
+        )
 
 
 def _search(
     config: RunConfig,
+    machine: hardware.Hardware,
     sweep: SweepSettings,
     space_name: str,
     space: Space,
@@ -129,7 +132,8 @@ def _search(
         base = _trial_base(config, folder, begun["features"], record)
         placement.check_placement(base)
         _require_shared_record(record)
-        search = Search(space, base, trials.read(folder), Candidates(base, sweep, space, record), max_trials)
+        candidates = Candidates(base, sweep, space, record, hardware.usable_memory(machine))
+        search = Search(space, base, trials.read(folder), candidates, max_trials)
         concurrent = sweep.concurrent or max_concurrent_trials(base)
         log.info("trials    %s, %s at a time, of %s steps at most", max_trials, concurrent, total_steps)
         with SweepProgress(folder, search, record, total_steps, base.scaling.most_workers, fence) as progress:

@@ -12,7 +12,7 @@ import optuna
 from ray.tune.search import Searcher
 
 from crosslmm.config import BadConfig, RunConfig
-from crosslmm.planning import checkpointing, cost
+from crosslmm.planning import checkpointing, cost, peak_memory
 from crosslmm.planning.assumptions import GPUS, Assumptions
 from crosslmm.planning.plan import usable_memory
 from crosslmm.sweep import trials
@@ -159,10 +159,14 @@ class Candidates:
         sweep: limit of MACs, and the GPU whose memory trials must fit.
         space: the search space.
         record: MLflow run of the sweep.
+        available: memory of a worker, if `sweep` names no GPU [bytes].
     """
 
-    def __init__(self, base: RunConfig, sweep: SweepSettings, space: Space, record: MlflowRun) -> None:
+    def __init__(
+        self, base: RunConfig, sweep: SweepSettings, space: Space, record: MlflowRun, available: float = math.inf
+    ) -> None:
         self.base, self.sweep, self.space, self.record = base, sweep, space, record
+        self._available = usable_memory(Assumptions(gpu=sweep.gpu)) if sweep.gpu else available
 
     def __call__(self, number: int, point: Point) -> Trial:
         """Make the trial of a point.
@@ -172,15 +176,13 @@ class Candidates:
         """
         values = settings(self.space, self.base, point)
         config = apply(self.base, values)
-        model, frames = cost.empty_model(config.model), config.data.num_frames
+        model = cost.empty_model(config.model)
         macs, encoder_macs = prefill(config)
         if self.sweep.max_macs and macs > self.sweep.max_macs:
             limit = f"--max_macs allows {self.sweep.max_macs:,.0f}"
             raise BadConfig(f"prefill needs {macs:,} MACs without the vision encoder; {limit}")
-        available = usable_memory(Assumptions(gpu=gpu)) if (gpu := self.sweep.gpu) else math.inf
-        text = TEXT_TOKENS, STAMP_TOKENS * config.data.timestamps
-        memory = checkpointing.choose(config, frames, *text, available=available).memory.total
-        if gpu and memory > available:
+        memory = self._memory(config)
+        if (gpu := self.sweep.gpu) and memory > self._available:
             holds = GPUS[gpu].memory_bytes
             raise BadConfig(
                 f"training needs {memory / 1e9:,.1f} GB, more than the {holds / 1e9:.0f} GB of --gpu {gpu} hold"
@@ -201,6 +203,14 @@ class Candidates:
         # Written before the trial starts, so that a killed sweep never leaves an MLflow run without its trial.
         trials.write(self.base.storage, trial)
         return trial
+
+    def _memory(self, config: RunConfig) -> int:
+        """Return the peak memory of a trial's training step [bytes]."""
+        if config.train.activation_checkpointing == "auto":
+            return checkpointing.choose(config, self._available).needed_bytes
+        text = TEXT_TOKENS, STAMP_TOKENS * config.data.timestamps
+        traced = peak_memory.training_trace(config, config.data.num_frames, *text)
+        return peak_memory.training_memory(config, traced).total
 
 
 def prefill(config: RunConfig) -> tuple[int, int]:

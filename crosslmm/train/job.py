@@ -13,6 +13,7 @@ from crosslmm.data.dataset import BlockLayout, build_dataset, rows_per_block
 from crosslmm.data.feature_format import FeatureRecipe
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.lease import Fence
+from crosslmm.planning.utilisation import Utilisation
 
 TRAIN, VALIDATION = "train", "validation"
 """Names under which Ray Train knows the datasets of a run."""
@@ -45,6 +46,8 @@ class Job:
     """How the features were made."""
     events: Any
     """Actor handle of the `EventChannel`."""
+    utilisation: Utilisation | None
+    """Of the GPUs, by the run's speed; None on CPUs and unknown GPUs."""
     fence: Fence
     """Whether the driver still owns the run's folder: asked before anything in it counts."""
 

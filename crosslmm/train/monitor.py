@@ -15,7 +15,6 @@ from crosslmm import storage, tracking
 from crosslmm.data.quarantine import read_ledger
 from crosslmm.lease import LeaseLost
 from crosslmm.planning.budget import Meter
-from crosslmm.planning.utilisation import Utilisation
 from crosslmm.progress import Progress
 from crosslmm.run_folder import QUARANTINE_FILE, write_answers
 from crosslmm.scoring import ACCURACY, COUNT, UNREADABLE
@@ -49,7 +48,6 @@ class TrainingMonitor:
         report: takes the number of steps done and the metrics, after each validation; Tune's raises SystemExit to stop
             the trial, which ends the thread.
         meter: what the run takes, which is kept with each checkpoint.
-        utilisation: of the GPUs, by the run's speed; adds `mfu` and `hfu` to the metrics of each step.
 
     Attributes:
         last_metrics: metrics of the last step.
@@ -63,10 +61,8 @@ class TrainingMonitor:
         record: tracking.BackgroundSync,
         report: Callable[[int, dict[str, float]], None] | None = None,
         meter: Meter | None = None,
-        utilisation: Utilisation | None = None,
     ) -> None:
         self.job, self.record, self.report, self.meter = job, record, report, meter
-        self._utilisation, self._workers = utilisation, job.config.scaling.most_workers
         self.last_metrics: dict[str, float] = {}
         self.train_s = 0.0
         self.stopped = False
@@ -150,7 +146,6 @@ class TrainingMonitor:
 
     def _handle_started(self, items: list[tuple[int, int, int, int]]) -> None:
         for step, parameters, trained, workers in items:
-            self._workers = workers
             self._began = self._began or time.time()
             where = f"resumed after step {step}" if step else "training from the start"
             log.info("%s, %.1f M parameters", where, parameters / 1e6, extra={"step": step})
@@ -178,9 +173,6 @@ class TrainingMonitor:
     def _handle_steps(self, steps: list[StepEvent]) -> None:
         if not steps:
             return
-        if self._utilisation:
-            for _, _, metrics in steps:
-                metrics.update(self._utilisation.at(metrics["frames_per_s"], self._workers))
         self.record.log(steps)
         step, when, metrics = steps[-1]
         self.last_metrics = metrics

@@ -110,14 +110,14 @@ def run_training(config: RunConfig, trial: TrialContext | None = None, budget: B
     config = hardware.resolve_checkpointing(hardware.resolve_auto(config, detected), detected)
     features = open_features(config, Rows([*manifests, *([validation] if validation else [])]))
     with contextlib.nullcontext(claim.fence) if isinstance(claim, TrialContext) else claim.take() as fence:
-        job = build_job(config, manifests, validation, features, fence)
-        computes_on, utilisation = hardware.describe(config, detected), Utilisation.of(config, detected.gpu)
+        job = build_job(config, manifests, validation, features, fence, Utilisation.of(config, detected.gpu))
+        computes_on = hardware.describe(config, detected)
         record = _begin(job, manifests, validation, features, trial)
         record.tag({**lease.this_process(), "computes_on": computes_on, ENDED: "not yet"})
         _log_summary(job, manifests, record, computes_on)
         meter = Meter(budget, config.scaling.most_workers, run_folder.read_run(folder).get("worker_seconds", 0.0))
         with _log_in(folder):
-            monitor = _train(job, record, trial, meter, utilisation)
+            monitor = _train(job, record, trial, meter)
     if record.model_uri:
         log.info("registered %s, now %s, from run %s", record.model_version, record.model_uri, record.run_id)
     return TrainingResult(
@@ -162,15 +162,9 @@ def _begin(
     return tracking.BackgroundSync(job.folder, job.config.tracking, require_owner=job.fence.require_lately)
 
 
-def _train(
-    job: Job,
-    record: tracking.BackgroundSync,
-    trial: TrialContext | None,
-    meter: Meter,
-    utilisation: Utilisation | None,
-) -> TrainingMonitor:
+def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None, meter: Meter) -> TrainingMonitor:
     """Run the workers to the end, and close the record with the final status of the run, and why it ended."""
-    monitor = TrainingMonitor(job, record, trial.report if trial else None, meter, utilisation)
+    monitor = TrainingMonitor(job, record, trial.report if trial else None, meter)
     status, model_tags, ended = "FAILED", None, "failed"
     try:
         if trial:
@@ -240,6 +234,7 @@ def build_job(
     validation: Manifest | None,
     features: FeatureCache | None,
     fence: lease.Fence,
+    utilisation: Utilisation | None = None,
 ) -> Job:
     """Decide all that the workers must agree on, and put the rows into Ray's object store.
 
@@ -249,6 +244,7 @@ def build_job(
         validation: validation manifest, if any.
         features: read instead of videos, if given.
         fence: of the run's folder.
+        utilisation: of the GPUs, which the workers then report with each step.
     """
     train, data = config.train, config.data
     order = DeterministicSampler(
@@ -271,6 +267,7 @@ def build_job(
         features=ray.put(features) if features else None,
         recipe=features.recipe if features else None,
         events=open_channel(),
+        utilisation=utilisation,
         fence=fence,
     )
 

@@ -246,6 +246,8 @@ class _WorkerCallbacks(loop.Callbacks):
 
     def log(self, step: int, metrics: loop.Metrics) -> None:
         if self.rank == 0:
+            if self.job.utilisation:
+                metrics |= self.job.utilisation.at(metrics["frames_per_s"], dist.get_world_size())
             if self._answers:
                 self.job.events.post.remote("answers", (step, self._answers))
                 self._answers = []

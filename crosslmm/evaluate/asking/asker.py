@@ -1,5 +1,5 @@
-"""Asks a model about videos: each video is encoded once, whatever number of questions there are about it, and where
-these save enough, the decoder reads it once as well."""
+"""Asks a model about videos. Each video is encoded once for all questions about it, and where that saves enough, the
+decoder reads its tokens once as well."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -10,21 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, DynamicCache
+from transformers import BatchFeature, Cache, DynamicCache
 
 from crosslmm.data.collate import Sample
 from crosslmm.evaluate.questions.question import Messages, Question, conversation
 from crosslmm.evaluate.scores.judging import Reply
 from crosslmm.inference.answerer import Answerer
 from crosslmm.model.answering import as_text, greedy_tokens
+from crosslmm.model.cache import fork
 
 BATCH_TOKENS = 16_384
 """Tokens of a batch of questions, padding included, unless a single one has more [tokens]."""
 BATCH_FRAMES = 1_024
 """Frames of a batch of questions, unless a single one has more [frames]."""
 SHARED_TOKENS = 1_024
-"""Tokens that the decoder need not read again, at least, where several questions share what it has read of a video;
-with fewer, larger batches save more [tokens]."""
+"""Where questions about a video begin with the same tokens, the decoder reads these once if that saves it at least this
+many. Below, batches with questions about other videos save more [tokens]."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,15 @@ class _Prepared:
     """With all that is known before the answer."""
 
 
+@dataclass(frozen=True)
+class _Prefix:
+    """The tokens with which several prompts begin, a video among them, once the decoder has read them."""
+
+    ids: Tensor
+    """int64 (1, length)."""
+    cache: Cache
+
+
 class Asker:
     """Asks an exported model.
 
@@ -95,8 +105,9 @@ class Asker:
                     prepared.append(ready)
                 replies[-1].append(ready if isinstance(ready, Reply) else ready.reply)
         answered: dict[int, Reply] = {}
-        for batch in _batches(prepared):
-            answered |= zip((item.number for item in batch), self._ask(batch), strict=True)
+        for prefix, questions_of_prefix in self._by_prefix(prepared):
+            for batch in _batches(questions_of_prefix):
+                answered |= zip((item.number for item in batch), self._ask(batch, prefix), strict=True)
         left = iter(range(len(prepared)))
         return [[reply if reply.error else answered[next(left)] for reply in of_video] for of_video in replies]
 
@@ -131,66 +142,92 @@ class Asker:
             return replace(reply, error=str(error))
         return _Prepared(number, question, messages, runs, of_parts, features, replace(reply, prompt_tokens=tokens))
 
-    def _ask(self, batch: list[_Prepared]) -> list[Reply]:
+    def _by_prefix(self, prepared: Sequence[_Prepared]) -> Iterator[tuple[_Prefix | None, list[_Prepared]]]:
+        """Yield the questions of each video that the decoder reads once, with what it has read, and then all others."""
+        of_video: dict[tuple[int, str], list[_Prepared]] = {}
+        for item in prepared:
+            of_video.setdefault((id(item.features), str(item.runs)), []).append(item)
+        others = []
+        for items in of_video.values():
+            ids = self._common_ids(items)
+            if ids is None:
+                others += items
+            else:
+                prefix, seconds = self._timed(self._read, ids, items[0])
+                for item in items:
+                    item.reply = replace(item.reply, seconds=item.reply.seconds + seconds / len(items))
+                yield prefix, items
+        yield None, sorted(others, key=lambda item: item.number)
+
+    def _common_ids(self, items: list[_Prepared]) -> Tensor | None:
+        """Return the tokens with which the prompts of all questions about a video begin, int64 (length,). None if these
+        lack a part of the video, or save too little."""
+        if (len(items) - 1) * min(item.reply.prompt_tokens for item in items) < SHARED_TOKENS:
+            return None
+        rows = _without_padding(self._prompts(items))
+        shortest = min(map(len, rows)) - 1  # the last token is read with the question, for its logits
+        first = rows[0][:shortest]
+        same = torch.stack([row[:shortest] == first for row in rows]).all(dim=0)
+        length = int(same.cumprod(0).sum())
+        video_follows = any((row[length:] == self.processor.video_token_id).any() for row in rows)
+        return None if video_follows or (len(items) - 1) * length < SHARED_TOKENS else first[:length]
+
+    def _read(self, ids: Tensor, item: _Prepared) -> _Prefix:
+        """Let the decoder read the tokens, int64 (length,), and the videos of a question."""
+        device, cache = self.answerer.device, DynamicCache(config=self.model.config.text_config)
+        frames = torch.tensor([[len(run) for run in item.runs]])
+        self.model(
+            input_ids=ids[None].to(device), features=_features(item), num_frames=frames.to(device),
+            past_key_values=cache, logits_to_keep=1,
+        )  # fmt: skip
+        return _Prefix(ids[None].to(device), cache)
+
+    def _ask(self, batch: list[_Prepared], prefix: _Prefix | None) -> list[Reply]:
         """Ask a batch; if it does not fit the GPU's memory, halves of it."""
         try:
-            replies, seconds = self._timed(self._choose if self.likelihood else self._generate, batch)
+            replies, seconds = self._timed(self._choose if self.likelihood else self._generate, batch, prefix)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             torch.cuda.empty_cache()
             middle = len(batch) // 2
-            return self._ask(batch[:middle]) + self._ask(batch[middle:])
+            return self._ask(batch[:middle], prefix) + self._ask(batch[middle:], prefix)
         share = seconds / len(batch)
         return [replace(reply, seconds=reply.seconds + share) for reply in replies]
 
-    def _inputs(self, batch: list[_Prepared]) -> dict[str, Any]:
-        """Return the prompts of a batch: with what the decoder has read of its video, if they share one, and otherwise
-        with the features of their videos in place of frames."""
+    def _inputs(self, batch: list[_Prepared], prefix: _Prefix | None) -> tuple[BatchFeature, dict[str, Any]]:
+        """Return the prompts of a batch, and further arguments of `generate`: with a prefix, a cache of it for each
+        prompt; otherwise the prompts have the features of their videos in place of frames."""
         prompts = self._prompts(batch)
-        shared = self._read_once(prompts, batch) if _shares_video(batch) else None
-        if shared is None:
+        if prefix is None:
             prompts["features"] = torch.cat([_features(item) for item in batch])
-        return dict(shared or prompts.to(self.answerer.device))
-
-    def _read_once(self, prompts: BatchFeature, batch: list[_Prepared]) -> dict[str, Any] | None:
-        """Let the decoder read the tokens with which all prompts begin, once; return the prompts with them in a cache.
-        None if a video comes after these tokens.
-
-        A prompt keeps its length: what pads the shorter ones moves from before these tokens to behind them.
-        """
-        rows = [row[seen.bool()] for row, seen in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)]
-        shortest = min(map(len, rows)) - 1  # the last token is read in any case, for its logits
-        first = rows[0][:shortest]
-        same = torch.stack([row[:shortest] == first for row in rows]).all(dim=0)
-        prefix = int(same.cumprod(0).sum())
-        ends = [row[prefix:] for row in rows]
-        if any((end == self.processor.video_token_id).any() for end in ends):
-            return None
-        device, cache = self.answerer.device, DynamicCache(config=self.model.config.text_config)
-        read = BatchFeature({"input_ids": first[None, :prefix], "num_frames": prompts["num_frames"][:1]}).to(device)
-        self.model(**read, features=_features(batch[0]), past_key_values=cache, logits_to_keep=1)
+            return prompts.to(self.answerer.device), {}
+        length = prefix.ids.shape[1]
+        cache = fork(prefix.cache, length)
         cache.batch_repeat_interleave(len(batch))
-        input_ids = pad_sequence(ends, batch_first=True, padding_side="left")
-        mask = pad_sequence([torch.ones_like(end) for end in ends], batch_first=True, padding_side="left")
-        before = read["input_ids"].expand(len(batch), -1)
-        return {
-            "input_ids": torch.cat([before, input_ids.to(device)], dim=1),
-            "attention_mask": torch.cat([torch.ones_like(before), mask.to(device)], dim=1),
-            "past_key_values": cache,
+        ends = [row[length:] for row in _without_padding(prompts)]
+        # What pads the shorter prompts stands behind the prefix, not before it.
+        ids, mask = (
+            pad_sequence(rows, batch_first=True, padding_side="left").to(self.answerer.device)
+            for rows in (ends, [torch.ones_like(end) for end in ends])
+        )
+        begin = prefix.ids.expand(len(batch), -1)
+        padded = {"input_ids": [begin, ids], "attention_mask": [torch.ones_like(begin), mask]}
+        return BatchFeature({name: torch.cat(parts, dim=1) for name, parts in padded.items()}), {
+            "past_key_values": cache
         }
 
     def _prompts(self, batch: list[_Prepared]) -> BatchFeature:
+        """Return the prompts of a batch without its videos."""
         # The processor counts the frames of these arrays, which have no content.
         videos = [[np.zeros((len(run), 1, 1), np.uint16) for run in item.runs] for item in batch]
         times = [item.times for item in batch]
         return self.processor([item.messages for item in batch], videos, None, True, (1, 1), times=times)
 
-    def _generate(self, batch: list[_Prepared]) -> list[Reply]:
+    def _generate(self, batch: list[_Prepared], prefix: _Prefix | None) -> list[Reply]:
         """Return the greedy answers."""
-        inputs = self._inputs(batch)
-        cache = {"past_key_values": inputs.pop("past_key_values", None)}
-        tokens = greedy_tokens(self.model, BatchFeature(inputs), self.max_new_tokens, **cache)
+        prompts, cached = self._inputs(batch, prefix)
+        tokens = greedy_tokens(self.model, prompts, self.max_new_tokens, **cached)
         # An answer ends at the first end token, and what follows is padding.
         ended = torch.isin(tokens, self._end_ids).cumsum(dim=1)
         counts = ((ended == 0).sum(dim=1) + (ended > 0).any(dim=1).int()).tolist()
@@ -199,10 +236,11 @@ class Asker:
             for item, text, count in zip(batch, as_text(self.processor, tokens), counts, strict=True)
         ]
 
-    def _choose(self, batch: list[_Prepared]) -> list[Reply]:
+    def _choose(self, batch: list[_Prepared], prefix: _Prefix | None) -> list[Reply]:
         """Return the choices whose first token is most likely to begin the answer."""
         options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-        out = self.model.generate(**self._inputs(batch), **options)
+        prompts, cached = self._inputs(batch, prefix)
+        out = self.model.generate(**prompts, **cached, **options)
         log_probabilities = out.logits[0].float().log_softmax(dim=-1).cpu()
         replies = []
         for item, row in zip(batch, log_probabilities, strict=True):
@@ -237,27 +275,12 @@ def _features(item: _Prepared) -> Tensor:
     return item.features[[frame for run in item.runs for frame in run]]
 
 
-def _shares_video(batch: Sequence[_Prepared]) -> bool:
-    """Return whether all questions of a batch show the same frames, and enough is saved where these are read once."""
-    first = batch[0]
-    same = all(item.features is first.features and item.runs == first.runs for item in batch)
-    shortest = min(item.reply.prompt_tokens for item in batch)
-    return same and (len(batch) - 1) * shortest >= SHARED_TOKENS
+def _without_padding(prompts: BatchFeature) -> list[Tensor]:
+    """Return the tokens of each prompt, int64 (length,)."""
+    return [row[seen.bool()] for row, seen in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)]
 
 
 def _batches(prepared: Sequence[_Prepared]) -> Iterator[list[_Prepared]]:
-    """Yield batches of questions: those that share a video, then those of similar length, the longest first."""
-    of_video: dict[tuple[int, str], list[_Prepared]] = {}
-    for item in prepared:
-        of_video.setdefault((id(item.features), str(item.runs)), []).append(item)
-    sharing = [items for items in of_video.values() if _shares_video(items)]
-    for items in sharing:
-        yield from _by_length(items)
-    shared = {item.number for items in sharing for item in items}
-    yield from _by_length([item for item in prepared if item.number not in shared])
-
-
-def _by_length(prepared: Sequence[_Prepared]) -> Iterator[list[_Prepared]]:
     """Yield batches of questions of similar length, the longest first."""
     batch: list[_Prepared] = []
     longest = frames = 0

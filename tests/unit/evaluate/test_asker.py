@@ -67,9 +67,12 @@ def test_each_video_is_encoded_once(answerer, monkeypatch):
     assert encoded == [4, 3]
 
 
+@pytest.mark.parametrize("frames_of_batch", [1024, 16])
 @pytest.mark.parametrize("likelihood", [False, True])
-def test_the_decoder_reads_a_video_once_for_all_questions(answerer, monkeypatch, likelihood):
-    """Questions of different lengths, so that padding stands between the video and some of them."""
+def test_the_decoder_reads_a_video_once_for_all_questions(answerer, monkeypatch, likelihood, frames_of_batch):
+    """Questions of different lengths, so that padding stands between the video and some of them; in one batch, and in
+    batches of two."""
+    monkeypatch.setattr(asking, "BATCH_FRAMES", frames_of_batch)
     texts = [f"{'What is it? ' * (i % 4 + 1)}{i}" for i in range(8)]
     choices = {"choices": ("A", "B")} if likelihood else {}
     asked = [(watched(0, 8), [question(text, **choices) for text in texts]), (watched(1), [question("?", **choices)])]
@@ -84,12 +87,12 @@ def test_the_decoder_reads_a_video_once_for_all_questions(answerer, monkeypatch,
     hook = answerer.model.register_forward_pre_hook(count, with_kwargs=True)
     shared = Asker(answerer, 6, likelihood)(asked)
     hook.remove()
+    assert sum(read) == (8 + 4) * answerer.model.config.tokens_per_frame
     texts, expected = ([reply.text for of_video in replies for reply in of_video] for replies in (shared, apart))
     assert texts == expected
     assert likelihood or len(set(texts)) > 1
     for reply, other in zip(shared[0], apart[0], strict=True):
         assert reply.likelihoods == pytest.approx(other.likelihoods, abs=2e-4)
-    assert sum(read) == (8 + 4) * answerer.model.config.tokens_per_frame
 
 
 def test_what_stands_before_a_video_is_not_shared(answerer, monkeypatch):

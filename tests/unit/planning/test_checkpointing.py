@@ -6,7 +6,7 @@ import pytest
 
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig
-from crosslmm.planning import checkpointing, cost
+from crosslmm.planning import checkpointing, cost, peak_memory
 from crosslmm.planning.assumptions import GPUS, Assumptions, find_gpu
 from crosslmm.planning.plan import plan
 from crosslmm.planning.utilisation import Utilisation
@@ -16,33 +16,45 @@ RATES = [f"--train.learning_rate.{part}=1e-3" for part in ("vision", "projector"
 
 
 def run(*overrides):
-    small = ["--train.micro_batch_size=1", "--train.global_batch_size=2", "--train.activation_checkpointing=auto"]
-    return parse_run([*RATES, *small, *overrides], "")
+    small = ["--train.micro_batch_size=1", "--train.global_batch_size=4", f"--data.num_frames={FRAMES}"]
+    return parse_run([*RATES, *small, "--train.activation_checkpointing=auto", *overrides], "")
 
 
 def chosen(config, available=math.inf):
-    return checkpointing.choose(config, FRAMES, TEXT, available=available)
+    return checkpointing.choose(config, available).config.train.checkpointing
 
 
 @pytest.fixture(scope="module")
 def peaks():
-    """The memory of a step by pair of parts, as `choose` sees it."""
-    fixed = [run(f"--train.activation_checkpointing={{encoder: {a}, decoder: {b}}}") for a, b in checkpointing.BY_COST]
-    return [chosen(config).memory.total for config in fixed]
+    """The memory of a step by pair of parts, with the text of `choose`."""
+
+    def peak(encoder, decoder):
+        config = run(f"--train.activation_checkpointing={{encoder: {encoder}, decoder: {decoder}}}")
+        traced = peak_memory.training_trace(config, FRAMES, checkpointing.LONG_TEXT)
+        return peak_memory.training_memory(config, traced).total
+
+    return [peak(*pair) for pair in checkpointing.BY_COST]
 
 
 def test_the_cheapest_that_fits_is_chosen(peaks):
     assert peaks[-1] == min(peaks)
     for available in (max(peaks), sorted(peaks)[4], peaks[-1]):
         first = next(i for i, needed in enumerate(peaks) if needed <= available)
-        assert chosen(run(), available).config.train.checkpointing == checkpointing.BY_COST[first]
+        assert chosen(run(), available) == checkpointing.BY_COST[first]
     # Where nothing fits, the smallest is the best that can be had.
-    assert chosen(run(), 1).config.train.checkpointing == ("full", "full")
+    assert checkpointing.choose(run(), 1).needed_bytes == peaks[-1]
+    assert chosen(run(), 1) == ("full", "full")
+
+
+def test_an_elastic_run_chooses_for_its_fewest_workers(peaks):
+    alone, two, elastic = (run(f"--scaling.num_workers={workers}") for workers in ("1", "2", "[1,2]"))
+    needed = [checkpointing.choose(config, math.inf).needed_bytes for config in (alone, two, elastic)]
+    assert needed[0] == needed[2] > needed[1]
 
 
 def test_what_is_recomputed_is_counted_beside_the_model():
     def flops(how):
-        traced = cost.training_trace(run(f"--train.activation_checkpointing={how}"), FRAMES, TEXT)
+        traced = peak_memory.training_trace(run(f"--train.activation_checkpointing={how}"), FRAMES, TEXT)
         return traced.flops - traced.recomputed_flops, traced.recomputed_flops
 
     model, nothing = flops("none")
@@ -55,17 +67,22 @@ def test_what_is_recomputed_is_counted_beside_the_model():
 
 
 def test_a_frozen_encoder_is_left_alone_and_compiled_blocks_are_whole():
-    frozen = chosen(run("--train.learning_rate.vision=0"), 1)
-    assert frozen.config.train.checkpointing == ("none", "full")
-    tried = [c.train.checkpointing for c in checkpointing._candidates(run("--train.compile=true"))]
-    assert tried == [("none", "none"), ("none", "full"), ("full", "none"), ("full", "full")]
-    with pytest.raises(BadConfig, match="a compiled block is computed again as a whole"):
+    assert chosen(run("--train.learning_rate.vision=0"), 1) == ("none", "full")
+    # Selective checkpointing would fit, but is refused.
+    compiled = run("--train.compile=true")
+    selective = run("--train.activation_checkpointing=selective")
+    needed = peak_memory.training_memory(
+        selective, peak_memory.training_trace(selective, FRAMES, checkpointing.LONG_TEXT)
+    ).total
+    assert "selective" in chosen(run(), needed)
+    assert "selective" not in chosen(compiled, needed)
+    with pytest.raises(BadConfig, match="a compiled block is recomputed as a whole"):
         run("--train.activation_checkpointing=selective", "--train.compile=true")
 
 
 def test_the_plan_says_what_it_chose_and_both_utilisations(peaks, monkeypatch):
     config = run()
-    for memory, fits in ((max(peaks), True), (peaks[-1] - 1, False)):
+    for memory, fits in ((max(peaks), True), (1e6, False)):
         monkeypatch.setitem(GPUS, "l4", GPUS["l4"]._replace(memory_bytes=memory))
         (row,) = plan(config, [FRAMES], Assumptions(gpu="l4", reserve=0, text_tokens=TEXT, hfu=0.4)).rows
         assert row.fits == fits
@@ -92,7 +109,8 @@ def test_utilisation_follows_from_the_speed():
 @pytest.mark.parametrize(
     ("device", "name"),
     [("NVIDIA A100-SXM4-80GB", "a100-80"), ("NVIDIA H200", "h200"), ("NVIDIA GeForce RTX 4090", "rtx-4090"),
-     ("NVIDIA L40S", "l40s"), ("Tesla V100", None)],
+     ("NVIDIA L40S", "l40s"), ("Tesla V100", None),
+     ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)],
 )  # fmt: skip
 def test_the_driver_s_name_of_a_gpu_is_known(device, name):
     assert find_gpu(device) == (GPUS[name] if name else None)

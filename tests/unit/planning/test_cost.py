@@ -21,7 +21,7 @@ from crosslmm.config import BadConfig, LearningRates
 from crosslmm.model.loading import build_config
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.param_groups import component_of, fsdp_units
-from crosslmm.planning import cost, meta_trace
+from crosslmm.planning import cost, meta_trace, peak_memory
 from crosslmm.planning import plan as planning
 from crosslmm.planning.assumptions import GPUS, Assumptions
 from crosslmm.planning.meta_trace import trace
@@ -41,7 +41,7 @@ def measured():
 
 
 def memory(config, frames=8, text_tokens=40, sharded=True):
-    return cost.training_memory(config, cost.training_trace(config, frames, text_tokens), sharded)
+    return peak_memory.training_memory(config, peak_memory.training_trace(config, frames, text_tokens), sharded)
 
 
 def changed(config, section, **values):
@@ -145,9 +145,9 @@ def test_traced_prefill_flops_match_the_counted_macs():
     config = parse_run(["--config", "paper-2b"], "")
     model = cost.empty_model(config.model)
     macs = cost.macs(model, 32, 60)
-    batch = cost._batch(model, 1, 32, 60, 0)
+    batch = peak_memory._batch(model, 1, 32, 60, 0)
     with torch.no_grad():
-        traced = cost._trace(model, config, batch, lambda: model(**batch, logits_to_keep=60) and None)
+        traced = peak_memory._trace(model, config, batch, lambda: model(**batch, logits_to_keep=60) and None)
     assert traced.flops / 2 == pytest.approx(macs.linear + macs.attention_products, rel=0.002)
 
 
@@ -162,7 +162,8 @@ def test_flash_attention_stores_no_queries_times_keys(measured):
 
 def test_checkpointing_saves_memory_and_adds_compute(measured):
     plain, checkpointed = (
-        cost.training_trace(changed(measured, "train", activation_checkpointing=on), 16, 40) for on in (False, True)
+        peak_memory.training_trace(changed(measured, "train", activation_checkpointing=on), 16, 40)
+        for on in (False, True)
     )
     assert sum(checkpointed.peak(with_kept=False)) < 0.7 * sum(plain.peak(with_kept=False))
     assert 1.2 * plain.flops < checkpointed.flops < 1.4 * plain.flops
@@ -242,7 +243,7 @@ def test_bf16_halves_activations_and_keeps_float32_moments(measured):
 
 
 def test_answering_counts_the_caches_of_decoder_and_video(measured):
-    result = cost.answering_memory(measured, frames=8, text_tokens=40)
+    result = peak_memory.answering_memory(measured, frames=8, text_tokens=40)
     positions, originals, kv_width, layers = 8 * 16 + 40, 8 * 64, 2 * 32, 4
     assert result.kv_caches >= 2 * 4 * kv_width * (layers * positions + 2 * originals)
     assert result.gradients == result.optimizer == 0
@@ -379,8 +380,8 @@ def test_zero_frames_or_text_tokens_are_refused(config):
 def test_running_identical_layers_once_gives_the_same_trace(names, monkeypatch):
     arguments = [f"--config={name}" for name in names.split()]
     config = parse_run([*arguments, "--train.activation_checkpointing=full"], "")
-    once = cost.training_trace(config, 12, 20), cost.answering_memory(config, 12, 20)
+    once = peak_memory.training_trace(config, 12, 20), peak_memory.answering_memory(config, 12, 20)
     monkeypatch.setattr(meta_trace, "_run_once", lambda *_: contextlib.nullcontext())
-    each = cost.training_trace(config, 12, 20), cost.answering_memory(config, 12, 20)
+    each = peak_memory.training_trace(config, 12, 20), peak_memory.answering_memory(config, 12, 20)
     assert once[0].peak(with_kept=True) == each[0].peak(with_kept=True)
     assert (once[0].flops, once[1]) == (each[0].flops, each[1])

@@ -11,7 +11,6 @@ from ray.util.metrics import Gauge
 
 from crosslmm import run_folder
 from crosslmm.lease import LeaseLost
-from crosslmm.planning.utilisation import Utilisation
 from crosslmm.run_folder import QUARANTINE_FILE
 from crosslmm.train.monitor import TrainingMonitor
 
@@ -64,11 +63,10 @@ def _local_ray(monkeypatch):
     monkeypatch.setattr(ray, "get", lambda value: value)
 
 
-def monitor(folder, record=None, report=None, *batches, utilisation=None):
-    config = SimpleNamespace(name="run", scaling=SimpleNamespace(most_workers=4))
-    fence = SimpleNamespace(require_lately=lambda: None)
+def monitor(folder, record=None, report=None, *batches):
+    config, fence = SimpleNamespace(name="run"), SimpleNamespace(require_lately=lambda: None)
     job = SimpleNamespace(config=config, total_steps=4, folder=str(folder), events=Events(*batches), fence=fence)
-    return TrainingMonitor(job, record or Record(), report, utilisation=utilisation)
+    return TrainingMonitor(job, record or Record(), report)
 
 
 def test_a_validation_is_reported_when_the_record_has_it(tmp_path):
@@ -235,12 +233,3 @@ def test_gauges_are_set_again_while_nothing_happens(tmp_path, monkeypatch):
             time.sleep(0.1)
     assert running.last_metrics == {}
     assert exported.count(("crosslmm_total_steps", 4.0, {"run": "run"})) >= 3
-
-
-def test_steps_on_known_gpus_have_their_utilisation(tmp_path):
-    of_gpus = Utilisation(model_flops=1e12, hardware_flops=1.5e12, peak=10e12)
-    started = ("started", (0, 1, 1, 2))  # two workers, of the four that there may be
-    with monitor(tmp_path, None, None, [started, ("step", (1, 1.0, dict(METRICS)))], utilisation=of_gpus) as running:
-        pass
-    assert running.last_metrics["mfu"] == pytest.approx(4.0 * 1e12 / (2 * 10e12))
-    assert running.last_metrics["hfu"] == pytest.approx(0.3)

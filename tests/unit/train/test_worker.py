@@ -1,5 +1,6 @@
 """Threads and log of a worker: an error of what they call costs neither stop requests nor messages."""
 
+import json
 import logging
 import threading
 import time
@@ -10,6 +11,8 @@ import ray
 import ray.train
 from ray.exceptions import RayError
 
+from crosslmm.planning.utilisation import Utilisation
+from crosslmm.train import worker
 from crosslmm.train.events import EventLogHandler
 from crosslmm.train.worker import StopListener
 
@@ -84,3 +87,20 @@ def test_log_records_are_posted_with_level_rank_and_step():
         ("log", (logging.WARNING, "checkpoint after step 7", 3, 7)),
         ("log", (logging.INFO, "plain", 3, None)),
     ]
+
+
+def test_steps_on_known_gpus_report_and_store_their_utilisation(monkeypatch):
+    """The driver and the run's history get the same, so that a replay to MLflow has it too."""
+    monkeypatch.setattr(worker.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(worker.dist, "get_world_size", lambda: 2)
+    posted = []
+    events = SimpleNamespace(post=SimpleNamespace(remote=lambda kind, item: posted.append((kind, item))))
+    of_gpus = Utilisation(model_flops=1e12, hardware_flops=1.5e12, peak=10e12)
+    job = SimpleNamespace(utilisation=of_gpus, events=events)
+    watchdog, listener = SimpleNamespace(enter=None), SimpleNamespace(stop_requested=None)
+    callbacks = worker._WorkerCallbacks(job, None, None, None, None, None, watchdog, listener, {})
+    callbacks.log(1, {"frames_per_s": 4.0})
+    ((kind, (step, _, metrics)),) = posted
+    assert (kind, step) == ("step", 1)
+    assert metrics == pytest.approx({"frames_per_s": 4.0, "mfu": 0.2, "hfu": 0.3})
+    assert json.loads(callbacks._history[0])["metrics"] == metrics

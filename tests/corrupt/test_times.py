@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from crosslmm.data.video import pyav
+from crosslmm.data.video import probe, pyav, timeline
 from crosslmm.data.video.decode import decode_video, probe_video
 from tests.support import zoo
 from tests.support.ffmpeg import (
@@ -64,6 +64,18 @@ def test_audio_that_outlasts_the_video_changes_nothing(tmp_path, kind):
     name, options, audio_s = AUDIO_OUTLASTS[kind]
     size = FAST if options is MPEG2 else SLOW
     require_right(make(tmp_path / name, *options, audio_s=audio_s, **size))
+
+
+@pytest.mark.parametrize("kind", ["mkv with audio of 7 s", "mp4", "mp4 in fragments", "avi", "transport stream"])
+def test_frames_are_the_same_with_a_pyav_that_shows_no_index(tmp_path, kind, monkeypatch):
+    """As that of lmms-eval's environment, whose streams have no such attribute."""
+    assert timeline.index_of(object()) == ()
+    for module in (timeline, pyav, probe):
+        monkeypatch.setattr(module, "index_of", lambda stream: ())
+    name, options, audio_s = AUDIO_OUTLASTS[kind]
+    path = make(tmp_path / name, *options, audio_s=audio_s, **SLOW)
+    require_right(path)
+    assert isinstance(probe_video(str(path), DATA), probe.Probe)
 
 
 def copied(source: Path, name: str, *options: str, before: tuple[str, ...] = ()) -> Path:

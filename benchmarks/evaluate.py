@@ -2,9 +2,9 @@
 
 `evaluate_over_plain`: questions per second of an evaluation on Ray (decoders in processes of their own, one actor with
     the model, replies written block by block) / those of a loop in one process that reads the same blocks one after the
-    other, with the same decoder and the same batches. Encoder and decoder stand in the proportion of the 2B's, two
-    questions a video. Both count from the end of the first block to that of the last one, for Ray's start takes its
-    time once.
+    other, with the same decoder and the same batches. The model has one thread in both, which stands for one GPU.
+    Encoder and decoder stand in the proportion of the 2B's, two questions a video. Both count from the end of the first
+    block to that of the last one, for Ray's start takes its time once.
 `eight_questions_over_one`: time for eight questions about a video of 32 frames / time for one, in the same proportions,
     answers of two tokens (a letter and the end); median of nine turns.
 `memory_growth`: memory of the driver and of all processes of Ray (proportional set size) at the end of 2,000 questions
@@ -16,7 +16,6 @@ About ten minutes on two cores.
 import argparse
 import json
 import logging
-import os
 import statistics
 import tempfile
 import threading
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
+import torch
 from rich.table import Table
 
 from benchmarks import report
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     arguments = parser.parse_args()
     start_job()
+    torch.set_num_threads(1)
     quiet_mlflow()
     logging.getLogger("crosslmm").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:
@@ -219,5 +220,4 @@ def memory_of_all() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

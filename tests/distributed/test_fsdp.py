@@ -240,7 +240,8 @@ def test_frozen_components_stay_in_bf16_with_checkpointing(tmp_path):
 
 
 def test_compiled_blocks_train_like_eager_ones(tmp_path, two_ranks):
-    compiled = spawn(2, tmp_path, overrides=("--train.compile=true", "--train.activation_checkpointing=true"))
+    # On one rank: two would compile the same blocks side by side.
+    compiled = spawn(1, tmp_path, overrides=("--train.compile=true", "--train.activation_checkpointing=true"))
     for step, values in two_ranks[0].items():
         assert compiled[step] == pytest.approx(values, rel=1e-4)
 

@@ -1,4 +1,5 @@
-"""README and docs: every Python snippet runs as the file that a person makes of it, and piped to `python -`.
+"""README and docs: every Python snippet runs as the file that a person makes of it; those that start processes also
+run piped to `python -`.
 
 A snippet that cannot run here is parsed, and stands in PARSED_ONLY with the reason.
 """
@@ -41,6 +42,8 @@ PLACEHOLDERS = {"/data/clips": "", "/data/model": "/exported"}
 """Folders of the reader, in the snippets -> in the test's own."""
 PARSED_ONLY = {"lora.md-0": "it needs an adapter: tests/unit/model/adapters/test_lora.py runs it with one"}
 """Name of a snippet -> why it cannot run without more than a CPU and two minutes."""
+DECODING = ["README.md-0", "mlflow.md-0"]
+"""Snippets that start decoders, whose processes could run their caller again; piped, it has no file."""
 PRINTED = {"mlflow.md-0": ["answer", "error", "None  video cannot be read or lies outside the roots"]}
 """What the page says that a snippet prints."""
 ONCE = 'with open("runs.txt", "a") as file:\n    file.write("once\\n")\n'
@@ -70,8 +73,10 @@ def test_snippets_are_found_and_are_python():
         ast.parse(code)
 
 
-@pytest.mark.parametrize("how", ["a file", "piped"])
-@pytest.mark.parametrize("name", [name for name in SNIPPETS if name not in PARSED_ONLY])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*((name, "a file") for name in SNIPPETS if name not in PARSED_ONLY), *((name, "piped") for name in DECODING)],
+)
 def test_a_snippet_runs(reader, tmp_path, name, how):
     code = SNIPPETS[name]
     for placeholder, folder in PLACEHOLDERS.items():

@@ -1,4 +1,4 @@
-"""Small pictures of the frames that the model saw, for the page."""
+"""Small pictures of the frames that the model sees, for pages and the record."""
 
 from collections.abc import Sequence
 from fractions import Fraction

@@ -282,7 +282,7 @@ class _WorkerCallbacks(loop.Callbacks):
             texts = {key: text[:SAMPLE_CHARACTERS] for key, text in texts.items()}
             self._answers.append({"row": question.position, "kind": question.kind, **texts, "right": right})
             if self.rank == 0 and question.videos and question.videos[0].dtype == np.uint8:  # frames, not features
-                self._pictures[question.position] = thumbnails.strip(question.videos)
+                self._pictures[question.position] = thumbnails.square(question.videos)
 
     def not_finite(self, step: int, ids: list[str], grad_norm: float) -> None:
         if self.rank == 0:

@@ -1,11 +1,13 @@
 """The MLflow run of a training run, over sqlite: what it contains, on a resume and from a replay."""
 
+import io
 import json
 import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 
+import av
 import mlflow
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from crosslmm import run_folder, tracking
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig, TrackingConfig, flatten, tracking_uri
-from crosslmm.data.thumbnails import strip
+from crosslmm.data.thumbnails import SIDE, square
 from crosslmm.run_folder import validations_after
 from crosslmm.tracking import BackgroundSync, RunSync, SyncTimeouts
 from crosslmm.tracking.run import find_or_create
@@ -375,7 +377,12 @@ def test_sample_answers_are_a_table_that_grows_during_the_run(tmp_path, config, 
 def test_sample_answers_stand_beside_the_frames_that_they_are_about(tmp_path, config, client):
     run = start(tmp_path, config.model_copy(update={"name": "pictures"}))
     texts = {"kind": None, "question": "Which?", "reference": "red", "answer": "blue", "right": False}
-    jpeg = strip([np.zeros((2, 8, 8, 3), np.uint8)])
+    jpeg = square([np.full((3, 8, 8, 3), 200, np.uint8)])
+    with av.open(io.BytesIO(jpeg)) as picture:
+        shown = next(picture.decode(video=0)).to_ndarray(format="gray")
+    # Three frames, and an empty place.
+    middles = slice(SIDE // 2, None, SIDE)
+    assert (shown[middles, middles] > 100).tolist() == [[True, True], [True, False]]
     run_folder.write_answers(str(tmp_path), 5, [{"row": 3, **texts}, {"row": 4, **texts}], {3: jpeg})
     run_folder.write_answers(str(tmp_path), 10, [{"row": 3, **texts}], {})
     run.finish("FINISHED")

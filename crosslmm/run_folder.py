@@ -8,6 +8,7 @@ The folder is the source of truth; MLflow's run is made from it and can be made 
     ├── history/*.jsonl                 {"step": int, "time": unix seconds, "metrics": {name: float}}, a line per step
     ├── quarantine.jsonl                samples that could not be read, a line per sample
     ├── answers/step-XXXXXXXX.json      some answers of the validation after this step, to the same questions each time
+    ├── answers/row-XXXXXXXX.jpg        frames of what these are about
     ├── step-XXXXXXXX-ATTEMPT/          a checkpoint
     │   ├── rank-NNNNN.safetensors          the part of a rank: weights, moments of the optimizer
     │   ├── index.json                      where the rows of each tensor are, with the sha256 of each chunk
@@ -54,6 +55,7 @@ CONFIG_FILE = "config.yaml"
 HISTORY_FOLDER, HISTORY_FILE = "history", re.compile(r"step-(\d{8,12})\.jsonl")
 QUARANTINE_FILE = "quarantine.jsonl"
 ANSWERS_FOLDER, ANSWERS_FILE = "answers", re.compile(r"step-(\d{8,12})\.json")
+PICTURE_FILE = re.compile(r"row-(\d{8,12})\.jpg")
 CHECKPOINT_FOLDER = re.compile(r"step-\d{8}-\w+")
 SHARD_FILE, CHECKPOINT_INDEX_FILE = "rank-{:05d}.safetensors", "index.json"
 SEAL_FILE, BROKEN_SEAL_FILE = "seal.json", "broken-seal.json"
@@ -200,10 +202,19 @@ def validations_after(folder: str, last: int) -> list[tuple[int, dict[str, float
     return sorted(validations.items())
 
 
-def write_answers(folder: str, step: int, answers: list[dict[str, Any]]) -> None:
-    """Write sample answers of the validation after step `step`; those of an earlier execution of it are replaced."""
-    uri = storage.join(storage.join(folder, ANSWERS_FOLDER), f"step-{step:08d}.json")
-    storage.write_bytes(uri, json.dumps(answers).encode())
+def write_answers(folder: str, step: int, answers: list[dict[str, Any]], pictures: dict[int, bytes]) -> None:
+    """Write sample answers of the validation after step `step`; those of an earlier execution of it are replaced.
+
+    Args:
+        folder: of the run.
+        step: optimizer steps done.
+        answers: a dictionary each; `row` is the position of its sample in the validation manifest.
+        pictures: row -> JPEG of what it shows; the same for every validation.
+    """
+    folder = storage.join(folder, ANSWERS_FOLDER)
+    for row, jpeg in pictures.items():
+        storage.write_bytes(storage.join(folder, f"row-{row:08d}.jpg"), jpeg)
+    storage.write_bytes(storage.join(folder, f"step-{step:08d}.json"), json.dumps(answers).encode())
 
 
 def read_answers(folder: str, most: int) -> Iterator[dict[str, Any]]:
@@ -213,6 +224,12 @@ def read_answers(folder: str, most: int) -> Iterator[dict[str, Any]]:
     for name in reversed(names[-most:]):
         for answer in storage.read_json(storage.inside(folder, name)):
             yield {"step": int(name[5:-5]), **answer}
+
+
+def list_pictures(folder: str) -> dict[int, str]:
+    """Return the pictures beside the sample answers: row -> file name."""
+    names = storage.names_in(storage.join(folder, ANSWERS_FOLDER))
+    return {int(match[1]): name for name in names if (match := PICTURE_FILE.fullmatch(name))}
 
 
 def list_runs(storage_folder: str, names: Sequence[str] = ()) -> list[tuple[str, str]]:

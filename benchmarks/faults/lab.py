@@ -205,6 +205,11 @@ class Lab:
             done = self._done.pop(name) if name in self._done else self._recorded(name)
             self.repeated_steps[name].append(max(0, done - int(resumed[1] or 0)))
 
+    def note_restart(self, name: str) -> None:
+        """Note how many recorded steps will be taken again, where the command does not print where it resumes."""
+        time.sleep(SETTLED_S)
+        self.repeated_steps[name].append(max(0, self._recorded(name) - self.sealed_step(name)))
+
     def _recorded(self, name: str) -> int:
         """Return the last step in MLflow; 0 without one."""
         with suppress(ValueError, FileNotFoundError):  # no run yet
@@ -238,8 +243,10 @@ class Lab:
         return attempt
 
     def folder_of(self, name: str) -> str:
-        """Return a run's folder in the store."""
-        return f"s3://lab/runs/{name}"
+        """Return the folder of a run, or of a sweep's only trial, in the store."""
+        folder = f"s3://lab/runs/{name}"
+        trials = [part for part in storage.names_in(folder) if part.startswith("000-")]
+        return f"{folder}/{trials[0]}" if trials else folder
 
     def sealed_step(self, name: str) -> int:
         """Return the step of the newest checkpoint; 0 without one."""

@@ -8,7 +8,7 @@ import sys
 import time
 
 from benchmarks.faults import ROOT
-from benchmarks.faults.lab import DEADLINE_S, Attempt, Lab, NotSurvived, fault
+from benchmarks.faults.lab import DEADLINE_S, FAULT_AFTER, STEPS, Attempt, Lab, NotSurvived, fault
 from benchmarks.faults.processes import kill_driver
 from crosslmm import lease
 from crosslmm.lease import owners
@@ -17,6 +17,16 @@ from crosslmm.run_folder import OWNERS_FOLDER, read_run
 SLACK_S = 20.0
 """Beyond the lease, until a start that watched starts workers [s]: its last look, and the checks before a run."""
 TAKEN_UP = "starting workers"
+SWEEP = (
+    "--scheduler=none", "--features=never", "--data.validation_manifest=s3://lab/data/held_out.jsonl",
+    f"--train.validate_every={STEPS}",
+)  # fmt: skip
+"""Settings of a sweep whose trials train as runs do."""
+SPACE = """
+from ray import tune
+def space(config):
+    return {"train.learning_rate.decoder": tune.grid_search([config.train.learning_rate.decoder])}
+"""
 FROZEN = ("--train.learning_rate.vision=0",)
 """Settings of a run that can read features instead of videos."""
 
@@ -26,8 +36,7 @@ def second_start(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """Repeat the command while the run trains: it is refused with the owner's name, and the run does not notice."""
     run = lab.start_until_checkpoint(name)
     twin = lab.start(name).wait(status=2)
-    if f"process {run.process.pid}" not in twin.text or "belongs to the training of" not in twin.text:
-        raise NotSurvived(f"the second start does not name the owner:\n{twin.text}")
+    _require_owner_named(twin, run, "training")
     at = lab.release()
     return [run.wait()], at
 
@@ -99,6 +108,36 @@ def encoding_killed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     return [*attempts, lab.start(name, *FROZEN, f"--data.features={json.loads(line)['folder']}").wait()], at
 
 
+@fault("owner of a sweep SIGKILLed beside a second start")
+def sweep_killed(lab: Lab, name: str) -> tuple[list[Attempt], float]:
+    """Kill the driver of a sweep in the middle of its only trial while another start is refused: the third one resumes
+    the trial, which ends as a run with the same settings does."""
+    space = lab.folder / "space.py"
+    space.write_text(SPACE)
+    command = ["jobs/tune.py", *lab.command(name, *SWEEP)[2:], f"--space={space}"]
+
+    def start() -> Attempt:
+        environment = lab.cluster.environment | {"RAY_ADDRESS": lab.cluster.gcs_address}
+        return lab.attempt(name, [sys.executable, *command], environment, ROOT)
+
+    lab.hold(FAULT_AFTER + 1)
+    first = start()
+    first.wait_for(lambda: lab.sealed_step(name) >= FAULT_AFTER, f"checkpoint of step {FAULT_AFTER}")
+    twin = start().wait(status=2)
+    _require_owner_named(twin, first, "sweep")
+    at = time.monotonic()
+    first.process.kill()
+    lab.note_restart(name)
+    lab.release()
+    return [first.wait(status=-signal.SIGKILL), start().wait()], at
+
+
+def _require_owner_named(twin: Attempt, owner: Attempt, work: str) -> None:
+    """Raise NotSurvived unless a start that was refused names the owner."""
+    if f"process {owner.process.pid}" not in twin.text or f"belongs to the {work} of" not in twin.text:
+        raise NotSurvived(f"the second start does not name the owner:\n{twin.text}")
+
+
 def _contend(lab: Lab, name: str, command: list[str], folder: str, work: str) -> tuple[list[Attempt], float]:
     """Start a command three times. The first cannot write when the second, which is refused, meets it; then it is
     killed, and the third does the work. Return the first and the third, and the time of the kill.
@@ -122,8 +161,7 @@ def _contend(lab: Lab, name: str, command: list[str], folder: str, work: str) ->
     at = time.monotonic()
     first.process.kill()
     lab.store.heal()
-    if f"process {first.process.pid}" not in twin.text or f"belongs to the {work} of" not in twin.text:
-        raise NotSurvived(f"the second start does not name the owner:\n{twin.text}")
+    _require_owner_named(twin, first, work)
     return [first.wait(status=-signal.SIGKILL), start().wait()], at
 
 

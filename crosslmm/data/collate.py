@@ -1,6 +1,6 @@
 """Collates samples into padded batches. The processor is passed in as a callable."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -62,6 +62,8 @@ class Question:
     """The question, without its videos."""
     reference: str
     """The answer that the row has."""
+    videos: Sequence[np.ndarray] = field(default=(), repr=False, compare=False)
+    """What the model sees: frames of each video and image, uint8 (frames, side, side, 3), or their features."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def collate_questions(
             parts = _media_parts(prompt)
             seen, shown = sample.videos[:parts], sample.times[:parts]
             require_room(prompt, [len(video) for video in seen], reference, times=shown)
-            asked.append(Question(sample.position, sample.kind, scoring.question_text(prompt), reference))
+            asked.append(Question(sample.position, sample.kind, scoring.question_text(prompt), reference, seen))
             prompts.append(prompt)
             videos.append(seen)
             times.append(shown)

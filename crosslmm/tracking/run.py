@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -119,6 +120,13 @@ class MlflowRun:
     def log_text(self, name: str, text: str) -> None:
         """Write a text as an artifact."""
         self.client.log_text(self.run_id, text, name)
+
+    def log_bytes(self, name: str, content: bytes) -> None:
+        """Write an artifact."""
+        folder, _, file_name = name.rpartition("/")
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / file_name).write_bytes(content)
+            self.client.log_artifact(self.run_id, f"{scratch}/{file_name}", folder or None)
 
     def log_file(self, path: Path) -> None:
         """Copy a file to the artifacts."""

@@ -16,11 +16,13 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 from crosslmm import storage
 from crosslmm.config import BadConfig, TrackingConfig, tracking_uri
 from crosslmm.run_folder import (
+    ANSWERS_FOLDER,
     CONFIG_FILE,
     MODEL_FOLDER,
     QUARANTINE_FILE,
     RUN_FILE,
     StepRecord,
+    list_pictures,
     read_answers,
     read_run,
     steps_after,
@@ -32,6 +34,8 @@ from crosslmm.tracking.run import BATCH_SIZES, MlflowRun, find_or_create, find_r
 
 ANSWERS_TABLE, SHOWN_VALIDATIONS = "answers.json", 50
 """Artifact with the sample answers, and of how many validations it has them."""
+PICTURES_FOLDER = "table_images/answers"
+"""Artifacts with the pictures that the table shows, where MLflow's own `log_table` would have them."""
 REGISTERED = "crosslmm.inference.pyfunc"
 """Tag: end time of the run whose model is registered."""
 
@@ -58,6 +62,7 @@ class RunSync(MlflowRun):
         super().__init__(tracking, run_id)
         self.client = client
         self.folder = folder
+        self._pictures_sent: set[int] = set()
         self.log_values({}, run["tags"])
         self.log_params(loggable(yaml.safe_load(storage.read_bytes(storage.join(folder, CONFIG_FILE)))))
         for dataset in run["datasets"]:
@@ -119,9 +124,24 @@ class RunSync(MlflowRun):
     def log_answers(self) -> None:
         """Send the sample answers of the last validations, as one table that MLflow shows."""
         if rows := list(read_answers(self.folder, SHOWN_VALIDATIONS)):
+            pictures = self._send_pictures()
+            if pictures:
+                rows = [{"frames": pictures.get(row["row"]), **row} for row in rows]
             table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
             self.log_text(ANSWERS_TABLE, printable(json.dumps(table)))
             self.log_values({}, {MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": ANSWERS_TABLE, "type": "table"}])})
+
+    def _send_pictures(self) -> dict[int, dict[str, str]]:
+        """Send the pictures of the sample answers that were not sent yet; return the cell of each row's picture."""
+        cells = {}
+        for row, name in list_pictures(self.folder).items():
+            path = f"{PICTURES_FOLDER}/{name}"
+            cells[row] = {"type": "image", "filepath": path, "compressed_filepath": path}
+            if row not in self._pictures_sent:
+                jpeg = storage.read_bytes(storage.inside(self.folder, f"{ANSWERS_FOLDER}/{name}"))
+                self.log_bytes(path, jpeg)
+                self._pictures_sent.add(row)
+        return cells
 
     def end(self, run: dict[str, Any]) -> None:
         """Send the sample answers, the list of unreadable samples and, once the run has ended, its status."""

@@ -16,7 +16,8 @@ class EventChannel:
 
     Kinds of events: "started" (first step, numbers of all and of trained parameters, number of workers), "step"
     (number, unix time [s], metrics), "unreadable" (a quarantined row), "short" (manifest, line and id of a row whose
-    videos gave fewer frames than asked, and why), "answers" (step and sample answers of a validation), "log" (level,
+    videos gave fewer frames than asked, and why), "answers" (step and sample answers of a validation, and a
+    JPEG of what each row shows), "log" (level,
     message, rank, step), "sealed" (step and unix time [s] of a finished checkpoint).
     """
 

@@ -164,9 +164,9 @@ class TrainingMonitor:
         if items and self.meter:
             self.record.keep(self.meter.worker_seconds)
 
-    def _handle_answers(self, items: list[tuple[int, list[dict[str, Any]]]]) -> None:
-        for step, answers in items:
-            write_answers(self.job.folder, step, answers)
+    def _handle_answers(self, items: list[tuple[int, list[dict[str, Any]], dict[int, bytes]]]) -> None:
+        for step, answers, pictures in items:
+            write_answers(self.job.folder, step, answers, pictures)
         if items:
             self.record.answered()
 

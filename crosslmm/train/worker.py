@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from crosslmm import scoring, storage
 from crosslmm.config import to_yaml
+from crosslmm.data import thumbnails
 from crosslmm.data.collate import (
     Made,
     Question,
@@ -243,14 +244,15 @@ class _WorkerCallbacks(loop.Callbacks):
         self.validation = validation
         self._history: list[str] = []
         self._answers: list[dict[str, Any]] = []
+        self._pictures: dict[int, bytes] = {}
 
     def log(self, step: int, metrics: loop.Metrics) -> None:
         if self.rank == 0:
             if self.job.utilisation:
                 metrics |= self.job.utilisation.at(metrics["frames_per_s"], dist.get_world_size())
             if self._answers:
-                self.job.events.post.remote("answers", (step, self._answers))
-                self._answers = []
+                self.job.events.post.remote("answers", (step, self._answers, self._pictures))
+                self._answers, self._pictures = [], {}
             now = time.time()
             self.job.events.post.remote("step", (step, now, metrics))
             self._history.append(json.dumps({"step": step, "time": now, "metrics": metrics}) + "\n")
@@ -279,6 +281,8 @@ class _WorkerCallbacks(loop.Callbacks):
             texts = {"question": question.text, "reference": question.reference, "answer": answer}
             texts = {key: text[:SAMPLE_CHARACTERS] for key, text in texts.items()}
             self._answers.append({"row": question.position, "kind": question.kind, **texts, "right": right})
+            if self.rank == 0 and question.videos and question.videos[0].dtype == np.uint8:  # frames, not features
+                self._pictures[question.position] = thumbnails.square(question.videos)
 
     def not_finite(self, step: int, ids: list[str], grad_norm: float) -> None:
         if self.rank == 0:

@@ -167,6 +167,8 @@ def test_a_job_with_everything_in_an_object_store(undisturbed, manifest, trackin
     answers = json.loads(Path(client.download_artifacts(result["run_id"], "answers.json")).read_text())
     assert len(answers["data"]) == 8
     assert {row[answers["columns"].index("step")] for row in answers["data"]} == {STEPS}
+    (picture, *_) = (row[answers["columns"].index("frames")]["filepath"] for row in answers["data"])
+    assert Path(client.download_artifacts(result["run_id"], picture)).read_bytes().startswith(b"\xff\xd8")  # a JPEG
 
 
 def test_unreadable_rows_are_listed_and_skipped(undisturbed, manifest, tracking_uri):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crosslmm.data.samples.clips import encode_clip
-from crosslmm.evaluate.asking.thumbnails import strip
+from crosslmm.data.thumbnails import strip
 from tests.support.common import random_frames
 
 ROWS = 24

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from crosslmm.config import RunConfig, to_yaml
+from crosslmm.data.thumbnails import strip
 from crosslmm.evaluate.asking.blocks import VideoRows
-from crosslmm.evaluate.asking.thumbnails import strip
 from crosslmm.evaluate.benchmarks import BENCHMARKS
 from crosslmm.evaluate.evaluated import Evaluated
 from crosslmm.evaluate.evaluation_folder import EvaluationFolder

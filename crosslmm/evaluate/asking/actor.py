@@ -10,9 +10,9 @@ import ray
 import torch
 
 from crosslmm.config import RunConfig
+from crosslmm.data import thumbnails
 from crosslmm.data.collate import Sample
 from crosslmm.data.dataset import unpack_block
-from crosslmm.evaluate.asking import thumbnails
 from crosslmm.evaluate.asking.asker import Asker, Watched
 from crosslmm.evaluate.asking.blocks import VideoRows
 from crosslmm.evaluate.asking.model_files import load

@@ -1,12 +1,15 @@
 """The MLflow run of a training run, over sqlite: what it contains, on a resume and from a replay."""
 
+import io
 import json
 import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 
+import av
 import mlflow
+import numpy as np
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -14,6 +17,7 @@ from mlflow.tracking import MlflowClient
 from crosslmm import run_folder, tracking
 from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig, TrackingConfig, flatten, tracking_uri
+from crosslmm.data.thumbnails import SIDE, square
 from crosslmm.run_folder import validations_after
 from crosslmm.tracking import BackgroundSync, RunSync, SyncTimeouts
 from crosslmm.tracking.run import find_or_create
@@ -358,7 +362,7 @@ def test_sample_answers_are_a_table_that_grows_during_the_run(tmp_path, config, 
             return mlflow.artifacts.load_dict(f"{client.get_run(run.run_id).info.artifact_uri}/answers.json")
 
     for step in (5, 10):
-        run_folder.write_answers(str(tmp_path), step, [{"row": 0, "kind": None, **texts, "right": False}])
+        run_folder.write_answers(str(tmp_path), step, [{"row": 0, "kind": None, **texts, "right": False}], {})
         run.answered()
         wait_for(lambda: (rows() or {"data": []})["data"][:1], lambda data, step=step: data and data[0][0] == step)
     table = rows()
@@ -368,6 +372,27 @@ def test_sample_answers_are_a_table_that_grows_during_the_run(tmp_path, config, 
     assert json.loads(tags["mlflow.loggedArtifacts"]) == [{"path": "answers.json", "type": "table"}]
     run.finish("FINISHED")
     assert rows() == table
+
+
+def test_sample_answers_stand_beside_the_frames_that_they_are_about(tmp_path, config, client):
+    run = start(tmp_path, config.model_copy(update={"name": "pictures"}))
+    texts = {"kind": None, "question": "Which?", "reference": "red", "answer": "blue", "right": False}
+    jpeg = square([np.full((3, 8, 8, 3), 200, np.uint8)])
+    with av.open(io.BytesIO(jpeg)) as picture:
+        shown = next(picture.decode(video=0)).to_ndarray(format="gray")
+    # Three frames, and an empty place.
+    middles = slice(SIDE // 2, None, SIDE)
+    assert (shown[middles, middles] > 100).tolist() == [[True, True], [True, False]]
+    run_folder.write_answers(str(tmp_path), 5, [{"row": 3, **texts}, {"row": 4, **texts}], {3: jpeg})
+    run_folder.write_answers(str(tmp_path), 10, [{"row": 3, **texts}], {})
+    run.finish("FINISHED")
+    root = client.get_run(run.run_id).info.artifact_uri
+    table = mlflow.artifacts.load_dict(f"{root}/answers.json")
+    path = "table_images/answers/row-00000003.jpg"
+    cell = {"type": "image", "filepath": path, "compressed_filepath": path}
+    assert [row[:3] for row in table["data"]] == [[cell, 10, 3], [cell, 5, 3], [None, 5, 4]]
+    assert table["columns"][0] == "frames"
+    assert Path(mlflow.artifacts.download_artifacts(f"{root}/{path}")).read_bytes() == jpeg
 
 
 def wait_for(look, is_there):

@@ -214,12 +214,13 @@ def test_sample_answers_are_in_the_folder_before_the_record_hears_of_them(tmp_pa
     answers = [{"row": 0, "kind": "colour", "question": "Which?", "reference": "red", "answer": "blue", "right": False}]
     record = Record()
     running = monitor(tmp_path, record)
-    running.handle([("answers", (2, answers))])
-    running.handle([("answers", (12, answers))])
+    running.handle([("answers", (2, answers, {0: b"jpeg"}))])
+    running.handle([("answers", (12, answers, {}))])
     assert record.calls == ["answered", "answered"]
     assert [row["step"] for row in run_folder.read_answers(str(tmp_path), most=9)] == [12, 2]
     (newest,) = run_folder.read_answers(str(tmp_path), most=1)
     assert newest == {"step": 12, **answers[0]}
+    assert run_folder.list_pictures(str(tmp_path)) == {0: "row-00000000.jpg"}
 
 
 def test_gauges_are_set_again_while_nothing_happens(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Small pictures of the frames that the model saw, for the page."""
+"""Small pictures of the frames that the model sees, for pages and the record."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -7,8 +7,10 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-FRAMES = 8
+STRIP = 8
 """Frames of a strip, at most."""
+SQUARE = 2
+"""Rows and columns of a square."""
 SIDE = 96
 """Side of each [px]."""
 QUALITY = 6
@@ -21,14 +23,30 @@ def strip(videos: Sequence[np.ndarray]) -> bytes:
     Args:
         videos: uint8 (frames, side, side, 3) each, together at least one frame.
     """
+    return _jpeg(np.concatenate(_small_frames(videos, STRIP), axis=1))
+
+
+def square(videos: Sequence[np.ndarray]) -> bytes:
+    """Return a few frames of videos in rows, as one JPEG: for MLflow's tables, whose cells are square.
+
+    Args:
+        videos: uint8 (frames, side, side, 3) each, together at least one frame.
+    """
+    small = _small_frames(videos, SQUARE**2)
+    small += [np.zeros_like(small[0])] * (SQUARE**2 - len(small))
+    rows = [np.concatenate(small[i : i + SQUARE], axis=1) for i in range(0, SQUARE**2, SQUARE)]
+    return _jpeg(np.concatenate(rows))
+
+
+def _small_frames(videos: Sequence[np.ndarray], most: int) -> list[np.ndarray]:
+    """Return at most so many frames, evenly spaced, uint8 (SIDE, SIDE, 3) each."""
     frames = [frame for video in videos for frame in video]
-    chosen = np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().astype(int)
+    chosen = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
     resize = VideoReformatter()
-    small = [
+    return [
         resize.reformat(av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[i]), "rgb24"), SIDE, SIDE).to_ndarray()
         for i in chosen
     ]
-    return _jpeg(np.concatenate(small, axis=1))
 
 
 def _jpeg(image: np.ndarray) -> bytes:

@@ -50,7 +50,7 @@ from crosslmm.data.samples import shapes
 from crosslmm.encode import recipe
 from crosslmm.run_folder import SWEEP_FILE
 from crosslmm.sweep import trials
-from crosslmm.sweep.search import prefill
+from crosslmm.sweep.search import prefill_macs
 from crosslmm.sweep.trials import Trial
 
 ROOT = Path(__file__).parent.parent
@@ -227,7 +227,7 @@ def costs(encoding_s: float, features: Sequence[float], videos: Sequence[float])
 
 def proportions(done: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return encoder MACs / other MACs of a prefill: the 2B, this configuration, and all its trials together."""
-    (behind_2b, encoder_2b), (behind, encoder) = prefill(two_b()), prefill(parse_run(arguments(MODEL), ""))
+    (behind_2b, encoder_2b), (behind, encoder) = prefill_macs(two_b()), prefill_macs(parse_run(arguments(MODEL), ""))
     of_trials = sum(trial["encoder_macs"] for trial in done) / sum(trial["macs"] for trial in done)
     return {"the 2B": encoder_2b / behind_2b, "here": encoder / behind, "mean of the trials": of_trials}
 

@@ -3,7 +3,8 @@
 python cluster/audit.py                                       # of this interpreter
 python cluster/audit.py .venv/lib/python3.11/site-packages    # of another environment
 
-audit.yaml holds advisories, licences, and accepted violations with their reasons. Exit status 1: there are others.
+audit.yaml holds advisories, licences, and accepted violations with their reasons. Exit status 1: it does not accept
+some violation, or no package was found.
 """
 
 import re
@@ -98,7 +99,8 @@ def refused_licence(package: Distribution, accepted: set[str]) -> str:
 
 
 def satisfied(expression: str, accepted: set[str]) -> bool:
-    """Return whether an SPDX expression can be met with accepted licences. With brackets, all its licences must be."""
+    """Return whether an SPDX expression can be met with accepted licences. Brackets are not parsed: all licences
+    in an expression with brackets must be accepted."""
     choices = [re.sub(r"[()]|\bOR\b", " AND ", expression)] if "(" in expression else expression.split(" OR ")
     parts = [{part.strip() for part in choice.split(" AND ")} - {""} for choice in choices]
     return any(choice and choice <= accepted for choice in parts)

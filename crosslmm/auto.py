@@ -11,7 +11,7 @@ from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
 from crosslmm.model import CrossLMMConfig, CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.configuration import AUTO_MODEL_CLASSES
-from crosslmm.model.processing.media import Frames, Sampling, read_files_with
+from crosslmm.model.processing.media import Frames, Sampling, set_file_reader
 
 AutoConfig.register(CrossLMMConfig.model_type, CrossLMMConfig)
 AutoProcessor.register(CrossLMMConfig, CrossLMMProcessor)
@@ -31,4 +31,4 @@ def _read_file(uri: str, side: int, sampling: Sampling) -> Frames:
     return Frames(video.images, video.times.tolist())
 
 
-read_files_with(_read_file)
+set_file_reader(_read_file)

@@ -66,7 +66,7 @@ def _reason(key: str, reason: str, parser: ArgumentParser) -> str:
     if keys:
         return f"is a section; set its keys, such as --{keys[0]}, or all as a YAML mapping{got}"
     action = next(action for action in parser._actions if action.dest == key)
-    # The rule that a value breaks stands in the branch of the type that the value has.
+    # jsonargparse lists one error for each type of a union: the rule that the value breaks is in that of its own type.
     rule = re.search(r"(?:Input should be (?:greater|less)|String should) [^\[]*[^\[ ]", reason)
     return f"takes {describe_type(getattr(action, '_typehint', None))}{f'; {rule[0]}' if rule else ''}{got}"
 

@@ -98,7 +98,7 @@ class DataConfig(Section):
     """Frame rate of the two fps policies [1/s]."""
     timestamps: bool = setting(False, FIXED)
     """Write the time of each frame of a video before its tokens, as the text "<12.0 seconds>" (the paper does not).
-    Images have none. The model is asked the same way wherever it answers."""
+    Images have none. The model keeps the setting: prompts in validation, evaluation and serving have the times, too."""
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = setting("auto", FIXED, FEATURES)
     """Decoding library; auto is pyav (measurements: docs/decisions.md)."""
     decode_timeout_s: Annotated[float, Field(gt=0)] = setting(60.0, FREE, FEATURES)
@@ -164,7 +164,7 @@ class LoraConfig(Section):
     """Share of an adapter's inputs that a training step drops."""
     targets: list[Literal["vision", "v2v", "t2v", "decoder"]] = setting(["decoder"], FIXED)
     """Components whose linear layers get an adapter, which learns at the component's rate; their own weights are
-    frozen. A projector or cross-attention with a rate that is not among them trains whole."""
+    frozen. A projector, or a cross-attention that is not listed, trains all its weights if its rate is above 0."""
 
 
 Recomputed = Literal["none", "selective", "full"]
@@ -222,8 +222,8 @@ class TrainConfig(Section):
     """Deal frames evenly to the workers for encoding, where their micro-batches have different numbers of frames.
     Results differ from those without it by rounding."""
     compile: bool = setting(False, FIXED)
-    """Compile the model's blocks with torch.compile, which fuses their small kernels: minutes at the start of each
-    worker, and a C++ compiler on CPUs. Results differ from those without it by rounding."""
+    """Compile the model's blocks with torch.compile, which fuses their small kernels. It takes minutes at the start of
+    each worker and, on CPUs, needs a C++ compiler. Results differ from those without it by rounding."""
     checkpoint_every: Count = setting(500, FREE)
     """Interval between checkpoints; one more comes at the end [steps]."""
     keep_checkpoints: Count = setting(2, FREE)
@@ -321,7 +321,7 @@ class ScalingConfig(Section):
     """Labels of the nodes that decode video; empty: any node."""
     drive_on: Labels = setting({}, FREE)
     """Labels of the driver's node, which must not be a spot node. `ray job submit` places a driver on the head; a
-    driver elsewhere is refused."""
+    driver on a node without these labels is refused."""
     worker_resources: dict[str, Limit] = setting({}, FREE)
     """Custom resources that a training worker reserves besides CPUs and GPU."""
     node_types: list[NodeType] = setting([], FREE)
@@ -429,8 +429,8 @@ class RunConfig(Section):
         for component in ("vision", "decoder"):
             if adapted and rates[component] and component not in adapted:
                 raise ValueError(
-                    f"train.lora.targets: {component} would train whole, which is too large for an adapter; add it, or "
-                    f"set train.learning_rate.{component} to 0"
+                    f"train.lora.targets: {component} would train all of its weights, which are too many to store "
+                    f"with an adapter; add it, or set train.learning_rate.{component} to 0"
                 )
         return self
 

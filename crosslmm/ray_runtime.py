@@ -54,7 +54,7 @@ def start_ray(**options: Any) -> None:
         if address := _address_of_own_cluster():
             options["address"] = address
         elif requested:
-            raise BadConfig("RAY_ADDRESS: auto: you started no cluster on this machine; give its HOST:PORT, or none")
+            raise BadConfig("RAY_ADDRESS: auto: you started no cluster here; give a cluster's HOST:PORT, or unset it")
         else:
             os.environ.pop("RAY_ADDRESS", None)
             _create_token()
@@ -105,7 +105,7 @@ def _create_token() -> None:
         path.chmod(0o600)
     except OSError as error:
         raise BadConfig(
-            f"{path}: {error.strerror}; Ray keeps its token there. Set RAY_AUTH_TOKEN_PATH to a file of yours with one"
+            f"{path}: {error.strerror}; Ray keeps its token there. Set RAY_AUTH_TOKEN_PATH to a file with your token"
         ) from error
 
 

@@ -175,7 +175,8 @@ def logs_of(folder: str) -> list[Log]:
 
 
 def steps_after(folder: str, last: int) -> Iterable[StepRecord]:
-    """Yield the steps in a run's history, leaving out files that end at or before step `last`.
+    """Yield the steps in a run's history, leaving out files that end at or before step `last`. All other files are
+    yielded whole, so steps up to `last` may be among them.
 
     Workers' files are named after their last step. A driver's files sort before them by name, as they should: the
     steps that a driver could not deliver are older than those that a later start executed in their place.

@@ -1,9 +1,9 @@
 """The one rule by which answers are scored: in validation, sweeps, jobs/answer.py, jobs/evaluate.py and the
 benchmarks.
 
-A conversation is asked for each of its answers, given the row's own words up to there. A greedy answer is right if it
-equals the row's answer, apart from white space and the composition of Unicode characters. A question that cannot be
-asked, because its video cannot be read, is neither right nor wrong; its number stands beside the accuracy.
+The model is asked for each answer of a conversation, given the row's own messages before it. A greedy answer is right
+if it equals the row's answer, apart from white space and the composition of Unicode characters. Questions that cannot
+be asked, because their video cannot be read, are neither right nor wrong; their count is reported beside the accuracy.
 """
 
 import math
@@ -16,11 +16,11 @@ from typing import Any
 ACCURACY, COUNT, UNREADABLE = "validation/accuracy", "validation/count", "validation/unreadable"
 """Metrics of a score. `ACCURACY/KIND` and `COUNT/KIND` are those of one kind of question."""
 MARGIN_TOKENS = 8
-"""How much longer than the longest reference an answer may become [tokens]: the same text may take more tokens than
-the tokenizer would, and an answer that goes on is another answer."""
+"""How much longer than the longest reference an answer may become [tokens]: the model may spell the
+same text with more tokens than the tokenizer uses, and an answer that is longer still is a different answer."""
 
 Outcome = tuple[str | None, bool | None]
-"""Kind of a question, and whether its answer is right; None if it could not be asked."""
+"""Kind of a question, None without one; and whether its answer is right, None if it could not be asked."""
 
 
 def questions_of(messages: list[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], str]]:

@@ -132,7 +132,7 @@ def one_printable_line(text: str) -> str:
 def in_brief(error: object, most: int = 300) -> str:
     """Return an error's text in one printable line of at most `most` characters, without credentials.
 
-    They are removed first: half a URI could not be told from other text.
+    Credentials are removed before the text is cut: half a URI could not be told from other text.
     """
     return printable(" ".join(redacted(str(error)).split()))[:most]
 

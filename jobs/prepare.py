@@ -7,8 +7,8 @@
 
 Each command has its own --help. Commands on manifests use the Ray cluster that they find, or start one on this machine;
 on a cluster: ray job submit -- python jobs/prepare.py ... The last line of stdout is JSON, except that of sample.
-Exit status: 0 done, 1 rows are malformed or it stopped, 130 interrupted (after 1 and 130 the same command resumes), 2
-bad request.
+Exit status: 0 done, 1 rows are malformed or the command failed, 130 stopped (after 1 and 130 the same command resumes),
+2 bad request.
 """
 
 import sys

@@ -14,8 +14,8 @@ from crosslmm.data.video.decode import VideoFailure
 Batch = Any
 """Return value of the processor: a mapping of names to tensors, with `.to(device)`."""
 RequireRoom = Callable[..., None]
-"""Takes a prompt, the number of frames of its videos and the answer to compare with, and as `times` when each of these
-frames is shown. Raises ValueError if such an answer could not be generated to its end."""
+"""Checks that an answer as long as the reference fits the token limits; raises ValueError if it does not. Takes the
+prompt, the number of frames of each of its videos, the reference, and, as `times`, when each frame is shown [s]."""
 
 PLACEHOLDER_MESSAGES = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
 """Conversation that replaces an unreadable sample, with weight 0, so that all ranks stay at the same step."""
@@ -87,9 +87,10 @@ class ValidationBatch:
     inputs: Batch
     """The conversations, with labels."""
     questions: list[Questions]
-    """All questions of the conversations, in parts of at most as many as there are samples."""
+    """All questions of the conversations, in groups no larger than the number of samples."""
     idle: Questions
-    """No question: a rank asks it while others ask more than it has."""
+    """A prompt that counts as no question: a rank generates for it while others still have questions, because FSDP
+    needs every rank in every forward pass."""
     unreadable: list[scoring.Outcome]
     """Outcomes of the questions that cannot be asked."""
 
@@ -171,7 +172,7 @@ def collate_for_validation(
 def collate_questions(
     samples: list[Sample], processor: Callable[..., Batch], require_room: RequireRoom
 ) -> list[Questions]:
-    """Collate the questions of readable samples, in parts of at most as many as there are samples.
+    """Collate the questions of readable samples, in groups no larger than the number of samples.
 
     Raises:
         ValueError: a sample has no answer to compare with, or one that could not be generated to its end.
@@ -211,7 +212,7 @@ def _media_parts(messages: list[dict[str, Any]]) -> int:
 
 
 def _count_questions(messages: Any) -> int:
-    """Return the number of questions of a conversation; at least 1, since one may be what cannot be read."""
+    """Return the number of questions of a conversation; at least 1: the question may be what cannot be read."""
     try:
         return len(list(scoring.questions_of(messages))) or 1
     except (TypeError, LookupError, AttributeError):

@@ -147,8 +147,8 @@ def build_dataset(
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # during validation the training data makes no progress
     # A single task emits the numbers, only as far ahead as the readers need: with a task per block, millions of tasks
-    # would be created before the first one runs. It reserves no CPU, or the readers might silently wait for one; and it
-    # runs on this node, since nodes of readers come and go.
+    # would be created before the first one runs. It reserves no CPU: with none free it would not start, and the readers
+    # would silently wait for its numbers. It runs on this node, since nodes of readers come and go.
     this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     numbers = ray.data.read_datasource(
         _BlockNumbers(layout.num_blocks), override_num_blocks=1, num_cpus=0, label_selector=this_node

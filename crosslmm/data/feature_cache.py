@@ -285,7 +285,8 @@ class FeatureCache:
         return SampledFrames(unpack(data, shape, self.recipe.dtype), times)
 
     def _find_stored(self, uri: str) -> IndexEntry | None:
-        """Like `find`, but None if the shard was deleted. Pickled copies cannot tell: they do not know the shards."""
+        """Like `find`, but None if the shard was deleted. Only for the process that opened the folder: a pickled copy
+        knows no shards, and takes all of them for deleted."""
         entry = self.find(uri)
         return entry if entry and (entry.shard is None or entry.shard in self._shards) else None
 

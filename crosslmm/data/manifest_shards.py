@@ -2,7 +2,7 @@
 
 A prepared manifest is a folder of `part-00000.parquet`, ..., `lengths-....parquet` and `_prepared.json`, the seal. The
 seal is written last: a folder without one is incomplete. Reading a row costs one request for its row group, so no
-process ever holds a whole manifest. Files that a seal names never change; a later seal names other files.
+process ever holds a whole manifest. Parts and lengths that a seal names never change; a later seal names other files.
 """
 
 import functools
@@ -260,7 +260,7 @@ def _parse_seal(data: bytes) -> _Seal:
 
 
 def _require_values(table: pa.Table) -> pa.Table:
-    """Return the table of rows, if all that every row has is there."""
+    """Return the table. Raise BadParquet if a column of `REQUIRED_COLUMNS` that it has contains nulls."""
     for name in REQUIRED_COLUMNS.intersection(table.column_names):
         column = table[name]
         if column.null_count or (name == "videos" and pc.list_flatten(column).null_count):

@@ -13,7 +13,7 @@ from crosslmm.data.video.decode import VideoFailure
 from crosslmm.run_folder import QUARANTINE_FILE
 from crosslmm.text import first_error
 
-MAX_LEDGER_BYTES = 2**30
+MAX_QUARANTINE_BYTES = 2**30
 """Largest quarantine.jsonl that is read in one piece [bytes]."""
 
 
@@ -64,7 +64,7 @@ def parse_entry(line: str | bytes) -> dict[str, Any]:
     return storage.parse_json(line)
 
 
-def read_ledger(folder: str) -> list[dict[str, Any]]:
+def read_quarantine(folder: str) -> list[dict[str, Any]]:
     """Read the quarantine.jsonl of a run or of features, see `parse_entry`; empty if there is none.
 
     Raises:
@@ -74,7 +74,7 @@ def read_ledger(folder: str) -> list[dict[str, Any]]:
     lines: list[bytes] = []
     try:
         uri = storage.inside(folder, QUARANTINE_FILE)
-        lines = storage.read_at_most(uri, MAX_LEDGER_BYTES).splitlines() if storage.exists(uri) else []
+        lines = storage.read_at_most(uri, MAX_QUARANTINE_BYTES).splitlines() if storage.exists(uri) else []
         entries.extend(map(parse_entry, lines))
     except storage.Unavailable:
         raise

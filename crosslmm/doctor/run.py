@@ -99,7 +99,7 @@ def _check_driver(config: RunConfig, stack: ExitStack) -> tuple[list[Finding], R
 
 def _node_checks(config: RunConfig, folder: str) -> list[str]:
     """Return the names in `node_probe.CHECKS` that this configuration needs."""
-    has_manifest = config.data.manifest != "sample"  # the driver could not write the sample data
+    has_manifest = config.data.manifest != "sample"  # still "sample" if the driver could not write the sample data
     needed = {
         "storage": bool(folder),
         "manifest": has_manifest,

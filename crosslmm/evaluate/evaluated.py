@@ -22,7 +22,7 @@ class Evaluated:
     answers: list[Answer]
     score: Score
     reliable: bool
-    """Whether so few questions could not be asked that the score says something about the model."""
+    """Whether enough questions could be asked for the score to mean something, see `max_unreadable`."""
     asked: int
     """Questions that this start has asked; earlier starts asked the others."""
     questions_per_s: float | None = None

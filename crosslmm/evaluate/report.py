@@ -97,7 +97,7 @@ def _groups(evaluated: Evaluated) -> str:
 
 
 def _shown(answers: Sequence[Answer]) -> list[Answer]:
-    """Return the answers of the page, in the order of the benchmark: wrong ones, and right ones up to the limit."""
+    """Return the answers of the page, in the order of the benchmark: up to the limit, wrong ones before right ones."""
     chosen = sorted(answers, key=lambda answer: (answer.right, answer.number))[:MOST_ANSWERS]
     return sorted(chosen, key=lambda answer: answer.number)
 

@@ -155,7 +155,7 @@ def _evaluate(
     scored = score(answers, source.benchmark)
     reliable = scored.unreadable <= settings.max_unreadable
     return Evaluated(
-        model.uri, model.version, folder, begun, answers, scored, reliable, asked.now, asked.questions_per_s
+        model.uri, model.version, folder, begun, answers, scored, reliable, asked.asked_now, asked.questions_per_s
     )
 
 

@@ -161,8 +161,8 @@ def parse(argv: Sequence[str], description: str) -> tuple[EvaluationSettings, Ov
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(EvaluationSettings, fail_untyped=False)
     text = (
-        "YAML file or preset with settings of the cluster, such as cluster/run.yaml; repeatable. Without it: where and "
-        "how the model was trained."
+        "YAML file or preset with settings of the cluster, such as cluster/run.yaml; repeatable. Without it, scaling "
+        "is that of the model's training run."
     )
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help=text)
     parser.add_argument("--storage", default="runs", metavar="FOLDER", help="Folder of all runs (path or s3:// URI).")

@@ -102,7 +102,7 @@ class Answerer:
     def answer_rows(
         self, videos: Sequence[Any], questions: Sequence[Any], roots: Sequence[str], max_new_tokens: int | None = None
     ) -> list[tuple[str | None, str | None]]:
-        """Answer rows that nobody has checked; a bad row costs itself and no other.
+        """Answer rows that nobody has checked; a bad row gets an error, and the others are answered.
 
         Args:
             videos: path or s3:// URI of each row's video, relative to the first root or absolute.
@@ -111,7 +111,7 @@ class Answerer:
             max_new_tokens: length limit of an answer [tokens]; default: the attribute of this name.
 
         Returns:
-            (answer, error) of each row, one of which is None. Why a video is refused goes to the log alone.
+            (answer, error) of each row; one of the two is None. Why a video is refused goes to the log alone.
 
         Raises:
             storage.Unavailable: the store is unreachable or failing; says nothing about the rows.
@@ -231,7 +231,7 @@ class Conversation:
         return answer.strip()
 
     def _common_prefix(self, ids: torch.Tensor) -> Cache | None:
-        """Return a cache of the first tokens of `ids`, as many as were read before; None without the video's.
+        """Return a cache of the longest prefix of `ids` that was read before; None if it lacks a token of the video.
 
         Tokenised again, earlier turns may differ from the cached tokens.
         """

@@ -1,4 +1,4 @@
-"""What leaves: the model card of an exported folder, and its upload to the hub."""
+"""What is published: the model card of an exported folder, and its upload to the hub."""
 
 import os
 import posixpath
@@ -33,7 +33,7 @@ CARD = """\
 # {name}
 
 A [CrossLMM](https://arxiv.org/abs/2505.17020) of {parameters} parameters, after {step} training steps. A frame takes
-{tokens_per_frame} tokens of the language model's context; it was trained on at most {num_frames} frames of a video
+{tokens_per_frame} tokens of the language model's context. Training used at most {num_frames} frames of a video
 (`sampling: {sampling}`).
 
 ```
@@ -150,7 +150,7 @@ def without_addresses(config: RunConfig) -> RunConfig:
 
 
 def push(folder: Path, name: str, private: bool) -> str:
-    """Upload an exported folder to the hub, which is created if it does not exist; return its address.
+    """Upload an exported folder to a repository on the hub; return its address. A missing repository is created.
 
     Args:
         folder: of an exported model; its `run.yaml` is uploaded without addresses.

@@ -18,7 +18,7 @@ class VideoAnswers(PythonModel):
     """A pyfunc that takes the columns `video` and `question` and returns the columns `answer` and `error`.
 
     A video is a path or s3:// URI inside one of the folders `roots` of the model's configuration, relative to the first
-    or absolute. There are none until whoever loads the model names some: `model_config={"roots": [...]}` of
+    or absolute. There are no roots until whoever loads the model names some: `model_config={"roots": [...]}` of
     `load_model`, or MLFLOW_PYFUNC_INFERENCE_CONFIG='{"roots": [...]}' in the environment of a server.
 
     A version that is an adapter names its base in `base`. Whoever loads a version may name an `adapter` of the same

@@ -1,6 +1,6 @@
 """A folder that a job writes has one owner: a lease in it says who, and whoever writes asks whether it still holds.
 
-    FOLDER/owners/00000001.json     the first owner: who it is, how often it has beaten, whether it ended in order
+    FOLDER/owners/00000001.json     the first owner: who it is, its number of heartbeats, whether it released the lease
     FOLDER/owners/00000002.json     the next one; the owner with the highest number owns the folder
 
 An owner makes its file if nobody else has made it, then rewrites it every `BEAT_S`: no two processes ever write one
@@ -10,11 +10,12 @@ its own file, has lost the folder. Stores that ignore If-None-Match keep the las
 
 The rule by which a folder changes hands:
 
-- An owner that ended in order, or whose process or Ray job is known to have ended, is followed at once.
-- Any other is followed once it has been watched for `LEASE_S` without a beat. Clocks are not compared: hosts' differ.
-  Time in which the store does not answer is no silence.
-- Whoever beats meanwhile lives, and the newcomer is refused; at once, if the owner is a process of the same machine.
-- An owner that cannot beat (the store is away, the process was stopped) goes on until it finds that somebody followed.
+- An owner that has released its lease, or whose process or Ray job is known to have ended, is replaced at once.
+- Any other is replaced once it has been watched for `LEASE_S` without a heartbeat. Clocks are not compared: hosts'
+  differ. Time in which the store does not answer does not count.
+- An owner with a heartbeat in that time is alive, and the newcomer is refused. It is refused at once if the owner is a
+  running process of the same machine.
+- An owner that cannot beat (the store is away, the process was stopped) goes on until it finds that it was replaced.
 """
 
 import logging
@@ -80,12 +81,13 @@ class Claim:
 
 
 def look(folder: str, work: str, instead: str) -> Claim:
-    """Wait until it is clear that nobody owns a folder: at once, unless there is an owner of whom nothing is known.
+    """Wait until it is clear that nobody owns a folder. Decides at once if it is known whether the last owner runs or
+    has ended; watches for `LEASE_S` otherwise.
 
     Args:
         folder: path or URI.
         work: what the caller will do there, as in `Owner`.
-        instead: what somebody can do who is refused, besides stopping the owner.
+        instead: what a refused caller can do besides stopping the owner; the end of the error's message.
 
     Raises:
         Owned: it has an owner, which lives.
@@ -95,7 +97,7 @@ def look(folder: str, work: str, instead: str) -> Claim:
     if newest and newest.owner and newest.owner.lives:
         raise _owned(folder, newest, instead)
     if newest and not newest.free:
-        log.info("%s belongs to %s; watching for %g s whether it lives", folder, newest, LEASE_S)
+        log.info("%s belongs to %s; watching for %g s to see whether it is alive", folder, newest, LEASE_S)
     while newest and not newest.free and silent_s < LEASE_S:
         time.sleep(LOOK_S)
         before, newest = newest, owners.newest(folder, newest.number)
@@ -139,10 +141,11 @@ class Fence:
         self._asked = asked
 
     def require_lately(self, within_s: float | None = None) -> None:
-        """Like `require`, for records: goes on if the store cannot be asked, and asks only if the last answer is older.
+        """Like `require`, for records: asks only if the last answer is old, and goes on if the store cannot be asked.
 
         Args:
-            within_s: than this [s]; None is `ASK_S`, for records that are written all the time.
+            within_s: age up to which the last answer suffices [s]; 0 always asks. None is `ASK_S`, for records that are
+                written all the time.
         """
         if _clock() - self._asked < (ASK_S if within_s is None else within_s):
             return

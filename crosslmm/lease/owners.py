@@ -106,7 +106,7 @@ class Entry:
         return self.owner is not None and self.owner.gone
 
 
-def this_process() -> dict[str, str]:
+def process_tags() -> dict[str, str]:
     """Return who runs this process, where, and as which of Ray's jobs, as tags of an MLflow run."""
     job = ray_runtime.submission_id()
     return {"mlflow.user": _user(), "host": socket.gethostname(), **({"ray_job": job} if job else {})}

@@ -41,7 +41,8 @@ def _compile_dual(layer: Any, compiled: Callable[[Any], Any]) -> None:
 
 
 def _unless_cached(compiled: Any, eager: Any) -> Any:
-    """Return a function that calls `eager` with a cache: each layer's would be compiled for itself."""
+    """Return a function that calls `eager` if there is a cache, since each layer's cache would cause a compilation of
+    its own."""
 
     def call(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         function = compiled if past_key_values is None else eager

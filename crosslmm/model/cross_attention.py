@@ -1,8 +1,8 @@
 """The dual cross-attention: pooled visual tokens (V2V) and text (T2V) attend to the original visual tokens.
 
 Axis suffixes: B sample, L position in the sequence, F frame, P patch, D width, H head, C channel of one head, N any
-row; and of an `AttentionPlan`: G group of queries that see the same keys, Q query in a group, O key sequence,
-S original visual token.
+row; and of an `AttentionPlan`: G group of queries that see the same keys, Q query in a group, S original
+visual token.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`generate` for a model with videos: they belong to samples, the cache remembers them, and no answer says one."""
+"""`generate` for a model with videos: they belong to samples, the cache remembers them, no answer has placeholders."""
 
 from typing import Any
 

@@ -190,7 +190,7 @@ def _load_weights(key: str, part: nn.Module, auto_class: Any, source: WeightsSou
             pretrained = auto_class.from_pretrained(
                 **arguments,
                 dtype=torch.float32,
-                attn_implementation="eager",  # theirs may name code on the hub
+                attn_implementation="eager",  # the one in their configuration may name code on the hub
                 trust_remote_code=False,
                 use_safetensors="gguf_file" not in arguments,
             ).state_dict()

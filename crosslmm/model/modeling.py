@@ -148,7 +148,8 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
             attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
             past_key_values: cache of the decoder, of any class; it also remembers the videos.
             inputs_embeds: (B, L, D), instead of the embeddings of `input_ids`. With both, `input_ids` only say where
-                the placeholders are; without, these are the positions with the embedding of `video_token_id`.
+                the placeholders are; without `input_ids`, the placeholders are the positions that have the embedding of
+                `video_token_id`.
             use_cache: return a cache; default: only if one is given.
             labels: int64 (B, L), -100 at positions without loss. Shifted by one here.
             loss_rows: int64 (N,), positions in the flattened batch whose next token has a label, if the host knows
@@ -189,7 +190,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         if frames is None or seen:
             if (
                 length > 1 or past_key_values is None or frames is not None
-            ):  # else a generated token, which is never one
+            ):  # otherwise it is a generated token, which is never a placeholder
                 self._refuse_placeholders(is_video_BL, frames is not None)
             x_BLD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             tokens_FPD = visual = None
@@ -390,7 +391,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
             position_ids = (torch.arange(x_BLD.shape[1], device=x_BLD.device) + seen)[None]
         attention = {
             "attention_mask": self._causal_mask(x_BLD, attention_mask, given, past_key_values),
-            # Flash attention looks in them for several sequences in a row, in each layer, and waits for the answer.
+            # Given these, flash attention looks for packed sequences in each layer, and the host waits for the result.
             "position_ids": given if past_key_values is None else None,
             "position_embeddings": decoder.rotary_emb(x_BLD, position_ids),
             "past_key_values": past_key_values,

@@ -98,7 +98,7 @@ def _fetch(folder: str, name: str, target: Path, revision: str | None) -> bool:
     if Path(folder).is_dir():
         path = _inside(Path(folder), name)
     else:
-        # Others than the first file may be missing, and then this must not look like a hub that does not answer.
+        # Only the first file must exist: another that is missing must not look like a hub that does not answer.
         first = name in CONFIG or name.endswith(".gguf")
         path = cached_file(folder, name, revision=revision, _raise_exceptions_for_missing_entries=first)
     if path is None:

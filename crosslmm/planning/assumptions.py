@@ -39,8 +39,8 @@ GPUS = {
 
 
 def find_gpu(device: str) -> Gpu | None:
-    """Return the GPU of a device's name, such as "NVIDIA A100-SXM4-80GB"; None if it is not in `GPUS`, as are slower
-    cards of the same name (PCIe, NVL) and parts of a card (MIG)."""
+    """Return the GPU of a device's name, such as "NVIDIA A100-SXM4-80GB"; None if it is not in `GPUS`. Slower cards of
+    the same name (PCIe, NVL) and parts of a card (MIG) are not."""
     words = device.lower().replace("-", " ").replace("gb", "").split()
     if {"pcie", "nvl", "mig"} & set(words):
         return None

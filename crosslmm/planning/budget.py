@@ -10,7 +10,8 @@ class Budget(Section):
     """The budget of a job. Without any limit it never ends."""
 
     hours: Limit | None = None
-    """Wall-clock budget of this start: what runs then stops with a checkpoint, and the next start goes on [h]."""
+    """Wall-clock budget of this start of the job: when it is spent, what is running stops with a checkpoint, and the
+    next start resumes it [h]."""
     dollars: Limit | None = None
     """Budget of all starts together; needs `price` [USD]."""
     price: Limit | None = None

@@ -49,7 +49,7 @@ def positions_of(model: CrossLMMForConditionalGeneration, frames: int, text_toke
 
 
 def positions(config: RunConfig, frames: int, text_tokens: int, stamp_tokens: int = 0) -> int:
-    """Return the same for the model of a run.
+    """Return the length of a sample in the decoder of a run's model [tokens], see `positions_of`.
 
     Raises:
         BadConfig: the model cannot be built.

@@ -190,7 +190,7 @@ class _Recorder(TorchDispatchMode):
         if flops is not None:
             count = flops(*args, **kwargs, out_val=out)
             self.flops += count
-            # A backward pass has gradients disabled, but where it runs a part of the forward pass again.
+            # A backward pass has gradients disabled, except where it runs a part of the forward pass again.
             if torch._C._current_graph_task_id() >= 0 and torch.is_grad_enabled():
                 self.recomputed_flops += count
         for tensor in _tensors(out):

@@ -15,8 +15,8 @@ WEIGHTS = ("vision_weights", "language_weights", "tokenizer", "init_from")
 
 
 def resolve_config(config: RunConfig) -> RunConfig:
-    """Return the configuration with a name, absolute storage and local weights and, for `data.manifest: sample`,
-    generated data.
+    """Return the configuration with a name, absolute paths (of storage, and of weights that are local) and, for
+    `data.manifest: sample`, generated data.
 
     Raises:
         BadConfig: the model's configuration is invalid, the decoder does not load, or storage or the tracking database

@@ -28,7 +28,7 @@ def require_resumable(config: RunConfig, folder: str, order: dict[str, Any]) -> 
     for key, value in order.items():
         if old_order.get(key) != value:
             raise BadConfig(
-                f"name: run {config.name} was begun with {key} {old_order.get(key)}, and this is {value}; "
+                f"name: run {config.name} was begun with {key} {old_order.get(key)}, which is {value} now; "
                 "change it back, or give another --name"
             )
     config_uri = storage.join(folder, run_folder.CONFIG_FILE)

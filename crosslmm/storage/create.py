@@ -14,7 +14,7 @@ from crosslmm.storage.retry import call_with_retries, http_status, scheme_of
 
 CONFLICT, PRECONDITION_FAILED, NOT_IMPLEMENTED = 409, 412, 501
 CONFLICTS = 5
-"""Attempts whose conflict is followed by another one: of two at the same moment, S3 may refuse both."""
+"""Conflicts after each of which the write is tried again: of two writes at the same moment, S3 may refuse both."""
 
 
 def create_bytes(uri: str, data: bytes) -> bool:

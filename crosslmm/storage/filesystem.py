@@ -1,4 +1,4 @@
-"""The only file access in this package: local paths and `s3://` URIs alike, through fsspec and s3fs."""
+"""Read, write, list and remove files in storage: local paths and `s3://` URIs alike, through fsspec and s3fs."""
 
 import itertools
 import json
@@ -122,7 +122,7 @@ def parse_json(data: str | bytes) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: it is none, or nested too deep to be read.
+        ValueError: the data is not JSON, or is nested too deeply to be read.
     """
     try:
         return json.loads(data)
@@ -295,8 +295,8 @@ def is_folder(uri: str) -> bool:
 def names_in(folder: str, roots: Sequence[str] | None = None) -> list[str]:
     """Return the names of all files below a folder, relative to it, sorted; empty if it does not exist.
 
-    Links to local folders are followed, but no folder is listed twice: with two links to itself, a folder has 2^40
-    names that the system accepts.
+    Links to local folders are followed, but no folder is listed twice: a folder with two links to itself would
+    otherwise have about 2^40 paths, since the system follows up to 40 links in one.
 
     Args:
         folder: path or URI.

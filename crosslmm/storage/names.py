@@ -88,7 +88,7 @@ def follow(uri: str, roots: Iterable[str]) -> str:
 
     Args:
         uri: path or URI of a file or folder, which need not exist.
-        roots: folders that it must lie in once links are resolved, in the folders' paths as well.
+        roots: folders; it must lie in one of them, also once links are resolved in its path and in theirs.
 
     Raises:
         LeadsOut: a link leads to none of them.

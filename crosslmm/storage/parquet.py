@@ -22,8 +22,8 @@ MAX_FILE_BYTES = 2**30
 MAX_FOOTER_BYTES = 8 * 2**20
 """Largest footer [bytes]."""
 MAX_COLUMNS, MAX_FIELDS = 256, 1000
-"""Most columns, those of nested fields counted separately, and most fields of the schema, with those that hold others.
-Arrow's reader calls itself for each level of a schema, until its stack ends and the process with it."""
+"""Most columns (each leaf of a nested field is one), and most fields of the schema, including those that hold others.
+Arrow's reader recurses into each level of a schema: one that is too deep overflows the stack and kills the process."""
 MAX_FOOTER_ITEMS = 500_000
 """Most items of all lists in a footer: an item of three bytes takes 600 in memory."""
 UNPACKED_BYTES, UNPACKED_RATIO, MAX_UNPACKED_BYTES = 256 * 2**20, 250, 4 * 2**30
@@ -40,12 +40,12 @@ ENCODINGS = {0: "PLAIN", 2: "PLAIN_DICTIONARY", 3: "RLE", 4: "BIT_PACKED", 5: "D
              8: "RLE_DICTIONARY", 9: "BYTE_STREAM_SPLIT"}  # fmt: skip
 """Encodings whose decoded size follows from a page's header."""
 
-# Numbers of fields: of a footer, a page's header, and the header of each kind of page in it.
+# Thrift's field ids: in a footer, in a page's header, and in the header of each kind of page inside that.
 ROW_GROUPS = 4
 UNCOMPRESSED_SIZE, COMPRESSED_SIZE, NUM_VALUES = 2, 3, 1
 DATA_PAGES = (5, 8)
 ENCODING_FIELDS = {5: 2, 7: 2, 8: 4}
-"""Field of the encoding in the header of each kind of page: of data, dictionaries, and data again."""
+"""Header of each kind of page (data, dictionary, data of version 2) -> field of the encoding in it."""
 
 
 class BadParquet(ValueError):
@@ -166,7 +166,10 @@ class ParquetFile:
         for i, (begin, end), count in zip(wanted, spans, counts, strict=True):
             values, size = _count_pages(pieces.at(begin, end))
             if not group.num_rows <= count == values:
-                raise BadParquet(f"row group {number} has {values} values for {count} and {group.num_rows} rows")
+                raise BadParquet(
+                    f"row group {number}: a column has {values} values in its pages, {count} in the footer, and there "
+                    f"are {group.num_rows} rows"
+                )
             unpacked += size + values * (VALUE_BYTES + self._columns[i].width)
         _require(unpacked, packed)
         strings = [i for i in wanted if self._columns[i].is_string]
@@ -192,7 +195,7 @@ class _Column(NamedTuple):
     """Name of the field of a row that it belongs to."""
     is_string: bool
     width: int
-    """Size of a value that is neither a number nor of variable size [bytes]."""
+    """Size of a fixed-length binary value; 0 for a column of any other type [bytes]."""
 
     @classmethod
     def of(cls, column: pq.ColumnSchema) -> "_Column":
@@ -214,7 +217,7 @@ class _Group(NamedTuple):
 def _require(unpacked: int, packed: int) -> None:
     if unpacked > unpacked_limit(packed):
         raise BadParquet(
-            f"{packed} bytes unpack to {unpacked} or more, and at most to {unpacked_limit(packed)} are read"
+            f"{packed} bytes unpack to {unpacked} or more; they may unpack to at most {unpacked_limit(packed)}"
         )
 
 

@@ -141,7 +141,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     retries = {"mode": "standard", "total_max_attempts": 3}
     fs, path = fsspec.url_to_fs(uri, config_kwargs={**timeouts, "retries": retries})
     fs.retries = 1
-    # Some stores ignore If-Match, and would hand out pieces of two objects as one. Each response says whose it is.
+    # Some stores ignore If-Match, and would hand out pieces of two objects as one. So compare each response's ETag.
     fs.local_expiry_check = True
     return fs, path
 
@@ -186,8 +186,8 @@ def _is_store_wide(error: Exception) -> bool:
     if status := http_status(error):
         return status in RETRYABLE_STATUSES
     from_client = type(error).__module__.split(".")[0] in CLIENT_PACKAGES
-    out_of_order = isinstance(error, OSError) and error.errno in STORE_ERRNOS
-    return from_client or out_of_order or isinstance(error, ConnectionError | TimeoutError)
+    store_is_down = isinstance(error, OSError) and error.errno in STORE_ERRNOS
+    return from_client or store_is_down or isinstance(error, ConnectionError | TimeoutError)
 
 
 def http_status(error: BaseException | None) -> int:

@@ -16,7 +16,7 @@ from crosslmm.progress import cell
 from crosslmm.sweep import trials
 from crosslmm.sweep.figures import quantity
 from crosslmm.sweep.search import Search
-from crosslmm.sweep.trials import Rung, State, Trial
+from crosslmm.sweep.trials import State, Trial, Validation
 from crosslmm.text import in_brief
 from crosslmm.tracking import MlflowRun
 
@@ -86,7 +86,7 @@ class SweepProgress(Callback):
         elif "finished" in result:
             sweep_trial.state, sweep_trial.train_s = "finished", result["train_s"]
         elif not sweep_trial.last or result["step"] > sweep_trial.last.step:
-            rung = Rung(
+            rung = Validation(
                 int(result["step"]), float(result["loss"]), float(result["accuracy"]), int(result.get("asked", 0))
             )
             sweep_trial.curve.append(rung)

@@ -52,6 +52,6 @@ def promote(
     try:
         first = evaluate(load_answerer(model_uri, base.tracking), held_out, rows=1).answers[0]
     except ValueError as error:
-        log.warning("%s was asked about the first held-out row: %s", model_uri, error)
+        log.warning("%s could not be asked about the first held-out row: %s", model_uri, error)
         return {**promoted, "question": None, "answer": None, "expected": None}
     return {**promoted, "question": first.question, "answer": first.answer, "expected": first.expected}

@@ -57,8 +57,8 @@ def begin_sweep(
 def require_same(config: RunConfig, begun: dict[str, Any], now: dict[str, Any]) -> bool:
     """Compare a sweep's start with an earlier one under the same name; return whether a change must be recorded.
 
-    The space and the content of the manifests must never change. Keys of the configuration may if they are free for
-    runs and trials are not compared by them; others only with `accept_changes`.
+    The space and the content of the manifests must never change. A key of the configuration may change if it is free
+    for runs and does not decide how trials are compared; any other key only with `accept_changes`.
 
     Raises:
         BadConfig: naming what differs.
@@ -69,7 +69,7 @@ def require_same(config: RunConfig, begun: dict[str, Any], now: dict[str, Any]) 
         for key in {**before, **now[part]}:
             if before.get(key) != now[part].get(key):
                 raise BadConfig(
-                    f"name: sweep {name} was begun with {key} {before.get(key)}, and this is {now[part].get(key)}; "
+                    f"name: sweep {name} was begun with {key} {before.get(key)}, which is {now[part].get(key)} now; "
                     "undo that, or give another --name"
                 )
     old = begun["config"] if "model" in begun["config"] else nest_keys(begun["config"])

@@ -147,7 +147,7 @@ class Search(Searcher):
 
 
 TEXT_TOKENS, STAMP_TOKENS = Assumptions().text_tokens, Assumptions().stamp_tokens
-"""Text length of the sample whose prefill is counted, and that of the time of a frame, with `data.timestamps`
+"""Length of the text in the sample whose prefill is counted, and of each frame's timestamp if `data.timestamps` is set
 [tokens]."""
 
 
@@ -177,7 +177,7 @@ class Candidates:
         values = settings(self.space, self.base, point)
         config = apply(self.base, values)
         model = cost.empty_model(config.model)
-        macs, encoder_macs = prefill(config)
+        macs, encoder_macs = prefill_macs(config)
         if self.sweep.max_macs and macs > self.sweep.max_macs:
             limit = f"--max_macs allows {self.sweep.max_macs:,.0f}"
             raise BadConfig(f"prefill needs {macs:,} MACs without the vision encoder; {limit}")
@@ -185,7 +185,7 @@ class Candidates:
         if (gpu := self.sweep.gpu) and memory > self._available:
             holds = GPUS[gpu].memory_bytes
             raise BadConfig(
-                f"training needs {memory / 1e9:,.1f} GB, more than the {holds / 1e9:.0f} GB of --gpu {gpu} hold"
+                f"training needs {memory / 1e9:,.1f} GB, more than is usable of the {holds / 1e9:.0f} GB of --gpu {gpu}"
             )
         trial = Trial(number, point, values, model.config.tokens_per_frame, macs, encoder_macs, memory)
         child = MlflowRun.create(
@@ -213,7 +213,7 @@ class Candidates:
         return peak_memory.training_memory(config, traced).total
 
 
-def prefill(config: RunConfig) -> tuple[int, int]:
+def prefill_macs(config: RunConfig) -> tuple[int, int]:
     """Count the MACs of one sample's prefill, attention products included -> (without the vision encoder, of the
     encoder)."""
     model, frames = cost.empty_model(config.model), config.data.num_frames

@@ -17,7 +17,7 @@ Point = dict[str, Any]
 State = Literal["running", "finished", "stopped early", "out of budget", "failed"]
 
 
-class Rung(NamedTuple):
+class Validation(NamedTuple):
     """One validation of a trial."""
 
     step: int
@@ -46,7 +46,7 @@ class Trial:
     memory_bytes: int
     """Peak memory of a worker in training, as the planner predicts it [bytes]."""
     state: State = "running"
-    curve: list[Rung] = field(default_factory=list)
+    curve: list[Validation] = field(default_factory=list)
     seconds: float = 0.0
     """Wall clock over all starts [s]; the time between the last event and a kill is not counted."""
     train_s: float | None = None
@@ -72,7 +72,7 @@ class Trial:
         )
 
     @property
-    def last(self) -> Rung | None:
+    def last(self) -> Validation | None:
         """Latest validation."""
         return self.curve[-1] if self.curve else None
 
@@ -85,7 +85,7 @@ def to_json(trial: Trial) -> str:
 def from_json(text: str | bytes) -> Trial:
     """Deserialise a trial."""
     values = json.loads(text)
-    return Trial(**values | {"curve": [Rung(*rung) for rung in values["curve"]]})
+    return Trial(**values | {"curve": [Validation(*rung) for rung in values["curve"]]})
 
 
 def write(folder: str, trial: Trial) -> None:

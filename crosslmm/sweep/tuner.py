@@ -17,10 +17,10 @@ from crosslmm.preflight import placement
 from crosslmm.scoring import ACCURACY, COUNT
 from crosslmm.sweep import trials
 from crosslmm.sweep.progress import SweepProgress
-from crosslmm.sweep.search import Search, prefill
+from crosslmm.sweep.search import Search, prefill_macs
 from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import apply
-from crosslmm.sweep.trials import Rung, Trial
+from crosslmm.sweep.trials import Trial, Validation
 from crosslmm.text import in_brief
 from crosslmm.tracking import quiet_mlflow
 from crosslmm.train.run import TrialContext, run_training
@@ -93,7 +93,7 @@ def build_scheduler(sweep: SweepSettings, search: Search, total_steps: int, base
         return FIFOScheduler()
     budget: Any = total_steps
     if sweep.rung == "compute":
-        budget *= base.train.global_batch_size * prefill(base)[0]
+        budget *= base.train.global_batch_size * prefill_macs(base)[0]
     scheduler = AsyncHyperBandScheduler(
         time_attr=sweep.rung,
         metric="loss",
@@ -115,9 +115,9 @@ def build_scheduler(sweep: SweepSettings, search: Search, total_steps: int, base
     return scheduler
 
 
-def _tune_metrics(trial: Trial, rung: Rung, base: RunConfig, total_steps: int) -> dict[str, float]:
+def _tune_metrics(trial: Trial, rung: Validation, base: RunConfig, total_steps: int) -> dict[str, float]:
     """Return what a trial reports to Tune after a validation. The last validation lacks the rung's unit, so that ASHA
-    ignores it: it could stop a trial that skipped a rung just before its export."""
+    ignores it: ASHA could otherwise stop a trial that skipped a rung, just before its model is exported."""
     metrics: dict[str, float] = rung._asdict()
     if rung.step < total_steps:
         metrics |= {"steps": rung.step, "compute": float(rung.step * base.train.global_batch_size * trial.macs)}
@@ -140,7 +140,7 @@ def _trainable(base: RunConfig, total_steps: int, fence: Fence) -> Callable[[dic
         def report(step: int, metrics: dict[str, float]) -> None:
             if ACCURACY not in metrics:
                 return  # no question could be asked, which is in the log
-            rung = Rung(step, metrics["validation/loss"], metrics[ACCURACY], int(metrics.get(COUNT, 0)))
+            rung = Validation(step, metrics["validation/loss"], metrics[ACCURACY], int(metrics.get(COUNT, 0)))
             tune.report(_tune_metrics(trial, rung, base, total_steps))
 
         assert trial.run_id

@@ -71,7 +71,7 @@ class BackgroundSync:
         folder: the run's folder, in which the run was begun.
         tracking: the MLflow server and experiment.
         timeouts: how long to wait for the server.
-        require_owner: raises an error if the run has another owner, whose record this is then.
+        require_owner: raises an error if the run has another owner, to whom the MLflow run then belongs.
 
     Attributes:
         uri: the MLflow server, without credentials.
@@ -176,13 +176,14 @@ class BackgroundSync:
                 names = f"--storage {storage.parent(self.folder)} --name {self._run['name']}"
                 later = " and registers the model" if lineage else ""
                 log.warning(
-                    "record: %s; python jobs/track.py replay %s delivers it%s", self._failure(), names, later
+                    "MLflow: %s; python jobs/track.py replay %s delivers the rest%s", self._failure(), names, later
                 )  # fmt: skip
 
     def abandon(self) -> None:
         """Send nothing more: the run has another owner, which keeps its record.
 
-        MLflow's monitor of the machine may add a sample until the process ends: to stop it is to have it write.
+        MLflow's system monitor is left running, and may add a sample until the process ends: stopping it would make it
+        write what it still holds.
         """
         self._move(State.GIVEN_UP)
 
@@ -199,7 +200,7 @@ class BackgroundSync:
                 self._move(State.OFFLINE)
             if self._state is State.OFFLINE:
                 log.warning(
-                    "record: %s; the run goes on, and its record waits in %s", self._failure(), self.folder
+                    "MLflow: %s; the run goes on, and what it has for MLflow waits in %s", self._failure(), self.folder
                 )  # fmt: skip
 
     def _move(self, state: State) -> bool:
@@ -265,7 +266,7 @@ class BackgroundSync:
             with self._changed:
                 self._error = error
                 self._move(State.GIVEN_UP)
-            log.exception("record: the thread that delivers to %s stopped", self.uri)
+            log.exception("MLflow: the thread that delivers to %s stopped", self.uri)
         finally:
             self._first_attempt.set()
 
@@ -287,7 +288,7 @@ class BackgroundSync:
             was_offline = self._state is State.OFFLINE
             self._error = None
             if self._move(State.LIVE) and was_offline:
-                log.info("record: %s answers; run %s has the steps that waited", self.uri, self.run_id)
+                log.info("MLflow: %s answers; run %s has the steps that waited", self.uri, self.run_id)
             del self._waiting[: len(steps)]
             self._tagged |= self._run["tags"] is tags
             self._changed.notify_all()
@@ -325,7 +326,7 @@ class BackgroundSync:
             was_connected = self._state in (State.LIVE, State.REGISTERING)
             self._move(State.GIVEN_UP if refused_at_end else State.OFFLINE)
             if was_connected:
-                log.warning("record: %s; steps wait", self._failure())
+                log.warning("MLflow: %s; steps wait", self._failure())
         self._first_attempt.set()
 
     def _record_system_metrics(self) -> None:

@@ -61,8 +61,9 @@ def quiet_mlflow() -> None:
 def open_client(uri: str) -> MlflowClient:
     """Return a client of an MLflow server, or of a sqlite file, whose tables are made if it is new.
 
-    One process at a time makes them. MLflow's own lock lies in the temporary folder, under a name for each spelling of
-    the URI: of two first runs at once, with another TMPDIR, one would end with "duplicate column name".
+    One process at a time makes them. MLflow's own lock is a file in TMPDIR, named after the URI as it is spelled: two
+    first runs at once that differ in TMPDIR or spelling would not see each other's lock, and one would end with
+    "duplicate column name".
     """
     with contextlib.ExitStack() as stack:
         if uri.startswith("sqlite:///"):
@@ -134,7 +135,7 @@ class RetryingClient:
                         raise
                     if not reported:
                         failure = describe_failure(self._uri, error)
-                        log.warning("record: %s; retrying for %.0f minutes", failure, RETRY_DEADLINE_S / 60)
+                        log.warning("MLflow: %s; retrying for %.0f minutes", failure, RETRY_DEADLINE_S / 60)
                     reported = True
                 time.sleep(self._retry_s)
 

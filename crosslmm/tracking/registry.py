@@ -29,14 +29,14 @@ SIGNATURE = ModelSignature(
 INPUT_EXAMPLE = [{"video": "clip.mp4", "question": "What happens?"}]
 MODEL_CONFIG: dict[str, Any] = {"roots": [], "adapter": None}
 """What whoever loads a registered model may set; see `crosslmm.inference.pyfunc.VideoAnswers`. A version that is an
-adapter also has a `base`. (MLflow makes parameters of its run of it, which must not change.)"""
+adapter also has a `base`. (MLflow logs these as parameters of its run, which cannot change.)"""
 WEIGHTS_TAG, BASE_TAG = "weights_sha256", "base"
 """Tags of versions: the digest of a model's weights; the version models:/NAME/VERSION that an adapter belongs to."""
 
 
 class _Pyfunc:
-    """MLflow's flavor for models from code. With an example, MLflow would load the model and ask it, which takes the
-    memory of its weights; the flavor of its own that says no to that is another one."""
+    """MLflow's pyfunc flavor, which here also takes `validate_serving_input`. Unless it is False, MLflow loads a model
+    that has an input example and asks it, which takes the memory of its weights; pyfunc itself lacks that option."""
 
     @staticmethod
     def save_model(validate_serving_input: bool, **arguments: Any) -> None:
@@ -48,7 +48,7 @@ def register(run: MlflowRun, model_uri: str, tags: dict[str, str], training: str
     """Log an exported model to a run, register it, and move the alias to it; return `models:/NAME@ALIAS`.
 
     The version is a pyfunc from code: `crosslmm/inference/pyfunc.py` and the package are stored beside the weights;
-    nothing is pickled. Of an adapter, its base becomes a version first, unless it is one.
+    nothing is pickled. An adapter's base is registered first, unless it is on the hub or a version has its weights.
 
     Args:
         run: the MLflow run that the model is logged to.
@@ -167,7 +167,9 @@ def load_answerer(model_uri: str, config: TrackingConfig, adapter: str | None = 
     mlflow.set_tracking_uri(tracking_uri(config))
     model = mlflow.pyfunc.load_model(model_uri, model_config={"adapter": adapter} if adapter else {})
     if adapter and "adapter" not in model.model_config:
-        raise ValueError(f"{model_uri}: an earlier version registered it, which takes no adapter; register it again")
+        raise ValueError(
+            f"{model_uri}: it was registered by an earlier version of crosslmm, and takes no adapter; register it again"
+        )
     return model.unwrap_python_model().answerer
 
 

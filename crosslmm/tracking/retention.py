@@ -1,4 +1,4 @@
-"""Retention: remove old runs that no alias and no other run depends on from MLflow, its artifacts and storage.
+"""Retention: from MLflow, its artifacts and storage, remove old runs that no alias and no other run depends on.
 
 MLflow alone would keep the artifacts until `mlflow gc`, and does not know the folders. A sweep and its trials are kept
 or removed together. The files and entries by which a run is recognised are removed last (run.json or sweep.json in its

@@ -87,8 +87,8 @@ class MlflowRun:
         return names
 
     def send(self, field: str, items: Sequence[Metric | Param | RunTag]) -> None:
-        """Log metrics, params or tags. One that MLflow refuses would be refused again: it is left out, and said so
-        once, and the others are sent.
+        """Log metrics, params or tags. One that MLflow refuses would be refused again: it is left out, which is
+        logged once, and the others are sent.
 
         Args:
             field: metrics, params or tags.
@@ -104,7 +104,7 @@ class MlflowRun:
         except MlflowException as error:
             if not refuses_item(error):
                 raise
-            find_run(self.client, self.run_id)  # a run that was deleted refuses everything
+            find_run(self.client, self.run_id)  # raises if the run was deleted: it would refuse everything
             if len(items) > 1:
                 middle = len(items) // 2
                 self._send_batch(field, items[:middle])
@@ -115,7 +115,7 @@ class MlflowRun:
 
     def leave_out(self, what: str, error: MlflowException) -> None:
         """Log that something is missing in the MLflow run."""
-        log.warning("record: %s refuses %s, which is left out: %s", self.uri, what, in_brief(error))
+        log.warning("MLflow: %s refuses %s, which is left out: %s", self.uri, what, in_brief(error))
 
     def log_text(self, name: str, text: str) -> None:
         """Write a text as an artifact."""

@@ -288,7 +288,8 @@ class Saver:
         """Write all files, then the seal; runs in the saver's thread."""
         uri = storage.join(self.run, checkpoint_folder(step, self.attempt))
         rank = dist.get_rank()
-        # Rank 0 may still be removing what the last seal made superfluous, and would take an unsealed folder for it.
+        # Rank 0 may still be removing what the last seal made superfluous. That includes all unsealed folders, and this
+        # checkpoint's would be one of them.
         dist.barrier(self.group)
         try:
             written = self._on_all_ranks(lambda: self._write_shard(uri, rank, parts))

@@ -258,7 +258,7 @@ def repair(run: str) -> Iterator[str]:
     """
     for checkpoint in list_sealed(run):
         if damage := verify(checkpoint):
-            yield f"{checkpoint.uri} is damaged: {'; '.join(damage)}; its seal is broken"
+            yield f"{checkpoint.uri} is damaged: {'; '.join(damage)}; breaking its seal"
             break_seal(checkpoint, "; ".join(damage))
     intact = list_sealed(run)
     for uri in list_unsealed(run, intact):

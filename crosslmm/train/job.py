@@ -33,7 +33,7 @@ class Job:
     rows: ray.ObjectRef
     """`Rows` of the training manifests."""
     lengths: np.ndarray | None
-    """Estimated tokens of each training row, int; None unless micro-batches are counted in tokens."""
+    """Estimated tokens of each training row, float32 (rows,); None unless micro-batches are counted in tokens."""
     validation_size: int
     """Number of rows in the validation manifest; 0 without one."""
     validation_rows: ray.ObjectRef | None
@@ -49,7 +49,7 @@ class Job:
     utilisation: Utilisation | None
     """Of the GPUs, by the run's speed; None on CPUs and unknown GPUs."""
     fence: Fence
-    """Whether the driver still owns the run's folder: asked before anything in it counts."""
+    """Tells whether the driver still owns the run's folder; asked before a seal or the exported model is written."""
 
     def training_layout(self, first_step: int, workers: int) -> BlockLayout:
         """Return the blocks of the steps after the first `first_step`, for `workers` workers."""

@@ -128,8 +128,8 @@ def run_interruptibly(job: Job, work: Callable[[], Any], spent: Callable[[], str
     Ray Train would set its own handler for Ctrl-C, and kill the workers.
 
     Raises:
-        OutOfBudget: `spent` returned something, and the workers have ended or not begun, or the watchdog's limits of a
-            last step are over.
+        OutOfBudget: `spent` returned something, and the workers have ended, had not begun, or did not finish their last
+            step within the watchdog's limits.
         KeyboardInterrupt: a signal came, and the workers have ended or not begun, or `STOP_TIMEOUT_S` is over.
     """
     future: Future[Any] = Future()
@@ -153,7 +153,7 @@ def run_interruptibly(job: Job, work: Callable[[], Any], spent: Callable[[], str
                 log.info("%s; stopping after this step and its checkpoint", error)
                 wait([future], watchdog.step_s + watchdog.validation_s + watchdog.checkpoint_s)
             else:
-                text = "stopping after this step and its checkpoint, in %g s at most; again to stop at once"
+                text = "stopping after this step and its checkpoint, in %g s at most; a second signal stops at once"
                 log.info(text, STOP_TIMEOUT_S)
                 wait([future], STOP_TIMEOUT_S)  # a second signal ends this wait
         else:

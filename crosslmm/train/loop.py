@@ -28,7 +28,7 @@ Metrics = dict[str, float]
 Phase = Literal["start-up", "data", "step", "validation", "checkpoint"]
 
 MAX_EMPTY_STEPS = 3
-"""Number of steps in a row without a sample to learn from after which the run ends."""
+"""A run ends after this many steps in a row without a sample to learn from."""
 
 
 @dataclass(frozen=True)

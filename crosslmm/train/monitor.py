@@ -12,7 +12,7 @@ from typing import Any, Self
 import ray
 
 from crosslmm import storage, tracking
-from crosslmm.data.quarantine import read_ledger
+from crosslmm.data.quarantine import read_quarantine
 from crosslmm.lease import LeaseLost
 from crosslmm.planning.budget import Meter
 from crosslmm.progress import Progress
@@ -28,7 +28,7 @@ POLL_S = 0.5
 MAX_KINDS = 20
 """Kinds of questions whose accuracy a log line names at most."""
 MAX_SHORT_VIDEOS = 1000
-"""Videos with fewer frames than asked that the log names; further ones are counted [videos]."""
+"""Most videos with too few frames that the log names; further ones are only counted [videos]."""
 SETTLE_S = 10.0
 """How long a validation's report waits for its metrics to be in the MLflow record [s]."""
 
@@ -70,7 +70,7 @@ class TrainingMonitor:
         self._ledger_uri = storage.join(job.folder, QUARANTINE_FILE)
         self._ledger_outdated = False
         # A resumed run extends its ledger.
-        earlier = read_ledger(job.folder)
+        earlier = read_quarantine(job.folder)
         self._unreadable: dict[tuple[str, str, int], dict[str, Any]] = {_key(entry): entry for entry in earlier}
         self._short: set[str] = set()
         self._progress = Progress(log, "starting workers", job.total_steps, "step")

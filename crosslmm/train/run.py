@@ -41,7 +41,7 @@ ENDED = "ended"
 MAX_LOGS = 200
 """Logs of drivers and ranks that a start leaves in the run's folder, the newest [files]."""
 TYPICAL_S = 100.0
-"""Time of a frame whose text is as long as most [s]."""
+"""Time of a frame whose timestamp has a typical text length; token estimates use it for all frames [s]."""
 
 
 @dataclass
@@ -113,10 +113,10 @@ def run_training(config: RunConfig, trial: TrialContext | None = None, budget: B
         job = build_job(config, manifests, validation, features, fence, Utilisation.of(config, detected.gpu))
         computes_on = hardware.describe(config, detected)
         record = _begin(job, manifests, validation, features, trial)
-        record.tag({**lease.this_process(), "computes_on": computes_on, ENDED: "not yet"})
+        record.tag({**lease.process_tags(), "computes_on": computes_on, ENDED: "not yet"})
         _log_summary(job, manifests, record, computes_on)
         meter = Meter(budget, config.scaling.most_workers, run_folder.read_run(folder).get("worker_seconds", 0.0))
-        with _log_in(folder):
+        with _ship_driver_log(folder):
             monitor = _train(job, record, trial, meter)
     if record.model_uri:
         log.info("registered %s, now %s, from run %s", record.model_version, record.model_uri, record.run_id)
@@ -133,7 +133,7 @@ def run_training(config: RunConfig, trial: TrialContext | None = None, budget: B
 
 
 @contextlib.contextmanager
-def _log_in(folder: str) -> Iterator[None]:
+def _ship_driver_log(folder: str) -> Iterator[None]:
     """Context manager: copies the log of this process, which has the workers' lines, into the run's folder."""
     shipped_log.keep_newest(storage.join(folder, run_folder.LOGS_FOLDER), MAX_LOGS)
     with tempfile.TemporaryDirectory() as scratch:

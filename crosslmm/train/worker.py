@@ -91,7 +91,7 @@ def train(train_loop_config: dict[str, Any]) -> None:
 def _train(job: Job, rank: int) -> None:
     config = job.config
     forward_logs(job.events, rank)
-    # The watchdog may report a hang before rank 0 could say under which name.
+    # Each rank's own token at first: the watchdog may report a hang before rank 0 has broadcast the common one.
     attempt = [secrets.token_hex(4)]
     watchdog = Watchdog(config.watchdog, functools.partial(_report_hang, job, rank, attempt))
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
@@ -161,7 +161,8 @@ def _build_sharded(
             base, model_config = stack.enter_context(open_base(config, job.folder, processor, recorded))
 
         def build(weights: bool) -> CrossLMMForConditionalGeneration:
-            # A checkpoint overwrites published weights, so a resume does not fetch them; but not those of a base.
+            # A checkpoint overwrites published weights, so a resume does not fetch them; those of a base it does fetch,
+            # since the checkpoint has only the adapters.
             model = build_model(model_config, processor, config.seed, weights and (newest is None or base is not None))
             if weights and newest is None:
                 require_open_gates(model, config.train)

@@ -236,7 +236,7 @@ def make_ledger(folder: Path) -> None:
     write_rows(folder / "quarantine.jsonl", LEDGER)
 
 
-def read_ledger(folder: Path) -> None:
+def read_quarantine(folder: Path) -> None:
     EncodingRecorder(str(folder), {}, DataConfig())
     retry_unreadable.requeue(str(folder / "quarantine.jsonl"), DataConfig())
 
@@ -318,7 +318,7 @@ KINDS = {
     "seals": Kind(make_prepared, read_manifest),
     "waiting rows": Kind(make_prepared, requeue),
     "conversions": Kind(make_conversion, resume_conversion, "rows.jsonl"),
-    "ledgers": Kind(make_ledger, read_ledger),
+    "ledgers": Kind(make_ledger, read_quarantine),
     "features": Kind(make_features, read_features),
     "checkpoints": Kind(make_checkpoints, read_checkpoints),
     "tensors of a checkpoint": Kind(make_tensors, read_tensors),

@@ -6,7 +6,7 @@ import numpy as np
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from crosslmm.sweep.report import Sweep
-from crosslmm.sweep.trials import Rung, Trial
+from crosslmm.sweep.trials import Trial, Validation
 
 STRIDE, EVERY = "model.pool_stride", "model.cross_attention_every"
 PROJECTOR, V2V_RATE = "train.learning_rate.projector", "train.learning_rate.v2v"
@@ -34,7 +34,7 @@ def sweep(distributions=None, **changed) -> Sweep:
 
 def trial(number=0, accuracy=0.9, macs=10**9, state="finished", point=None, steps=4, tokens=4, **changed) -> Trial:
     curve = [
-        Rung(100 * (i + 1), 2.2 * math.exp(-0.9 * (i + 1)) + 1 - accuracy, accuracy * (i + 1) / steps)
+        Validation(100 * (i + 1), 2.2 * math.exp(-0.9 * (i + 1)) + 1 - accuracy, accuracy * (i + 1) / steps)
         for i in range(steps)
     ]
     result = Trial(number, point or {}, point or {}, tokens, macs, 7 * 10**9, 3 * 2**28, state, curve, 61.5 * steps)

@@ -39,7 +39,8 @@ INDEX = pa.schema(
 """Columns of a chunk's index: hash of the row's id, its line, whether a part contains it, and its `LENGTH_COLUMNS`."""
 
 IN_MANIFEST = "in the manifest: "
-"""Begins the name of a video whose bytes the manifest holds, where nothing is written; no absolute path or URI does."""
+"""Prefix of the name that stands for an embedded video while rows are only checked, so that no file is written. No
+absolute path or URI begins with it."""
 
 Waiting = tuple[dict[str, Any], QuarantineEntry]
 """A row with an unreadable video, and why the video is unreadable. `requeue` tries it again."""

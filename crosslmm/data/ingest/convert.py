@@ -62,7 +62,7 @@ Duplicates = dict[int, list[tuple[int, int]]]
 """By chunk number: (line, earlier line with the same id) of each duplicate."""
 
 LOST = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
-"""Errors that concern one file, and say that it is not what was written."""
+"""Errors that say that one file is missing, or does not contain what an earlier call wrote."""
 
 log = logging.getLogger(__name__)
 
@@ -278,7 +278,7 @@ def _find_duplicates(target: str, summaries: list[Summary]) -> Duplicates:
 def _seal(
     job: IngestJob, summaries: list[Summary], duplicates: Duplicates, skip_bad: bool, began: float
 ) -> dict[str, Any]:
-    """Write rejected.jsonl and quarantine.jsonl, and the seal unless malformed rows must not be skipped."""
+    """Write rejected.jsonl and quarantine.jsonl, then the seal; malformed rows prevent it unless `skip_bad` is true."""
     target, total = job.target, Summary()
     for number, summary in enumerate(summaries):
         total.add(summary)

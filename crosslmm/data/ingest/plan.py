@@ -130,7 +130,7 @@ def make_plan(uri: str, target: str, settings: dict[str, Any], previous: Plan | 
 
 
 def _require_own_chunks(plan: Plan, uri: str, target: str) -> None:
-    """Raise BadConfig if a stored plan names another file than those of the manifest or a part of it in the folder."""
+    """Raise BadConfig if a stored plan names a file that is neither of the manifest nor in the folder's `pieces`."""
     for name in {chunk.uri for chunk in plan.chunks} - set(manifest_files(uri, plan.settings["roots"])):
         try:
             storage.follow(name, [storage.join(target, "pieces")])

@@ -76,7 +76,7 @@ def requeue(place: str, data: DataConfig) -> dict[str, Any]:
     with manifest_errors(place):
         prepared = manifest_shards.is_prepared(uri)
         if not prepared and storage.is_folder(uri):
-            raise BadManifest(f"{place}: is a folder that is not prepared; convert finishes it")
+            raise BadManifest(f"{place}: is not a prepared folder; if a conversion was interrupted, run it again")
         if not prepared:
             storage.stamp_of(uri)  # raises if it is missing
         owned = uri if prepared else run_folder.owned_folder(storage.parent(uri))
@@ -201,7 +201,7 @@ def retry_entries(data: DataConfig, chunk: Chunk) -> RetryResult:
             except ValueError as error:
                 reason = f"is not a line of a quarantine.jsonl: {first_error(error)}"
                 raise BadManifest(f"{chunk.uri}: line {number} {reason}") from None
-            if entry["stage"] == "process":  # not its video is at fault
+            if entry["stage"] == "process":  # the row is at fault, not its video
                 remaining.append(line.rstrip(b"\n") + b"\n")
                 continue
             try:

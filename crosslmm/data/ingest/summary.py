@@ -98,7 +98,7 @@ def parse_summary(data: bytes, target: str) -> Summary:
     """Parse the summary of a chunk of the conversion to the folder `target`.
 
     Raises:
-        ValueError: it is none, or names files outside of the folder.
+        ValueError: it is not a summary, or names files outside of the folder.
     """
     summary = _SUMMARY.validate_python(storage.parse_json(data))
     _REASONS.validate_python(summary.reasons)

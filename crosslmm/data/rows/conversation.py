@@ -24,9 +24,9 @@ TOKENS: dict[str, Kind] = {
 }
 """Placeholders of this and other projects, and what belongs there."""
 PLACEHOLDER = re.compile(
-    rf"(?:<\|vision_start\|>)?({'|'.join(map(re.escape, TOKENS))})(?:<\|vision_end\|>)?"  # Qwen's frame of its two
+    rf"(?:<\|vision_start\|>)?({'|'.join(map(re.escape, TOKENS))})(?:<\|vision_end\|>)?"  # Qwen wraps its two in these
 )
-LITERAL = 'where these characters mean themselves, write a part: {"type": "text", "text": ...}'
+LITERAL = 'to keep these characters as text, write the message as a part: {"type": "text", "text": ...}'
 
 
 class Part(NamedTuple):
@@ -81,7 +81,7 @@ def place_media(row: Conversation) -> list[Turn]:
     Raises:
         BadRow: there are more or fewer placeholders than media.
     """
-    # In a part, text is text, unless the media that the row names outside of its messages have no other place.
+    # In parts, placeholders count only if the row names media outside of its messages and no part is their place.
     in_parts = any(row.unplaced.values()) and not any(_is_place(part) for turn in row.turns for part in turn.parts)
     turns = [turn if turn.role == "assistant" else Turn(turn.role, _split(row, turn, in_parts)) for turn in row.turns]
     for kind in KINDS:

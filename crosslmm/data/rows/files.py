@@ -66,7 +66,8 @@ def read_rows(uri: str, roots: Sequence[str] = ()) -> tuple[str, NumberedRows]:
 
     Returns:
         (digest, rows): the SHA-256 [hex] of its files, or of a folder's rows as JSONL, and (number, raw row) of each
-        row. Numbers are those of lines, from 1, and of a table with its first row, 2.
+        row. Rows are numbered from 1, as lines or elements of the file; in a CSV the header is number 1, and the first
+        row 2.
 
     Raises:
         OSError, ValueError: it cannot be read, is too large, or does not have the format that its name promises; also
@@ -141,5 +142,5 @@ def _require_lines(text: bytes) -> None:
         if end:
             parse_json(line)
     except BadRow:
-        remedy = "of a list in an object under KEY, jq -c '.KEY[]' makes such lines"
+        remedy = "if the list is the value of KEY in an object, jq -c '.KEY[]' makes such lines"
         raise BadRow(f"is neither a list of objects nor one object a line; {remedy}") from None

@@ -89,11 +89,11 @@ def sidecars_as_jsonl(uri: str, roots: Sequence[str]) -> bytes:
             sidecar = _read_sidecar(uri, sidecars[stem], roots)
             lines.append(json.dumps({"id": stem, "video": storage.join(uri, name), **sidecar}))
     if not lines:
-        _name_manifests(names)
+        _refuse_other_manifests(names)
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _name_manifests(names: list[str]) -> None:
+def _refuse_other_manifests(names: list[str]) -> None:
     if any(UNFINISHED.match(name) for name in names):
         raise BadRow("is a conversion that has not finished; the same prepare.py convert finishes it")
     files = [name for name in names if suffix_of(name) in FILE_SUFFIXES]

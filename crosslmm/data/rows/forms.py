@@ -1,6 +1,6 @@
 """The forms of rows that this and other projects publish, each read into a `Conversation`.
 
-Which form a row has is said by the keys of `FORMS`, in their order. Every key of a row is used, is one of `METADATA`,
+A row has the first form of `FORMS` whose marks are among its keys. Every key of a row is used, is one of `METADATA`,
 which say nothing about the conversation, or makes the row malformed. `docs/data.md` has an example of each form.
 """
 
@@ -34,7 +34,8 @@ NOT_TRAINED = {
     "label": "only text is learned", "objects": "boxes are not filled in",
     "start": "write VIDEO#t=START,END for a part of a video", "end": "write VIDEO#t=START,END for a part of a video",
 }  # fmt: skip
-"""Keys of other projects that change what is learned, in a way that this one does not; empty ones do no harm."""
+"""Keys of other projects that change what is learned there, and why a row with one is malformed here; a key with an
+empty value is ignored."""
 UNUSED = (
     dict.fromkeys(FRAME_HINTS, "data.sampling, data.num_frames and data.fps choose the frames of all videos")
     | dict.fromkeys(SIZE_HINTS, "all frames get the size that the encoder takes")
@@ -87,7 +88,7 @@ def conversation_of(raw: str | bytes | Row | BadRow, ignored: Collection[str] = 
             row[key] = parse_json(row[key], f"{key}: ")
     form = next((form for form in FORMS if form.marks <= row.keys()), None)
     if form is None:
-        raise BadRow(f"has no form of a row, with {_names(row)}; a row is, say, {EXAMPLE}")
+        raise BadRow(f"has none of the known forms, with {_names(row)}; a row is, say, {EXAMPLE}")
     _require_known_keys(row, form)
     conversation = form.read(row)
     _add_system(conversation, row)
@@ -104,7 +105,7 @@ def _require_known_keys(row: Row, form: Form) -> None:
     if unknown := row.keys() - form.known:
         for key in sorted(unknown & NOT_TRAINED.keys()):
             if row[key] not in ("", [], {}):
-                raise BadRow(f"the key {shown(key)} is not followed: {NOT_TRAINED[key]}")
+                raise BadRow(f"the key {shown(key)} is not supported: {NOT_TRAINED[key]}")
         refuse_keys(unknown - NOT_TRAINED.keys(), "remove it, or convert the manifest with --ignore_keys")
 
 

@@ -10,7 +10,7 @@ SPACE = " \t\r\n"
 
 
 def json_list(pieces: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    """Yield number, from 1, and value of each element; or why an element is none.
+    """Yield number, from 1, and value of each element; a `BadRow` in place of one that is not strictly JSON.
 
     Args:
         pieces: UTF-8.
@@ -36,7 +36,7 @@ def json_list(pieces: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
 
 
 class _Text:
-    """The rest of a text, of which `ahead` is in memory from `at` on."""
+    """A text that is read piece by piece: `_ahead` is in memory, and what lies before `_at` in it is consumed."""
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self._pieces = codecs.iterdecode(pieces, "utf-8")

@@ -88,7 +88,7 @@ def _from_object(value: dict[str, Any], kind: Kind) -> Any:
 def embedded_bytes(data: Any, name: Any) -> Embedded:
     """Return a video or image of which a row has the bytes."""
     if not isinstance(data, bytes) or not isinstance(name, str):
-        raise BadRow(f"the bytes of a file are {shown(data)}, and its path is {shown(name)}")
+        raise BadRow(f"the bytes of a file are {shown(data)}, its path is {shown(name)}; they must be bytes and text")
     return Embedded(name, len(data), hashlib.sha256(data).hexdigest(), lambda: data)
 
 
@@ -123,5 +123,5 @@ def _seconds(moment: Any) -> str:
     if moment is None:
         return ""
     if isinstance(moment, bool) or not isinstance(moment, int | float) or not 0 <= moment < math.inf:
-        raise BadRow(f"a part of a video starts or ends at {shown(moment)}, and should at a number of seconds from 0")
+        raise BadRow(f"the start or end of a part of a video is {shown(moment)}; it should be seconds, 0 or more")
     return f"{moment:.6f}".rstrip("0").rstrip(".")

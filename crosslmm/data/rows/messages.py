@@ -34,7 +34,7 @@ def messages_of(value: Any, unused: set[str], name: str = "messages") -> list[Tu
     Args:
         value: the list.
         unused: keys that are known and not followed are added to it.
-        name: what the messages call it.
+        name: what error messages call the list.
 
     Raises:
         BadRow: it is no such list.

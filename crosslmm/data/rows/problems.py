@@ -56,7 +56,7 @@ def problem_table(reasons: Reasons) -> str:
 
 def unused_lines(unused: Mapping[str, int]) -> list[str]:
     """Return a line for each key that rows have and that is not followed."""
-    return [f"{key} is not followed ({rows(count)}): {UNUSED[key]}" for key, count in unused.items() if key in UNUSED]
+    return [f"{key} is not used ({rows(count)}): {UNUSED[key]}" for key, count in unused.items() if key in UNUSED]
 
 
 def rows(count: int) -> str:

@@ -97,7 +97,7 @@ def parquet_rows(file: ParquetFile, groups: Sequence[int], first: int = 1) -> It
 
 
 def _batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadRow]:
-    """Yield the rows of a batch; those that take too much memory stay unpacked."""
+    """Yield the rows of a batch; one that would take too much memory becomes a `BadRow`, and is never unpacked."""
     size = string_bytes(batch, OBJECT_BYTES)
     if size <= BATCH_BYTES:
         yield from map(_table_row, batch.to_pylist())

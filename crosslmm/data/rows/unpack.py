@@ -63,7 +63,7 @@ def encoding_of(head: bytes) -> tuple[str, int]:
 def utf8_pieces(data: bytes) -> Iterator[bytes]:
     """Yield the text of a file as UTF-8 without a byte order mark, in pieces of about `PIECE_BYTES`.
 
-    UTF-8 is passed on as it is, errors included: each costs its own line.
+    UTF-8 is passed on as it is, errors included: each makes only its own line unreadable.
 
     Raises:
         BadRow: it is damaged, unpacks to too much, or has another compression or encoding.

@@ -75,7 +75,7 @@ def parse_json(text: str | bytes, prefix: str = "") -> Any:
 
 
 def json_error(error: ValueError) -> str:
-    """Return what is wrong with a JSON text; its only line has no number."""
+    """Return what is wrong with a JSON text, without a line number: the text is one line."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos + 1}"
     return str(error)

@@ -17,7 +17,7 @@ FRAMES = 4
 FRAME_S = (1, 2, 3)
 """How long each frame of a clip is shown; the frame rates of the clips follow [s]."""
 CHANCE = 1 / len(FRAME_S)
-"""Accuracy of who knows the frame, and guesses how long frames are shown."""
+"""Accuracy of a model that knows in which frame the shape is, and guesses how long frames are shown."""
 QUESTION = "When is the shape there?"
 
 

@@ -42,7 +42,7 @@ class NoFrames(UnreadableVideo):
 def open_container(
     file: BinaryIO, format_name: str, data: DataConfig, codecs: Sequence[str] = CODECS
 ) -> InputContainer:
-    """Open a file as this libav format and no other; libav may not follow playlists or open other URLs.
+    """Open a file as this libav format and no other; libav is kept from following playlists and opening other URLs.
 
     libav decodes some frames to learn about the streams: only of these codecs, and with the same limits as later ones.
 

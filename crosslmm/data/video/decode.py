@@ -145,7 +145,7 @@ def _decode_frame_list(
 ) -> SampledFrames | VideoFailure:
     """Decode the sampled frames of a list of frame files, and open no others; see `decode_video`.
 
-    A file that cannot be read costs its frame; only if all are unreadable, the video is.
+    A file that cannot be read loses only its own frame; the video is unreadable only if all files are.
     """
     one = data.model_copy(update={"num_frames": 1, "sampling": "fps"})  # of an animation, too
 
@@ -213,7 +213,7 @@ def _to_failure(error: Exception, data: DataConfig, version: str | None = None) 
 
 
 def _resolve_links(uri: str, roots: Sequence[str]) -> str:
-    """Return a local file's path without symbolic links. Without roots, a person named the video, not a manifest.
+    """Return a local file's path without symbolic links; without roots, as it is: a person named it, not a manifest.
 
     Raises:
         UnreadableVideo: a link leads out of the roots.

@@ -144,7 +144,7 @@ def _scrambled_transport_stream(file: BinaryIO) -> str | None:
 
 
 def _table_entries(packet: bytes, pid: int) -> Iterator[tuple[int, int]]:
-    """Yield the packet number and the type of each entry of a table that begins in a packet: programs (`pid` 0), or the
+    """Yield the PID and the type of each entry of a table that begins in a packet: programs (`pid` 0), or the
     streams of one."""
     start = 4 + (1 + packet[4] if packet[3] & 0x20 else 0)  # after an adaptation field
     section = packet[start + 1 + packet[start] :] if start < len(packet) else b""

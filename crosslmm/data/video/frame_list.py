@@ -115,7 +115,7 @@ def parse_frame_list(video: str) -> FrameList:
         raise BadFrameList('a list of frames is {"frames": [...], "fps": number} or {"frames": [...], "times": [...]}')
     frames, times = fields.get("frames"), fields.get("times")
     if not isinstance(frames, list) or not isinstance(times, list | None):
-        raise BadFrameList("frames and times are lists")
+        raise BadFrameList("frames and times should be lists")
     return FrameList(tuple(frames), fields.get("fps"), None if times is None else tuple(times))
 
 

@@ -76,7 +76,7 @@ def _decode_webp(file: BinaryIO, data: DataConfig, image_size: int, start: float
     resize = VideoReformatter()
     images: list[np.ndarray] = []
     file.seek(0)
-    # Errors of a damaged frame; those before the first one say that there is no image.
+    # A damaged frame ends the loop and keeps the frames before it; without any, NoFrames is raised below.
     with contextlib.suppress(OSError, EOFError, SyntaxError), Image.open(file, formats=["WEBP"]) as image:
         for number in chosen.tolist():
             image.seek(number)

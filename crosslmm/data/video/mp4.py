@@ -31,7 +31,7 @@ def _contains_compressed(file: BinaryIO, start: int, end: int, depth: int) -> bo
 
 
 def claimed_size(file: BinaryIO) -> int:
-    """Return the file's size by its boxes [bytes]: one that was cut off has less."""
+    """Return the size that the file's boxes claim [bytes]; a file that was cut off is smaller."""
     return max((last for _, _, last in _claimed_boxes(file, 0, file.seek(0, io.SEEK_END))), default=0)
 
 

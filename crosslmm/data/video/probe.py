@@ -40,8 +40,8 @@ class Probe:
 def probe(file: BinaryIO, format_name: str, data: DataConfig) -> Probe:
     """Read a video's header and index, and of its packets only what these do not state; damaged frames go unnoticed.
 
-    A transport or program stream states no duration. Its estimate from the last time stamps is taken, if it is not
-    plainly wrong: decoding reads all packets, and this would cost as much as the file.
+    A transport or program stream states no duration. It is estimated from the last time stamps, unless the estimate is
+    plainly wrong: an exact duration takes all packets, as in decoding, and so a read of the whole file.
 
     Arguments and errors are those of `with_pyav`.
     """

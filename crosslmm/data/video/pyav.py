@@ -41,7 +41,7 @@ ROUNDING_TICKS = 1e-3
 MAX_REORDERED = 16
 """Largest number of frames that H.264 decodes before one that is shown earlier [frames]."""
 RESYNC_BYTES = 64 * 2**10
-"""How far before a keyframe reading of a program stream begins [bytes]."""
+"""Reading of a program stream begins at a keyframe that is at least this far before the wanted one [bytes]."""
 ANIMATIONS = ("gif", "apng")
 """Formats whose frames are drawn over the frame before, so that decoding always starts at the first."""
 
@@ -226,8 +226,8 @@ class _Source:
                 return
 
     def _decode_from(self, keyframe: Keyframe | None, moments: np.ndarray) -> tuple[Iterator[TimedFrame], bool]:
-        """Start decoding at a keyframe; return the frames up to the last moment, and whether the file's first is the
-        first.
+        """Start decoding at a keyframe; return the frames up to the last moment, and whether they begin with the first
+        frame of the file.
 
         Indexes can be wrong: if the frame at this position is no keyframe, or is shown after the first moment, try the
         keyframe before, and then the start of the file.

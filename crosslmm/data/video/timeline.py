@@ -134,8 +134,8 @@ class Clock:
         self._last, self.next_time = dts, dts + (packet.duration or frame_ticks(self.stream))
 
     def _believable(self, pts: int, dts: int) -> int:
-        """Return the presentation time of a packet. libav may take it from the packet after a jump; then it is as long
-        after the decoding time as that of other frames which are decoded early."""
+        """Return the presentation time of a packet. libav may take it from the packet after a jump of the clock; then
+        return the decoding time plus the longest delay between decoding and presentation so far."""
         if abs(pts - dts) * float(self.stream.time_base or 1) > JUMP_FORWARD_S:
             return dts + self._delay
         self._delay = max(self._delay, pts - dts)

@@ -24,8 +24,8 @@ BATCH_TOKENS = 16_384
 BATCH_FRAMES = 1_024
 """Frames of a batch of questions, unless a single one has more [frames]."""
 SHARED_TOKENS = 1_024
-"""Where questions about a video begin with the same tokens, the decoder reads these once if that saves it at least this
-many. Below, batches with questions about other videos save more [tokens]."""
+"""Where questions about a video begin with the same tokens, the decoder reads these once if that saves it at least so
+many. If it saves fewer, batches that also have questions about other videos save more [tokens]."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ class Asker:
         return _Prepared(number, question, messages, runs, of_parts, features, replace(reply, prompt_tokens=tokens))
 
     def _by_prefix(self, prepared: Sequence[_Prepared]) -> Iterator[tuple[_Prefix | None, list[_Prepared]]]:
-        """Yield the questions of each video that the decoder reads once, with what it has read, and then all others."""
+        """Yield, for each video whose prefix the decoder reads once, this prefix and the questions about the video; at
+        the end, None and all other questions."""
         of_video: dict[tuple[int, str], list[_Prepared]] = {}
         for item in prepared:
             of_video.setdefault((id(item.features), str(item.runs)), []).append(item)
@@ -196,8 +197,8 @@ class Asker:
         return [replace(reply, seconds=reply.seconds + share) for reply in replies]
 
     def _inputs(self, batch: list[_Prepared], prefix: _Prefix | None) -> tuple[BatchFeature, dict[str, Any]]:
-        """Return the prompts of a batch, and further arguments of `generate`: with a prefix, a cache of it for each
-        prompt; otherwise the prompts have the features of their videos in place of frames."""
+        """Return the prompts of a batch, and further arguments of `generate`. With a prefix, these are a cache of it,
+        repeated for each prompt; without one, the prompts bring the features of their videos in place of frames."""
         prompts = self._prompts(batch)
         if prefix is None:
             prompts["features"] = torch.cat([_features(item) for item in batch])
@@ -206,7 +207,7 @@ class Asker:
         cache = fork(prefix.cache, length)
         cache.batch_repeat_interleave(len(batch))
         ends = [row[length:] for row in _without_padding(prompts)]
-        # What pads the shorter prompts stands behind the prefix, not before it.
+        # Shorter prompts are padded between the prefix and their own tokens, not before the prefix.
         ids, mask = (
             pad_sequence(rows, batch_first=True, padding_side="left").to(self.answerer.device)
             for rows in (ends, [torch.ones_like(end) for end in ends])

@@ -13,7 +13,8 @@ from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.evaluate.questions.question import Question
 
 MAX_BLOCK_BYTES = 128 * 2**20
-"""Frames of a block, unless a single video has more [bytes]: questions of a block are asked in batches."""
+"""Frames of a block, at most, unless a single video has more [bytes]. A block has several videos because batches are
+made of the questions of one block."""
 MAX_BLOCK_VIDEOS = 32
 """Videos of a block: a killed evaluation asks about those of unfinished blocks again."""
 
@@ -24,8 +25,8 @@ def videos_per_block(data: DataConfig, image_size: int) -> int:
 
 
 class VideoRows:
-    """The videos that questions are about, with the interface of `Rows`: a row is one video, or what several questions
-    name together.
+    """The videos that questions are about, with the interface of `Rows`: a row is one video, or several
+    that a question names together.
 
     Attributes:
         questions: all questions.

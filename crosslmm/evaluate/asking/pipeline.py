@@ -58,11 +58,11 @@ class Asked:
     """Replies to all questions."""
 
     replies: list[Reply]
-    now: int
+    asked_now: int
     """Questions that this start has asked; earlier starts asked the others."""
     questions_per_s: float | None
-    """Questions of this start's blocks but the first, by the time between the ends of the first block and of the last
-    one [1/s]; None with less than two blocks."""
+    """Rate without start-up: questions of all this start's blocks except the first, divided by the time from the end of
+    the first block to the end of the last [1/s]; None with fewer than two blocks."""
 
 
 def ask_all(job: Job, block_videos: int) -> Asked:

@@ -32,8 +32,8 @@ def read(folder: Folder) -> list[Question]:
 
 
 def extract(answer: str, question: Question) -> str:
-    """Return the letter whose last mention comes first, however the letters are written; or else the option whose text
-    does."""
+    """Take the last mention of each letter, in each way of writing it, and return the letter of the earliest of these.
+    If no letter is mentioned, do the same with the options' texts."""
     letters = letters_of(question.options)
     text, found = staged_letters(answer, [option.strip() for option in question.options], letters)
     shapes = {"bracket": "({})", "space": "{} ", "stop": "{}."}

@@ -116,8 +116,8 @@ def _part(row: dict) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """Remove each punctuation mark that stands beside a space, or every one if the text has a number with a comma;
-    replace the others by spaces; then remove full stops that do not stand before a digit."""
+    """Remove all occurrences of a mark if one of them stands beside a space, or if the text has a number with a comma;
+    otherwise replace them by spaces. Then remove full stops that do not stand before a digit."""
     out = text
     every = NUMBER_WITH_COMMA.search(text) is not None
     for mark in PUNCTUATION:

@@ -41,7 +41,7 @@ def extract(answer: str, question: Question) -> str:
     place = {
         "bracket": lambda x: text.rfind(f"({x})"),
         "space": lambda x: text.rfind(f" {x} "),
-        "stop": lambda x: text.rfind(f" {x} "),
+        "stop": lambda x: text.rfind(f" {x} "),  # lmms-eval looks for " A " here, too
         "content": lambda x: lower.rfind(option_of[x].lower()),
     }
     for stage, at in place.items():

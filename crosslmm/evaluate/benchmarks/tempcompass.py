@@ -74,8 +74,8 @@ def _options(task: str, question: str) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def _caption(answer: str, question: Question) -> str:
-    """Return the name of the caption that an answer is: its line, its text, or its name with or without the first
-    word. The caption of the right answer wins where several have this text."""
+    """Return the name of the caption that the answer repeats: its line, its text, or its name, with or without the
+    first word. If several captions match, the expected one wins."""
     chosen = NOTHING
     bare = answer.split(") ")[1] if ") " in answer else answer
     for line in sorted(question.options, key=lambda line: line.split(": ")[0] == question.answer):

@@ -45,12 +45,12 @@ def _table(cells: Sequence[Cell], settings: NeedleSettings) -> str:
     rows = []
     for depth in settings.depths:
         of_row = {cell.frames: cell for cell in cells if cell.depth == depth}
-        columns = "".join(_column(of_row[frames]) for frames in settings.frames)
+        columns = "".join(_table_cell(of_row[frames]) for frames in settings.frames)
         rows.append(f"<tr><th>depth {depth:g} %</th>{columns}</tr>")
     return f'<div class="box"><table class="map"><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def _column(cell: Cell) -> str:
+def _table_cell(cell: Cell) -> str:
     if not cell.found:
         return f'<td title="{escaped(cell.error)}">too long</td>'
     mixed = [round(a + (b - a) * cell.share) for a, b in zip(LIGHT, DARK, strict=True)]

@@ -33,7 +33,7 @@ from crosslmm.tracking.versions import EvaluationRecord, record_evaluation
 log = logging.getLogger(__name__)
 
 ANSWER_TOKENS = 8
-"""Length limit of an answer: a colour, and what makes it another answer [tokens]."""
+"""Length limit of an answer: room for a colour, and for more, since an answer that goes on is a wrong one [tokens]."""
 CELLS_FILE, PAGE_FILE = "cells.json", "needle.html"
 
 
@@ -170,8 +170,8 @@ def _measure(
 
 
 def colours_of(number: int, hops: int, seed: int) -> list[str]:
-    """Return the needles of a question: all colours in all orders by turns: with a multiple of 4 (one hop) or 12
-    (two) questions, no constant answer is right more often than by chance."""
+    """Return the colours of a question's needles. The questions take all colours in all orders in turn, so with a
+    multiple of 4 questions (one hop) or 12 (two), no constant answer is right more often than by chance."""
     orders = list(itertools.permutations(needles.NEEDLES, hops))
     return list(orders[np.random.default_rng([seed, hops]).permutation(len(orders))[number % len(orders)]])
 

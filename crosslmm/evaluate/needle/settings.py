@@ -31,7 +31,8 @@ class NeedleSettings(Section):
     hops: list[Hops] = Field(default=[1, 2])
     """Needles of a question; with several, it names the first one and asks for the last."""
     videos: Count = 12
-    """Questions of a cell, each about needles of its own; of 12, all answers are equally frequent [questions]."""
+    """Questions of a cell, each about needles of its own; with 12, and one or two hops, each colour is the right answer
+    equally often [questions]."""
     haystack: list[str] = Field(default=[])
     """Video files, shown one after the other (paths or s3:// URIs); empty: generated noise."""
     v2v: bool = True

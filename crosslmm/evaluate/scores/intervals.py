@@ -46,9 +46,9 @@ def weights_of(strata: Sequence[str] | None, count: int) -> np.ndarray:
 def accuracy(right: Sequence[bool], clusters: Sequence[str], strata: Sequence[str] | None = None) -> Estimate:
     """Return the accuracy with its interval.
 
-    The variance is that of a mean over clusters (linearised, with G/(G-1) for G clusters). The interval is Wilson's,
-    for as many independent questions as would have this variance: at most as many as there are, and, where all or
-    none are right so that nothing varies, as many as there are clusters.
+    The variance is that of a mean over clusters (linearised, with G/(G-1) for G clusters). The interval is Wilson's.
+    Its sample size is the number of independent questions that would give this variance, at most the number of units.
+    Where all or none are right, nothing varies, and it is the number of clusters.
 
     Args:
         right: of each unit.

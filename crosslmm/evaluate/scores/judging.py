@@ -15,7 +15,7 @@ from crosslmm.evaluate.scores.intervals import Estimate
 
 Status = Literal["answered", "empty", "unparsable", "unreadable"]
 """What became of a question: an answer was found in the model's words; it said nothing; no answer was found in its
-words; it could not be asked, since its video or its row cannot be read."""
+words; it could not be asked, for example because its video or its row cannot be read, or it is too long."""
 STATUSES: tuple[Status, ...] = ("answered", "empty", "unparsable", "unreadable")
 
 Scorer = Callable[[str, str, str], bool]

@@ -40,7 +40,7 @@ class Base:
     """The model that adapters belong to."""
 
     uri: str
-    """Folder in the format of Transformers: path, URI, or hub name. In a checkpoint, `base` is the run's own."""
+    """Folder in the format of Transformers: path, URI, or hub name. In a checkpoint, "base" is the run's own."""
     sha256: str
     """See `weights_digest`."""
 

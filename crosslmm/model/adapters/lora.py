@@ -61,7 +61,7 @@ def require_open_gates(model: CrossLMMForConditionalGeneration, train: TrainConf
         gates = [gate for name, gate in model.named_parameters() if name.endswith(f".{branch}.gate")]
         if not any(gate.any() for gate in gates):
             raise BadConfig(
-                f"train.lora.targets: {branch} was never trained, its gates are zero; leave it out, and it trains whole"
+                f"train.lora.targets: {branch} was never trained, its gates are zero; leave it out to train all of it"
             )
 
 

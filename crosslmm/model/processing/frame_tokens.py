@@ -1,4 +1,4 @@
-"""Placeholders of videos -> the tokens of their frames; where the model reads times, each after its own."""
+"""Placeholders of videos -> the tokens of their frames, after the time of each frame if the model reads times."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -62,13 +62,13 @@ with the name and the reason if the file cannot be read."""
 _file_reader: FileReader | None = None
 
 
-def read_files_with(reader: FileReader) -> None:
+def set_file_reader(reader: FileReader) -> None:
     """Set the reader of files. It belongs to the package's data side, of which the model knows nothing."""
     global _file_reader
     _file_reader = reader
 
 
-def of_part(part: dict[str, Any]) -> tuple[Any, Kind]:
+def visual_of_part(part: dict[str, Any]) -> tuple[Any, Kind]:
     """Return the video or image of a message's part, and which of the two it is.
 
     Raises:
@@ -133,16 +133,16 @@ def with_times(video: Frames, times: Sequence[float] | None) -> Frames:
         return video
     if video.times is not None:
         raise ValueError(
-            "times and fps of a part say when frames in memory are shown, and a file says that itself; which of its "
-            "frames are taken, num_frames=, sampling= and fps= of the call say"
+            "times and fps of a part say when frames in memory are shown, and a file says that itself; to choose "
+            "which of its frames are taken, give num_frames=, sampling= or fps= to the call"
         )
     return replace(video, times=times)
 
 
 def to_frames(given: Any, kind: Kind, side: int, sampling: Sampling) -> Frames:
-    """Return the frames of one video or image; their times are those of a file.
+    """Return the frames of one video or image; they have times only if they come from a file.
 
-    Frames of any size are resized as the decoder does it. All frames of an array or list are taken.
+    Frames of any size are resized as the video decoder does it. All frames of an array or list are taken.
 
     Args:
         given: a path or s3:// URI; an array or tensor (frames, height, width, 3) or (frames, 3, height, width), or a

@@ -257,7 +257,7 @@ class CrossLMMProcessor(ProcessorMixin):
 
     def _read_part(self, part: dict[str, Any], sampling: Sampling) -> tuple[Kind, Frames]:
         """Return the kind and the frames of a message's part."""
-        given, kind = media.of_part(part)
+        given, kind = media.visual_of_part(part)
         video = media.to_frames(given, kind, self.image_size, sampling)
         return kind, media.with_times(video, media.times_of_part(part, len(video)))
 

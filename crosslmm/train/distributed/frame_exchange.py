@@ -105,7 +105,7 @@ class FrameExchange:
         return cls(frames[rank] - sum(sent), sent, received)
 
     def __call__(self, encode: Callable[[Tensor], Tensor], pixels_FCHW: Tensor) -> Tensor:
-        """Return the features of this rank's frames, in their order; all ranks call it, and differentiate it or not.
+        """Return the features of this rank's frames, in order; all ranks call it, and all or none differentiate it.
 
         Args:
             encode: uint8 (frames, 3, H, W) -> (frames, P, D), of any number of frames.

@@ -53,7 +53,7 @@ class Meeting:
         if not os.environ.get("GLOO_SOCKET_IFNAME"):
             os.environ["GLOO_SOCKET_IFNAME"] = interface_of(self.addresses[rank])
         if not os.environ.get("NCCL_SOCKET_IFNAME"):
-            os.environ["NCCL_SOCKET_IFNAME"] = f"={interface_of(self.addresses[rank])}"  # =: not all that begin so
+            os.environ["NCCL_SOCKET_IFNAME"] = f"={interface_of(self.addresses[rank])}"  # =: this very name, no prefix
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as Ray Train sets it
         world_size = len(self.addresses)
         if self.file:

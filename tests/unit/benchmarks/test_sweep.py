@@ -9,7 +9,7 @@ from benchmarks import rounding, sweep
 from crosslmm.cli import parse_run
 from crosslmm.data.samples import shapes
 from crosslmm.sweep import space
-from crosslmm.sweep.search import prefill
+from crosslmm.sweep.search import prefill_macs
 
 
 def configuration():
@@ -28,7 +28,7 @@ def test_trials_have_the_encoder_proportion_of_the_2b(tmp_path):
     configs = grid(tmp_path)
     assert len(configs) == 8
     ratios = sweep.proportions(
-        [dict(zip(("macs", "encoder_macs"), prefill(config), strict=True)) for config in configs]
+        [dict(zip(("macs", "encoder_macs"), prefill_macs(config), strict=True)) for config in configs]
     )
     assert ratios["here"] == pytest.approx(ratios["the 2B"], rel=0.05)
     assert ratios["mean of the trials"] == pytest.approx(ratios["the 2B"], rel=0.05)

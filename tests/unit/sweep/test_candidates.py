@@ -12,9 +12,9 @@ from crosslmm.config import BadConfig, validate_run
 from crosslmm.planning import cost
 from crosslmm.sweep import trials, tuner
 from crosslmm.sweep.resume import begin_sweep
-from crosslmm.sweep.search import Candidates, Search, prefill
+from crosslmm.sweep.search import Candidates, Search, prefill_macs
 from crosslmm.sweep.settings import UNSUPPORTED_SCHEDULERS, SweepSettings
-from crosslmm.sweep.trials import Rung, Trial
+from crosslmm.sweep.trials import Trial, Validation
 from crosslmm.sweep.tuner import BudgetStopper, build_scheduler
 from crosslmm.tracking import MlflowRun
 
@@ -55,7 +55,7 @@ def test_trial_has_planned_costs_and_a_child_run(base, record):
 def test_invalid_or_too_costly_points_are_rejected(base, record):
     with pytest.raises(BadConfig, match=r"pool_stride is 9; a 8 x 8 grid takes 1 to 8"):
         candidates(base, record)(0, {"model.pool_stride": 9})
-    few, _ = prefill(base.model_copy(update={"model": base.model.model_copy(update={"pool_stride": 4})}))
+    few, _ = prefill_macs(base.model_copy(update={"model": base.model.model_copy(update={"pool_stride": 4})}))
     assert candidates(base, record, max_macs=few)(0, {"model.pool_stride": 4}).macs == few
     with pytest.raises(BadConfig, match=r"MACs without the vision encoder; --max_macs allows"):
         candidates(base, record, max_macs=few)(0, {"model.pool_stride": 2})
@@ -69,7 +69,7 @@ def test_invalid_or_too_costly_points_are_rejected(base, record):
         ],
         "",
     )
-    with pytest.raises(BadConfig, match=r"training needs [\d.]+ GB, more than the 24 GB of --gpu l4"):
+    with pytest.raises(BadConfig, match=r"training needs [\d.]+ GB, more than is usable of the 24 GB of --gpu l4"):
         Candidates(paper, SweepSettings(gpu="l4"), SPACE, record)(0, {"model.pool_stride": 9})
 
 
@@ -113,12 +113,12 @@ def rungs(base, **changed):
 
 def test_rungs_count_steps_or_compute_before_the_end(base):
     assert rungs(base, first_rung=0.25, keep_one_in=2) == [50, 25]
-    total_macs = 100 * base.train.global_batch_size * prefill(base)[0]
+    total_macs = 100 * base.train.global_batch_size * prefill_macs(base)[0]
     assert rungs(base, rung="compute", first_rung=0.5, keep_one_in=2) == [pytest.approx(total_macs / 2)]
 
 
 def test_resumed_asha_remembers_rungs_and_spares_the_last(base):
-    curve = [Rung(30, 2.0, 0.3), Rung(60, 1.0, 0.5), Rung(100, 0.9, 0.6)]
+    curve = [Validation(30, 2.0, 0.3), Validation(60, 1.0, 0.5), Validation(100, 0.9, 0.6)]
     ended = Trial(0, {}, {}, 4, 100, 10, 1, state="finished", curve=curve)
     running = Trial(1, {}, {}, 4, 100, 10, 1, curve=curve[:1])
     scheduler = build_scheduler(SweepSettings(), SimpleNamespace(trials=[ended, running]), 100, base)
@@ -126,9 +126,9 @@ def test_resumed_asha_remembers_rungs_and_spares_the_last(base):
     assert [list(recorded.values()) for _, recorded in bracket._rungs] == [[-1.0], [-2.0]]
     late = SimpleNamespace(trial_id="late")
     scheduler.on_trial_add(None, late)
-    worse_at_the_end = tuner._tune_metrics(running, Rung(100, 9.0, 0.0), base, total_steps=100)
+    worse_at_the_end = tuner._tune_metrics(running, Validation(100, 9.0, 0.0), base, total_steps=100)
     assert scheduler.on_trial_result(None, late, worse_at_the_end) == "CONTINUE"
-    worse_before = tuner._tune_metrics(running, Rung(60, 9.0, 0.0), base, total_steps=100)
+    worse_before = tuner._tune_metrics(running, Validation(60, 9.0, 0.0), base, total_steps=100)
     assert scheduler.on_trial_result(None, late, worse_before) == "STOP"
 
 
@@ -155,12 +155,12 @@ def test_a_sweep_resumes_under_its_mlflow_run(base, tmp_path):
 
 def test_sweep_rejects_another_space(base, tmp_path):
     space = {"train.learning_rate.decoder": tune.choice([1.0, 2.0])}
-    with pytest.raises(BadConfig, match=r"begun with .* None; undo that, or give another --name"):
+    with pytest.raises(BadConfig, match=r"begun with .* None now; undo that, or give another --name"):
         restart(base, tmp_path, space=space)
 
 
 def test_sweep_rejects_a_changed_manifest(base, tmp_path):
-    with pytest.raises(BadConfig, match=r"begun with digest of manifest 0 1, and this is 2"):
+    with pytest.raises(BadConfig, match=r"begun with digest of manifest 0 1, which is 2 now"):
         restart(base, tmp_path, manifests=[SimpleNamespace(uri="a", digest="2")])
 
 

@@ -12,12 +12,12 @@ from crosslmm.cli import parse_run
 from crosslmm.config import BadConfig
 from crosslmm.sweep import trials
 from crosslmm.sweep.search import Search
-from crosslmm.sweep.trials import Rung, Trial
+from crosslmm.sweep.trials import Trial, Validation
 
 
 def trial(number, macs, accuracy=None, state="finished", loss=1.0, point=None):
     point = point or {"model.pool_stride": number + 1}
-    curve = [] if accuracy is None else [Rung(10, 2.0, accuracy / 2), Rung(20, loss, accuracy)]
+    curve = [] if accuracy is None else [Validation(10, 2.0, accuracy / 2), Validation(20, loss, accuracy)]
     return Trial(number, point, point, 4, macs, 10, 100, state=state, curve=curve)
 
 
@@ -80,7 +80,7 @@ def walk(search):
     while (suggestion := search.suggest(name := f"tune-{len(seen)}")) != Searcher.FINISHED:
         seen.append(trials.from_json(suggestion["trial"]))
         search.by_id[name].state = "finished"
-        search.by_id[name].curve = [Rung(10, 1.0, 0.5)]
+        search.by_id[name].curve = [Validation(10, 1.0, 0.5)]
         search.on_trial_complete(name, {"finished": True})  # the last that a trial reports
     return seen
 

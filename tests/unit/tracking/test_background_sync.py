@@ -26,7 +26,7 @@ pytestmark = pytest.mark.fault
 FAST = tracking.SyncTimeouts(end_s=1.0, stopped_end_s=1.0, retry_s=0.3)
 """For tests whose server is away: seconds instead of a minute."""
 DATASET = {"uri": "s3://bucket/rows.jsonl", "digest": "0123456789abcdef" * 4, "rows": 7, "context": "training"}
-REPLAY = "python jobs/track.py replay --storage {0} --name {1} delivers it"
+REPLAY = "python jobs/track.py replay --storage {0} --name {1} delivers the rest"
 
 
 class Messages(logging.Handler):
@@ -149,7 +149,8 @@ def test_server_away_at_start_and_hanging_later(one_server, client, begin, impat
     began = time.monotonic()
     run, folder, messages = begin("late")
     assert time.monotonic() - began < 10  # without its own limit, MLflow retries for half a minute and more
-    assert messages == [f"record: {one_server.uri} does not answer; the run goes on, and its record waits in {folder}"]
+    waits = f"MLflow: {one_server.uri} does not answer; the run goes on, and what it has for MLflow waits in {folder}"
+    assert messages == [waits]
     assert json.loads((folder / "run.json").read_text())["run_id"] is None
     run.log(steps(1, 2))
     run.settle(0.1)
@@ -157,7 +158,7 @@ def test_server_away_at_start_and_hanging_later(one_server, client, begin, impat
     one_server.start()
     run.settle(60)
     assert recorded(client, run.run_id) == times(1, 2, 3)
-    assert messages[1:] == [f"record: {one_server.uri} answers; run {run.run_id} has the steps that waited"]
+    assert messages[1:] == [f"MLflow: {one_server.uri} answers; run {run.run_id} has the steps that waited"]
     assert json.loads((folder / "run.json").read_text())["run_id"] == run.run_id
 
     one_server.signal(signal.SIGSTOP)
@@ -168,7 +169,9 @@ def test_server_away_at_start_and_hanging_later(one_server, client, begin, impat
             assert time.monotonic() - began < 0.1
         began = time.monotonic()
         hung, folder, messages = begin("hung", replace(FAST, start_s=1.0))
-        waits = f"record: {one_server.uri} does not answer; the run goes on, and its record waits in {folder}"
+        waits = (
+            f"MLflow: {one_server.uri} does not answer; the run goes on, and what it has for MLflow waits in {folder}"
+        )
         assert messages == [waits]
         hung.finish("KILLED")
         assert 1 < time.monotonic() - began < 5
@@ -197,8 +200,8 @@ def test_server_away_during_the_run(server, client, begin, impatient):
     run.finish("FINISHED")
     assert recorded(client, run.run_id) == [*times(1, 2, 3), *times(4, 5, began=2e9)]
     assert messages == [
-        f"record: {server.uri} does not answer; steps wait",
-        f"record: {server.uri} answers; run {run.run_id} has the steps that waited",
+        f"MLflow: {server.uri} does not answer; steps wait",
+        f"MLflow: {server.uri} answers; run {run.run_id} has the steps that waited",
     ]
 
 
@@ -212,7 +215,7 @@ def test_server_away_at_the_end_then_replay(server, client, begin, impatient, tm
     ended.log(steps(3))
     ended.finish("FAILED")
     assert (ended.delivered, ended.run_id, ended.model_uri, ended.model_version) == (False, None, None, None)
-    assert messages[-1] == f"record: {server.uri} does not answer; {REPLAY.format(tmp_path, 'ended')}"
+    assert messages[-1] == f"MLflow: {server.uri} does not answer; {REPLAY.format(tmp_path, 'ended')}"
     (saved,) = (ended_in / "history").iterdir()
     assert json.loads(saved.read_text()) == {"step": 3, "time": 1e9 + 3, "metrics": {"loss": 1 / 3, "lr": 0.1}}
 
@@ -331,7 +334,7 @@ def test_a_sweeps_run_retries_while_the_server_is_away(server, client, begin, im
     record.log_values({"cost/seconds": 1.0}, {"state": "finished"})
     assert client.get_run(record.run_id).data.metrics == {"cost/seconds": 1.0}
     (messages,) = [entry.getMessage() for entry in caplog.records if entry.name == "crosslmm.tracking.client"]
-    assert messages == f"record: {server.uri} does not answer; retrying for 10 minutes"
+    assert messages == f"MLflow: {server.uri} does not answer; retrying for 10 minutes"
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -191,14 +191,14 @@ line 3, id c, kind order
   video 1              {folder}/f/1.jpg and the frames after it, 2 s: the frames at 0.25, 0.75, 1.25, 1.75 s
   user                 <video 1> Which came first?
   assistant (learned)  Blue.
-note: nframes is not followed (1 row): data.sampling, data.num_frames and data.fps choose the frames of all videos
+note: nframes is not used (1 row): data.sampling, data.num_frames and data.fps choose the frames of all videos
 note: no video was opened; --probe true reads the header of each
 
 malformed: 2 rows
 rows  lines  reason
-   2  4, 5   the messages have 1 <video>, and the row names no video; where
-             these characters mean themselves, write a part: {{"type": "text",
-             "text": ...}}
+   2  4, 5   the messages have 1 <video>, and the row names no video; to keep
+             these characters as text, write the message as a part: {{"type":
+             "text", "text": ...}}
 """
 
 

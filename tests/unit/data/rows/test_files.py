@@ -260,7 +260,7 @@ def test_a_csv_with_quotes_commas_and_line_ends_in_its_fields(tmp_path):
         ("a.mp4,A,dog", "has 3 fields, and the first row names 2"),
         ('a.mp4,"A dog', "Invalid CSV: unexpected end of data"),
         ('a.mp4,"A "dog""', "Invalid CSV: ',' expected after"),
-        ("a.mp4,", "has no form of a row, with the keys 'video'"),
+        ("a.mp4,", "has none of the known forms, with the keys 'video'"),
         (b"a.mp4,\xe9t\xe9", "is not UTF-8; save the table as CSV in UTF-8"),
     ],
 )

@@ -215,7 +215,7 @@ COUNTED = {
     "one <image>, two images": ({"image": ["a.jpg", "b.jpg"]}, "<image>?", "1 <image>, and the row names 2 images"),
     "two <image>, one image": ({"image": "a.jpg"}, "<image><image>?", "2 <image>, and the row names 1 image"),
     "no <image>, one image": ({"image": "a.jpg"}, "?", "no <image>, and the row names 1 image"),
-    "one <video>, no video": ({}, "<video>?", "1 <video>, and the row names no video; where these characters mean"),
+    "one <video>, no video": ({}, "<video>?", "1 <video>, and the row names no video; to keep these characters"),
     "one <video>, one image": ({"image": "a.jpg"}, "<video>?", "1 <video>, and the row names no video"),
     "two <image>, one video": ({"video": "a.mp4"}, "<image><image>?", "2 <video>, and the row names 1 video"),
     "one <video>, empty list": ({"videos": []}, "<video>?", "1 <video>, and the row names no video"),
@@ -276,7 +276,7 @@ def test_an_unknown_key_is_refused_by_name_in_every_form(name):
 @pytest.mark.parametrize("key", sorted(NOT_TRAINED))
 def test_what_would_change_the_training_is_refused_by_name(key):
     row = FORMS["ms-swift"][0]
-    with pytest.raises(BadRow, match=f"the key '{key}' is not followed: "):
+    with pytest.raises(BadRow, match=f"the key '{key}' is not supported: "):
         read({**row, key: "something"})
     assert read({**row, key: []}) == FORMS["ms-swift"][1:]
 
@@ -291,7 +291,7 @@ def asked(part):
 
 
 BAD = [
-    ({"a": 1, "b": 2}, r"has no form of a row, with the keys 'a', 'b'; a row is, say, {\"video\": "),
+    ({"a": 1, "b": 2}, r"has none of the known forms, with the keys 'a', 'b'; a row is, say, {\"video\": "),
     ([1], r"is \[1\], and should be an object, say {\"video\""),
     ({"id": "a", "messages": messages("?", "!"), "x": 1}, "the key 'x' is not known"),
     ({"messages": []}, r"messages is \[\], and should be a list with at least one element"),
@@ -313,8 +313,8 @@ BAD = [
     (asked({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}),
      "part 1: the image is a data: URL; write its bytes to a file"),
     (asked({"type": "video", "video": "a.mp4", "times": [0]}), "times belongs to a list of frames"),
-    (asked({"type": "video", "video": "a.mp4", "video_start": "1"}), "starts or ends at '1'"),
-    (asked({"type": "video", "video": "a.mp4", "video_start": -1}), "starts or ends at -1"),
+    (asked({"type": "video", "video": "a.mp4", "video_start": "1"}), "the start or end of a part of a video is '1'"),
+    (asked({"type": "video", "video": "a.mp4", "video_start": -1}), "the start or end of a part of a video is -1"),
     (asked({"type": "video", "video": "a.mp4#t=1", "video_end": 9}), "has #t= already"),
     (asked({"type": "video", "video": "a.mp4", "video_start": 3, "video_end": 2}),
      "the part ends before it begins"),
@@ -364,9 +364,9 @@ def test_keys_that_are_not_followed_are_counted(tmp_path, caplog):
     Manifest(str(path))
     policy = "data.sampling, data.num_frames and data.fps choose the frames of all videos"
     assert caplog.messages == [
-        f"{path}: fps is not followed (2 rows): {policy}",
-        f"{path}: max_pixels is not followed (2 rows): all frames get the size that the encoder takes",
-        f"{path}: nframes is not followed (2 rows): {policy}",
+        f"{path}: fps is not used (2 rows): {policy}",
+        f"{path}: max_pixels is not used (2 rows): all frames get the size that the encoder takes",
+        f"{path}: nframes is not used (2 rows): {policy}",
     ]
 
 

@@ -366,7 +366,10 @@ def test_a_broken_base_file_is_refused(text):
         ("--train.lora.rank=0", r"train\.lora\.rank.*greater than or equal to 1"),
         ("--train.lora.rank=4 --train.lora.targets=[decoder,nonsense]", r"train\.lora\.targets.*nonsense"),
         ("--train.lora.rank=4 --train.lora.targets=[]", r"train\.lora\.targets: name at least one component"),
-        ("--train.lora.rank=4", r"train\.lora\.targets: vision would train whole.*train\.learning_rate\.vision to 0"),
+        (
+            "--train.lora.rank=4",
+            r"train\.lora\.targets: vision would train all of.*train\.learning_rate\.vision to 0",
+        ),
         (
             "--train.lora.rank=4 --train.learning_rate.decoder=0 --train.learning_rate.vision=0",
             r"train\.lora\.targets: decoder is frozen; set train\.learning_rate\.decoder",

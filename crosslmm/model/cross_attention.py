@@ -161,7 +161,9 @@ class GatedCrossAttention(nn.Module):
             key_BSHC, value_BSHC = (pad_sequence(list(x.split(lengths)), True) for x in (key_SHC, value_SHC))
             positions_S = torch.arange(max(lengths), device=key_SHC.device)
             mask_BS = positions_S < visual.num_frames_B[:, None] * patches
-        return SeenVideos(key_BSHC.transpose(1, 2), value_BSHC.transpose(1, 2), mask_BS, visual.num_frames_B)
+        # Contiguous: every generated token reads all of them, and as views of one tensor it would read twice as much.
+        key_BHSC, value_BHSC = (x.transpose(1, 2).contiguous() for x in (key_BSHC, value_BSHC))
+        return SeenVideos(key_BHSC, value_BHSC, mask_BS, visual.num_frames_B)
 
     def _project(self, tokens_FPD: Tensor) -> Tensor:
         """Keys and values, concatenated along the channels."""

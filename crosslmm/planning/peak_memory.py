@@ -104,7 +104,7 @@ def answering_memory(config: RunConfig, frames: int, text_tokens: int, stamp_tok
         traced = _trace(model, config, batch, lambda: model(**batch, use_cache=True, logits_to_keep=1).past_key_values)
     highest = traced.peak(with_kept=True)
     return Memory(
-        weights=sum(p.numel() for p in model.parameters()) * _compute_bytes(config),
+        weights=sum(p.numel() for p in model.parameters()) * compute_bytes(config),
         gradients=0,
         optimizer=0,
         # The caches reach full size only at the end; before that, activations may use the memory.
@@ -129,7 +129,8 @@ def _batch(
     }
 
 
-def _compute_bytes(config: RunConfig) -> int:
+def compute_bytes(config: RunConfig) -> int:
+    """Return the size of a parameter while it is computed with [bytes]."""
     return 2 if config.in_bf16 else 4
 
 
@@ -189,7 +190,7 @@ class _Layout:
             shards=config.scaling.planned_shards if sharded else 1,
             accumulates=config.accumulation > 1,
             sharded=sharded,
-            compute_bytes=_compute_bytes(config),
+            compute_bytes=compute_bytes(config),
         )
 
     def training(self, traced: Trace) -> Memory:

@@ -1,8 +1,11 @@
 """Hybrid sharding in real gloo processes: two copies of the model on two ranks each learn what one process learns, and
 a checkpoint passes between any numbers of ranks and shards."""
 
+import contextlib
 import functools
+import unittest.mock
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from crosslmm.config import RunConfig
 from crosslmm.model.loading import build_model, build_processor
+from crosslmm.model.param_groups import fsdp_units
+from crosslmm.planning import cost
+from crosslmm.planning import hybrid as planning
 from crosslmm.train import checkpoint, checkpoint_store, loop, worker
 from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.optim import build_optimizer
@@ -27,7 +33,7 @@ FRAMES = (
 """Frames of each sample, by step and rank of four: text only on a rank, and on all of them in a step's last pass."""
 ARMS = {
     "whole": (),
-    "stage 1": tuple(f"--train.learning_rate.{frozen}=0" for frozen in ("vision", "t2v", "decoder")),
+    "frozen": ("--train.learning_rate.vision=0", "--train.learning_rate.decoder=0"),
 }
 HYBRID = "--scaling.workers_per_replica=2"
 OTHERS = {
@@ -53,6 +59,20 @@ def micro_batches(processor, ranks: int, rank: int, first_step: int):
         yield loop.StepBatch([processor(talks[i : i + size], videos[i : i + size]) for i in starts], [])
 
 
+@contextlib.contextmanager
+def counted(name: str) -> Iterator[list[int]]:
+    """Count what FSDP sends with a collective, each time, by the size of its first argument [elements]."""
+    collective, sizes = getattr(dist, name), []
+
+    def count(*arguments, group=None, **options):
+        if group is not None:  # the loop's own are in the default group
+            sizes.append((arguments or [options["output_tensor"]])[0].numel())
+        return collective(*arguments, group=group, **options)
+
+    with unittest.mock.patch.object(dist, name, count):
+        yield sizes
+
+
 class Rank:
     """Model and optimizer of one rank, sharded as the run's settings have it."""
 
@@ -72,7 +92,7 @@ class Rank:
 
     def train(self, folder: Path, first_step: int = 0) -> dict:
         """Return what was learnt in each step; save in `folder` after the step `SAVE_AT`."""
-        seen: dict = {"metrics": [], "gradients": []}
+        seen: dict = {"metrics": [], "gradients": [], "units": len(fsdp_units(self.model)) + 1}
 
         def keep_gradients(*_) -> None:
             learning = (
@@ -94,7 +114,10 @@ class Rank:
 
         self.optimizer.register_step_pre_hook(keep_gradients)
         steps = micro_batches(self.processor, dist.get_world_size(), dist.get_rank(), first_step)
-        loop.train(self.config, self.model, self.optimizer, steps, range(first_step, len(FRAMES)), RecordingCallbacks())
+        with counted("all_reduce") as seen["reduced"], counted("all_gather_single") as seen["gathered"]:
+            loop.train(
+                self.config, self.model, self.optimizer, steps, range(first_step, len(FRAMES)), RecordingCallbacks()
+            )
         seen["local"] = [parameter.to_local() for parameter in self.model.parameters()]
         return seen
 
@@ -195,6 +218,21 @@ def test_replicas_stay_equal_and_half_as_large_as_the_model(folder):
     sizes = [sum(tensor.numel() for tensor in of_rank) for of_rank in local]
     assert sizes[0] + sizes[1] == sum(t.numel() for t in seen(folder, "one")["whole"]["local"])
     assert max(sizes) < 1.1 * min(sizes)
+
+
+def test_gradients_pass_between_copies_once_a_step(folder):
+    """A step of two micro-batches reduces those of each FSDP unit once."""
+    hybrid = seen(folder, "hybrid")["whole"]
+    assert len(hybrid["reduced"]) == len(FRAMES) * hybrid["units"]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_planner_counts_what_fsdp_sends(folder, arm):
+    """FSDP pads shards to equal sizes, hence the tolerance."""
+    config, of_run = run_config(4, *ARMS[arm]), seen(folder, "hybrid")[arm]
+    passes = 2 * len(FRAMES)
+    assert sum(of_run["gathered"]) / passes == pytest.approx(planning.count_gathered(config), rel=0.01)
+    assert sum(of_run["reduced"]) / len(FRAMES) == pytest.approx(cost.learning(config) / 2, rel=0.01)
 
 
 def test_every_rank_saves_a_quarter(folder):

@@ -65,8 +65,9 @@ def counted(name: str) -> Iterator[list[int]]:
     collective, sizes = getattr(dist, name), []
 
     def count(*arguments, group=None, **options):
-        if group is not None:  # the loop's own are in the default group
-            sizes.append((arguments or [options["output_tensor"]])[0].numel())
+        tensor = (arguments or [options["output_tensor"]])[0]
+        if group is not None and tensor.is_floating_point():  # neither the loop's own, nor those of a checkpoint
+            sizes.append(tensor.numel())
         return collective(*arguments, group=group, **options)
 
     with unittest.mock.patch.object(dist, name, count):
@@ -228,11 +229,14 @@ def test_gradients_pass_between_copies_once_a_step(folder):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_planner_counts_what_fsdp_sends(folder, arm):
-    """FSDP pads shards to equal sizes, hence the tolerance."""
+    """FSDP pads shards to equal sizes, and prefetches a layer of the frozen encoder that the backward pass does not
+    reach."""
     config, of_run = run_config(4, *ARMS[arm]), seen(folder, "hybrid")[arm]
-    passes = 2 * len(FRAMES)
-    assert sum(of_run["gathered"]) / passes == pytest.approx(planning.count_gathered(config), rel=0.01)
-    assert sum(of_run["reduced"]) / len(FRAMES) == pytest.approx(cost.learning(config) / 2, rel=0.01)
+    layer = cost.training_model(config).vision_tower.encoder.layers[-1]
+    prefetched = sum(parameter.numel() for parameter in layer.parameters()) if arm == "frozen" else 0
+    gathered, passes = planning.count_gathered(config), 2 * len(FRAMES)
+    assert sum(of_run["gathered"]) / passes == pytest.approx(gathered + prefetched, rel=0.001)
+    assert sum(of_run["reduced"]) / len(FRAMES) == pytest.approx(cost.learning(config) / 2, rel=0.001)
 
 
 def test_every_rank_saves_a_quarter(folder):

@@ -61,8 +61,11 @@ def _gpus_per_node(config: RunConfig, assumptions: Assumptions) -> int | None:
 
 
 def count_gathered(config: RunConfig) -> int:
-    """Return the number of parameters that FSDP gathers for a micro-batch: those of modules that run, and once more in
-    the backward pass, which a frozen encoder has not, those that it does not keep gathered like the root's."""
+    """Return the number of parameters that FSDP gathers for a micro-batch.
+
+    In the forward pass, these are all that are used; in the backward pass, those of FSDP units again (the root stays
+    gathered), except those of a frozen encoder, which has no backward pass.
+    """
     model = cost.training_model(config)
     encoder = set(model.vision_tower.encoder.layers.parameters())
     forward = set(model.parameters()) - _unused(model, config) - (encoder if config.data.features else set())

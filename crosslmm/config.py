@@ -302,6 +302,11 @@ class ScalingConfig(Section):
     num_workers: Count | tuple[Count, Count] = setting(1, FREE)
     """Training workers, one FSDP rank each. [min, max] uses as many as there is room for, at each start and when nodes
     come or go."""
+    workers_per_replica: Count | None = setting(None, FREE)
+    """Hybrid sharding: workers that hold one copy of the model between them, best as many as a node has GPUs, so that
+    weights are gathered within a node and only gradients pass between nodes. Null takes all workers. Where it does not
+    divide their number, the next larger number that does is taken, since fewer workers would need more memory each
+    [workers]."""
     resize_every_s: Annotated[float, Field(ge=0)] = setting(60.0, FREE)
     """With [min, max]: interval at which a run looks for room to grow, which restarts it from its last checkpoint
     [s]."""
@@ -343,6 +348,17 @@ class ScalingConfig(Section):
     def most_workers(self) -> int:
         """Maximum number of training workers, for which room and memory are planned."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def planned_shards(self) -> int:
+        """Number of shards of the model for which memory is planned: with `most_workers`, `shards` is never lower."""
+        return min(self.workers_per_replica or self.most_workers, self.most_workers)
+
+    def shards(self, workers: int) -> int:
+        """Return the number of shards of the model: the lowest that divides the number of workers there are and is not
+        below `workers_per_replica`, since a worker's shard must not become larger than planned."""
+        least = min(self.workers_per_replica or workers, workers)
+        return next(shards for shards in range(least, workers + 1) if workers % shards == 0)
 
 
 class WatchdogConfig(Section):

@@ -58,6 +58,9 @@ class Assumptions(Section):
 
     gpu: Literal["l4", "rtx-4090", "a100-40", "l40s", "a100-80", "h100", "h200", "b200"] = "h100"
     """GPU model."""
+    gpus_per_node: Count | None = None
+    """GPUs of a node; null takes those of `scaling.node_types` that train. Where neither says it, no hybrid sharding is
+    recommended."""
     price: Positive | None = None
     """Price of one GPU [USD/hour]; null uses the built-in example price."""
     hfu: PositiveShare | tuple[PositiveShare, PositiveShare] = (0.14, 0.3)

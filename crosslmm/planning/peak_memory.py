@@ -85,7 +85,7 @@ def training_memory(config: RunConfig, traced: Trace, sharded: bool = True) -> M
     Args:
         config: the run.
         traced: the `training_trace` of the run.
-        sharded: sharded with FSDP over `scaling.num_workers`; False: a single process without FSDP.
+        sharded: sharded with FSDP, as `scaling` has it; False: a single process without FSDP.
     """
     return _Layout.of(training_model(config), config, sharded).training(traced)
 
@@ -104,7 +104,7 @@ def answering_memory(config: RunConfig, frames: int, text_tokens: int, stamp_tok
         traced = _trace(model, config, batch, lambda: model(**batch, use_cache=True, logits_to_keep=1).past_key_values)
     highest = traced.peak(with_kept=True)
     return Memory(
-        weights=sum(p.numel() for p in model.parameters()) * _compute_bytes(config),
+        weights=sum(p.numel() for p in model.parameters()) * compute_bytes(config),
         gradients=0,
         optimizer=0,
         # The caches reach full size only at the end; before that, activations may use the memory.
@@ -129,7 +129,8 @@ def _batch(
     }
 
 
-def _compute_bytes(config: RunConfig) -> int:
+def compute_bytes(config: RunConfig) -> int:
+    """Return the size of a parameter while it is computed with [bytes]."""
     return 2 if config.in_bf16 else 4
 
 
@@ -160,7 +161,7 @@ class _Layout:
     root_trainable: int
     largest_unit: int
     largest_unit_trainable: int
-    workers: int
+    shards: int
     accumulates: bool
     sharded: bool
     compute_bytes: int
@@ -186,17 +187,17 @@ class _Layout:
             root_trainable=root_trainable,
             largest_unit=max(units.values()),
             largest_unit_trainable=max(units_trainable.values(), default=0),
-            workers=config.scaling.most_workers if sharded else 1,
+            shards=config.scaling.planned_shards if sharded else 1,
             accumulates=config.accumulation > 1,
             sharded=sharded,
-            compute_bytes=_compute_bytes(config),
+            compute_bytes=compute_bytes(config),
         )
 
     def training(self, traced: Trace) -> Memory:
         """Return the larger of two peaks: during the backward pass, and at its end. The optimizer's step is fused, and
         needs no memory of its own."""
-        weights = FLOAT32 * self.weights // self.workers
-        moments = MOMENTS * FLOAT32 * self.trainable // self.workers
+        weights = FLOAT32 * self.weights // self.shards
+        moments = MOMENTS * FLOAT32 * self.trainable // self.shards
         highest = traced.peak(with_kept=not self.sharded and not self.accumulates)
         backward = Memory(
             weights=weights + self._gathered,
@@ -224,17 +225,17 @@ class _Layout:
 
     @property
     def _gradients(self) -> int:
-        """Gradients during the backward pass [bytes]: all shards, and the unit that is being reduced."""
-        shards = FLOAT32 * self.trainable // self.workers
+        """Gradients during the backward pass [bytes]: the shard, and the unit that is being reduced."""
+        shard = FLOAT32 * self.trainable // self.shards
         if not self.sharded:
-            return shards
+            return shard
         in_flight = self.compute_bytes * (self.root_trainable + self.largest_unit_trainable)
-        return shards + in_flight + 2 * FLOAT32 * self.largest_unit_trainable
+        return shard + in_flight + 2 * FLOAT32 * self.largest_unit_trainable
 
     @property
     def _gradients_at_the_end(self) -> int:
         """Gradients at the end of the backward pass [bytes], when those of the root are reduced in one piece."""
         if not self.sharded:
             return FLOAT32 * self.trainable
-        reduced = FLOAT32 * self.trainable // self.workers
+        reduced = FLOAT32 * self.trainable // self.shards
         return reduced + (self.compute_bytes + FLOAT32) * self.root_trainable

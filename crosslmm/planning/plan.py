@@ -12,6 +12,7 @@ from crosslmm.config import BadConfig, Checkpointing, LearningRates, RunConfig, 
 from crosslmm.data.feature_format import BF16_BYTES
 from crosslmm.planning import checkpointing, cost, peak_memory
 from crosslmm.planning.assumptions import GPUS, Assumptions, Range
+from crosslmm.planning.hybrid import Hybrid, recommend
 from crosslmm.planning.meta_trace import Trace
 
 MOST_GPUS = 1024
@@ -65,6 +66,8 @@ class Row:
     """Peak of answering a question about one video, by part [bytes]."""
     fits: bool
     nearest_fit: Fit | None
+    hybrid: Hybrid | None
+    """What a copy of the model in each node would change, if it is recommended."""
     checkpointing: dict[str, str]
     """What the backward pass recomputes, of the encoder and of the decoder: as configured, or chosen for `auto`."""
     training_flops_per_sample: int
@@ -196,6 +199,7 @@ def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
         answering_memory_bytes=vars(peak_memory.answering_memory(config, frames, *text)),
         fits=fits,
         nearest_fit=None if fits else _nearest_fit(config, frames, assumptions, traced),
+        hybrid=recommend(config, assumptions, traced, available),
         checkpointing=train.checkpointing._asdict(),
         training_flops_per_sample=model_flops,
         recomputed_flops_per_sample=recomputed_flops,
@@ -258,16 +262,20 @@ def _trace_key(config: RunConfig, frames: int) -> tuple[int, Checkpointing, int]
 
 
 def _changes(config: RunConfig, frames: int, gpu: str) -> Iterator[tuple[str, RunConfig, int, str]]:
-    """Yield changes: smaller micro-batches, checkpointing, both; with both: more GPUs, larger GPUs, fewer frames."""
+    """Yield changes: no hybrid sharding; without it, smaller micro-batches, checkpointing, both; with both: more GPUs,
+    larger GPUs, fewer frames."""
     micro, workers = config.train.micro_batch_size, config.scaling.most_workers
     tokens = config.train.micro_batch_tokens
-    settings: dict[str, object] = {}
+    sharded: dict[str, object] = {"scaling.workers_per_replica": None} if config.scaling.workers_per_replica else {}
+    settings = sharded
+    if sharded:
+        yield from _changed(config, settings, frames, gpu)
     while micro > 1:
         micro //= 2
-        settings = {"train.micro_batch_size": micro} | ({"train.micro_batch_tokens": None} if tokens else {})
+        settings = sharded | {"train.micro_batch_size": micro} | ({"train.micro_batch_tokens": None} if tokens else {})
         yield from _changed(config, settings, frames, gpu)
     if config.train.checkpointing != ("full", "full"):
-        yield from _changed(config, {"train.activation_checkpointing": "full"}, frames, gpu)
+        yield from _changed(config, {**sharded, "train.activation_checkpointing": "full"}, frames, gpu)
         settings = {**settings, "train.activation_checkpointing": "full"}
         yield from _changed(config, settings, frames, gpu)
     while (workers := workers * 2) <= MOST_GPUS:

@@ -40,10 +40,24 @@ def print_plan(planned: Plan, console: Console) -> None:
             console.print(f"{row.frames} frames would fit with {row.nearest_fit.change}  ({size})")
         elif not row.fits:
             console.print(f"{row.frames} frames do not fit with any setting that was tried")
+    if hybrid := [row for row in planned.rows if row.hybrid]:
+        console.print(_recommendation(max(hybrid, key=lambda row: row.frames)))
     console.print(NOT_INCLUDED)
     console.print("assumptions (change one with its argument):")
     for name, value in {**planned.assumptions, "price": planned.price}.items():
         console.print(f"  --{name} {list(value) if isinstance(value, tuple) else value}")
+
+
+def _recommendation(row: Row) -> str:
+    """Return why each node should hold a copy of the model."""
+    hybrid = row.hybrid
+    assert hybrid is not None
+    return (
+        f"{hybrid.nodes} nodes of {hybrid.gpus_per_node} GPUs: --scaling.workers_per_replica {hybrid.gpus_per_node} "
+        f"gives each a copy of the model; {row.frames} frames take {hybrid.peak_memory_bytes / 1e9:,.1f} GB per GPU. "
+        f"In a step a node then receives {hybrid.received_bytes_hybrid / 1e9:,.1f} GB (gradients, once) instead of "
+        f"{hybrid.received_bytes / 1e9:,.1f} GB or more (weights and gradients, {hybrid.micro_batches} times)"
+    )
 
 
 def _lines(row: Row) -> Iterator[tuple[str, str]]:

@@ -38,7 +38,7 @@ from crosslmm.run_folder import (
 from crosslmm.train import checkpoint_store, shards
 from crosslmm.train.checkpoint_store import Checkpoint
 from crosslmm.train.distributed.collectives import broadcast_json, gather_json
-from crosslmm.train.distributed.parallel import shard_rows
+from crosslmm.train.distributed.parallel import saved_rows
 from crosslmm.train.shards import Part
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ State = dict[str, torch.Tensor]
 """This rank's part of a checkpoint, in CPU memory, by name: model/PARAMETER, optimizer/PARAMETER/MOMENT."""
 
 
-def read_newest(run: str, group: dist.ProcessGroup) -> tuple[Checkpoint, State] | None:
+def read_newest(run: str, group: dist.ProcessGroup, shards_now: int | None = None) -> tuple[Checkpoint, State] | None:
     """Read this rank's part of the newest intact checkpoint; None if there is none.
 
     A collective: all ranks call it and get the same checkpoint. Each reads and verifies the chunks of its rows. A
@@ -57,8 +57,10 @@ def read_newest(run: str, group: dist.ProcessGroup) -> tuple[Checkpoint, State] 
     Args:
         run: the run's folder.
         group: a gloo group of all ranks.
+        shards_now: number of shards into which `parallelize` splits the model, however many wrote the checkpoint;
+            None: one for each rank.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, shards_now = dist.get_rank(), shards_now or dist.get_world_size()
     for checkpoint in _list_on_rank_0(run, group):
         state: State = {}
         damage = None
@@ -66,7 +68,7 @@ def read_newest(run: str, group: dist.ProcessGroup) -> tuple[Checkpoint, State] 
             if rank == 0:
                 shards.read_verified(checkpoint, CONFIG_FILE)
                 read_base(checkpoint)
-            state = shards.read(checkpoint, rank, world_size, _is_state)
+            state = shards.read(checkpoint, rank % shards_now, shards_now, _is_state)
         except shards.Damaged as error:
             damage = str(error)
         of_all_ranks = [reason for reason in gather_json(damage, group) if reason]
@@ -198,19 +200,15 @@ class _Staging:
     def copy(self, state: State) -> dict[str, Part]:
         """Return this rank's parts of all tensors, which change at the next call only."""
         parts = {}
-        rank, world_size = dist.get_rank(), dist.get_world_size()
         for name, tensor in state.items():
             sharded = isinstance(tensor, DTensor)
-            if not sharded and rank:
+            if not sharded and dist.get_rank():
                 continue  # rank 0 writes it
-            local = _local(tensor)
+            rows, first = saved_rows(tensor) if isinstance(tensor, DTensor) else (tensor, 0)
             if name not in self._buffers:
-                pinned = local.device.type == "cuda"
-                self._buffers[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=pinned)
-            self._buffers[name].copy_(local, non_blocking=True)
-            first, end = shard_rows(len(tensor), rank, world_size) if sharded else (0, 0)
-            if sharded and len(local) != end - first:
-                raise RuntimeError(f"{name} is not sharded along its first dimension as FSDP2 does it")
+                pinned = rows.device.type == "cuda"
+                self._buffers[name] = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=pinned)
+            self._buffers[name].copy_(rows, non_blocking=True)
             parts[name] = Part(self._buffers[name], first, tuple(tensor.shape), sharded)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()

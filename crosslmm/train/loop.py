@@ -246,8 +246,10 @@ def _accumulate_gradients(
     world_size, divisor = dist.get_world_size(), max(labelled_tokens, 1)
     loss = torch.zeros((), device=device)
     model.train()
-    for micro, exchange in zip(micro_batches, exchanges, strict=True):
-        # Gradients are reduced after every micro-batch: without that, unsharded float32 gradients would be kept.
+    for i, (micro, exchange) in enumerate(zip(micro_batches, exchanges, strict=True), start=1):
+        # Gradients are reduced to shards after every micro-batch: without that, unsharded float32 gradients would be
+        # kept. Replicas of a shard add up their gradients with the last one.
+        model.set_requires_all_reduce(i == len(micro_batches))
         # FSDP averages gradients over ranks, where the sum is needed: hence world_size.
         # The division happens here because FSDP in bf16 would round a divisor that is passed to the model.
         loss_rows = _on_device(_loss_rows(micro), device)

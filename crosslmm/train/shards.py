@@ -1,12 +1,12 @@
 """The tensors of a checkpoint in storage: one safetensors file per rank, and an index of all of them.
 
-    rank-00000.safetensors      rows of every sharded tensor that rank 0 has, and all replicated tensors
-    rank-00001.safetensors      rows of every sharded tensor that rank 1 has
+    rank-00000.safetensors      rows of every sharded tensor that rank 0 saves, and all others
+    rank-00001.safetensors      rows of every sharded tensor that rank 1 saves
     index.json                  type and shape of each tensor; file, rows, position and sha256 of each of its chunks
 
 All of it is plain data, so reading a checkpoint runs no code. Each chunk is verified in the memory from which it is
-loaded. Tensors are sharded along their first dimension, as FSDP2 does it, so that any number of ranks can read what any
-other number has written.
+loaded. Tensors are sharded along their first dimension, as FSDP2 does it. With hybrid sharding, the replicas of a shard
+save a part of it each. So any number of ranks can read what any other number has written, with any number of shards.
 """
 
 import dataclasses
@@ -188,18 +188,18 @@ def from_json(data: object) -> Index:
 
 
 def read(
-    checkpoint: Checkpoint, rank: int, world_size: int, wanted: Callable[[str], bool] = lambda name: True
+    checkpoint: Checkpoint, shard: int, shards: int, wanted: Callable[[str], bool] = lambda name: True
 ) -> dict[str, torch.Tensor]:
-    """Read a rank's rows of the tensors, and verify every chunk they are in.
+    """Read a shard's rows of the tensors, and verify every chunk they are in.
 
     Args:
         checkpoint: from `checkpoint_store`, written by any number of ranks.
-        rank: whose rows to read.
-        world_size: number of ranks that share the rows now.
+        shard: whose rows to read.
+        shards: number of shards into which the rows are split now.
         wanted: tells by name which tensors to read.
 
     Returns:
-        Tensors in CPU memory, by name: the rank's rows of the sharded ones, and the others whole.
+        Tensors in CPU memory, by name: the shard's rows of the sharded ones, and the others whole.
 
     Raises:
         Damaged: something is not what was written.
@@ -212,7 +212,7 @@ def read(
         for name, entry in index.items():
             if not wanted(name):
                 continue
-            first, end = shard_rows(entry.rows, rank, world_size) if entry.sharded else (0, entry.rows)
+            first, end = shard_rows(entry.rows, shard, shards) if entry.sharded else (0, entry.rows)
             shape = (end - first, *entry.shape[1:]) if entry.shape else ()
             tensors[name] = torch.empty(shape, dtype=DTYPES[entry.dtype])
             target = tensors[name].reshape(-1).view(torch.uint8)
@@ -233,7 +233,7 @@ def read(
 def _read_chunk(checkpoint: Checkpoint, chunk: Chunk, row_bytes: int, target: torch.Tensor, shift: int) -> None:
     """Verify a chunk, and copy its bytes to `target`, where its first one has the position `shift`.
 
-    Positions before the start and after the end of `target` belong to other ranks.
+    Positions before the start and after the end of `target` belong to other shards.
     """
     digest, size = hashlib.sha256(), chunk.rows * row_bytes
     for start in range(0, size, PIECE_BYTES):

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from crosslmm import scoring, storage
-from crosslmm.config import to_yaml
+from crosslmm.config import ScalingConfig, to_yaml
 from crosslmm.data import thumbnails
 from crosslmm.data.collate import (
     Made,
@@ -101,14 +101,15 @@ def _train(job: Job, rank: int) -> None:
     processor = build_processor(config.model, config.data)
     process = functools.partial(processor, features=(job.recipe.patches, job.recipe.width) if job.recipe else None)
 
-    newest, state = checkpoint.read_newest(job.folder, group) or (None, {})
+    shards = _count_shards(config.scaling)
+    newest, state = checkpoint.read_newest(job.folder, group, shards) or (None, {})
     first_step = newest.step if newest else 0
     if rank == 0:
         ray.get(job.events.set_first_step.remote(first_step))
     # Data loading starts here and goes on while the model is built.
     batches = _batches(job, processor, process, first_step)
 
-    model, base = _build_sharded(job, processor, newest, ray.train.torch.get_device())
+    model, base = _build_sharded(job, processor, newest, ray.train.torch.get_device(), shards)
     optimizer = build_optimizer(model, config.train)
     if newest:
         checkpoint.load(state, model, optimizer)
@@ -144,6 +145,18 @@ def _train(job: Job, rank: int) -> None:
     watchdog.close()
 
 
+def _count_shards(scaling: ScalingConfig) -> int:
+    """Return the number of shards of the model for the workers there are; rank 0 logs it if the setting has another."""
+    workers, wanted = dist.get_world_size(), scaling.workers_per_replica
+    shards = scaling.shards(workers)
+    if wanted not in (None, shards) and not dist.get_rank():
+        log.warning(
+            "scaling.workers_per_replica is %s, and there are %s workers: %s of them hold one copy of the model",
+            wanted, workers, shards,
+        )  # fmt: skip
+    return shards
+
+
 def _count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """Return the number of parameters, and of those among them that are trained."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
@@ -151,7 +164,7 @@ def _count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def _build_sharded(
-    job: Job, processor: CrossLMMProcessor, newest: Checkpoint | None, device: torch.device
+    job: Job, processor: CrossLMMProcessor, newest: Checkpoint | None, device: torch.device, shards: int
 ) -> tuple[CrossLMMForConditionalGeneration, Base | None]:
     """Return the sharded model and, on rank 0 of a run that trains adapters, the model that they belong to."""
     config, base, model_config = job.config, None, job.config.model
@@ -170,7 +183,7 @@ def _build_sharded(
                     require_encoder(model, job.recipe, str(config.data.features))
             return model
 
-        return parallelize(build, config.train, device), base
+        return parallelize(build, config.train, device, shards), base
 
 
 class StopListener:

@@ -44,7 +44,7 @@ def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrid
     processor, group = build_processor(config.model, config.data), dist.new_group(backend="gloo")
     newest, state = checkpoint.read_newest(str(folder), group) or (None, {})
     job = types.SimpleNamespace(config=config, folder=str(folder), recipe=None)
-    model, base = worker._build_sharded(job, processor, newest, torch.device("cpu"))
+    model, base = worker._build_sharded(job, processor, newest, torch.device("cpu"), ranks)
     optimizer = build_optimizer(model, config.train)
     if newest:
         checkpoint.load(state, model, optimizer)

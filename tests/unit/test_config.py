@@ -123,6 +123,7 @@ def test_later_files_and_overrides_win(tmp_path):
         ("--train.learning_rate.vision=-1", r"train\.learning_rate\.vision.*greater than or equal to 0"),
         ("--train.global_batch_size=33 --train.micro_batch_size=8", r"train\.global_batch_size is 33.*multiple of 16"),
         ("--model.attention=flash_attention_2", r"model\.attention.*scaling\.use_gpu true.*train\.precision bf16"),
+        ("--scaling.workers_per_replica=0", r"scaling\.workers_per_replica.*greater than or equal to 1"),
         ("--model.v2v=false", r"train\.learning_rate\.v2v"),
         ("--model.cross_attention_every=0 --train.learning_rate.v2v=0", r"train\.learning_rate\.t2v"),
         (
@@ -235,6 +236,19 @@ def test_several_manifests_have_shares():
     for wrong in ('{"a": 0}', '{"a": 1.5}', "{}", '{"a": "b"}'):
         with pytest.raises(BadConfig, match=r"data: manifest: .* is neither a path nor a URI nor {manifest: share"):
             parse_run(["--data.manifest", wrong], "")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "workers", "shards"),
+    [
+        ("null", 6, 6), (4, 8, 4), (4, 4, 4), (1, 3, 1),
+        (4, 12, 4), (4, 6, 6), (4, 10, 5), (4, 7, 7),  # the next larger number that divides the workers
+        (4, 3, 3), (4, 1, 1),  # what is left after the loss of a node
+    ],
+)  # fmt: skip
+def test_any_number_of_workers_has_shards_that_divide_it(wanted, workers, shards):
+    scaling = parse(f"--scaling.workers_per_replica={wanted}").scaling
+    assert scaling.shards(workers) == shards
 
 
 @pytest.mark.parametrize("job", ["train", "encode"])

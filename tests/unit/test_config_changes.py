@@ -34,6 +34,7 @@ def test_fixed_keys_are_reported(override, key):
     "override",
     [
         "--scaling.num_workers=1",
+        "--scaling.workers_per_replica=1",
         "--scaling.decode_workers=3",
         "--watchdog.step_s=5",
         "--train.micro_batch_size=4",

@@ -75,7 +75,8 @@ class FrameExchange:
     order in which the host issues them. That order is the same on all ranks, because it follows from what depends on
     what: the backward exchange comes after the decoder's backward pass with its reductions, and before the encoder's.
     With a communicator of its own, an exchange could occupy one GPU while FSDP's all-gather occupies another, each
-    waiting for its peer.
+    waiting for its peer. Hybrid sharding gives that guarantee up: shards and replicas have communicators of their own,
+    and a GPU needs room for the kernels of all three at once, as with FSDP beside expert parallelism.
     """
 
     kept: int

@@ -52,6 +52,15 @@ def test_an_elastic_run_chooses_for_its_fewest_workers(peaks):
     assert needed[0] == needed[2] > needed[1]
 
 
+def test_a_run_of_hybrid_shards_chooses_for_as_few_as_it_may_have():
+    def needed(workers, per_replica="null"):
+        config = run(f"--scaling.num_workers={workers}", f"--scaling.workers_per_replica={per_replica}")
+        return checkpointing.choose(config, math.inf).needed_bytes
+
+    assert needed(4, 2) == needed(2) > needed(4)
+    assert needed("[1,2]", 2) == needed(1)
+
+
 def test_what_is_recomputed_is_counted_beside_the_model():
     def flops(how):
         traced = peak_memory.training_trace(run(f"--train.activation_checkpointing={how}"), FRAMES, TEXT)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from crosslmm.cli import parse_run
-from crosslmm.config import BadConfig, LearningRates
+from crosslmm.config import BadConfig, LearningRates, NodeType
 from crosslmm.model.loading import build_config
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.param_groups import component_of, fsdp_units
@@ -229,6 +229,70 @@ def test_twice_the_workers_halve_the_shards(measured):
     assert two.weights - four.weights == pytest.approx(total, rel=0.01)  # 4 bytes each, a half less a quarter
     assert two.gradients - four.gradients == pytest.approx(total, rel=0.01)
     assert two.activations == four.activations
+
+
+@pytest.fixture
+def on_nodes(measured):
+    """Four workers with two micro-batches each, on nodes of two GPUs."""
+    config = changed(measured, "train", global_batch_size=8, learning_rate=LearningRates(vision=0, v2v=1e-3, t2v=0))
+    kinds = [
+        NodeType(most=2, resources={"GPU": 2}, labels={"role": "train"}),
+        NodeType(most=1, resources={"GPU": 1}, labels={"role": "serve"}),
+        NodeType(most=1, resources={"CPU": 9}, labels={"role": "train"}),
+    ]
+    return changed(config, "scaling", num_workers=4, train_on={"role": "train"}, node_types=kinds)
+
+
+def test_hybrid_shards_are_those_of_a_node(on_nodes):
+    within = changed(on_nodes, "scaling", workers_per_replica=2)
+    assert memory(within) == memory(changed(within, "scaling", num_workers=2, workers_per_replica=None))
+
+
+def test_a_copy_in_each_node_is_recommended_where_it_fits(on_nodes, monkeypatch, capsys):
+    """Weights of the frozen encoder are gathered once, those of the root too, and those of T2V, whose gates are closed,
+    never."""
+    model = cost.empty_model(on_nodes.model)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    layers = {name: size for name, size in sizes.items() if ".layers." in name}
+    t2v, encoder = (sum(size for name, size in layers.items() if part in name) for part in (".t2v.", "vision_tower."))
+    gathered = sum(sizes.values()) - t2v + sum(layers.values()) - t2v - encoder
+    learning = cost.learning(on_nodes)
+
+    (row,) = plan(on_nodes, [4], Assumptions()).rows
+    hybrid = row.hybrid
+    assert (hybrid.nodes, hybrid.gpus_per_node, hybrid.micro_batches) == (2, 2, 2)
+    assert hybrid.received_bytes == 2 * 4 * (gathered + learning) // 2
+    assert hybrid.received_bytes_hybrid == 2 * 4 * learning // 2
+    within = changed(on_nodes, "scaling", workers_per_replica=2)
+    assert hybrid.peak_memory_bytes == memory(within, 4, 60).total > row.peak_memory_bytes
+
+    def recommended(config, memory_bytes=80e9, **assumed):
+        monkeypatch.setitem(GPUS, "h100", GPUS["h100"]._replace(memory_bytes=memory_bytes))
+        return plan(config, [4], Assumptions(reserve=0, **assumed)).rows[0].hybrid is not None
+
+    assert recommended(on_nodes, hybrid.peak_memory_bytes)
+    assert not recommended(on_nodes, hybrid.peak_memory_bytes - 1)
+    assert not recommended(within)
+    assert not recommended(on_nodes, gpus_per_node=4)
+    assert not recommended(on_nodes, gpus_per_node=3)
+    anywhere = changed(on_nodes, "scaling", node_types=[])
+    assert not recommended(anywhere)
+    assert recommended(anywhere, gpus_per_node=2)
+
+
+def test_the_job_says_what_to_set_and_why(run_job):
+    _, out, _ = run_job("--config=tiny", "--frames=2,4", "--gpus=4", "--train.micro_batch_size=2", "--gpus_per_node=2")
+    said = " ".join(out.split())
+    assert "2 nodes of 2 GPUs: --scaling.workers_per_replica 2 gives each a copy of the model; 4 frames take" in said
+    assert said.count("--scaling.workers_per_replica") == 1
+
+
+def test_larger_shards_are_given_up_first_where_they_do_not_fit(on_nodes, monkeypatch):
+    within = changed(on_nodes, "scaling", workers_per_replica=2)
+    needed = [memory(config, 4, 60).total for config in (within, on_nodes)]
+    monkeypatch.setitem(planning.GPUS, "l4", GPUS["l4"]._replace(memory_bytes=sum(needed) / 2))
+    (row,) = plan(within, [4], Assumptions(gpu="l4", reserve=0)).rows
+    assert row.nearest_fit == Fit("--scaling.workers_per_replica null", needed[1])
 
 
 def test_more_micro_batches_need_no_more_memory(measured):

@@ -11,6 +11,7 @@ import ray
 import ray.train
 from ray.exceptions import RayError
 
+from crosslmm.config import ScalingConfig
 from crosslmm.planning.utilisation import Utilisation
 from crosslmm.train import worker
 from crosslmm.train.events import EventLogHandler
@@ -104,3 +105,18 @@ def test_steps_on_known_gpus_report_and_store_their_utilisation(monkeypatch):
     assert (kind, step) == ("step", 1)
     assert metrics == pytest.approx({"frames_per_s": 4.0, "mfu": 0.2, "hfu": 0.3})
     assert json.loads(callbacks._history[0])["metrics"] == metrics
+
+
+@pytest.mark.parametrize(
+    ("rank", "workers", "logged"),
+    [
+        (0, 6, ["scaling.workers_per_replica is 4, and there are 6 workers: 6 of them hold one copy of the model"]),
+        (1, 6, []),
+        (0, 8, []),
+    ],
+)
+def test_rank_0_logs_other_shards_than_those_of_the_setting(rank, workers, logged, monkeypatch, caplog):
+    monkeypatch.setattr(worker.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(worker.dist, "get_world_size", lambda: workers)
+    assert worker._count_shards(ScalingConfig(workers_per_replica=4)) == {6: 6, 8: 4}[workers]
+    assert [record.getMessage() for record in caplog.records] == logged

@@ -42,8 +42,9 @@ def convert_to_float8(model: CrossLMMForConditionalGeneration, emulate: bool) ->
 
 
 def _qualifies(name: str, part: nn.Module) -> bool:
-    in_layer = isinstance(part, nn.Linear) and ".layers." in name and ".lora_" not in name
-    return in_layer and not any(size % MULTIPLE for size in part.weight.shape)
+    if not isinstance(part, nn.Linear) or part.in_features % MULTIPLE or part.out_features % MULTIPLE:
+        return False
+    return ".layers." in name and ".lora_" not in name
 
 
 def _unless_empty(layer: nn.Linear, in_float8: Any, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,9 @@
     weights, with logits of every position or the last one; reductions averaged over the numbers of frames, as in the
     paper for the 7B.
 (c) Training steps with flash-attn, if installed, relative to SDPA (`flash_over_sdpa`).
+(d) Compiled training steps in FP8, if torchao is installed and the GPU has it: time over that in bf16
+    (`float8_over_bf16`). The table has samples/s and the loss of the last step of both, from equal weights and batches;
+    utilisations are those of the bf16 peak.
 
 `python -m benchmarks.profile_step` says where the time of a step goes.
 
@@ -18,6 +21,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib.util
 import os
 import statistics
 import sys
@@ -68,6 +72,7 @@ class Setting(NamedTuple):
     micro_batch: int
     attention: str = "sdpa"
     compile: bool = False
+    float8: bool = False
     from_features: bool = False
     """The encoder's features are given instead of frames."""
 
@@ -75,7 +80,10 @@ class Setting(NamedTuple):
     def name(self) -> str:
         """Name of the setting in the figures."""
         size = f"frames{self.frames}" + (f"x{self.micro_batch}" if self.micro_batch > 1 else "")
-        marks = {"features": self.from_features, "flash": self.attention != "sdpa", "compiled": self.compile}
+        marks = {
+            "features": self.from_features, "flash": self.attention != "sdpa", "compiled": self.compile,
+            "float8": self.float8,
+        }  # fmt: skip
         return "_".join([self.model, self.stage, size, *(m for m, given in marks.items() if given)]).replace("-", "")
 
 
@@ -88,6 +96,7 @@ SETTINGS = [
 ]
 WITH_FLASH = [setting._replace(attention="flash_attention_2") for setting in SETTINGS[:3]]
 COMPILED = [setting._replace(compile=True) for setting in SETTINGS[:3]]
+IN_FLOAT8 = [setting._replace(float8=True) for setting in COMPILED]
 
 
 def build_run(setting: Setting) -> RunConfig:
@@ -96,7 +105,8 @@ def build_run(setting: Setting) -> RunConfig:
         [
             f"--config={setting.model}", f"--config={setting.stage}", f"--data.num_frames={setting.frames}",
             f"--model.attention={setting.attention}", "--train.precision=bf16", "--scaling.num_workers=1",
-            f"--train.compile={setting.compile}".lower(), *(["--data.features=given"] if setting.from_features else []),
+            f"--train.compile={setting.compile}".lower(), f"--train.float8={setting.float8}".lower(),
+            *(["--data.features=given"] if setting.from_features else []),
             f"--train.micro_batch_size={setting.micro_batch}", f"--train.global_batch_size={setting.micro_batch}",
         ],
         "",
@@ -121,19 +131,23 @@ def batch(config: RunConfig, model: Any) -> BatchFeature:
     })  # fmt: skip
 
 
-class Seconds(Callbacks):
-    """Collects the time of every step [s]."""
+class Recorder(Callbacks):
+    """Collects the time of every step [s], and its loss."""
 
     def __init__(self) -> None:
-        self.steps: list[float] = []
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Store the time of the step."""
-        self.steps.append(metrics["step_s"])
+        """Store the time and the loss of the step."""
+        self.seconds.append(metrics["step_s"])
+        self.losses.append(metrics["loss"])
 
 
 def trained(setting: Setting) -> dict[str, float]:
-    """Train; return the time per step [s], and peak memory allocated and reserved after building the model [bytes]."""
+    """Train; return the time per step [s], samples/s, the loss of the last step, and peak memory allocated and reserved
+    after building the model [bytes]."""
+    torch.manual_seed(0)  # the same weights and batches, whose losses can be compared
     device = torch.device("cuda")
     config = resolve_checkpointing(build_run(setting), detect_local())
 
@@ -148,13 +162,16 @@ def trained(setting: Setting) -> dict[str, float]:
     optimizer = build_optimizer(model, config.train)
     leave_out_closed_branches(model)
     made = batch(config, model.config)
-    callbacks = Seconds()
+    callbacks = Recorder()
     # Each step copies its batch to the GPU, as in a run.
     train(
         config, model, optimizer, (StepBatch([pinned(made, device)], []) for _ in range(STEPS)), range(STEPS), callbacks
     )
+    step_s = statistics.median(callbacks.seconds[WARM:])
     return {
-        "step_s": statistics.median(callbacks.steps[WARM:]),
+        "step_s": step_s,
+        "samples_per_s": setting.micro_batch / step_s,
+        "loss": callbacks.losses[-1],
         "allocated_bytes": torch.cuda.max_memory_allocated(),
         "reserved_bytes": torch.cuda.max_memory_reserved(),
     }
@@ -268,7 +285,8 @@ def main() -> None:
         parser.error("no GPU found; python -m benchmarks.model and benchmarks.memory run on CPUs")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as crosslmm.preflight.hardware sets it
     flash = WITH_FLASH if is_flash_attn_2_available() else []
-    rows = list(printed(training([*SETTINGS, *flash, *COMPILED])))
+    float8 = IN_FLOAT8 if importlib.util.find_spec("torchao") and detect_local().float8 else []
+    rows = list(printed(training([*SETTINGS, *flash, *COMPILED, *float8])))
     prefill_rows = {preset: prefills(preset) for preset in ("paper-2b", "paper-7b")}
     figures: dict[str, float] = {}
     for row in rows:
@@ -283,6 +301,7 @@ def main() -> None:
     by_name = {row["setting"]: row["step_s"] for row in rows}
     pairs = [("flash_over_sdpa", setting, setting._replace(attention="sdpa")) for setting in flash]
     pairs += [("compiled_over_eager", setting, setting._replace(compile=False)) for setting in COMPILED]
+    pairs += [("float8_over_bf16", setting, setting._replace(float8=False)) for setting in float8]
     for name, setting, plain in pairs:
         if by_name[setting.name] and by_name[plain.name]:
             figures[f"{name}_{plain.name}"] = by_name[setting.name] / by_name[plain.name]
@@ -299,8 +318,8 @@ def main() -> None:
 
 def _training_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title=f"training steps on one {torch.cuda.get_device_name()}")
-    for heading in ("setting", "step [s]", "MFU", "HFU", "recomputed", "allocated [GB]", "reserved [GB]",
-                    "predicted [GB]", f"predicted / allocated (limit 1 ± {LIMIT})"):  # fmt: skip
+    for heading in ("setting", "step [s]", "samples/s", "loss", "MFU", "HFU", "recomputed", "allocated [GB]",
+                    "reserved [GB]", "predicted [GB]", f"predicted / allocated (limit 1 ± {LIMIT})"):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for row in rows:
         if row["step_s"] is None:
@@ -312,8 +331,9 @@ def _training_table(rows: list[dict[str, Any]]) -> Table:
         missed = "" if abs(ratio - 1) <= LIMIT else "  MISSED"
         recomputed = ", ".join(row["recomputed"])
         table.add_row(
-            row["setting"], f"{row['step_s']:.3f}", *utilisations, recomputed, *gigabytes, f"{ratio:.3f}{missed}"
-        )
+            row["setting"], f"{row['step_s']:.3f}", f"{row['samples_per_s']:.2f}", f"{row['loss']:.3f}",
+            *utilisations, recomputed, *gigabytes, f"{ratio:.3f}{missed}",
+        )  # fmt: skip
     return table
 
 

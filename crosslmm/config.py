@@ -212,6 +212,10 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = setting("fp32", FIXED, FEATURES)
     """Compute precision. bf16 keeps float32 weights and reduces gradients in float32; auto is bf16 on GPUs that support
     it. A run keeps what was chosen when it began."""
+    float8: bool = setting(False, FREE, COMPARED)
+    """Matrix products of the linear layers in FP8, which needs precision bf16, the `fp8` extra and a GPU with FP8 (Ada,
+    Hopper or newer; CPUs emulate it, slowly). Faster with `compile`. Weights, checkpoints and model are as without
+    it."""
     activation_checkpointing: (
         bool | Literal["auto", "none", "selective", "full"] | dict[Literal["encoder", "decoder"], Recomputed]
     ) = setting(False, FREE)
@@ -236,6 +240,12 @@ class TrainConfig(Section):
     max_new_tokens: Count | None = setting(None, FREE, COMPARED)
     """Length limit of a generated answer in validation; null takes it from the longest answer of the validation set. A
     limit shorter than one of these answers is refused [tokens]."""
+
+    @model_validator(mode="after")
+    def _float8_comes_with_bf16(self) -> "TrainConfig":
+        if self.float8 and self.precision == "fp32":
+            raise ValueError("float8: it needs train.precision bf16; set that, or train.float8 to false")
+        return self
 
     @model_validator(mode="after")
     def _compiled_blocks_are_recomputed_whole(self) -> "TrainConfig":

@@ -33,6 +33,9 @@ PLAIN_FORMAT = "%(asctime)s %(levelname)s run=%(run)s %(message)s"
 
 FILE_FORMAT = "%(asctime)s %(levelname)s rank=%(rank)s step=%(step)s %(message)s"
 """Format of log lines in a run's folder."""
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn at each start where torchao is installed, which Transformers imports: kernels that the machine
+cannot load, and a deprecated call of torchao's."""
 
 
 class SafeFormatter(logging.Formatter):
@@ -94,6 +97,8 @@ def set_up_logging(run: str | None = None) -> None:
     log = logging.getLogger("crosslmm")
     log.handlers = [handler]
     log.propagate = False
+    for noisy in NOISY:
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         log.setLevel(os.environ.get("CROSSLMM_LOG_LEVEL", "INFO").upper())
     except ValueError as error:

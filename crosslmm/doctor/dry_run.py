@@ -40,6 +40,7 @@ def train_two_steps(config: RunConfig, manifests: Sequence[Manifest], folder: st
             return Finding("training", "", False, busy, remedy)
         detected = hardware.detect(short, config.watchdog.startup_s)
         short = hardware.resolve_checkpointing(hardware.resolve_auto(short, detected), detected)
+        hardware.require_float8(short, detected)
         features = open_features(short, Rows(list(manifests)))
         with lease.look(storage.join(short.storage, str(short.name)), "dry run", "wait").take() as fence:
             job = build_job(short, list(manifests), None, features, fence)

@@ -113,6 +113,8 @@ class Plan:
     gpus: int
     price: float
     """Price of one GPU [USD/hour]."""
+    float8: bool
+    """Whether `train.float8` is set: memory, speed and utilisation are those of bf16 all the same."""
     assumptions: dict[str, Any]
 
 
@@ -137,6 +139,7 @@ def plan(config: RunConfig, frames: Sequence[int], assumptions: Assumptions) -> 
         rows=[_row(config, count, assumptions) for count in frames],
         gpus=config.scaling.most_workers,
         price=_price(assumptions),
+        float8=config.train.float8,
         assumptions=assumptions.model_dump(),
     )
 

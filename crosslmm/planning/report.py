@@ -13,6 +13,11 @@ NOT_INCLUDED = (
     "steps repeated after a failure, disks, storage before and after the run"
 )
 
+IN_FLOAT8 = (
+    "train.float8: planned as in bf16, so the speed is a lower limit; without train.compile, frozen layers keep their "
+    "inputs for the backward pass, which is not in the memory"
+)
+
 
 def print_plan(planned: Plan, console: Console) -> None:
     """Print a plan as a table, with one column for each number of frames, and the assumptions."""
@@ -42,6 +47,8 @@ def print_plan(planned: Plan, console: Console) -> None:
             console.print(f"{row.frames} frames do not fit with any setting that was tried")
     if hybrid := [row for row in planned.rows if row.hybrid]:
         console.print(_recommendation(max(hybrid, key=lambda row: row.frames)))
+    if planned.float8:
+        console.print(IN_FLOAT8)
     console.print(NOT_INCLUDED)
     console.print("assumptions (change one with its argument):")
     for name, value in {**planned.assumptions, "price": planned.price}.items():

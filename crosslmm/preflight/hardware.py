@@ -1,5 +1,6 @@
 """Detects GPU and bf16; picks precision and kernels."""
 
+import importlib.util
 import logging
 import math
 import os
@@ -47,6 +48,8 @@ class Hardware:
     """Memory of the GPU [bytes]."""
     bf16: bool = False
     """Whether the GPU computes in bf16."""
+    float8: bool = False
+    """Whether the GPU computes in FP8."""
     nccl: str = ""
     """Version of NCCL."""
 
@@ -55,11 +58,12 @@ def detect_local() -> Hardware:
     """Return the hardware of this machine. Runs on a node that trains."""
     if not torch.cuda.is_available():
         return Hardware()
-    ampere = torch.cuda.get_device_capability() >= (8, 0)
+    capability = torch.cuda.get_device_capability()
     return Hardware(
         gpu=torch.cuda.get_device_name(),
         memory_bytes=torch.cuda.get_device_properties().total_memory,
-        bf16=ampere,
+        bf16=capability >= (8, 0),  # Ampere
+        float8=capability >= (8, 9),  # Ada
         nccl=".".join(map(str, torch.cuda.nccl.version())),
     )
 
@@ -134,13 +138,34 @@ def resolve_checkpointing(config: RunConfig, hardware: Hardware) -> RunConfig:
     return chosen.config
 
 
+def require_float8(config: RunConfig, hardware: Hardware) -> None:
+    """Check that a run with train.float8 can compute in FP8, or emulate it.
+
+    Raises:
+        BadConfig: torchao is not installed, or the GPU has no FP8.
+    """
+    if not config.train.float8:
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise BadConfig(
+            "train.float8: torchao is not installed; pip install torchao (the extra fp8), or set train.float8 to false"
+        )
+    if hardware.gpu and not hardware.float8:
+        raise BadConfig(
+            f"train.float8: {hardware.gpu} has no FP8; train on Ada, Hopper or newer (L4, L40S, H100), or set "
+            "train.float8 to false"
+        )
+    if not hardware.gpu:
+        log.warning("machine   CPUs emulate FP8: the rounding is that of a GPU, and a step is slower than in bf16")
+
+
 def usable_memory(hardware: Hardware) -> float:
     """Return the GPU's memory without the reserve of a plan [bytes]; infinite on CPUs."""
     return hardware.memory_bytes * (1 - Assumptions().reserve) if hardware.gpu else math.inf
 
 
 def describe(config: RunConfig, hardware: Hardware) -> str:
-    """Return device, precision, attention kernels, recomputation and communication backend in one line.
+    """Return device, precision, attention kernels, recomputation, FP8 and communication backend in one line.
 
     A sweep's trials choose what they recompute themselves, and encoding recomputes nothing: `auto` is left out.
     """
@@ -149,6 +174,8 @@ def describe(config: RunConfig, hardware: Hardware) -> str:
     if train.activation_checkpointing != "auto" and train.checkpointing != ("none", "none"):
         encoder, decoder = train.checkpointing
         kernels += f", recomputation: encoder {encoder}, decoder {decoder}"
+    if train.float8:
+        kernels += ", FP8 in training"
     if hardware.gpu is None:
         return f"CPUs, {kernels}, gloo"
     return f"{hardware.gpu}, {kernels}, NCCL {hardware.nccl}"

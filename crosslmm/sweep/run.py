@@ -96,6 +96,7 @@ def run_sweep(config: RunConfig, sweep: SweepSettings, space_name: str, space: S
     # Resolved once for all trials: they are compared, and share features.
     machine = hardware.detect(config)
     config = hardware.resolve_auto(config, machine)
+    hardware.require_float8(config, machine)
     log.info("sweep     %s (the same command with --name %s continues it)", config.name, config.name)
     log.info("machine   %s", hardware.describe(config, machine))
     log.info("space     %s: %s", space_name, ", ".join(space))

@@ -108,6 +108,7 @@ def run_training(config: RunConfig, trial: TrialContext | None = None, budget: B
         checks.require_ready(config, manifests)
     detected = hardware.detect(config)
     config = hardware.resolve_checkpointing(hardware.resolve_auto(config, detected), detected)
+    hardware.require_float8(config, detected)
     features = open_features(config, Rows([*manifests, *([validation] if validation else [])]))
     with contextlib.nullcontext(claim.fence) if isinstance(claim, TrialContext) else claim.take() as fence:
         job = build_job(config, manifests, validation, features, fence, Utilisation.of(config, detected.gpu))

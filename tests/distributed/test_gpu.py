@@ -130,10 +130,23 @@ def test_bf16_with_checkpointing_trains(on_the_gpu, tmp_path):
         assert loss == pytest.approx(on_the_gpu[0][step][0], rel=3e-2)
 
 
+def test_float8_trains_like_bf16(tmp_path):
+    """The numbers of tokens are no multiples of 16, and some steps have no videos."""
+    pytest.importorskip("torchao")
+    if not hardware.detect_local().float8:
+        pytest.skip("the GPU has no FP8")
+    bf16, float8 = (
+        spawn(1, tmp_path / on, overrides=("--train.precision=bf16", f"--train.float8={on}"), device="cuda")
+        for on in ("false", "true")
+    )
+    assert [loss for loss, _ in float8.values()] == pytest.approx([loss for loss, _ in bf16.values()], rel=3e-2)
+
+
 def test_hardware_is_detected():
     detected = hardware.detect_local()
     assert detected.gpu == torch.cuda.get_device_name()
     assert detected.bf16 == torch.cuda.is_bf16_supported(including_emulation=False)
+    assert detected.float8 == (torch.cuda.get_device_capability() >= (8, 9))
     assert detected.nccl.count(".") == 2
 
 

@@ -124,6 +124,7 @@ def test_later_files_and_overrides_win(tmp_path):
         ("--train.global_batch_size=33 --train.micro_batch_size=8", r"train\.global_batch_size is 33.*multiple of 16"),
         ("--model.attention=flash_attention_2", r"model\.attention.*scaling\.use_gpu true.*train\.precision bf16"),
         ("--scaling.workers_per_replica=0", r"scaling\.workers_per_replica.*greater than or equal to 1"),
+        ("--train.float8=true", r"train: float8.*train\.precision bf16"),
         ("--model.v2v=false", r"train\.learning_rate\.v2v"),
         ("--model.cross_attention_every=0 --train.learning_rate.v2v=0", r"train\.learning_rate\.t2v"),
         (

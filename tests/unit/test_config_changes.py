@@ -6,8 +6,8 @@ from crosslmm.cli import parse_run
 from crosslmm.config import changes
 
 
-def changed(*overrides: str) -> dict:
-    before, now = (parse_run(argv, "").model_dump(mode="json") for argv in ([], list(overrides)))
+def changed(*overrides: str, before: tuple[str, ...] = ()) -> dict:
+    before, now = (parse_run(list(argv), "").model_dump(mode="json") for argv in (before, (*before, *overrides)))
     return changes(before, now)
 
 
@@ -48,6 +48,10 @@ def test_fixed_keys_are_reported(override, key):
 )
 def test_free_keys_may_change(override):
     assert changed(override) == {}
+
+
+def test_a_run_goes_on_with_float8_and_without():
+    assert changed("--train.float8=true", before=("--train.precision=bf16",)) == {}
 
 
 def test_key_missing_in_an_older_version_is_reported():

@@ -20,6 +20,7 @@ from crosslmm.model.adapters.lora import prepare_training
 from crosslmm.model.compilation import compile_blocks
 from crosslmm.model.param_groups import fsdp_units
 from crosslmm.model.recomputation import checkpoint_activations
+from crosslmm.train.distributed.float8 import convert_to_float8
 
 
 def parallelize(
@@ -34,8 +35,8 @@ def parallelize(
 
     Args:
         build: builds the model: with weights if its argument is true, otherwise (on the meta device) only shapes.
-        config: precision, activation checkpointing, compilation, learning rates (a component with rate 0 is frozen),
-            and adapters.
+        config: precision, FP8, activation checkpointing, compilation, learning rates (a component with rate 0 is
+            frozen), and adapters.
         device: device of the shards.
         shards: number of shards, which divides that of the processes; None: one for each process.
     """
@@ -45,6 +46,8 @@ def parallelize(
     with torch.device("meta"):
         model = build(False)
     prepare_training(model, config)
+    if config.float8:
+        convert_to_float8(model, emulate=device.type == "cpu")
     checkpoint_activations(model, config.checkpointing)
     _shard(model, config, _mesh(device, shards or dist.get_world_size()))
     if config.compile:  # after sharding: FSDP replaces the layers' classes, and its hooks must not be compiled

@@ -397,6 +397,16 @@ def test_job_prints_only_json_with_json_flag():
     assert out["parameters"]["trainable"]["stage-1"] < out["parameters"]["total"]
 
 
+def test_a_plan_in_float8_says_that_it_is_one_in_bf16(run_job):
+    _, in_bf16, _ = run_job("--config=tiny", "--train.precision=bf16", "--json")
+    _, in_float8, _ = run_job("--config=tiny", "--train.precision=bf16", "--train.float8=true", "--json")
+    assert json.loads(in_float8) == json.loads(in_bf16) | {"float8": True}
+    _, table, _ = run_job("--config=tiny", "--train.precision=bf16", "--train.float8=true")
+    assert "train.float8: planned as in bf16" in table
+    _, table, _ = run_job("--config=tiny", "--train.precision=bf16")
+    assert "float8" not in table
+
+
 def test_job_prints_a_table_and_the_assumptions(run_job):
     status, out, _ = run_job("--config", "tiny")
     assert status == 0

@@ -1,8 +1,11 @@
 """Detected hardware decides precision and kernels; object stores and worker environments."""
 
 import dataclasses
+import importlib.util
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from crosslmm.cli import parse_run, preset_names
 from crosslmm.config import BadConfig, changes
@@ -12,14 +15,17 @@ from crosslmm.preflight.hardware import (
     OBJECT_STORE,
     Hardware,
     describe,
+    detect_local,
     object_store_warning,
+    require_float8,
     resolve_auto,
     resolve_checkpointing,
     worker_environment,
 )
 from crosslmm.preflight.placement import NodePool
 
-H100 = Hardware("NVIDIA H100", memory_bytes=85e9, bf16=True, nccl="2.27.3")
+H100 = Hardware("NVIDIA H100", memory_bytes=85e9, bf16=True, float8=True, nccl="2.27.3")
+A100 = Hardware("NVIDIA A100-SXM4-80GB", memory_bytes=85e9, bf16=True, nccl="2.27.3")
 V100 = Hardware("Tesla V100", memory_bytes=16.9e9, bf16=False, nccl="2.27.3")
 AUTO = ("--train.precision=auto", "--model.attention=auto")
 
@@ -68,6 +74,54 @@ def test_explicit_settings_are_kept():
         resolve_auto(
             run("--scaling.use_gpu=true", "--train.precision=auto", "--model.attention=flash_attention_2"), V100
         )
+
+
+FP8 = ("--train.float8=true", "--scaling.use_gpu=true", "--train.precision=auto")
+
+
+@pytest.fixture
+def torchao(monkeypatch):
+    """Return a function that installs torchao or not."""
+    find = importlib.util.find_spec
+    return lambda spec: monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: spec if name == "torchao" else find(name, *more)
+    )
+
+
+def test_float8_needs_torchao_and_a_gpu_that_has_it(torchao):
+    torchao(object())
+    config = resolve_auto(run(*FP8), H100)
+    require_float8(config, H100)
+    assert "FP8 in training" in describe(config, H100)
+    with pytest.raises(BadConfig, match=r"^train\.float8: NVIDIA A100.* no FP8; .*H100.*set train\.float8 to false$"):
+        require_float8(config, A100)
+    with pytest.raises(BadConfig, match=r"float8: it needs train\.precision bf16; .*train\.float8 to false$"):
+        resolve_auto(run(*FP8), V100)
+    torchao(None)
+    with pytest.raises(BadConfig, match=r"^train\.float8: torchao is not installed; pip install torchao .*extra fp8"):
+        require_float8(config, H100)
+    without = resolve_auto(run("--train.precision=auto", "--scaling.use_gpu=true"), A100)
+    require_float8(without, A100)
+    assert "FP8" not in describe(without, A100)
+
+
+def test_cpus_emulate_float8_and_say_that_it_is_slow(torchao, caplog):
+    torchao(object())
+    require_float8(run("--train.float8=true", "--train.precision=bf16"), Hardware())
+    assert "CPUs emulate FP8" in caplog.text
+    assert "slower" in caplog.text
+
+
+@pytest.mark.parametrize(("capability", "has"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
+def test_float8_is_detected_by_the_compute_capability(capability, has, monkeypatch):
+    properties = SimpleNamespace(total_memory=85e9)
+    for name, value in {
+        "is_available": True, "get_device_capability": capability, "get_device_name": "a GPU",
+        "get_device_properties": properties,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    assert detect_local() == Hardware("a GPU", memory_bytes=85e9, bf16=True, float8=has, nccl="2.27.3")
 
 
 def test_a_resume_on_other_hardware_shows_the_changed_precision():

@@ -245,7 +245,7 @@ class Lab:
     def folder_of(self, name: str) -> str:
         """Return the folder of a run, or of a sweep's only trial, in the store."""
         folder = f"s3://lab/runs/{name}"
-        trials = [part for part in storage.names_in(folder) if part.startswith("000-")]
+        trials = [name for name in storage.folders_in(folder) if name.startswith("000-")]
         return f"{folder}/{trials[0]}" if trials else folder
 
     def sealed_step(self, name: str) -> int:

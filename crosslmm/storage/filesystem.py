@@ -258,7 +258,7 @@ def remove_folder(uri: str) -> None:
             call_with_retries(uri, lambda _, path: remove_tree(path))
     else:
         with ThreadPoolExecutor(PARALLEL_FILES) as threads:
-            list(threads.map(keep_policy(lambda name: remove([f"{uri}/{name}"])), names_in(uri)))
+            list(threads.map(keep_policy(lambda key: remove([f"{uri}/{key}"])), _keys_in(uri)))
 
 
 def stamp_of(uri: str) -> tuple[int, str]:
@@ -308,11 +308,18 @@ def names_in(folder: str, roots: Sequence[str] | None = None) -> list[str]:
     if scheme_of(folder) == "file":
         return call_with_retries(folder, lambda _, path: sorted(_local_names(path, roots)))
 
-    def names(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
-        root = path.rstrip("/") + "/"
-        return sorted(name.removeprefix(root) for name in fs.find(path))
+    return [key for key in _keys_in(folder) if key and not key.endswith("/")]  # the others stand for folders
 
-    return call_with_retries(folder, names)
+
+def _keys_in(folder: str) -> list[str]:
+    """Return the keys below a folder of an object store, relative to it, sorted. The empty one, and those that end with
+    a slash, are objects that Arrow writes for folders."""
+
+    def keys(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+        root = path.rstrip("/") + "/"
+        return sorted(key.removeprefix(root) for key in fs.find(path))
+
+    return call_with_retries(folder, keys)
 
 
 def _local_names(folder: str, roots: Sequence[str] | None) -> Iterator[str]:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import fsspec
 import pytest
 
 from crosslmm import storage
@@ -75,8 +76,9 @@ def swept(server, trained, tmp_path_factory):
 
 
 def objects(*folders):
-    """All objects of these folders, but for the one that Arrow makes of a folder itself."""
-    return {f"{folder}/{name}" for folder in folders for name in storage.names_in(folder) if name}
+    """All objects of these folders, those that Arrow makes of folders below them included."""
+    found = {f"s3://{key}" for folder in folders for key in fsspec.filesystem("s3").find(folder, refresh=True)}
+    return found - {f"{folder}/" for folder in folders}
 
 
 def owner(name):

@@ -1,5 +1,8 @@
 """Training in FP8, emulated: what is converted, how close it is to bf16, and that files are as they were."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +15,11 @@ from crosslmm.train.distributed.float8 import convert_to_float8
 from tests.distributed.test_fsdp import STEPS, STOP_AFTER, spawn, weights
 from tests.support.common import conversation, open_gates, random_frames
 
-pytest.importorskip("torchao")
+# Beside the environment (see the Makefile): where Transformers finds torchao it imports it, which takes half a second
+# and prints four warnings in each process. Processes that are spawned get this path, too.
+sys.path.append(str(Path(sys.prefix) / "float8"))
+import torchao.float8  # noqa: F401
+
 BF16 = ("--train.precision=bf16",)
 FP8 = (*BF16, "--train.float8=true")
 LOSS, GRADIENT = 0.01, 0.25

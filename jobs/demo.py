@@ -1,4 +1,4 @@
-"""Train a small model on this machine, from video to a score, as jobs on a Ray cluster. It takes about five minutes.
+"""Train a small model on this machine, from video to a score, as jobs on a Ray cluster. It takes about seven minutes.
 
     python jobs/demo.py
 

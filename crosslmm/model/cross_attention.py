@@ -161,7 +161,7 @@ class GatedCrossAttention(nn.Module):
             key_BSHC, value_BSHC = (pad_sequence(list(x.split(lengths)), True) for x in (key_SHC, value_SHC))
             positions_S = torch.arange(max(lengths), device=key_SHC.device)
             mask_BS = positions_S < visual.num_frames_B[:, None] * patches
-        # Contiguous: every generated token reads all of them, and as views of one tensor it would read twice as much.
+        # Contiguous for each head: every generated token reads all of them, and strided ones are read more slowly.
         key_BHSC, value_BHSC = (x.transpose(1, 2).contiguous() for x in (key_BSHC, value_BSHC))
         return SeenVideos(key_BHSC, value_BHSC, mask_BS, visual.num_frames_B)
 

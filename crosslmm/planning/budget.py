@@ -7,7 +7,7 @@ from crosslmm.schema import Limit, Section
 
 
 class Budget(Section):
-    """The budget of a job. Without any limit it never ends."""
+    """The budget of a job. Without a limit it runs until its work is done."""
 
     hours: Limit | None = None
     """Wall-clock budget of this start of the job: when it is spent, what is running stops with a checkpoint, and the

@@ -24,14 +24,15 @@ class Hybrid:
     micro_batches: int
     """Micro-batches of one GPU in a step."""
     received_bytes: int
-    """What a node receives from others in a step, at least, with the configured sharding: weights, which FSDP gathers
-    for each micro-batch, and gradients."""
+    """What a node receives from others in a step, at least, with one copy of the model over all workers: weights, which
+    FSDP gathers for each micro-batch, and gradients."""
     received_bytes_hybrid: int
     """The same with a copy in each node: gradients, once a step."""
 
 
 def recommend(config: RunConfig, assumptions: Assumptions, traced: Trace, available: float) -> Hybrid | None:
-    """Return what hybrid sharding would change; None if it would change nothing, or a copy does not fit a node.
+    """Return what hybrid sharding would change; None if it is set already, would change nothing, or a copy does not fit
+    a node.
 
     Args:
         config: the run, with micro-batches counted in samples.
@@ -40,7 +41,7 @@ def recommend(config: RunConfig, assumptions: Assumptions, traced: Trace, availa
         available: memory of a GPU [bytes].
     """
     workers, node = config.scaling.most_workers, _gpus_per_node(config, assumptions)
-    if node is None or workers % node or config.scaling.planned_shards <= node:
+    if config.scaling.workers_per_replica or node is None or workers % node or workers <= node:
         return None
     scaling = config.scaling.model_copy(update={"workers_per_replica": node})
     memory = peak_memory.training_memory(config.model_copy(update={"scaling": scaling}), traced).total

@@ -124,17 +124,19 @@ class RunSync(MlflowRun):
     def log_answers(self) -> None:
         """Send the sample answers of the last validations, as one table that MLflow shows."""
         if rows := list(read_answers(self.folder, SHOWN_VALIDATIONS)):
-            pictures = self._send_pictures()
+            pictures = self._send_pictures({row["row"] for row in rows})
             if pictures:
                 rows = [{"frames": pictures.get(row["row"]), **row} for row in rows]
             table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
             self.log_text(ANSWERS_TABLE, printable(json.dumps(table)))
             self.log_values({}, {MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": ANSWERS_TABLE, "type": "table"}])})
 
-    def _send_pictures(self) -> dict[int, dict[str, str]]:
-        """Send the pictures of the sample answers that were not sent yet; return the cell of each row's picture."""
+    def _send_pictures(self, rows: set[int]) -> dict[int, dict[str, str]]:
+        """Send the pictures of these rows that were not sent yet; return the cell of each row's picture."""
         cells = {}
         for row, name in list_pictures(self.folder).items():
+            if row not in rows:
+                continue
             path = f"{PICTURES_FOLDER}/{name}"
             cells[row] = {"type": "image", "filepath": path, "compressed_filepath": path}
             if row not in self._pictures_sent:

@@ -16,9 +16,9 @@ class EventChannel:
 
     Kinds of events: "started" (first step, numbers of all and of trained parameters, number of workers), "step"
     (number, unix time [s], metrics), "unreadable" (a quarantined row), "short" (manifest, line and id of a row whose
-    videos gave fewer frames than asked, and why), "answers" (step and sample answers of a validation, and a
-    JPEG of what each row shows), "log" (level,
-    message, rank, step), "sealed" (step and unix time [s] of a finished checkpoint).
+    videos gave fewer frames than asked, and why), "answers" (step and sample answers of a validation, and a JPEG of
+    what each row shows, the first time), "log" (level, message, rank, step), "sealed" (step and unix time [s] of a
+    finished checkpoint).
     """
 
     def __init__(self) -> None:

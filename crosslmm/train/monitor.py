@@ -16,7 +16,7 @@ from crosslmm.data.quarantine import read_quarantine
 from crosslmm.lease import LeaseLost
 from crosslmm.planning.budget import Meter
 from crosslmm.progress import Progress
-from crosslmm.run_folder import QUARANTINE_FILE, write_answers
+from crosslmm.run_folder import QUARANTINE_FILE, write_answers, write_pictures
 from crosslmm.scoring import ACCURACY, COUNT, UNREADABLE
 from crosslmm.train.gauges import RunGauges
 from crosslmm.train.job import Job
@@ -165,8 +165,10 @@ class TrainingMonitor:
             self.record.keep(self.meter.worker_seconds)
 
     def _handle_answers(self, items: list[tuple[int, list[dict[str, Any]], dict[int, bytes]]]) -> None:
-        for step, answers, pictures in items:
-            write_answers(self.job.folder, step, answers, pictures)
+        for step, answers, _ in items:
+            write_answers(self.job.folder, step, answers)
+        for _, _, pictures in items:
+            write_pictures(self.job.folder, pictures)
         if items:
             self.record.answered()
 

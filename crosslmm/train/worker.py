@@ -259,6 +259,7 @@ class _WorkerCallbacks(loop.Callbacks):
         self._history: list[str] = []
         self._answers: list[dict[str, Any]] = []
         self._pictures: dict[int, bytes] = {}
+        self._pictured: set[int] = set()
 
     def log(self, step: int, metrics: loop.Metrics) -> None:
         if self.rank == 0:
@@ -289,14 +290,20 @@ class _WorkerCallbacks(loop.Callbacks):
         return self.validation
 
     def _keep_answer(self, question: Question, answer: str) -> None:
-        """Keep the first answers, which are to the same questions in every validation."""
+        """Keep the first answers. While the number of workers is the same, they are to the same questions each time."""
         if len(self._answers) < SAMPLE_ANSWERS:
             right = scoring.is_right(answer, question.reference)
             texts = {"question": question.text, "reference": question.reference, "answer": answer}
             texts = {key: text[:SAMPLE_CHARACTERS] for key, text in texts.items()}
             self._answers.append({"row": question.position, "kind": question.kind, **texts, "right": right})
-            if self.rank == 0 and question.videos and question.videos[0].dtype == np.uint8:  # frames, not features
-                self._pictures[question.position] = thumbnails.square(question.videos)
+            self._keep_picture(question)
+
+    def _keep_picture(self, question: Question) -> None:
+        """Keep a picture of the frames, once for each sample; features show nothing."""
+        if self.rank or self.job.recipe or question.position in self._pictured or not any(map(len, question.videos)):
+            return
+        self._pictures[question.position] = thumbnails.square(question.videos)
+        self._pictured.add(question.position)
 
     def not_finite(self, step: int, ids: list[str], grad_norm: float) -> None:
         if self.rank == 0:

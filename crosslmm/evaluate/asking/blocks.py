@@ -25,8 +25,8 @@ def videos_per_block(data: DataConfig, image_size: int) -> int:
 
 
 class VideoRows:
-    """The videos that questions are about, with the interface of `Rows`: a row is one video, or several
-    that a question names together.
+    """The videos that questions are about, with the interface of `Rows`: a row is one video, or several that a question
+    names together.
 
     Attributes:
         questions: all questions.

@@ -110,3 +110,11 @@ def test_a_fork_leaves_the_cache_as_it_is(model, batch):
         assert torch.equal(layer.values, same.values)
     uncut = model(input_ids=torch.tensor([[20]] * len(TEXTS)), past_key_values=fork(cache, length + 2)).logits
     assert torch.equal(uncut, model(input_ids=torch.tensor([[20]] * len(TEXTS)), past_key_values=before).logits)
+
+
+@torch.no_grad()
+def test_cached_keys_and_values_are_contiguous_for_each_head(model, batch):
+    cache = model(**batch, use_cache=True).past_key_values
+    seen = [recall(cache, layer) for layer in model.config.dual_layers]
+    assert seen
+    assert all(videos.key_BHSC.is_contiguous() and videos.value_BHSC.is_contiguous() for videos in seen)

@@ -273,6 +273,7 @@ def test_a_copy_in_each_node_is_recommended_where_it_fits(on_nodes, monkeypatch,
     assert recommended(on_nodes, hybrid.peak_memory_bytes)
     assert not recommended(on_nodes, hybrid.peak_memory_bytes - 1)
     assert not recommended(within)
+    assert not recommended(changed(on_nodes, "scaling", workers_per_replica=4))
     assert not recommended(on_nodes, gpus_per_node=4)
     assert not recommended(on_nodes, gpus_per_node=3)
     anywhere = changed(on_nodes, "scaling", node_types=[])

@@ -362,7 +362,7 @@ def test_sample_answers_are_a_table_that_grows_during_the_run(tmp_path, config, 
             return mlflow.artifacts.load_dict(f"{client.get_run(run.run_id).info.artifact_uri}/answers.json")
 
     for step in (5, 10):
-        run_folder.write_answers(str(tmp_path), step, [{"row": 0, "kind": None, **texts, "right": False}], {})
+        run_folder.write_answers(str(tmp_path), step, [{"row": 0, "kind": None, **texts, "right": False}])
         run.answered()
         wait_for(lambda: (rows() or {"data": []})["data"][:1], lambda data, step=step: data and data[0][0] == step)
     table = rows()
@@ -383,8 +383,9 @@ def test_sample_answers_stand_beside_the_frames_that_they_are_about(tmp_path, co
     # Three frames, and an empty place.
     middles = slice(SIDE // 2, None, SIDE)
     assert (shown[middles, middles] > 100).tolist() == [[True, True], [True, False]]
-    run_folder.write_answers(str(tmp_path), 5, [{"row": 3, **texts}, {"row": 4, **texts}], {3: jpeg})
-    run_folder.write_answers(str(tmp_path), 10, [{"row": 3, **texts}], {})
+    run_folder.write_answers(str(tmp_path), 5, [{"row": 3, **texts}, {"row": 4, **texts}])
+    run_folder.write_pictures(str(tmp_path), {3: jpeg, 9: jpeg})
+    run_folder.write_answers(str(tmp_path), 10, [{"row": 3, **texts}])
     run.finish("FINISHED")
     root = client.get_run(run.run_id).info.artifact_uri
     table = mlflow.artifacts.load_dict(f"{root}/answers.json")
@@ -392,6 +393,7 @@ def test_sample_answers_stand_beside_the_frames_that_they_are_about(tmp_path, co
     cell = {"type": "image", "filepath": path, "compressed_filepath": path}
     assert [row[:3] for row in table["data"]] == [[cell, 10, 3], [cell, 5, 3], [None, 5, 4]]
     assert table["columns"][0] == "frames"
+    assert [file.path for file in client.list_artifacts(run.run_id, "table_images/answers")] == [path]
     assert Path(mlflow.artifacts.download_artifacts(f"{root}/{path}")).read_bytes() == jpeg
 
 

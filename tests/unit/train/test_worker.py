@@ -6,12 +6,14 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import ray
 import ray.train
 from ray.exceptions import RayError
 
 from crosslmm.config import ScalingConfig
+from crosslmm.data.collate import Question
 from crosslmm.planning.utilisation import Utilisation
 from crosslmm.train import worker
 from crosslmm.train.events import EventLogHandler
@@ -120,3 +122,23 @@ def test_rank_0_logs_other_shards_than_those_of_the_setting(rank, workers, logge
     monkeypatch.setattr(worker.dist, "get_world_size", lambda: workers)
     assert worker._count_shards(ScalingConfig(workers_per_replica=4)) == {6: 6, 8: 4}[workers]
     assert [record.getMessage() for record in caplog.records] == logged
+
+
+def question(position, *videos):
+    return Question(position, None, "Which?", "red", list(videos))
+
+
+@pytest.mark.parametrize(("rank", "recipe", "pictured"), [(0, None, [3, 5]), (1, None, []), (0, "of the features", [])])
+def test_sample_answers_have_a_picture_of_frames_once(monkeypatch, rank, recipe, pictured):
+    monkeypatch.setattr(worker.dist, "get_rank", lambda: rank)
+    job = SimpleNamespace(recipe=recipe)
+    callbacks = worker._WorkerCallbacks(job, *[None] * 5, *[SimpleNamespace(enter=None, stop_requested=None)] * 2, {})
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+    asked = [question(3, frames), question(3, frames), question(4), question(5, frames[:1]), question(6, frames[:0])]
+    for one in asked:
+        callbacks._keep_answer(one, "red")
+    assert sorted(callbacks._pictures) == pictured
+    assert [answer["row"] for answer in callbacks._answers] == [3, 3, 4, 5, 6]
+    callbacks._pictures = {}
+    callbacks._keep_answer(question(3, frames), "red")  # another validation
+    assert callbacks._pictures == {}

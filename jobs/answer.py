@@ -43,6 +43,7 @@ def main() -> None:
     from crosslmm.progress import cell
     from crosslmm.text import printable
     from crosslmm.tracking import load_answerer, quiet_mlflow
+    from crosslmm.tracking.versions import find_version
 
     quiet_mlflow()
     try:
@@ -50,6 +51,8 @@ def main() -> None:
         manifest = Manifest(arguments.manifest, arguments.roots) if arguments.manifest else None
         tracking = TrackingConfig(uri=arguments.tracking_uri)
         require_no_credentials("--adapter", arguments.adapter)
+        if arguments.model.startswith("models:"):
+            find_version(arguments.model, tracking)  # MLflow would not say where it looked
         answerer = load_answerer(arguments.model, tracking, arguments.adapter)
         if manifest is None:
             conversation = answerer.start_conversation(map_files(arguments.video, storage.absolute))

@@ -77,7 +77,10 @@ def find_version(uri: str, config: TrackingConfig) -> Version:
     """
     version = _find(uri, config)
     if version is None:
-        raise BadConfig(f"{uri}: there is no such version in the registry at {redacted(tracking_uri(config))}")
+        where = redacted(tracking_uri(config))
+        raise BadConfig(
+            f"{uri}: there is no such version in the registry at {where}; train one, or set MLFLOW_TRACKING_URI"
+        )
     return version
 
 

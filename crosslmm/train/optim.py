@@ -45,6 +45,16 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> fl
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def warmup_warning(total_steps: int, config: TrainConfig) -> str | None:
+    """Return a warning for a run that ends before its learning rates have risen to their values; None for others."""
+    if config.warmup_steps < total_steps:
+        return None
+    return (
+        f"train.warmup_steps is {config.warmup_steps}, and the run has {total_steps} steps: the learning rates never "
+        "reach their values; lower it, or train.global_batch_size"
+    )
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: TrainConfig) -> None:
     """Set every group's learning rate for step `step`: a function of the step, so a resume needs no schedule state."""
     factor = learning_rate_factor(step, total_steps, config)

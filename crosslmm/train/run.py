@@ -33,6 +33,7 @@ from crosslmm.train import checkpoint_store, launcher
 from crosslmm.train.events import open_channel
 from crosslmm.train.job import Job
 from crosslmm.train.monitor import TrainingMonitor
+from crosslmm.train.optim import warmup_warning
 
 log = logging.getLogger(__name__)
 
@@ -321,6 +322,8 @@ def _log_summary(job: Job, manifests: list[Manifest], record: tracking.Backgroun
         "storage": job.folder,
         "record": record.uri + (f", run {record.run_id}" if record.run_id else ", once it answers"),
     }
+    if warning := warmup_warning(job.total_steps, config.train):
+        lines["warm-up"] = warning
     if warning := hardware.object_store_warning(config, job.image_size, job.recipe):
         lines["objects"] = warning
     for key, value in lines.items():

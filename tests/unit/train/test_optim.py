@@ -7,7 +7,7 @@ from crosslmm.cli import parse_run
 from crosslmm.config import LearningRates, TrainConfig
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.model.param_groups import COMPONENTS, component_of, freeze
-from crosslmm.train.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from crosslmm.train.optim import build_optimizer, learning_rate_factor, set_learning_rate, warmup_warning
 
 RATES = LearningRates(vision=1e-5, projector=2e-5, v2v=3e-5, t2v=4e-5, decoder=5e-5)
 
@@ -90,3 +90,10 @@ def test_the_schedule_scales_each_group_from_its_peak(model):
         set_learning_rate(optimizer, step, total_steps=10, config=config)
         for group in optimizer.param_groups:
             assert group["lr"] == pytest.approx(getattr(RATES, group["component"]) * factor)
+
+
+def test_a_run_that_ends_within_its_warm_up_is_told():
+    config = TrainConfig(warmup_steps=1000)
+    assert warmup_warning(1001, config) is None
+    for steps in (19, 1000):
+        assert f"train.warmup_steps is 1000, and the run has {steps} steps" in warmup_warning(steps, config)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ray._private.ray_constants import LABELS_ENVIRONMENT_VARIABLE
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
@@ -78,7 +79,8 @@ def config(gcs_address: str, head_cpus: int, groups: Sequence[NodeGroup], idle_s
         group.role: {
             "min_workers": group.min_nodes,
             "max_workers": group.nodes,
-            "resources": group.resources,
+            # A request for memory starts no node whose type says nothing of it; Ray says it itself in clouds only.
+            "resources": {"memory": psutil.virtual_memory().total // 2, **group.resources},
             "labels": group.labels,
             "node_config": {},
         }

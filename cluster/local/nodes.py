@@ -132,11 +132,13 @@ def kill_session(session: int) -> None:
 
 
 def worker_options(gcs_address: str, resources: dict[str, int], labels: dict[str, str]) -> dict[str, object]:
-    """Return the options of `ray start` for a node that joins the head at `gcs_address`."""
-    custom = {kind: count for kind, count in resources.items() if kind != "CPU"}
+    """Return the options of `ray start` for a node that joins the head at `gcs_address`; memory that is not among the
+    resources [bytes] is detected."""
+    custom = {kind: count for kind, count in resources.items() if kind not in ("CPU", "memory")}
     return {
         "--address": gcs_address,
         "--num-cpus": resources["CPU"],
+        **({"--memory": resources["memory"]} if "memory" in resources else {}),
         "--resources": json.dumps(custom),
         "--labels": ",".join(f"{key}={value}" for key, value in labels.items()),
         "--object-store-memory": OBJECT_STORE_BYTES,

@@ -8,7 +8,7 @@ PROGRESS = sed --unbuffered --quiet --regexp-extended \
 	's/^ *Downloading (.*\/)?([^-]+)-([^-]+)-[^ ]+ \(([0-9]{2,}\.[0-9]+ MB|[0-9.]+ GB)\).*/    downloading \2 \3 (\4)/p; \
 	s/^Installing collected.*/    unpacking all packages/p; /^ERROR/p'
 
-.PHONY: demo sweep small test jobs conformance attack faults cluster images gpu harness lint audit format ui clean
+.PHONY: demo sweep small test system conformance attack faults cluster images gpu harness lint audit format ui clean
 .DEFAULT_GOAL := demo
 
 .venv/.complete: pyproject.toml constraints.txt
@@ -55,13 +55,18 @@ $(SMALL)/.complete: .venv/.complete
 	$(BIN)/python jobs/prepare.py sample $(SMALL) --kind scenes --train 1200 --held_out 120
 	@touch $@
 
-# Two files at a time, in the order of their names: xdist's own order ends with the files of few but long tests.
+# What one process can do, two files at a time, in the order of their names: xdist's own order ends with the files of few
+# but long tests.
+SEVERAL = tests/attack tests/distributed tests/store
+BY_FILE = --numprocesses 2 --dist loadfile --no-loadscope-reorder
 WANTED = -m 'not fault and not cluster and not image and not gpu and not harness and not conformance'
 test: .venv/.complete
-	$(BIN)/python -m pytest $(WANTED) --ignore tests/jobs --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(WANTED) $(SEVERAL:%=--ignore %) --ignore tests/jobs $(BY_FILE)
 
-# Jobs submitted to a cluster, one after another: beside other tests they would starve. A quarter of an hour.
-jobs: .venv/.complete
+# Several ranks, strangers, object stores; then jobs submitted to a cluster, one after another, since beside other tests
+# they would starve. 25 minutes.
+system: .venv/.complete
+	$(BIN)/python -m pytest $(WANTED) $(SEVERAL) $(BY_FILE)
 	$(BIN)/python -m pytest $(WANTED) tests/jobs
 
 # Transformers' own tests of a model, from its source distribution; with TRANSFORMERS=path, from a checkout of its

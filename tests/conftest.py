@@ -1,4 +1,7 @@
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 
 # Before torch is imported anywhere: tests share two cores with what they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +19,28 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 pytest_plugins = ["tests.support.browser_page"]
+
+
+@contextlib.contextmanager
+def logging_restored() -> Iterator[None]:
+    """Context manager: undo what jobs do to the package's logger, which would change what later tests see in a log."""
+    log = logging.getLogger("crosslmm")
+    before = log.level, log.propagate, list(log.handlers)
+    yield
+    log.setLevel(before[0])
+    log.propagate, log.handlers = before[1:]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def logging_after_a_module() -> Iterator[None]:
+    with logging_restored():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def logging_after_a_test() -> Iterator[None]:
+    with logging_restored():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import BatchFeature
 
@@ -249,7 +250,8 @@ def _accumulate_gradients(
     for i, (micro, exchange) in enumerate(zip(micro_batches, exchanges, strict=True), start=1):
         # Gradients are reduced to shards after every micro-batch: without that, unsharded float32 gradients would be
         # kept. Replicas of a shard add up their gradients with the last one.
-        model.set_requires_all_reduce(i == len(micro_batches))
+        if isinstance(model, FSDPModule):
+            model.set_requires_all_reduce(i == len(micro_batches))
         # FSDP averages gradients over ranks, where the sum is needed: hence world_size.
         # The division happens here because FSDP in bf16 would round a divisor that is passed to the model.
         loss_rows = _on_device(_loss_rows(micro), device)

@@ -36,7 +36,11 @@ class Wire:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            store = socket.create_connection(("127.0.0.1", self.target))
+            try:
+                store = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:  # the store has ended before its clients
+                client.close()
+                continue
             for source, sink, back in ((client, store, False), (store, client, True)):
                 threading.Thread(target=self._relay, args=(source, sink, back), daemon=True).start()
 

@@ -101,7 +101,7 @@ def test_only_ray_runtime_uses_private_parts_of_ray():
 def test_ray_address_auto_finds_only_a_cluster_of_this_user(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    with pytest.raises(BadConfig, match=r"^RAY_ADDRESS: auto: you started no cluster on this machine"):
+    with pytest.raises(BadConfig, match=r"^RAY_ADDRESS: auto: you started no cluster here"):
         ray_runtime.start_ray()
     (tmp_path / "ray").mkdir()
     (tmp_path / "elsewhere").write_text("127.0.0.1:9")

@@ -59,7 +59,8 @@ from tests.support.fuzz_mutations import damaged, hostile_texts, mutated
 from tests.support.fuzz_watch import Watch
 
 ERRORS = (BadManifest, BadConfig, BadFeatures, IngestError, TooManyUnreadable, storage.BadLocation, shards.Damaged)
-MAX_GROWN = 600 * 2**20  # of the resident set [bytes]
+# Of the resident set, in which libraries count as they are read: 858 MB in a fresh clone, 136 elsewhere [bytes].
+MAX_GROWN = 1200 * 2**20
 MAX_ADDRESSES = 8 * 2**30  # of the address space, of which Arrow reserves much [bytes]
 
 
@@ -467,8 +468,8 @@ def main() -> None:
     for kind in kinds:
         print(f"fuzzing {kind}", file=sys.stderr, flush=True)
         counts[kind] = run(KINDS[kind], float(seconds) / len(kinds), int(number), Path(folder) / kind, watch)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown * 1024 < MAX_GROWN, f"grew by {grown // 1024} MB"
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown * 1024 < MAX_GROWN, f"{kind}: grew by {grown // 1024} MB"
     print(json.dumps({"cases": counts, "grown_mb": grown // 1024}))
 
 

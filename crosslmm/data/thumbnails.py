@@ -10,7 +10,7 @@ from av.video.reformatter import VideoReformatter
 STRIP = 8
 """Frames of a strip, at most."""
 SQUARE = 2
-"""Rows and columns of a square."""
+"""Rows, and columns, of frames in a square."""
 SIDE = 96
 """Side of each [px]."""
 QUALITY = 6
@@ -39,7 +39,7 @@ def square(videos: Sequence[np.ndarray]) -> bytes:
 
 
 def _small_frames(videos: Sequence[np.ndarray], most: int) -> list[np.ndarray]:
-    """Return at most so many frames, evenly spaced, uint8 (SIDE, SIDE, 3) each."""
+    """Return up to `most` frames, evenly spaced over all videos, uint8 (SIDE, SIDE, 3) each."""
     frames = [frame for video in videos for frame in video]
     chosen = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
     resize = VideoReformatter()

@@ -122,7 +122,7 @@ class MlflowRun:
         self.client.log_text(self.run_id, text, name)
 
     def log_bytes(self, name: str, content: bytes) -> None:
-        """Write an artifact."""
+        """Write an artifact; `name` may have folders."""
         folder, _, file_name = name.rpartition("/")
         with tempfile.TemporaryDirectory() as scratch:
             (Path(scratch) / file_name).write_bytes(content)

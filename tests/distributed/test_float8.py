@@ -1,4 +1,5 @@
-"""Training in FP8, emulated: what is converted, how close it is to bf16, and that files are as they were."""
+"""Training in emulated FP8: which layers are converted, how far losses are from bf16, and that checkpoints and exported
+models stay the same."""
 
 import sys
 from pathlib import Path

@@ -34,8 +34,8 @@ NOT_TRAINED = {
     "label": "only text is learned", "objects": "boxes are not filled in",
     "start": "write VIDEO#t=START,END for a part of a video", "end": "write VIDEO#t=START,END for a part of a video",
 }  # fmt: skip
-"""Keys of other projects that change what is learned there, and why a row with one is malformed here; a key with an
-empty value is ignored."""
+"""Key -> what to do instead. Other projects let these keys change what a sample teaches, and this one does not: a row
+with one of them is malformed, unless its value is empty."""
 UNUSED = (
     dict.fromkeys(FRAME_HINTS, "data.sampling, data.num_frames and data.fps choose the frames of all videos")
     | dict.fromkeys(SIZE_HINTS, "all frames get the size that the encoder takes")

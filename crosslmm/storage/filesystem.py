@@ -361,7 +361,9 @@ def files_in(folder: str) -> list[str]:
 def _entries(folder: str, folders: bool) -> list[str]:
     def names(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
         entries = fs.ls(path, detail=True) if fs.isdir(path) else []
-        return sorted(Path(item["name"]).name for item in entries if (item["type"] == "directory") == folders)
+        # Among them may be an object that stands for the folder itself.
+        contents = [item for item in entries if item["name"].rstrip("/") != path.rstrip("/")]
+        return sorted(Path(item["name"]).name for item in contents if (item["type"] == "directory") == folders)
 
     return call_with_retries(folder, names)
 

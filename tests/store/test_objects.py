@@ -245,6 +245,8 @@ def test_remove_folder_removes_what_arrow_wrote(store, monkeypatch):
 
     assert "run/ray/start/" in keys()  # Arrow's object for the folder
     assert storage.names_in("s3://videos/run") == ["ray/start/state.json"]
+    assert (storage.folders_in("s3://videos/run"), storage.files_in("s3://videos/run")) == (["ray"], [])
+    assert storage.files_in("s3://videos/run/ray/start") == ["state.json"]
     storage.remove_folder("s3://videos/run")
     assert keys() == ["runner/state.json"]
 

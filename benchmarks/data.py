@@ -95,7 +95,7 @@ class Needed:
 
     Attributes:
         groups: (pts of the keyframe, number of needed packets, wanted pts) of each group of pictures that has some.
-        bytes: size of these packets and of everything in the file that is no frame [bytes].
+        bytes: size of these packets and of everything in the file that is not a frame [bytes].
     """
 
     def __init__(self, path: Path, count: int) -> None:

@@ -116,7 +116,9 @@ def train(data: str, folder: str, feature_format: str, seed: int) -> float:
     outcomes: list[Outcome] = []
     for start in range(0, len(asked), 32):
         part = slice(start, start + 32)
-        prompts = _inputs(processor, [prompt for prompt, _ in asked[part]], features["held_out"][part], answer=True)
+        prompts = _inputs(
+            processor, [prompt for prompt, _ in asked[part]], features["held_out"][part], for_generation=True
+        )
         answers = greedy_answers(model, processor, BatchFeature(prompts), limit)
         outcomes += [
             (None, is_right(answer, reference)) for answer, (_, reference) in zip(answers, asked[part], strict=True)

@@ -113,7 +113,7 @@ def of_token(config: RunConfig, attention: str, padded: bool) -> Counted:
         model = _on_gpu(config, processor, attention).eval()
         model.generation_config.eos_token_id = None
         questions = [[_question(QUESTION)], [_question(2 * QUESTION)]][: 1 + padded]
-        prompts = processor(questions, _videos(config, processor, len(questions)), answer=True).to(DEVICE)
+        prompts = processor(questions, _videos(config, processor, len(questions)), for_generation=True).to(DEVICE)
         short, long = (_generated(model, prompts, tokens) for tokens in (4, 4 + NEW_TOKENS))
     return {
         kind: Counter({op: (n - short[kind][op]) / NEW_TOKENS for op, n in long[kind].items() if n > short[kind][op]})

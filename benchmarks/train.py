@@ -41,7 +41,8 @@ from crosslmm.cli import parse_run
 from crosslmm.config import RunConfig
 from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.model.loading import build_model, build_processor
-from crosslmm.train import checkpoint_store, worker
+from crosslmm.train import worker
+from crosslmm.train.checkpoint import seals
 from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.loop import StepBatch
 from crosslmm.train.optim import build_optimizer, set_learning_rate
@@ -221,7 +222,7 @@ def steps(folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
     ]
     history.sort(key=lambda line: line["step"])
     assert [line["metrics"]["loss"] for line in history] == result["losses"], "the arms' losses differ"
-    checkpoints = checkpoint_store.list_sealed(str(folder / "steps"))
+    checkpoints = seals.list_sealed(str(folder / "steps"))
     for checkpoint in checkpoints[1:]:  # without the newest, which ends the run
         assert any(a < checkpoint.sealed_at < b for a, b in result["turns"]), "a checkpoint was written out of turn"
     ratios = [a / b for a, b in zip(result["ray"], result["bare"], strict=True)]

@@ -68,7 +68,7 @@ def read_config(file: str) -> dict[str, Any]:
         file: path or URI.
 
     Raises:
-        BadConfig: it cannot be read, or is no YAML mapping.
+        BadConfig: it cannot be read, or is not a YAML mapping.
     """
     try:
         text = storage.read_at_most(file, MAX_CONFIG_BYTES).decode()

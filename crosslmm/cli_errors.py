@@ -18,7 +18,7 @@ _OF_TYPE = re.compile("Union subtypes|Unable to load config|Expected a <class|Ex
 _VALUES = (r"Given value: (.*)", r"Got value: (.*)", r"Unable to load config '(.*?)'\n")
 """Where jsonargparse quotes the value."""
 LONGEST_VALUE = 100
-"""Of a value that is quoted in an error [characters]."""
+"""Longest part of a value that an error quotes [characters]."""
 
 
 def explain(error: ArgumentError, parser: ArgumentParser) -> str:

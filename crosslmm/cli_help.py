@@ -21,7 +21,7 @@ COMMON_KEYS = (
 
 
 def describe_type(annotation: Any) -> str:
-    """Describe a type for people: `int`, `text or null`, `uniform | fps`, `{text: int, ...}`."""
+    """Describe a type for people: `integer`, `text or null`, `uniform | fps`, `{text: integer, ...}`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return describe_type(arguments[0])

@@ -34,8 +34,8 @@ PLAIN_FORMAT = "%(asctime)s %(levelname)s run=%(run)s %(message)s"
 FILE_FORMAT = "%(asctime)s %(levelname)s rank=%(rank)s step=%(step)s %(message)s"
 """Format of log lines in a run's folder."""
 NOISY = ("torchao", "torch.utils._pytree")
-"""Loggers that warn at each start where torchao is installed, which Transformers imports: kernels that the machine
-cannot load, and a deprecated call of torchao's."""
+"""Loggers whose warnings are left out: Transformers imports torchao where it is installed, which then warns at each
+start of kernels that the machine cannot load, and of a deprecated call of its own."""
 
 
 class SafeFormatter(logging.Formatter):

@@ -1,4 +1,4 @@
-"""How this project connects to Ray, and the only place that touches Ray's private parts.
+"""How this project connects to Ray, and the only module of this package that uses Ray's private APIs.
 
 Ray changes its private modules without notice: an upgrade that breaks one of them fails here, and in
 tests/unit/test_ray_runtime.py, and nowhere else. Imports are local, since helper processes start faster without them.
@@ -23,7 +23,7 @@ from crosslmm.config import BadConfig
 log = logging.getLogger(__name__)
 
 LONGEST_PARENT = 25
-"""Longest path of a folder in which Ray's folder may lie [bytes]."""
+"""Longest path of the folder for Ray's files that leaves room for the names of its sockets [bytes]."""
 QUIET_ENVIRONMENT = {
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -83,7 +83,8 @@ def _address_of_own_cluster() -> str | None:
 
 
 def _create_token() -> None:
-    """Create the file with Ray's token, if there is none, or make it private: Ray would create it readable to all.
+    """Create the file with Ray's token if it is missing; otherwise make it private: Ray would create it readable to
+    all.
 
     Raises:
         BadConfig: the folder cannot be written.

@@ -87,7 +87,8 @@ def begin_run(
     datasets: list[dict[str, Any]],
     run_id: str | None = None,
 ) -> None:
-    """Write run.json and config.yaml. A run that resumes keeps its key, MLflow run, start time and config.yaml.
+    """Write run.json and config.yaml. A run that resumes keeps its key, name, tags, data sets, worker time, MLflow run,
+    start time and config.yaml.
 
     Args:
         config: the run's configuration.
@@ -186,7 +187,7 @@ def steps_after(folder: str, last: int) -> Iterable[StepRecord]:
         of_workers = HISTORY_FILE.fullmatch(name)
         if of_workers and int(of_workers[1]) <= last:
             continue
-        for line in storage.read_bytes(storage.inside(folder, name)).splitlines():
+        for line in storage.read_bytes(storage.safe_join(folder, name)).splitlines():
             step = json.loads(line)
             yield step["step"], step["time"], step["metrics"]
 
@@ -226,7 +227,7 @@ def read_answers(folder: str, most: int) -> Iterator[dict[str, Any]]:
     folder = storage.join(folder, ANSWERS_FOLDER)
     names = sorted(name for name in storage.names_in(folder) if ANSWERS_FILE.fullmatch(name))
     for name in reversed(names[-most:]):
-        for answer in storage.read_json(storage.inside(folder, name)):
+        for answer in storage.read_json(storage.safe_join(folder, name)):
             yield {"step": int(name[5:-5]), **answer}
 
 

@@ -1,5 +1,4 @@
-"""The one rule by which answers are scored: in validation, sweeps, jobs/answer.py, jobs/evaluate.py and the
-benchmarks.
+"""Exact match: how answers are scored in validation, sweeps, jobs/answer.py, and jobs/evaluate.py with a manifest.
 
 The model is asked for each answer of a conversation, given the row's own messages before it. A greedy answer is right
 if it equals the row's answer, apart from white space and the composition of Unicode characters. Questions that cannot

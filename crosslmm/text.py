@@ -29,7 +29,7 @@ _DELIMITERS = re.compile(r"[/@:?#&\s]")
 """Characters at which a parser may break a password in pieces, one of which its error then quotes."""
 _SHORTEST_SECRET = 4
 _SHORTEST_TOKEN = 16
-"""User names are no secrets, but without a password one may be a token, which is longer [characters]."""
+"""User names are not secrets, but without a password one may be a token, which is longer [characters]."""
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters of terminals, of the direction of writing, and halves of surrogate pairs; no tab or newline."""

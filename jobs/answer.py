@@ -47,9 +47,9 @@ def main() -> None:
 
     quiet_mlflow()
     try:
-        require_no_credentials("--tracking_uri", arguments.tracking_uri)
+        require_no_credentials("--tracking.uri", arguments.tracking.uri)
         manifest = Manifest(arguments.manifest, arguments.roots) if arguments.manifest else None
-        tracking = TrackingConfig(uri=arguments.tracking_uri)
+        tracking = TrackingConfig(uri=arguments.tracking.uri)
         require_no_credentials("--adapter", arguments.adapter)
         if arguments.model.startswith("models:"):
             find_version(arguments.model, tracking)  # MLflow would not say where it looked
@@ -103,7 +103,7 @@ def _parser() -> ArgumentParser:
         "or another version that belongs to the same model, models:/NAME/VERSION",
     )
     parser.add_argument(
-        "--tracking_uri", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)"
+        "--tracking.uri", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)"
     )
     return parser
 

@@ -28,16 +28,16 @@ from crosslmm.cli import fail, print_error
 from crosslmm.config import BadConfig
 from crosslmm.progress import set_up_logging
 from crosslmm.text import one_printable_line
-from crosslmm.train import checkpoint_store
+from crosslmm.train.checkpoint import seals
 
 
 def list_checkpoints(run: str, as_json: bool) -> int:
     """Print the sealed checkpoints, newest first, and why others are not sealed."""
-    sealed = checkpoint_store.list_sealed(run)
-    reasons = {uri: checkpoint_store.unsealed_reason(uri) for uri in checkpoint_store.list_unsealed(run, sealed)}
+    sealed = seals.list_sealed(run)
+    reasons = {uri: seals.unsealed_reason(uri) for uri in seals.list_unsealed(run, sealed)}
     unsealed = {uri: reason or "unfinished" for uri, reason in reasons.items()}
     if not sealed and not unsealed:
-        raise checkpoint_store.no_checkpoint(run)
+        raise seals.no_checkpoint(run)
     if as_json:
         entries = [{k: v for k, v in asdict(c).items() if k != "files"} | {"size": c.size} for c in sealed]
         print(json.dumps({"run": run, "checkpoints": entries, "unsealed": unsealed}))
@@ -58,8 +58,8 @@ def list_checkpoints(run: str, as_json: bool) -> int:
 def verify(run: str, step: int | None) -> int:
     """Read every byte of the checkpoints, or of one."""
     status = 0
-    for one in checkpoint_store.select(run, step):
-        if damage := checkpoint_store.verify(one):
+    for one in seals.select(run, step):
+        if damage := seals.verify(one):
             _print_damage(run, one.uri, damage)
             status = 1
         else:
@@ -72,8 +72,8 @@ def repair(run: str) -> int:
     from crosslmm import lease  # imports Ray, which the other commands need not wait for
 
     try:
-        with lease.look(run_folder.owned_folder(run), "repair", "repair it when it has ended").take() as fence:
-            for line in checkpoint_store.repair(run):
+        with lease.claim(run_folder.owned_folder(run), "repair", "repair it when it has ended").take() as fence:
+            for line in seals.repair(run):
                 fence.require()
                 print(line, flush=True)
     except lease.LeaseLost as error:
@@ -87,13 +87,13 @@ def export(run: str, folder: str, step: int | None, merge: bool) -> int:
     # These import torch, which the other commands need not wait for.
     from transformers.utils import logging as transformers_logging
 
-    from crosslmm.train import checkpoint
+    from crosslmm.train.checkpoint.export import export_sealed
 
     transformers_logging.disable_progress_bar()
     if not storage.is_empty(folder):
         raise BadConfig(f"{folder}: is not empty; give another folder, or empty it")
-    for one in checkpoint_store.select(run, step):
-        if damage := checkpoint.export_sealed(one, folder, merge):
+    for one in seals.select(run, step):
+        if damage := export_sealed(one, folder, merge):
             _print_damage(run, one.uri, damage)
         else:
             print(f"{folder}: the model after step {one.step}")
@@ -128,7 +128,7 @@ def main() -> int:
     arguments["run"] = arguments["run"].rstrip("/")
     try:
         set_up_logging()
-        checkpoint_store.require_run_folder(arguments["run"])
+        seals.require_run_folder(arguments["run"])
         return int(command(**arguments))
     except (BadConfig, storage.BadLocation) as error:
         fail(error)
@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--merge", action="store_true", help="of a run that trains adapters, push the whole model instead of them"
     )
-    command.add_argument("--public", action="store_true", help="everybody sees the repository, if it is new")
+    command.add_argument("--public", action="store_true", help="make the repository public, if it is new")
     command.set_defaults(command=push)
     return parser
 

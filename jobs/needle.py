@@ -5,7 +5,7 @@
     python jobs/needle.py --haystack [film-1.mp4,film-2.mp4] --t2v false
 
 Videos are noise, or files of one's own, shown one after the other. Their frames are encoded once, into a local file,
-and every cross-attention reads them from there a part at a time, so that length costs no device memory but that of the
+and every cross-attention reads them from there a chunk at a time, so that length costs no device memory but that of the
 pooled tokens. Prints a table of accuracy, seconds and memory; writes the same as a page and to MLflow. The last line of
 the output is one JSON object. The same command resumes a search that was stopped.
 

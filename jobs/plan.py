@@ -47,7 +47,8 @@ def main() -> int:
         from crosslmm.planning.plan import plan
         from crosslmm.planning.report import print_plan
 
-        planned = plan(config, counts, assumptions)
+        with Console(stderr=True).status("Tracing the model on the meta device, about 30 s for each number of frames"):
+            planned = plan(config, counts, assumptions)
     except ValidationError as error:
         fail(BadConfig(first_error(error)))
     except BadConfig as error:

@@ -60,7 +60,7 @@ def logs(args: argparse.Namespace) -> int:
     ((name, folder),) = run_folder.list_runs(args.storage, [args.name])
     found = run_folder.logs_of(folder)
     if not found:
-        raise BadConfig(f"{name}: {folder} has no logs; a version of crosslmm before they were kept ran it")
+        raise BadConfig(f"{name}: {folder} has no logs: the version of crosslmm that ran it kept none")
     table = Table("started", "of", "file", title=f"{name}: {run_folder.read_run(folder)['tags'].get('ended', '')}")
     for log in found:
         table.add_row(*map(cell, (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(log.time)), log.who, log.file)))

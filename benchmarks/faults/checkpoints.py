@@ -5,8 +5,8 @@ from collections.abc import Callable
 from benchmarks.faults.lab import Attempt, Lab, NotSurvived, fault
 from benchmarks.faults.processes import kill_driver
 from crosslmm import storage
-from crosslmm.train import checkpoint_store
-from crosslmm.train.checkpoint_store import Checkpoint
+from crosslmm.train.checkpoint import seals
+from crosslmm.train.checkpoint.seals import Checkpoint
 
 
 def _damaged(
@@ -15,7 +15,7 @@ def _damaged(
     """Damage the newest checkpoint; the run must log `message` and resume from the previous one."""
     run = lab.start_until_checkpoint(name)
     at = kill_driver(lab, run)
-    newest, previous, *_ = checkpoint_store.list_sealed(lab.folder_of(name))
+    newest, previous, *_ = seals.list_sealed(lab.folder_of(name))
     damage(newest)
     second = lab.start(name).wait()
     missing = [

@@ -25,7 +25,7 @@ from benchmarks.faults import ROOT
 from cluster.local.cluster import LocalCluster
 from crosslmm import storage
 from crosslmm.data.samples.shapes import write_sample_set
-from crosslmm.train import checkpoint_store
+from crosslmm.train.checkpoint import seals
 from tests.support.common import processes
 from tests.support.flaky_store import FlakyStore
 from tests.support.object_store import ObjectStore
@@ -250,7 +250,7 @@ class Lab:
 
     def sealed_step(self, name: str) -> int:
         """Return the step of the newest checkpoint; 0 without one."""
-        return checkpoint_store.latest_step(self.folder_of(name))
+        return seals.latest_step(self.folder_of(name))
 
     def pids(self, title: str) -> list[int]:
         """Return the processes of the lab's cluster whose title starts with `title`, by age of their id."""

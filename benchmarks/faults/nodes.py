@@ -13,7 +13,7 @@ from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 
 from benchmarks.faults.lab import DEADLINE_S, EVERY, FAULT_AFTER, RANK, RESTART, Attempt, Lab, NotSurvived, fault
-from crosslmm.train import checkpoint_store
+from crosslmm.train.checkpoint import seals
 
 ON_NODES = ("--scaling.cpus_per_worker=1.5", "--scaling.cpus_per_decode_worker=1")
 """The head has room for the decoder but no rank; a node for one rank, without a decoder."""
@@ -103,7 +103,7 @@ def node_removed_elastic(lab: Lab, name: str) -> tuple[list[Attempt], float]:
     """With `scaling.num_workers: [1, 2]` the run continues on one rank, and on two when a node is added."""
 
     def ranks() -> int:
-        return checkpoint_store.list_sealed(lab.folder_of(name))[0].world_size
+        return seals.list_sealed(lab.folder_of(name))[0].world_size
 
     with _nodes(lab) as (cluster, nodes):
         settings = ("--scaling.num_workers=[1, 2]", "--scaling.resize_every_s=5")

@@ -9,6 +9,7 @@ import numpy as np
 
 from crosslmm import scoring
 from crosslmm.data.quarantine import QuarantineEntry, to_printable
+from crosslmm.data.sampler import PADDING
 from crosslmm.data.video.decode import VideoFailure
 
 Batch = Any
@@ -26,7 +27,7 @@ class Sample:
     """The row at one position of the run, with its decoded videos or features."""
 
     position: int
-    """Position in the run, see `DeterministicSampler`."""
+    """Position in the run, see `DeterministicSampler`; `PADDING` for no sample."""
     manifest: str
     """Path or URI of its manifest."""
     line: int
@@ -39,7 +40,7 @@ class Sample:
     kind: str | None
     """Category of the question."""
     weight: float
-    """Weight of its loss; 0 for rows that pad an epoch."""
+    """Weight of its loss; 0 for rows that pad an epoch, and for no sample."""
     error: str | None
     """Why its video is unreadable, or why no batch can be made of the row; None if all is well."""
     quarantined: list[dict[str, Any]] = field(default_factory=list)
@@ -48,6 +49,11 @@ class Sample:
     """When each frame of each video appears, counted from the video's first frame [s]."""
     shortfalls: list[str] = field(default_factory=list)
     """Which of its videos gave fewer frames than asked, and why."""
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether there is nothing to see: it is not a sample, or an unreadable one."""
+        return self.position == PADDING or self.error is not None
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,8 @@ class Questions:
 
     asked: list[Question]
     prompts: Callable[[], Batch]
-    """Makes the prompts, the conversations up to the answers. Each has its own copy of the frames, so they are made
-    when they are asked."""
+    """Makes the prompts, the conversations up to the answers; called when they are asked, since each prompt has a copy
+    of its frames."""
 
     def outcomes(self, answers: list[str]) -> list[scoring.Outcome]:
         """Return the outcomes of the answers to the prompts."""
@@ -101,8 +107,9 @@ Made = TypeVar("Made")
 def make_batch(samples: list[Sample], make: Callable[[list[Sample]], Made]) -> tuple[list[Sample], Made]:
     """Return the samples, and the batch that `make` makes of them.
 
-    Whatever `make` raises for a sample belongs to that row, and a restart would meet it again: the row gets an `error`
-    and an entry in `quarantined`, so that it counts like an unreadable one. This is the only place for such errors.
+    An exception that `make` raises for a sample is a defect of that row, which a restart would meet again: the row gets
+    an `error` and an entry in `quarantined`, so that it counts like an unreadable one. No other code handles such
+    exceptions.
     """
     try:
         return samples, make(samples)
@@ -132,7 +139,7 @@ def micro_batches(
 
     Args:
         samples: in any order.
-        size: samples of a micro-batch; ignored if `tokens` is given.
+        size: samples of a micro-batch; used if `tokens` is None.
         tokens: token limit of a micro-batch, padding included: number of samples x length of the longest. Samples are
             sorted by length, so micro-batches need little padding. A longer sample gets a micro-batch of its own.
         length_of: returns a sample's tokens, visual ones included.
@@ -152,7 +159,7 @@ def micro_batches(
 
 def collate(samples: list[Sample], processor: Callable[..., Batch]) -> Batch:
     """Collate one training batch; unreadable samples get weight 0."""
-    messages, videos, times, weights = mask_unreadable(samples)
+    messages, videos, times, weights = mask_blank(samples)
     return processor(messages, videos, weights=weights, times=times)
 
 
@@ -160,11 +167,11 @@ def collate_for_validation(
     samples: list[Sample], processor: Callable[..., Batch], require_room: RequireRoom
 ) -> ValidationBatch:
     """Collate one validation batch; questions about unreadable samples count apart."""
-    messages, videos, times, weights = mask_unreadable(samples)
+    messages, videos, times, weights = mask_blank(samples)
     return ValidationBatch(
         inputs=processor(messages, videos, weights=weights, times=times),
         questions=collate_questions(samples, processor, require_room),
-        idle=Questions([], partial(processor, [PLACEHOLDER_MESSAGES[:1]], [[]], answer=True)),
+        idle=Questions([], partial(processor, [PLACEHOLDER_MESSAGES[:1]], [[]], for_generation=True)),
         unreadable=unreadable_questions(samples),
     )
 
@@ -195,7 +202,7 @@ def collate_questions(
             raise ValueError("the conversation has no answer to compare with")
     slices = [slice(i, i + len(samples)) for i in range(0, len(asked), len(samples))]
     return [
-        Questions(asked[some], partial(processor, prompts[some], videos[some], times=times[some], answer=True))
+        Questions(asked[some], partial(processor, prompts[some], videos[some], times=times[some], for_generation=True))
         for some in slices
     ]
 
@@ -219,14 +226,14 @@ def _count_questions(messages: Any) -> int:
         return 1
 
 
-def mask_unreadable(
+def mask_blank(
     samples: list[Sample],
 ) -> tuple[list[Any], list[list[np.ndarray]], list[list[list[float]]], list[float]]:
     """Return conversations, videos, times of their frames, and weights, with `PLACEHOLDER_MESSAGES` of weight 0 for
-    unreadable samples."""
+    blank samples."""
     return (
-        [PLACEHOLDER_MESSAGES if s.error else s.messages for s in samples],
-        [[] if s.error else s.videos for s in samples],
-        [[] if s.error else s.times for s in samples],
-        [0.0 if s.error else s.weight for s in samples],
+        [PLACEHOLDER_MESSAGES if s.is_blank else s.messages for s in samples],
+        [[] if s.is_blank else s.videos for s in samples],
+        [[] if s.is_blank else s.times for s in samples],
+        [0.0 if s.is_blank else s.weight for s in samples],
     )

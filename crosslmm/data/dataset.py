@@ -27,7 +27,7 @@ from crosslmm.data.feature_format import BF16_BYTES, FeatureRecipe
 from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.manifest import BadManifest, Rows
 from crosslmm.data.quarantine import QuarantineEntry
-from crosslmm.data.sampler import DeterministicSampler
+from crosslmm.data.sampler import PADDING, DeterministicSampler
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
 from crosslmm.data.video.frame_list import describe_video
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 # A block costs Ray Data 30 to 50 ms whatever its size, so small samples share one.
 MAX_BLOCK_BYTES = 16 * 2**20
-"""Largest size of the frames or features of a block, unless a single sample is larger [bytes]."""
+"""Size of the frames or features of a block, at most, if each sample has one video [bytes]."""
 MAX_BLOCK_ROWS = 128
 """Largest number of samples in a block."""
 
@@ -74,16 +74,18 @@ class BlockLayout:
 
     @property
     def samples_per_rank(self) -> int:
-        """Samples of one rank in one optimizer step."""
-        return self.sampler.global_batch_size // self.ranks
+        """Samples of one rank in one optimizer step, padding included: all ranks have equally many."""
+        return -(-self.sampler.global_batch_size // self.ranks)
 
     @property
     def num_blocks(self) -> int:
-        """Total number of blocks: equally many per rank, at least one. Samples after the last step are never read."""
+        """Total number of blocks: equally many per rank, at least one. The last ones may have samples of steps after
+        the last one, which nobody trains on."""
         return self.ranks * max(1, -(-self.steps * self.samples_per_rank // self.rows_per_block))
 
     def positions(self, block: int) -> np.ndarray:
-        """Return the positions of the samples in a block, int64 (rows_per_block,). Block i is for rank i % ranks."""
+        """Return the positions of the samples in a block, int64 (rows_per_block,), `PADDING` for none. Block i is for
+        rank i % ranks."""
         rank, number = block % self.ranks, block // self.ranks
         return self.rank_positions(rank, number * self.rows_per_block + np.arange(self.rows_per_block))
 
@@ -97,22 +99,24 @@ class BlockLayout:
         return positions
 
     def _deal(self, step: int) -> np.ndarray:
-        """Deal the positions of a step to ranks, int64 (ranks, samples_per_rank).
+        """Deal the positions of a step to ranks, int64 (ranks, samples_per_rank), with `PADDING` where they run out.
 
         With `lengths`, the longest samples go to ranks 0, 1, ..., W-1, the next ones to W-1, ..., 1, 0, and so on.
         """
         positions = step * self.sampler.global_batch_size + np.arange(self.sampler.global_batch_size)
+        padding = np.full(self.ranks * self.samples_per_rank - len(positions), PADDING)
         if self.lengths is None:
-            return positions.reshape(self.ranks, self.samples_per_rank)
+            return np.append(positions, padding).reshape(self.ranks, self.samples_per_rank)
         rows, weights = self.sampler.rows_at(positions)
         longest_first = positions[np.argsort(-self.lengths[rows] * weights, kind="stable")]
-        rounds = longest_first.reshape(self.samples_per_rank, self.ranks)
+        rounds = np.append(longest_first, padding).reshape(self.samples_per_rank, self.ranks)
         rounds[1::2] = rounds[1::2, ::-1]
         return np.sort(rounds.T, axis=1)
 
 
 def rows_per_block(data: DataConfig, image_size: int, features: FeatureRecipe | None = None) -> int:
-    """Return the number of samples in a block, 1 to 128: as many as fit into 16 MiB of frames (or of features)."""
+    """Return the number of samples in a block, 1 to 128: as many as fit into 16 MiB of frames (or of features), if each
+    has one video of `num_frames` frames."""
     frame_bytes = image_size**2 * 3 if features is None else features.patches * features.width * BF16_BYTES
     return int(np.clip(MAX_BLOCK_BYTES // (data.num_frames * frame_bytes), 1, MAX_BLOCK_ROWS))
 
@@ -219,10 +223,12 @@ class ReadSamples:
         JSON; `stopped` the fatal error, if there is one.
 
         In training another row replaces an unreadable one. In validation it keeps its position, without frames and with
-        the reason in `error`. Both kinds are listed in `quarantined`.
+        the reason in `error`. All unreadable rows that were tried are listed in `quarantined`.
         """
         positions = self.layout.positions(int(batch["block"][0]))
-        index, weight = self.layout.sampler.rows_at(positions)
+        is_sample = positions != PADDING
+        index, weight = self.layout.sampler.rows_at(np.where(is_sample, positions, 0))
+        weight *= is_sample
         stopped = None
         try:
             rows, videos, quarantined = self._read_or_replace(positions, index, weight)
@@ -266,8 +272,10 @@ class ReadSamples:
         rows: list[dict[str, Any]] = [EMPTY_ROW] * len(index)
         videos: list[list[SampledFrames] | QuarantineEntry] = [[] for _ in index]
         quarantined: list[list[dict[str, Any]]] = [[] for _ in index]
-        pending = list(range(len(index)))
+        pending = np.flatnonzero(positions != PADDING).tolist()
         for attempt in range(1, MAX_SUBSTITUTES + 2):
+            if not pending:
+                break
             numbers = index[pending]
             taken = self.rows.take(numbers)
             for i, row, result in zip(pending, taken, self._read(numbers.tolist(), taken), strict=True):
@@ -275,15 +283,15 @@ class ReadSamples:
                 if isinstance(result, QuarantineEntry):
                     quarantined[i].append(result.to_dict())
             pending = [i for i in pending if isinstance(videos[i], QuarantineEntry) and weight[i]]
-            if self.layout.sampler.seed is None or not pending or attempt > MAX_SUBSTITUTES:
+            if self.layout.sampler.seed is None or attempt > MAX_SUBSTITUTES:
                 break
             for i in pending:
                 index[i] = self.layout.sampler.substitute(int(positions[i]), attempt)
         return rows, videos, quarantined
 
     def _read(self, numbers: list[int], rows: list[dict[str, Any]]) -> list[list[SampledFrames] | QuarantineEntry]:
-        """Return the videos of each row, or the quarantine entry of one of them. Known unreadable rows are not tried
-        again."""
+        """Return the videos of each row, or a quarantine entry if one of them cannot be read. Known unreadable rows are
+        not tried again."""
         new = {number: row for number, row in zip(numbers, rows, strict=True) if number not in self.unreadable}
         decoded = iter(self.decoder([uri for row in new.values() for uri in row["videos"]]))
         videos: dict[int, list[SampledFrames]] = {}

@@ -153,7 +153,7 @@ class FeatureCache:
         """
         self.folder = storage.absolute(folder).rstrip("/")
         try:
-            recipe = storage.read_json(storage.inside(self.folder, RECIPE_FILE))
+            recipe = storage.read_json(storage.safe_join(self.folder, RECIPE_FILE))
             if recipe.get("format") != FORMAT:
                 raise ValueError(f"its format is {recipe.get('format')}, and this version reads {FORMAT}")
             self.recipe = FeatureRecipe.model_validate(recipe)
@@ -189,7 +189,7 @@ class FeatureCache:
         return tables
 
     def _read_index(self, name: str) -> pa.Table:
-        data = storage.read_at_most(storage.inside(self.folder, name), MAX_INDEX_BYTES)
+        data = storage.read_at_most(storage.safe_join(self.folder, name), MAX_INDEX_BYTES)
         table = ParquetFile.from_bytes(data).read(INDEX)
         if missing := [column for column in NEVER_NULL if table[column].null_count]:
             raise ValueError(f"{name} has no {missing[0]} in some row")
@@ -244,7 +244,8 @@ class FeatureCache:
             return list(threads.map(self.read, uris))
 
     def read(self, uri: str) -> SampledFrames | VideoFailure:
-        """Read the features of one video, by one request for its version and one for its bytes; see `__call__`.
+        """Read the features of one video, by one request for its version (for a list of frames, one per frame) and one
+        for its bytes; see `__call__`.
 
         Returns `VideoFailure` if the video could not be encoded.
         """
@@ -267,7 +268,7 @@ class FeatureCache:
                 f"{name}: its entry in the index is damaged; delete {self.folder}/index-*; then {REENCODE_HINT}"
             )
         try:
-            shard = storage.inside(self.folder, str(entry.shard))
+            shard = storage.safe_join(self.folder, str(entry.shard))
             data = storage.read_bytes(shard, entry.offset, entry.offset + size)
         except FileNotFoundError:
             raise BadFeatures(

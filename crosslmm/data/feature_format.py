@@ -9,12 +9,12 @@ import numpy as np
 from pydantic import Field
 
 from crosslmm.config import DataConfig
+from crosslmm.config.schema import Section
 from crosslmm.data.frame_sampling import FrameSampling, Policy
 from crosslmm.data.video.decode import BACKENDS
-from crosslmm.schema import Section
 
 FORMAT = 3
-"""Version of the cache's files, and of the frames that decoding takes from a video; part of the key."""
+"""Version of the cache's files; also raised when the same settings take other frames from a video; part of the key."""
 BF16_BYTES = 2
 """Size of a bfloat16 value [bytes]."""
 
@@ -25,8 +25,8 @@ class FeatureConfig(Section):
     """Where features are stored, and in which format."""
 
     folder: str | None = None
-    """Path or s3:// URI; each combination of encoder and frame policy gets a subfolder. Null: `features` in
-    `storage`."""
+    """Path or s3:// URI; each recipe (encoder, sampling, decoder, image size, precision) gets a subfolder. Null:
+    `features` in `storage`."""
     dtype: DType = "bf16"
     """bf16: two bytes a value; int8: one byte a value, scaled by each token's largest value."""
     price: Annotated[float, Field(ge=0)] = 0.023

@@ -111,7 +111,7 @@ class SampledFrames:
     shortfall: str | None = None
     """Why there are fewer frames than the policy asked for, or frames from a part of the file only; None if neither."""
     is_picture: bool = False
-    """True for the only frame of an image file: its time says nothing."""
+    """Whether it is the only frame of an image or an animation: its time says nothing."""
 
     def __len__(self) -> int:
         return len(self.images)

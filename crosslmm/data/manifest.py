@@ -85,10 +85,8 @@ class Manifest:
         """
         self.uri = storage.absolute(uri)
         self._table: pa.Table | manifest_shards.PreparedTable
-        self._folder = ""
         with manifest_errors(uri):
-            self._folder = base_folder(self.uri)
-            self.roots = [self._folder, *map(storage.absolute, roots)]
+            self.roots = [base_folder(self.uri), *map(storage.absolute, roots)]
             if manifest_shards.is_prepared(self.uri):
                 self._table = manifest_shards.PreparedTable(self.uri, self.roots)
                 self.digest = self._table.digest
@@ -159,7 +157,7 @@ class Manifest:
         with manifest_errors(self.uri):
             table = self._table.videos() if isinstance(self._table, manifest_shards.PreparedTable) else self._table
             table = table.select(["videos", "seconds"])
-            for row, record in enumerate(row for batch in table.to_batches(4096) for row in batch.to_pylist()):
+            for row, record in enumerate(row for batch in table.to_batches(BATCH_ROWS) for row in batch.to_pylist()):
                 durations = record["seconds"] or [None] * len(record["videos"])
                 for video, seconds in zip(record["videos"], durations, strict=True):
                     reference = VideoReference(row, float("nan") if seconds is None else seconds)

@@ -55,7 +55,7 @@ class BadSeal(ValueError):
 
 
 class Part(BaseModel):
-    """What `write_part` returns."""
+    """A part as the seal describes it: name, rows, size of the file and of its footer [bytes], SHA-256."""
 
     name: str
     rows: Annotated[Count, Field(ge=1)]
@@ -65,7 +65,7 @@ class Part(BaseModel):
 
 
 class _About(BaseModel):
-    """How a manifest was made, as far as it is used."""
+    """How a manifest was made: the fields that are read here."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -162,7 +162,7 @@ class PreparedTable:
             BadSeal: it is damaged, or names files outside of the folder.
             OSError: it cannot be read.
         """
-        data = storage.read_at_most(storage.inside(folder, SEAL, roots), MAX_SEAL_BYTES)
+        data = storage.read_at_most(storage.safe_join(folder, SEAL, roots), MAX_SEAL_BYTES)
         content = _parse_seal(data)
         self.folder, self._roots = folder, roots
         self.digest = hashlib.sha256(data).hexdigest()
@@ -229,7 +229,7 @@ class PreparedTable:
         return _require_values(file.read(SCHEMA, [group]))
 
     def _address(self, part: dict[str, Any]) -> str:
-        return storage.inside(self.folder, part["name"], self._roots)
+        return storage.safe_join(self.folder, part["name"], self._roots)
 
 
 def read_table(folder: str, name: str, schema: pa.Schema, roots: Sequence[str] = ()) -> pa.Table:
@@ -240,7 +240,7 @@ def read_table(folder: str, name: str, schema: pa.Schema, roots: Sequence[str] =
         BadLocation: the name leads out of the folder.
         OSError: it cannot be read.
     """
-    data = storage.read_at_most(storage.inside(folder, name, roots), MAX_FILE_BYTES)
+    data = storage.read_at_most(storage.safe_join(folder, name, roots), MAX_FILE_BYTES)
     try:
         return _require_values(ParquetFile.from_bytes(data).read(schema))
     except BadParquet as error:

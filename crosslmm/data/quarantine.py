@@ -29,7 +29,7 @@ class QuarantineEntry:
     id: str
     """Id of the row."""
     uri: str
-    """URI of the unreadable video; empty if the row itself is at fault (stage "process")."""
+    """URI of the unreadable video; empty if no batch can be made of the row."""
     version: str | None
     """ETag of the object when it was tried, if it has one; a later version is tried again."""
     stage: str
@@ -73,7 +73,7 @@ def read_quarantine(folder: str) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     lines: list[bytes] = []
     try:
-        uri = storage.inside(folder, QUARANTINE_FILE)
+        uri = storage.safe_join(folder, QUARANTINE_FILE)
         lines = storage.read_at_most(uri, MAX_QUARANTINE_BYTES).splitlines() if storage.exists(uri) else []
         entries.extend(map(parse_entry, lines))
     except storage.Unavailable:

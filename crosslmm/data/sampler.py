@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+PADDING = -1
+"""Stands for a position where a rank has no sample, because the ranks do not divide the batch."""
+
 
 @dataclass(frozen=True)
 class DeterministicSampler:

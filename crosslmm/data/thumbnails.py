@@ -1,4 +1,4 @@
-"""Small pictures of the frames that the model sees, for pages and the record."""
+"""Small pictures of the frames that the model sees, for HTML pages and MLflow."""
 
 from collections.abc import Sequence
 from fractions import Fraction

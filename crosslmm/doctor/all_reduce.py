@@ -39,7 +39,7 @@ class Rank:
         return ray.util.get_node_ip_address(), ray_runtime.free_port()
 
     def measure(self, meeting: Meeting, rank: int, backend: str) -> float:
-        """Reduce for `DURATION_S` and return the throughput of each rank [bytes/s].
+        """Reduce for `DURATION_S` and return the bytes of the tensor that this rank reduces per second [bytes/s].
 
         Raises:
             RuntimeError: a sum is wrong.

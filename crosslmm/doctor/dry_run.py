@@ -23,8 +23,8 @@ REMEDY = "jobs/train.py would fail in the same way: fix what this names; jobs/pl
 
 
 def train_two_steps(config: RunConfig, manifests: Sequence[Manifest], folder: str) -> Finding:
-    """Train, save a checkpoint and export the model as the run would. A step has as many samples as the workers hold at
-    once, without gradient accumulation.
+    """Train, save a checkpoint and export the model as the run would. With a fixed number of workers and no
+    train.micro_batch_tokens, a step has one micro-batch per worker, without gradient accumulation.
 
     Args:
         config: the run's configuration.
@@ -42,7 +42,7 @@ def train_two_steps(config: RunConfig, manifests: Sequence[Manifest], folder: st
         short = hardware.resolve_checkpointing(hardware.resolve_auto(short, detected), detected)
         hardware.require_float8(short, detected)
         features = open_features(short, Rows(list(manifests)))
-        with lease.look(storage.join(short.storage, str(short.name)), "dry run", "wait").take() as fence:
+        with lease.claim(storage.join(short.storage, str(short.name)), "dry run", "wait").take() as fence:
             job = build_job(short, list(manifests), None, features, fence)
             failure = _fit(job, config.watchdog.startup_s)
     except (BadConfig, storage.Unavailable) as error:

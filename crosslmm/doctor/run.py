@@ -107,6 +107,7 @@ def _node_checks(config: RunConfig, folder: str) -> list[str]:
         "video": has_manifest,
         "MLflow": not _tracks_in_file(config),
         "GPU": config.scaling.use_gpu,
+        "packages": True,
     }
     return [name for name, is_needed in needed.items() if is_needed]
 
@@ -129,8 +130,8 @@ def _check_tracking_file(config: RunConfig) -> list[Finding]:
 
 
 def _check_tokens(reports: findings.Reports) -> list[Finding]:
-    """Check the tokens of the nodes and of the driver. A cluster that this process has started for itself may be
-    without a token, but not with one that others can read."""
+    """Check the tokens of the nodes and of the driver. A cluster that this process has started for itself needs no
+    token; if it has one, no other user may read it."""
     own_cluster = ray_runtime.on_head_node()
     checked = {name: report for name, report in reports.items() if report["token"][0] or not own_cluster}
     driver = findings.token({"driver": {"token": node_probe.token()}})

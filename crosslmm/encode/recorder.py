@@ -18,7 +18,8 @@ from crosslmm.progress import Progress
 log = logging.getLogger(__name__)
 
 INDEX_INTERVAL_S = 5.0
-"""Time between two index files [s]: the most work that a killed job loses. Each index file costs readers a request."""
+"""Time between two index files, at least [s]. A killed job loses what was encoded since the last one. Each index file
+costs readers a request."""
 SOURCE = "the videos"
 """Source in the error budget: all manifests together, as blocks do not say which one a readable video belongs to."""
 

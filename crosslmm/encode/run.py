@@ -100,7 +100,7 @@ def run_encoding(config: RunConfig, settings: FeatureConfig) -> EncodingResult:
     versions = _request_versions(videos, recipe.frame_sampling)
     claim = None
     if _missing_videos(folder, videos, versions):
-        claim = lease.look(folder, "encoding", "wait until it has ended")
+        claim = lease.claim(folder, "encoding", "wait until it has ended")
     missing = _missing_videos(folder, videos, versions)  # another job may just have ended
     _log_estimate(config, settings, recipe, folder, missing, len(videos))
     with claim.take() if claim else contextlib.nullcontext() as fence:

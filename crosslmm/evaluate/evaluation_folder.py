@@ -68,7 +68,7 @@ class EvaluationFolder:
         return begun
 
     def done(self, sizes: Sequence[int]) -> dict[int, list[tuple[int, Reply]]]:
-        """Return (question, reply) of each finished block.
+        """Return the replies of each finished block, by its number: (number of the question, reply).
 
         Args:
             sizes: number of questions of each block; a block with another number of replies is not finished.
@@ -96,10 +96,10 @@ class EvaluationFolder:
         storage.write_bytes(self._file(BLOCKS, block), _joined(lines))
 
     def strips(self) -> Iterator[dict[str, str]]:
-        """Yield, block by block, the strip of frames of each video, as base64 of a JPEG."""
+        """Yield, block by block, the strip of frames of each row of `VideoRows`, as base64 of a JPEG."""
         for name in storage.names_in(storage.join(self.uri, FRAMES)):
             try:
-                data = storage.read_at_most(storage.inside(storage.join(self.uri, FRAMES), name), MAX_BLOCK_BYTES)
+                data = storage.read_at_most(storage.safe_join(storage.join(self.uri, FRAMES), name), MAX_BLOCK_BYTES)
                 lines = [storage.parse_json(line) for line in data.splitlines()]
                 yield {str(line["video"]): str(line["jpeg"]) for line in lines}
             except storage.Unavailable:
@@ -107,11 +107,10 @@ class EvaluationFolder:
             except (OSError, ValueError, TypeError, KeyError):
                 continue  # the page does without
 
-    def write_answers(self, answers: Sequence[Answer]) -> bytes:
-        """Write all judged answers; return the file's content."""
+    def write_answers(self, answers: Sequence[Answer]) -> None:
+        """Write all judged answers."""
         data = _joined([json.dumps(answer.line(), ensure_ascii=False) for answer in answers])
         storage.write_bytes(storage.join(self.uri, ANSWERS_FILE), data)
-        return data
 
     def write(self, name: str, data: bytes) -> str:
         """Write another file of the folder; return its path or URI."""

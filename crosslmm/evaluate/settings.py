@@ -22,7 +22,7 @@ from crosslmm.config import (
     flatten,
     roles_of,
 )
-from crosslmm.schema import FREE, Count, Section, Share
+from crosslmm.config.schema import FREE, Count, Section, Share
 from crosslmm.text import first_error, holds_credentials, one_line
 
 COMMON = ("model", "data", "storage", "name", "scaling.num_workers", "scaling.use_gpu", "tracking.uri")
@@ -46,7 +46,7 @@ class EvaluationSettings(Section):
     only: str | None = None
     """KEY=VALUE: ask only the questions of this group, such as duration=long."""
     limit: Count | None = None
-    """Ask only so many questions, the first ones [questions]."""
+    """Ask only this many questions, from the first one on [questions]."""
     num_frames: Count | None = None
     """Frames of a video, at most; null takes those that the model was trained with [frames]."""
     max_new_tokens: Count | None = None
@@ -85,7 +85,7 @@ class EvaluationSettings(Section):
         if self.promote and not REGISTERED.fullmatch(self.model):
             raise BadConfig(f"--promote {self.promote}: only a registered model (models:/...) can get an alias")
         if self.promote and (self.limit or self.only):
-            raise BadConfig(f"--promote {self.promote}: a part of the questions (--limit, --only) decides nothing")
+            raise BadConfig(f"--promote {self.promote}: takes all questions; leave out --limit and --only")
         for key, value in flatten(self.model_dump()).items():
             for text in value if isinstance(value, list) else [value]:
                 if holds_credentials(str(text)):
@@ -112,8 +112,11 @@ class Overrides:
 
     def __init__(self, given: dict[str, Any]) -> None:
         for key in flatten(given):
-            if FREE not in roles_of(key):
-                raise BadConfig(f"{key}: belongs to the model, or is unknown; an evaluation takes it from the model")
+            roles = roles_of(key)
+            if not roles:
+                raise BadConfig(f"{key}: there is no such setting")
+            if FREE not in roles:
+                raise BadConfig(f"{key}: belongs to the model, from which an evaluation takes it; leave it out")
         self.given = given
         sections: dict[str, type[Section]] = {"scaling": ScalingConfig, "tracking": TrackingConfig}
         for key, section in sections.items():
@@ -136,7 +139,7 @@ class Overrides:
             roots: folders that videos may lie in.
         """
         data = _merged(trained.data.model_dump(), self.given.get("data", {}))
-        # Nothing of the training data is read: no decoders are reserved for its validation.
+        # The data of the training run are not read, and no decoders are reserved for its validation.
         data |= {"validation_manifest": None, "features": None, "roots": list(roots)}
         data |= {"num_frames": num_frames} if num_frames else {}
         scaling = _merged(trained.scaling.model_dump(), self.given.get("scaling", {}))
@@ -200,7 +203,7 @@ def _read_config(name: str) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise BadConfig(f"--config {name}: cannot be read: {one_line(str(error))}") from None
     if not isinstance(values, dict):
-        raise BadConfig(f"--config {name}: is no YAML of keys and values")
+        raise BadConfig(f"--config {name}: is not YAML with keys and values")
     return values
 
 

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 EXPORTED = (*WEIGHTS, *TOKENIZER, "generation_config.json", "processor_config.json", MODEL_CONFIG_FILE)
 """Files of an exported model that are opened."""
 ANSWER_TOKENS = 64
-"""Least default of the length limit of an answer [tokens]."""
+"""Lower limit of the default `max_new_tokens` [tokens]."""
 NO_VIDEO = "video cannot be read or lies outside the roots"
 """What the sender of a row learns about its video: neither whether a file exists nor what is in it."""
 
@@ -45,7 +45,7 @@ class Answerer:
 
     Args:
         folder: folder (path, s3:// URI or hub name) with weights, processor and `run.yaml`, as
-            `crosslmm.train.checkpoint.export` writes it.
+            `crosslmm.train.checkpoint.export.export` writes it.
         device: device to compute on; default: a GPU if there is one, else the CPU.
         adapter: folder of an adapter (path or s3:// URI) that belongs to this model. Its own processor and `run.yaml`
             apply, if it has them.
@@ -168,7 +168,7 @@ class Answerer:
         self, conversations: Sequence[list[dict[str, Any]]], videos: Sequence[SampledFrames], max_new_tokens: int
     ) -> list[str]:
         images, times = [[video.images] for video in videos], [[video.times.tolist()] for video in videos]
-        prompts = self.processor(conversations, images, times=times, answer=True)
+        prompts = self.processor(conversations, images, times=times, for_generation=True)
         return greedy_answers(self.model, self.processor, prompts, max_new_tokens)
 
     def start_conversation(self, video: str) -> "Conversation":
@@ -216,7 +216,7 @@ class Conversation:
         processor, model = self.answerer.processor, self.answerer.model
         messages = [*self.messages, _user_message(question, None if self.messages else self.video)]
         times = [[self.video.times.tolist()]]
-        prompt = processor([messages], [[self.video.images]], times=times, answer=True).to(self.answerer.device)
+        prompt = processor([messages], [[self.video.images]], times=times, for_generation=True).to(self.answerer.device)
         ids = prompt["input_ids"][0]
         out = model.generate(
             **prompt,

@@ -180,7 +180,7 @@ def push(folder: Path, name: str, private: bool) -> str:
 
 
 def is_hub_target(target: str) -> bool:
-    """Return whether a push goes to the hub: owner/name, which is no folder of this machine."""
+    """Return whether a push goes to the hub: owner/name, which is not a folder of this machine."""
     return bool(HUB_NAME.fullmatch(target)) and not Path(target).exists()
 
 

@@ -58,7 +58,7 @@ class VideoAnswers(PythonModel):
         for start in range(0, len(model_input), BATCH_ROWS):
             rows = model_input.iloc[start : start + BATCH_ROWS]
             results += self.answerer.answer_rows(list(rows["video"]), list(rows["question"]), self.roots, limit)
-        # object: a column of strings would turn None into NaN, which is no JSON.
+        # object: a column of strings would turn None into NaN, which is not JSON.
         return pd.DataFrame(results, columns=["answer", "error"], dtype=object)
 
     def _length_limit(self, params: dict[str, Any]) -> int | None:

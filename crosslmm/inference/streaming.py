@@ -1,10 +1,10 @@
 """Answer about videos of any length: the frames' features stay where they are (host memory or a file), and every
-cross-attention reads them a part at a time, with its keys and values made for that part only.
+cross-attention reads them a chunk of frames at a time, with its keys and values made for that chunk only.
 
-On the device are the pooled tokens of all frames, as in every answer, and a part of the patches. The arithmetic is that
-of `crosslmm.model.cross_attention`; the softmax over all patches is put together from those of the parts. Axis
+On the device are the pooled tokens of all frames, as in every answer, and the patches of one chunk. The arithmetic is
+that of `crosslmm.model.cross_attention`; the softmax over all patches is put together from those of the chunks. Axis
 suffixes: B sample (one), L position, F frame, P patch, V pooled token, D width, H head, C channel of a head, Q query,
-S patch of a part.
+S patch of a chunk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,33 +35,33 @@ class FrameFeatures(Protocol):
 
 
 class StreamedVideo:
-    """One video, whose features are read a part at a time.
+    """One video, whose features are read a chunk of frames at a time.
 
     Args:
         model: in eval mode.
         features: of its frames.
-        part: frames that are read at once [frames].
+        chunk_frames: frames that are read at once [frames].
     """
 
-    def __init__(self, model: Any, features: FrameFeatures, part: int) -> None:
-        self.model, self.features, self.part = model, features, part
+    def __init__(self, model: Any, features: FrameFeatures, chunk_frames: int) -> None:
+        self.model, self.features, self.chunk_frames = model, features, chunk_frames
         parameter = next(model.projector.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
-    def _parts(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the first frame of each part, and its features (F, P, D) on the device."""
-        for start in range(0, len(self.features), self.part):
-            yield start, self.features[start : start + self.part].to(self.device, self.dtype)
+    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first frame of each chunk, and its features (F, P, D) on the device."""
+        for start in range(0, len(self.features), self.chunk_frames):
+            yield start, self.features[start : start + self.chunk_frames].to(self.device, self.dtype)
 
     def pooled(self) -> Tensor:
         """Return the pooled tokens of all frames, (F * V, D)."""
         config = self.model.config
-        parts = [self.model.projector(pool(x, config.pool_stride, config.pooling)) for _, x in self._parts()]
-        return torch.cat(parts).flatten(0, 1)
+        chunks = [self.model.projector(pool(x, config.pool_stride, config.pooling)) for _, x in self._chunks()]
+        return torch.cat(chunks).flatten(0, 1)
 
-    def tokens(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the first frame of each part, and its projected patches (F, P, D)."""
-        for start, x_FPD in self._parts():
+    def projected(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first frame of each chunk, and its projected patches (F, P, D)."""
+        for start, x_FPD in self._chunks():
             yield start, self.model.projector(x_FPD)
 
 
@@ -72,9 +72,10 @@ def stream_answer(
     messages: list[dict[str, Any]],
     features: FrameFeatures,
     max_new_tokens: int,
-    part: int = 64,
+    chunk_frames: int = 64,
 ) -> str:
-    """Return the greedy answer to a conversation with one video, as `greedy_answers` would, in bounded memory.
+    """Return the greedy answer to a conversation with one video, as `greedy_answers` would, with the patches of
+    `chunk_frames` frames on the device at a time. Pooled tokens and the cache still grow with the video.
 
     Args:
         model: in eval mode.
@@ -82,17 +83,17 @@ def stream_answer(
         messages: the conversation, with one video part.
         features: of the video's frames.
         max_new_tokens: length limit of the answer [tokens].
-        part: frames whose patches are on the device at once [frames].
+        chunk_frames: frames whose patches are on the device at once [frames].
 
     Raises:
         ValueError: the conversation is longer than the decoder's context.
     """
     frames = [[np.zeros((len(features), 1, 1), np.uint16)]]  # the processor counts them
-    ids = processor([messages], frames, answer=True, features=(1, 1))["input_ids"]
+    ids = processor([messages], frames, for_generation=True, features=(1, 1))["input_ids"]
     limit = model.config.text_config.max_position_embeddings
     if ids.shape[1] + max_new_tokens - 1 > limit:
         raise ValueError(f"{len(features)} frames take {ids.shape[1]} positions, and the decoder has {limit}")
-    video = StreamedVideo(model, features, part)
+    video = StreamedVideo(model, features, chunk_frames)
     decoder = _Decoder(model, video, ids.to(video.device))
     ends = {processor.tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)}
     answer: list[int] = []
@@ -181,21 +182,21 @@ class _Decoder:
 
     def _attend_by_frame(self, branch: Any, x_QD: Tensor, visual: bool) -> Tensor:
         """Let the pooled tokens of each frame attend to its own patches: (Q, D) -> (Q, H * C)."""
-        parts = []
+        attended_chunks = []
         tokens = self.model.config.tokens_per_frame
-        for start, x_FPD in self.video.tokens():
+        for start, x_FPD in self.video.projected():
             queries_FVD = x_QD[start * tokens : (start + len(x_FPD)) * tokens].unflatten(0, (-1, tokens))
             query_FHVC = branch._query(queries_FVD, queries_FVD.new_zeros(queries_FVD.shape[:2]))
             key_FHSC, value_FHSC = (branch._heads(x) for x in branch._project(x_FPD).chunk(2, dim=-1))
             groups = branch.num_key_value_groups
             key_FHSC, value_FHSC = (x.repeat_interleave(groups, dim=1) for x in (key_FHSC, value_FHSC))
             attended = nn.functional.scaled_dot_product_attention(query_FHVC, key_FHSC, value_FHSC)
-            parts.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
-        return torch.cat(parts)
+            attended_chunks.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
+        return torch.cat(attended_chunks)
 
     def _keys_and_values(self, branch: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield keys and values of the patches of each part, float32 (H, S, C), H that of the queries."""
-        for start, x_FPD in self.video.tokens():
+        """Yield keys and values of the patches of each chunk, float32 (H, S, C), H that of the queries."""
+        for start, x_FPD in self.video.projected():
             key_1SC, value_1SC = branch._project(x_FPD).flatten(0, 1)[None].chunk(2, dim=-1)
             key_1HSC, value_1HSC = branch._heads(key_1SC), branch._heads(value_1SC)
             if branch.rotary:
@@ -209,7 +210,7 @@ class _Decoder:
 
 
 class _OnlineSoftmax:
-    """Softmax attention over keys that come in parts (Milakov and Gimelshein, 2018).
+    """Softmax attention over keys that come in chunks (Milakov and Gimelshein, 2018).
 
     Args:
         query_HQC: scaled queries, float32.
@@ -221,7 +222,7 @@ class _OnlineSoftmax:
         self.total_HQ1 = torch.zeros_like(self.largest_HQ1)
 
     def add(self, key_HSC: Tensor, value_HSC: Tensor) -> None:
-        """Add a part of the keys, float32, for some queries at a time: not all scores fit into memory."""
+        """Add a chunk of the keys, float32, for some queries at a time: not all scores fit into memory."""
         heads, patches = key_HSC.shape[:2]
         at_once = max(1, MOST_SCORES // (heads * patches))
         for start in range(0, self.query_HQC.shape[1], at_once):

@@ -15,7 +15,8 @@ The rule by which a folder changes hands:
   differ. Time in which the store does not answer does not count.
 - An owner with a heartbeat in that time is alive, and the newcomer is refused. It is refused at once if the owner is a
   running process of the same machine.
-- An owner that cannot beat (the store is away, the process was stopped) goes on until it finds that it was replaced.
+- An owner that cannot send heartbeats (the store is unreachable, the process was stopped) goes on until it finds that
+it was replaced.
 """
 
 import logging
@@ -80,7 +81,7 @@ class Claim:
         return _Lease(Fence(self.folder, number, owner.token), owner)
 
 
-def look(folder: str, work: str, instead: str) -> Claim:
+def claim(folder: str, work: str, instead: str) -> Claim:
     """Wait until it is clear that nobody owns a folder. Decides at once if it is known whether the last owner runs or
     has ended; watches for `LEASE_S` otherwise.
 

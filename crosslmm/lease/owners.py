@@ -45,7 +45,7 @@ class Owner:
     """How long it has owned the folder, by its own clock [s]."""
     beats: int = 0
     ended: bool = False
-    """Whether it ended in order."""
+    """Whether it has released the folder."""
 
     @classmethod
     def this_process(cls, work: str) -> Self:
@@ -137,7 +137,7 @@ def newest(folder: str, known: int | None = None) -> Entry | None:
 def read(folder: str, number: int) -> Entry | None:
     """Return an owner's file; None if there is no such number."""
     try:
-        return Entry(number, storage.read_at_most(storage.inside(folder, _name(number)), MAX_FILE_BYTES))
+        return Entry(number, storage.read_at_most(storage.safe_join(folder, _name(number)), MAX_FILE_BYTES))
     except FileNotFoundError:
         return None
     except (
@@ -151,7 +151,7 @@ def read(folder: str, number: int) -> Entry | None:
 def create(folder: str, number: int, owner: Owner) -> bool:
     """Make an owner's file unless there is one; return whether it is this owner's."""
     uri, content = _file(folder, number), _content(owner)
-    # The second call fails, unless the store takes no conditions.
+    # A store that ignores If-None-Match lets the second call succeed, too: it cannot tell owners apart.
     if storage.create_bytes(uri, content) and storage.create_bytes(uri, content):
         time.sleep(SETTLE_S)
     entry = read(folder, number)
@@ -176,7 +176,7 @@ def _content(owner: Owner) -> bytes:
 
 
 def _process(pid: int) -> str:
-    """Return what tells a living process from all others of all machines; empty if there is none, or no /proc."""
+    """Return what identifies a living process among those of all machines; empty if there is none, or no /proc."""
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = Path("/proc/self/ns/pid").readlink()

@@ -22,7 +22,7 @@ def greedy_tokens(model: Any, prompts: BatchFeature, max_new_tokens: int, **opti
 
     Args:
         model: in eval mode.
-        prompts: of the processor, with `answer=True`, on any device; copied to the model's.
+        prompts: of the processor, with `for_generation=True`, on any device; copied to the model's.
         max_new_tokens: length limit of an answer [tokens].
         options: further arguments of `generate`.
     """

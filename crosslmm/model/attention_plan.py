@@ -3,8 +3,8 @@
 A conversation may hold several videos (an image is a video of one frame), with text before, between and after them.
 A pooled visual token attends to its own video, or only to its own frame. A text token attends to every video before
 it, so an answer never depends on a later video, and a cache stays valid when the conversation goes on. Text inside a
-video, the times of its frames, attends to the videos before this one: were it to attend to the frames before it, each
-time would need keys of its own.
+video, the times of its frames, attends to the videos before this one: if it attended to the frames before it, too, each
+time would be a group of its own.
 
 The lengths are Python numbers and the indices travel with the batch, so that a forward pass never waits for a value
 that a GPU has to compute first.
@@ -52,8 +52,8 @@ class VideoPlan:
     """Text after a video, in the order of the rows."""
     padding: Padding
     """On which side samples are padded."""
-    tokens: int
-    """Positions that are no padding."""
+    num_tokens: int
+    """Positions that are not padding."""
     indices_N: Tensor
     """int64: all indices in one tensor, which is copied to a device at once; read them by the properties."""
 
@@ -137,7 +137,7 @@ def plan_videos(
             for group, rows in zip(groups.tolist(), sizes.tolist(), strict=True)
         ),
         padding=_padding(is_real_BL),
-        tokens=int(is_real_BL.sum()),
+        num_tokens=int(is_real_BL.sum()),
         indices_N=torch.cat([
             is_video_BL.flatten().nonzero()[:, 0], text_rows_N, frames_before_N,
             _count_up(videos), _count_up(samples), num_frames_B,
@@ -195,7 +195,7 @@ class AttentionPlan:
     frame_N: Tensor
     """int64: frame of each query, for rotary positions."""
     key_frame_F: Tensor
-    """int64: frame of each key, for rotary positions."""
+    """int64 (F,): number of each frame, which is the rotary position of all its patches."""
     groups: list[Group]
     """In the order of `rows_N`."""
 

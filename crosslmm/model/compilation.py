@@ -13,7 +13,8 @@ def compile_blocks(model: CrossLMMForConditionalGeneration, backend: str = "indu
     """Compile encoder layers, decoder layers, and norms and projections of the cross-attentions, each as one graph.
 
     What depends on the data, such as who attends to which frames, stays outside of them. Module names, parameters and
-    hooks (those of FSDP) stay as they are. Frames and positions are dynamic shapes: no batch is compiled for itself.
+    hooks (those of FSDP) stay as they are. Frames and positions are dynamic shapes: no batch shape is compiled
+    separately.
 
     Args:
         model: on any device, the meta device included.

@@ -96,7 +96,7 @@ class VideoGenerationMixin(_Base):
         return generation_config
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """Add one that keeps the model from saying a placeholder, which only stands for a frame."""
+        """Add one that keeps the model from generating the placeholder of a video, which only stands for a frame."""
         processors: LogitsProcessorList = super()._get_logits_processor(*args, **kwargs)
         if (placeholder := self.config.video_token_id) is not None:
             processors.append(SuppressTokensLogitsProcessor([placeholder], device=kwargs.get("device") or "cpu"))

@@ -141,8 +141,8 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
                 does not run. A batch without frames has F = 0, so that all ranks run the same modules.
             num_frames: int64 (B, M), frames of each video (an image is a video of one frame); zero pads samples with
                 fewer videos.
-            plan: of the same batch, from the processor. Without it, or if `input_ids` are longer by now, the model
-                makes one, for which the host waits for `input_ids`, `attention_mask` and `num_frames`.
+            plan: attention plan of the same batch, from the processor. Without it, or if `input_ids` are longer by now,
+                the model makes one, for which the host waits for `input_ids`, `attention_mask` and `num_frames`.
             frame_exchange: encodes the frames together with other ranks: called with `encode` and `pixel_values`, it
                 returns what `encode` alone would. Without it, the frames are encoded here.
             attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
@@ -335,7 +335,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         if num_frames_BM is not None:
             torch._assert_async((num_frames_BM.sum(dim=1) == plan.num_frames_B).all(), other)
         if mask_BL is not None:
-            torch._assert_async(mask_BL.sum() == plan.tokens, other)
+            torch._assert_async(mask_BL.sum() == plan.num_tokens, other)
         return plan
 
     def _make_plan(self, is_video_BL: Tensor, num_frames_BM: Tensor, mask_BL: Tensor | None) -> VideoPlan:
@@ -414,7 +414,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         decoder = self.language_model.model
         is_2d = attention_mask is not None and attention_mask.ndim == 2
         if is_2d and cache is not None and x_BLD.shape[1] == 1 and decoder.config._attn_implementation == "sdpa":
-            # A single query sees all that is no padding. Transformers would ask whether there is any, and wait.
+            # A single query sees all that is not padding. Transformers would ask whether there is any, and wait.
             mask_BL = cast(Tensor, attention_mask)
             if not cache.is_compileable and mask_BL.shape[1] == cache.get_mask_sizes(1, 0)[0]:
                 return mask_BL.bool()[:, None, None, :]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def pooled_grid(grid: int, stride: int) -> int:
-    """Return the cells along one side, ceil(grid / stride). The last one may be smaller than `stride`."""
+    """Return the number of cells along one side, ceil(grid / stride). The last one may be smaller than `stride`."""
     return -(-grid // stride)
 
 

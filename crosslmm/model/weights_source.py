@@ -98,7 +98,7 @@ def _fetch(folder: str, name: str, target: Path, revision: str | None) -> bool:
     if Path(folder).is_dir():
         path = _inside(Path(folder), name)
     else:
-        # Only the first file must exist: another that is missing must not look like a hub that does not answer.
+        # Only the first file must exist. Where another is missing, that must not be reported as a failure of the hub.
         first = name in CONFIG or name.endswith(".gguf")
         path = cached_file(folder, name, revision=revision, _raise_exceptions_for_missing_entries=first)
     if path is None:
@@ -121,7 +121,7 @@ def _inside(folder: Path, name: str) -> str | None:
     # Files in a folder of the hub's cache are links to ../../blobs.
     in_cache = snapshots.name == "snapshots" and not blobs.is_symlink()
     try:
-        path = storage.inside(str(folder.absolute()), name, [str(blobs)] if in_cache else [])
+        path = storage.safe_join(str(folder.absolute()), name, [str(blobs)] if in_cache else [])
     except storage.LeadsOut:
         raise ValueError(f"{name} is a link that leads out of the folder; put the file itself there") from None
     return path if Path(path).is_file() else None
@@ -131,7 +131,7 @@ def _names_in(file: Path, key: str, pattern: str) -> list[str]:
     """Return the names of files under a key of a JSON file, sorted.
 
     Raises:
-        ValueError: it is no such JSON, or a name has path parts or does not match `pattern`.
+        ValueError: it is not such JSON, or a name has path parts or does not match `pattern`.
     """
     try:
         names = json.loads(file.read_bytes()).get(key, [])

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from crosslmm.schema import Count, Section, Share
+from crosslmm.config.schema import Count, Section, Share
 
 
 class Range(NamedTuple):
@@ -65,9 +65,9 @@ class Assumptions(Section):
     """Price of one GPU [USD/hour]; null uses the built-in example price."""
     hfu: PositiveShare | tuple[PositiveShare, PositiveShare] = (0.14, 0.3)
     """Hardware FLOPs utilisation: share of the GPU's dense FLOP/s that a training step reaches, with what the backward
-    pass computes again; a number, or [low, high]. MFU, without it, follows. Measured: 0.19 and 0.24, the two stages of
-    the 2B in bf16 on one H200 (MFU 0.18 and 0.19). The default is a quarter wider either way, since neither another
-    model nor several GPUs have been measured."""
+    pass computes again; a number, or [low, high]. MFU, which leaves it out, follows from it. Measured: 0.19 and 0.24,
+    the two stages of the 2B in bf16 on one H200 (MFU 0.18 and 0.19). The default is a quarter wider either way, since
+    neither another model nor several GPUs have been measured."""
     reserve: Share = 0.1
     """Share of the GPU's memory reserved for CUDA's context, NCCL's buffers and fragmentation."""
     text_tokens: Count = 60
@@ -84,7 +84,7 @@ class Assumptions(Section):
     decode_speed: Positive = 62.0
     """Seconds of video that one core decodes per second, decoding all of it (measured: 60 s in 0.97 s)."""
     storage_price: NotNegative = 0.023
-    """Price of stored videos, checkpoints and model [USD per GB and month]; that of S3 Standard."""
+    """Price of stored videos, checkpoints and model [USD per GB-month]; that of S3 Standard."""
     traffic_price: NotNegative = 0.0
     """Price of reading from the store [USD/GB]: nothing within a cloud's region, 0.02 to 0.09 from outside."""
     request_price: NotNegative = 0.0004

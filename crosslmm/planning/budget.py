@@ -3,7 +3,7 @@
 import time
 
 from crosslmm.config import BadConfig
-from crosslmm.schema import Limit, Section
+from crosslmm.config.schema import Limit, Section
 
 
 class Budget(Section):
@@ -33,12 +33,12 @@ class Budget(Section):
             return f"the {self.hours:g} hours of --hours are spent"
         cost = worker_seconds / 3600 * (self.price or 0)
         if self.dollars and cost >= self.dollars:
-            return f"the {self.dollars:g} dollars of --dollars are spent: {worker_seconds / 3600:.2f} hours of a worker"
+            return f"the {self.dollars:g} dollars of --dollars are spent: {worker_seconds / 3600:.2f} worker-hours"
         return None
 
 
 class Meter:
-    """Counts what one start of a job takes, from its construction on.
+    """Counts the time of one start of a job, and the worker time of all its starts, from its construction on.
 
     Args:
         budget: of the job.

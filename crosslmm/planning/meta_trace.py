@@ -27,7 +27,7 @@ FLASH_FLOPS = {
 }
 
 
-class Moment(NamedTuple):
+class MemorySnapshot(NamedTuple):
     """Memory in use at one moment, without parameters [bytes]."""
 
     kept: int
@@ -63,13 +63,13 @@ class Trace:
         """Size of the tensors that outlive the pass [bytes]."""
         return sum(event.nbytes for event in self.events if event.storage in self.kept)
 
-    def peak(self, with_kept: bool) -> Moment:
+    def peak(self, with_kept: bool) -> MemorySnapshot:
         """Return the moment of peak memory, with or without the tensors that outlive the pass.
 
         `logits` is the peak of the logits alone, even if they are freed by then and other tensors reuse their memory.
         """
         kept, logits, other = 0, 0, self.inputs
-        highest, most_logits = Moment(kept, logits, other), 0
+        highest, most_logits = MemorySnapshot(kept, logits, other), 0
         for event in self.events:
             if event.storage in self.kept:
                 kept += event.nbytes if with_kept else 0
@@ -79,7 +79,7 @@ class Trace:
             else:
                 other += event.nbytes
             if kept + logits + other > sum(highest):
-                highest = Moment(kept, logits, other)
+                highest = MemorySnapshot(kept, logits, other)
         freed = min(most_logits, highest.logits + highest.other) - highest.logits
         return highest._replace(logits=highest.logits + freed, other=highest.other - freed)
 
@@ -101,7 +101,7 @@ def trace(
     Args:
         call: the pass. Its result and gradients outlive it; everything else must be freed when it returns.
         parameters: parameters and buffers, on the meta device; not counted.
-        inputs: tensors on the meta device that live throughout; counted as `Moment.other`.
+        inputs: tensors on the meta device that live throughout; counted as `MemorySnapshot.other`.
         vocabulary: size of the last axis by which logits are recognised.
         fused_norm: trace RMSNorm as one kernel, as on CUDA; otherwise as five operators, as on CPUs.
         identical_layers: layers of one shape. Without gradients each call costs the same, so only one is run.

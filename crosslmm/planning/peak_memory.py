@@ -130,7 +130,7 @@ def _batch(
 
 
 def compute_bytes(config: RunConfig) -> int:
-    """Return the size of a parameter while it is computed with [bytes]."""
+    """Return the size of a parameter in the precision of the computation [bytes]."""
     return 2 if config.in_bf16 else 4
 
 

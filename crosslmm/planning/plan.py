@@ -265,8 +265,8 @@ def _trace_key(config: RunConfig, frames: int) -> tuple[int, Checkpointing, int]
 
 
 def _changes(config: RunConfig, frames: int, gpu: str) -> Iterator[tuple[str, RunConfig, int, str]]:
-    """Yield changes: no hybrid sharding; without it, smaller micro-batches, checkpointing, both; with both: more GPUs,
-    larger GPUs, fewer frames."""
+    """Yield changes: (1) no hybrid sharding; besides it, (2) smaller micro-batches, (3) full recomputation, (4) both;
+    besides these, (5) more GPUs, (6) larger GPUs, (7) fewer frames."""
     micro, workers = config.train.micro_batch_size, config.scaling.most_workers
     tokens = config.train.micro_batch_tokens
     sharded: dict[str, object] = {"scaling.workers_per_replica": None} if config.scaling.workers_per_replica else {}

@@ -1,5 +1,6 @@
 """Prints a plan as a table."""
 
+import json
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -52,7 +53,7 @@ def print_plan(planned: Plan, console: Console) -> None:
     console.print(NOT_INCLUDED)
     console.print("assumptions (change one with its argument):")
     for name, value in {**planned.assumptions, "price": planned.price}.items():
-        console.print(f"  --{name} {list(value) if isinstance(value, tuple) else value}")
+        console.print(f"  --{name} {json.dumps(value)}")
 
 
 def _recommendation(row: Row) -> str:

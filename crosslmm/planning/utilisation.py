@@ -20,7 +20,7 @@ class Utilisation:
 
     @classmethod
     def of(cls, config: RunConfig, gpu: str | None) -> Self | None:
-        """Return that of a run; None on CPUs, and on a GPU whose peak is not known.
+        """Return the utilisation of a run; None on CPUs, and on a GPU whose peak is not known.
 
         FLOPs per frame are those of a sample with `data.num_frames` frames and as much text as plans assume. So this is
         an estimate where videos have fewer frames, and text alone counts as no work.

@@ -8,13 +8,13 @@ from crosslmm.data.manifest import Manifest
 from crosslmm.preflight import cluster_probe, findings, node_probe
 from crosslmm.preflight.findings import Finding
 
-CHECKS = ("storage", "manifest", "decoder")
+CHECKS = ("storage", "manifest", "decoder", "packages")
 """Names in `node_probe.CHECKS` of what every run checks on the other nodes."""
 
 
 def require_ready(config: RunConfig, manifests: Sequence[Manifest]) -> None:
     """Check this machine (storage, disk, token) and, if the cluster has further nodes, their versions, clock, disk,
-    storage, manifest and decoder. Nodes that do not answer are ignored: they may be shutting down.
+    storage, manifest, decoder and packages. Nodes that do not answer are ignored: they may be shutting down.
 
     Raises:
         BadConfig: the first failure, with its remedy.

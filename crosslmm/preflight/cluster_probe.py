@@ -92,12 +92,14 @@ def probe_nodes(
 def node_fields(name: str, node: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a probe's request that differ between nodes."""
     scaling = request["config"]["scaling"]
-    runs_drivers, trains = (scaling[key].items() <= node["Labels"].items() for key in ("drive_on", "train_on"))
+    runs_drivers, may_train = (scaling[key].items() <= node["Labels"].items() for key in ("drive_on", "train_on"))
+    gpus = node["Resources"].get("GPU", 0) if scaling["use_gpu"] else 0
     return {
         "node": name,
-        "gpus": node["Resources"].get("GPU", 0) if scaling["use_gpu"] else 0,
+        "gpus": gpus,
+        "trains": may_train and (gpus > 0 or not scaling["use_gpu"]),
         "runs_drivers": runs_drivers,
-        "writes_storage": runs_drivers or trains,
+        "writes_storage": runs_drivers or may_train,
     }
 
 

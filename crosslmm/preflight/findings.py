@@ -38,6 +38,7 @@ REMEDIES = {
     ("MLflow", ""): "start the server, correct --tracking.uri, or open the network to it (without it the record stays "
     "in the run's folder)",
     ("MLflow", "refuses"): "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in its environment",
+    ("packages", ""): "pip install it there (extras fp8 and flash of pyproject.toml), or do without the setting",
     ("GPU", ""): "check nvidia-smi there; start Ray with as many GPUs as work, and install a CUDA build of torch",
 }  # fmt: skip
 """Remedies by check and class of the error; the class "" stands for all other errors."""
@@ -174,7 +175,8 @@ def token(reports: Reports) -> list[Finding]:
 
 
 def node_checks(reports: Reports) -> list[Finding]:
-    """Return the results of the nodes' own checks: storage, manifest, video, decoder, MLflow, GPU."""
+    """Return the results of the nodes' own checks: storage, manifest, video, decoder, MLflow, GPU,
+    packages."""
     by_check: dict[str, list[Finding]] = {}
     for node, report in reports.items():
         for name, error, message in report["checks"]:

@@ -1,4 +1,4 @@
-"""Detects GPU and bf16; picks precision and kernels."""
+"""Detects the GPU; chooses what the configuration leaves to it: precision, kernels, recomputation."""
 
 import importlib.util
 import logging
@@ -50,6 +50,8 @@ class Hardware:
     """Whether the GPU computes in bf16."""
     float8: bool = False
     """Whether the GPU computes in FP8."""
+    torchao: bool = False
+    """Whether torchao is installed beside the GPU."""
     nccl: str = ""
     """Version of NCCL."""
 
@@ -64,6 +66,7 @@ def detect_local() -> Hardware:
         memory_bytes=torch.cuda.get_device_properties().total_memory,
         bf16=capability >= (8, 0),  # Ampere
         float8=capability >= (8, 9),  # Ada
+        torchao=importlib.util.find_spec("torchao") is not None,
         nccl=".".join(map(str, torch.cuda.nccl.version())),
     )
 
@@ -139,16 +142,18 @@ def resolve_checkpointing(config: RunConfig, hardware: Hardware) -> RunConfig:
 
 
 def require_float8(config: RunConfig, hardware: Hardware) -> None:
-    """Check that a run with train.float8 can compute in FP8, or emulate it.
+    """Check that a run with train.float8 can compute in FP8, or emulate it. A driver that has no GPU needs no torchao.
 
     Raises:
-        BadConfig: torchao is not installed, or the GPU has no FP8.
+        BadConfig: torchao is not installed where the run trains, or the GPU has no FP8.
     """
     if not config.train.float8:
         return
-    if importlib.util.find_spec("torchao") is None:
+    installed = hardware.torchao if hardware.gpu else importlib.util.find_spec("torchao") is not None
+    if not installed:
         raise BadConfig(
-            "train.float8: torchao is not installed; pip install torchao (the extra fp8), or set train.float8 to false"
+            f"train.float8: torchao is not installed {'beside the GPU' if hardware.gpu else 'here'}; pip install "
+            "torchao there (the extra fp8), or set train.float8 to false"
         )
     if hardware.gpu and not hardware.float8:
         raise BadConfig(

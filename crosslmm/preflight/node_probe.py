@@ -52,7 +52,8 @@ def probe_node(request: dict[str, Any]) -> dict[str, Any]:
             `checks`: names in `CHECKS`;
             `manifests`, `videos` (one readable video is enough), `image_size` [pixels]: what those checks read;
             `gpus`: number of GPUs that Ray assigns on this node;
-            `runs_drivers`: drivers may be placed on this node;
+            `trains`: training workers may be placed on this node;
+            `runs_drivers`: drivers may be;
             `writes_storage`: drivers or training workers may be; nodes that only decode need no right to write;
             `retry_storage`: retry a store that is out of reach (default: fail at once).
     """
@@ -274,6 +275,24 @@ def _gpu(request: dict[str, Any]) -> Check | None:
     return check
 
 
+def _packages(request: dict[str, Any]) -> Check | None:
+    wanted = {
+        "torchao": request["config"]["train"]["float8"] and "train.float8",
+        "flash_attn": request["config"]["model"]["attention"] == "flash_attention_2" and "model.attention",
+    }
+    needed = {package: setting for package, setting in wanted.items() if setting}
+    if not request["trains"] or not needed:
+        return None
+
+    def check() -> str:
+        for package, setting in needed.items():
+            if importlib.util.find_spec(package) is None:
+                raise RuntimeError(f"{package} is not installed, and {setting} needs it")
+        return ", ".join(needed)
+
+    return check
+
+
 CHECKS: dict[str, Callable[[dict[str, Any]], Check | None]] = {
     "storage": _storage,
     "manifest": _manifest,
@@ -281,5 +300,6 @@ CHECKS: dict[str, Callable[[dict[str, Any]], Check | None]] = {
     "video": _video,
     "MLflow": _mlflow,
     "GPU": _gpu,
+    "packages": _packages,
 }
 """Prepares each check, by name: imports what it needs and returns it; None where it does not apply to this node."""

@@ -1,4 +1,4 @@
-"""Decide whether a run may resume what an earlier start under its name left."""
+"""Decide whether a run may resume an earlier one of the same name."""
 
 from typing import Any
 

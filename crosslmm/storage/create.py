@@ -9,7 +9,7 @@ from pathlib import Path
 
 import fsspec
 
-from crosslmm.storage.filesystem import write_file
+from crosslmm.storage.files import write_file
 from crosslmm.storage.retry import call_with_retries, http_status, scheme_of
 
 CONFLICT, PRECONDITION_FAILED, NOT_IMPLEMENTED = 409, 412, 501
@@ -20,8 +20,8 @@ CONFLICTS = 5
 def create_bytes(uri: str, data: bytes) -> bool:
     """Write an object that does not exist yet; return whether it was written.
 
-    True also where a store takes no such condition (If-None-Match) and has written over another object. False also
-    where an earlier attempt of this call wrote it, and its response was lost.
+    True also where a store ignores If-None-Match and has written over another object. False also where an earlier
+    attempt of this call wrote it, and its response was lost.
     """
     if scheme_of(uri) == "file":
         return call_with_retries(uri, lambda _, path: _create_file(path, data))

@@ -29,7 +29,7 @@ def absolute(uri: str) -> str:
 
 
 def join(folder: str, name: str) -> str:
-    """Return the path or URI of `name` inside a folder; judges the name alone, see `inside`.
+    """Return the path or URI of `name` inside a folder; judges the name alone, see `safe_join`.
 
     A name is one or more parts between slashes. Schemes, backslashes and escapes in it are text: a file may be called
     `file:x`, `..\\x` or `%2e%2e`.
@@ -53,7 +53,7 @@ def resolve(folder: str, name: str) -> str:
     return name if "://" in name or name.startswith("/") else posixpath.join(folder, name)
 
 
-def inside(folder: str, name: str, roots: Sequence[str] = ()) -> str:
+def safe_join(folder: str, name: str, roots: Sequence[str] = ()) -> str:
     """Return the path or URI to open for a name that stands in a file, or in a listing of the folder.
 
     Args:

@@ -34,7 +34,7 @@ VALUE_BYTES = 16
 OBJECT_BYTES = 100
 """What Python needs for a value besides the text of a string [bytes]."""
 TAIL_BYTES = 64 * 2**10
-"""Size of the first read of a footer [bytes]."""
+"""Size of the first read of a footer, and gap below which two ranges are read as one [bytes]."""
 MAGIC = b"PAR1"
 ENCODINGS = {0: "PLAIN", 2: "PLAIN_DICTIONARY", 3: "RLE", 4: "BIT_PACKED", 5: "DELTA_BINARY_PACKED",
              8: "RLE_DICTIONARY", 9: "BYTE_STREAM_SPLIT"}  # fmt: skip
@@ -49,7 +49,7 @@ ENCODING_FIELDS = {5: 2, 7: 2, 8: 4}
 
 
 class BadParquet(ValueError):
-    """A file that is no Parquet, is damaged, or unpacks to far more than it holds; one line."""
+    """A file that is not Parquet, is damaged, or unpacks to far more than it holds; one line."""
 
 
 def unpacked_limit(packed: int) -> int:
@@ -74,7 +74,7 @@ class ParquetFile:
             footer_bytes: size of the footer with the eight bytes that follow it, if known [bytes].
 
         Raises:
-            BadParquet: this is no Parquet file, or one with too many columns.
+            BadParquet: this is not a Parquet file, or one with too many columns.
             OSError: from `read`.
         """
         self.size, self._read = size, read
@@ -88,7 +88,7 @@ class ParquetFile:
         with _arrow_errors():
             items = thrift.count_items(tail, MAX_FOOTER_ITEMS)
             if any(count > MAX_FIELDS for number, count in items.items() if number != ROW_GROUPS):
-                raise BadParquet(f"its schema has more than {MAX_FIELDS} fields")
+                raise BadParquet(f"its footer has a list of more than {MAX_FIELDS:,} items")
             self.footer: pq.FileMetaData = pq.read_metadata(io.BytesIO(tail))
             if self.footer.num_columns > MAX_COLUMNS:
                 raise BadParquet(f"it has {self.footer.num_columns} columns, of at most {MAX_COLUMNS}")

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from crosslmm.storage.filesystem import names_in, remove, write_bytes
+from crosslmm.storage.files import remove, write_bytes
+from crosslmm.storage.folders import names_in
 from crosslmm.storage.names import join
 from crosslmm.storage.retry import NO_RETRIES, retrying
 from crosslmm.text import printable, redacted
@@ -23,8 +24,8 @@ HEAD_BYTES, TAIL_BYTES = 2**17, 2**19
 class ShippedLog:
     """Context manager whose thread copies a growing file to storage, and once more at the end.
 
-    Nothing waits for it, and no failure of the store reaches anybody: it tries again. The copy has neither credentials
-    nor control characters.
+    Only the end of the context waits for it, and no failure of the store reaches anybody: it tries again. The copy has
+    neither credentials nor control characters.
 
     Args:
         path: local file.

@@ -13,7 +13,7 @@ MAX_DEPTH = 16
 
 
 class Malformed(ValueError):
-    """These bytes are no struct, or one with more items than allowed."""
+    """These bytes are not a struct, or one with more items than allowed."""
 
 
 def read_struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:

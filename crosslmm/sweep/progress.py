@@ -65,7 +65,8 @@ class SweepProgress(Callback):
         for trial in self.search.by_id.values():
             # Interrupted or out of budget. Tune calls nobody about it; the trial resumes with the sweep.
             if trial.state == "running":
-                trial.state = "out of budget" if self.out_of_budget else "running"
+                if self.out_of_budget:
+                    trial.state = "out of budget"
                 self._end(trial)
         self._console.print(self.table(everything=True))
 
@@ -86,12 +87,13 @@ class SweepProgress(Callback):
         elif "finished" in result:
             sweep_trial.state, sweep_trial.train_s = "finished", result["train_s"]
         elif not sweep_trial.last or result["step"] > sweep_trial.last.step:
-            rung = Validation(
+            validation = Validation(
                 int(result["step"]), float(result["loss"]), float(result["accuracy"]), int(result.get("asked", 0))
             )
-            sweep_trial.curve.append(rung)
-            accuracy = f"accuracy {rung.accuracy:.3f} of {rung.asked}"
-            self._log(sweep_trial, f"step {rung.step}/{self.total_steps}  loss {rung.loss:.3f}  {accuracy}")
+            sweep_trial.curve.append(validation)
+            accuracy = f"accuracy {validation.accuracy:.3f} ({validation.asked} questions)"
+            where = f"step {validation.step}/{self.total_steps}"
+            self._log(sweep_trial, f"{where}  loss {validation.loss:.3f}  {accuracy}")
         self._write(sweep_trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

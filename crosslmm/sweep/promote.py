@@ -34,13 +34,13 @@ def promote(
         `model_uri`, `model_version`, `trial`, and `question`, `answer`, `expected` (None if the video cannot be read).
 
     Raises:
-        SweepFailed: there is no such trial, or it did not finish.
+        SweepFailed: there is no such trial, or it has not finished.
     """
-    named = {"best": trials.best(candidates), "knee": trials.knee(candidates)}
-    trial = named[choice] if choice in named else next((t for t in candidates if t.number == int(choice)), None)
+    by_name = {"best": trials.best(candidates), "knee": trials.knee(candidates)}
+    trial = by_name[choice] if choice in by_name else next((t for t in candidates if t.number == int(choice)), None)
     if trial is None or trial.state != "finished":
-        state = f"is {trial.state}" if trial else "does not exist or did not finish"
-        raise SweepFailed(f"--promote {choice}: trial {trial.number if trial else choice} {state}, so it has no model")
+        unnamed = "no trial has finished" if choice in by_name else "there is no such trial"
+        raise SweepFailed(f"--promote {choice}: {f'it is {trial.state}, so it has no model' if trial else unnamed}")
     trial_folder = storage.join(folder, trial.name)
     tags = lineage(trial_folder) | {"sweep": record.run_id, "trial": str(trial.number), "promoted_as": choice}
     child = MlflowRun(record.tracking, str(trial.run_id))

@@ -6,8 +6,8 @@ from typing import Any
 
 from crosslmm import run_folder, storage
 from crosslmm.config import BadConfig, RunConfig, changes, roles_of
+from crosslmm.config.schema import COMPARED, FREE
 from crosslmm.data.manifest import Manifest
-from crosslmm.schema import COMPARED, FREE
 from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import Space, distribution
 from crosslmm.tracking import MlflowRun, require_answer

@@ -91,7 +91,7 @@ def run_sweep(config: RunConfig, sweep: SweepSettings, space_name: str, space: S
     max_trials = _max_trials(config, sweep, space, total_steps)
     folder = storage.join(config.storage, str(config.name))
     connect.connect()
-    claim = lease.look(folder, "sweep", "give another --name")
+    claim = lease.claim(folder, "sweep", "give another --name")
     checks.require_ready(config, manifests)
     # Resolved once for all trials: they are compared, and share features.
     machine = hardware.detect(config)
@@ -100,50 +100,54 @@ def run_sweep(config: RunConfig, sweep: SweepSettings, space_name: str, space: S
     log.info("sweep     %s (the same command with --name %s continues it)", config.name, config.name)
     log.info("machine   %s", hardware.describe(config, machine))
     log.info("space     %s: %s", space_name, ", ".join(space))
+    request = _Request(config, sweep, space_name, space, manifests, validation, total_steps, max_trials)
     with claim.take() as fence:
-        return _search(
-            config, machine, sweep, space_name, space, manifests, validation, max_trials, total_steps, fence, began
-        )
+        return _search(request, machine, fence, began)
 
 
-def _search(
-    config: RunConfig,
-    machine: hardware.Hardware,
-    sweep: SweepSettings,
-    space_name: str,
-    space: Space,
-    manifests: list[Manifest],
-    validation: Manifest,
-    max_trials: int,
-    total_steps: int,
-    fence: lease.Fence,
-    began: float,
-) -> SweepResult:
+@dataclass(frozen=True)
+class _Request:
+    """A sweep that has been checked."""
+
+    config: RunConfig
+    settings: SweepSettings
+    space_name: str
+    space: Space
+    manifests: list[Manifest]
+    validation: Manifest
+    total_steps: int
+    """Optimizer steps of a trial that is not stopped."""
+    max_trials: int
+
+
+def _search(request: _Request, machine: hardware.Hardware, fence: lease.Fence, began: float) -> SweepResult:
     """Begin or continue the sweep in its folder, run its trials, report, promote."""
-    folder = fence.folder
-    record, begun = begin_sweep(config, folder, space_name, space, sweep, [*manifests, validation])
+    config, sweep, space, folder = request.config, request.settings, request.space, fence.folder
+    manifests = [*request.manifests, request.validation]
+    record, begun = begin_sweep(config, folder, request.space_name, space, sweep, manifests)
     log.info("storage   %s", folder)
     log.info("record    %s, run %s", record.uri, record.run_id)
     status = "FAILED"
     try:
         if "features" not in begun:
-            certain = _certain_samples(config, sweep, max_trials, total_steps)
-            begun["features"] = _features(config, sweep, space, certain, manifests, record)
+            begun["features"] = _features(request, record)
             storage.write_bytes(storage.join(folder, run_folder.SWEEP_FILE), json.dumps(begun).encode())
-        base = _trial_base(config, folder, begun["features"], record)
+        base = _trial_base(config, folder, begun["features"])
         placement.check_placement(base)
         _require_shared_record(record)
         candidates = Candidates(base, sweep, space, record, hardware.usable_memory(machine))
-        search = Search(space, base, trials.read(folder), candidates, max_trials)
+        search = Search(space, base, trials.read(folder), candidates, request.max_trials)
         concurrent = sweep.concurrent or max_concurrent_trials(base)
-        log.info("trials    %s, %s at a time, of %s steps at most", max_trials, concurrent, total_steps)
-        with SweepProgress(folder, search, record, total_steps, base.scaling.most_workers, fence) as progress:
+        text = "trials    %s, %s at a time, of %s steps at most"
+        log.info(text, request.max_trials, concurrent, request.total_steps)
+        workers = base.scaling.most_workers
+        with SweepProgress(folder, search, record, request.total_steps, workers, fence) as progress:
             run_trials(base, sweep, search, progress, concurrent)
         fence.require()
         if search.rejected:
             point, reason = search.rejected[0]
             log.info("left out  %s points before they started, such as %s: %s", len(search.rejected), point, reason)
-        page = _report(folder, config, sweep, space_name, space, search, record, total_steps)
+        page = _report(request, folder, search, record)
         log.info("report    %s", page)
         _require_a_finished_trial(search, page)
         promoted = promote(sweep.promote, folder, base, search.trials, record) if sweep.promote else None
@@ -187,36 +191,26 @@ def _steps(config: RunConfig, manifests: list[Manifest]) -> int:
     return min(steps, config.train.max_steps or steps)
 
 
-def _certain_samples(config: RunConfig, sweep: SweepSettings, max_trials: int, total_steps: int) -> int:
+def _certain_samples(request: _Request) -> int:
     """Return how many samples the trials train on even if all of them stop at the first rung."""
-    share = 1.0
+    share, sweep = 1.0, request.settings
     if sweep.scheduler == "asha":
         share = sweep.first_rung if sweep.rung == "steps" else 0.0
-    return round(max_trials * total_steps * share) * config.train.global_batch_size
+    return round(request.max_trials * request.total_steps * share) * request.config.train.global_batch_size
 
 
-def _features(
-    config: RunConfig,
-    sweep: SweepSettings,
-    space: Space,
-    certain_samples: int,
-    manifests: list[Manifest],
-    record: MlflowRun,
-) -> str | None:
+def _features(request: _Request, record: MlflowRun) -> str | None:
     """Return the folder of the features that all trials read, encoding them first; None if trials read videos.
 
     Args:
-        config: configuration of the sweep.
-        sweep: says whether, and in which format, to store features.
-        space: the search space.
-        certain_samples: samples that trials will train on in any case.
-        manifests: training manifests.
+        request: the sweep, which says whether, and in which format, to store features.
         record: MLflow run of the sweep, which gets the cost of encoding.
 
     Raises:
         BadConfig: features are requested, and trials cannot share them.
     """
-    if changing := changes_features(space, config):
+    config, sweep = request.config, request.settings
+    if changing := changes_features(request.space, config):
         if config.data.features or sweep.features in ("bf16", "int8"):
             raise BadConfig(f"--features: {changing[0]} is searched, which changes the features; give --features never")
         log.info("features  none: %s is searched, so trials cannot share them", changing[0])
@@ -224,7 +218,7 @@ def _features(
     if config.data.features or sweep.features == "never":
         return config.data.features
     if sweep.features == "auto":
-        videos = len(Rows(manifests).videos())
+        videos, certain_samples = len(Rows(request.manifests).videos()), _certain_samples(request)
         if config.train.learning_rate.vision:
             log.info("features  none: train.learning_rate.vision is not 0, so they would change")
             return None
@@ -239,7 +233,7 @@ def _features(
     return encoded.folder
 
 
-def _trial_base(config: RunConfig, folder: str, features: str | None, record: MlflowRun) -> RunConfig:
+def _trial_base(config: RunConfig, folder: str, features: str | None) -> RunConfig:
     """Return the configuration on which points are applied: a trial is a run in the sweep's folder, on any node."""
     data = config.data.model_copy(update={"features": features})
     # A URI with credentials came from the environment, and trials take it from theirs.
@@ -256,21 +250,13 @@ def _require_shared_record(record: MlflowRun) -> None:
         raise BadConfig(f"tracking.uri: {record.uri} is a file, but trials run on {len(machines)} machines; {remedy}")
 
 
-def _report(
-    folder: str,
-    config: RunConfig,
-    sweep: SweepSettings,
-    space_name: str,
-    space: Space,
-    search: Search,
-    record: MlflowRun,
-    total_steps: int,
-) -> str:
+def _report(request: _Request, folder: str, search: Search, record: MlflowRun) -> str:
     """Write the report to the sweep's folder and its MLflow run -> path or URI of the page."""
+    config, space = request.config, request.space
     encoder = _short(config.model.vision_weights) if config.model.vision_weights else "random weights"
     learns = "trained" if config.train.learning_rate.vision else "frozen"
     facts = {
-        "Steps per trial": f"{total_steps}, of {config.train.global_batch_size} samples",
+        "Steps per trial": f"{request.total_steps}, of {config.train.global_batch_size} samples",
         "Data": f"{', '.join(map(_short, config.data.manifests))}; {config.data.num_frames} frames per video",
         "Validation": _short(str(config.data.validation_manifest)),
         "Vision encoder": f"{encoder}, {learns}",
@@ -278,8 +264,8 @@ def _report(
         "MLflow run": record.run_id,
     }
     distributions = {path: distribution(path, dimension) for path, dimension in space.items()}
-    command = reproduce_command(str(config.name), space_name, sweep)
-    shown = report.Sweep(str(config.name), space_name, facts, distributions, command, search.rejected)
+    command = reproduce_command(str(config.name), request.space_name, request.settings)
+    shown = report.Sweep(str(config.name), request.space_name, facts, distributions, command, search.rejected)
     with tempfile.TemporaryDirectory() as scratch:
         page = report.write(Path(scratch), shown, search.trials)
         storage.write_bytes(storage.join(folder, page.name), page.read_bytes())

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from crosslmm.config import BadConfig, RunConfig
+from crosslmm.config.schema import Count
 from crosslmm.planning.budget import Budget
-from crosslmm.schema import Count
 
 NO_CLONES = (
     "it continues trials from other trials' checkpoints or pauses them, which Tune cannot do with Ray Train runs"
@@ -24,8 +24,8 @@ class SweepSettings(Budget):
     scheduler: str = "asha"
     """asha stops trials that fall behind at a rung, by validation loss; none lets all trials finish."""
     rung: Literal["steps", "compute"] = "steps"
-    """What the position of a rung is counted in: optimizer steps, or multiply-accumulates, which gives cheap trials
-    more steps before they are judged."""
+    """Unit of the positions of rungs: optimizer steps, or multiply-accumulates, which gives cheap trials more steps
+    before they are judged."""
     first_rung: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Position of the first rung, as a share of a trial's steps (or of the base configuration's compute)."""
     keep_one_in: Annotated[float, Field(gt=1)] = 2.0

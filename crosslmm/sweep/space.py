@@ -23,7 +23,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Domain
 
 from crosslmm.config import BadConfig, RunConfig, flatten, roles_of, validate_run
-from crosslmm.schema import FEATURES, NOT_SEARCHED
+from crosslmm.config.schema import FEATURES, NOT_SEARCHED
 from crosslmm.sweep.trials import Point
 
 GRID = "grid_search"

@@ -96,7 +96,7 @@ class BackgroundSync:
         self.model_uri: str | None = None
         self.model_version: str | None = None
         self._changed = threading.Condition()
-        """Guards the fields up to `_registration_failed`."""
+        """Guards `_state`, `_waiting`, `_tagged`, `_answers_sent` and `_error`, and wakes who waits for them."""
         self._state = State.CONNECTING
         self._waiting: list[StepRecord] = []
         self._tagged = self._answers_sent = True
@@ -141,7 +141,7 @@ class BackgroundSync:
             self._changed.notify_all()
 
     def keep(self, worker_seconds: float) -> None:
-        """Write into run.json what the run has taken so far, which the budget of its next start counts [s]."""
+        """Write into run.json how long the workers have run so far [s]; the budget of the next start begins with it."""
         self._run["worker_seconds"] = worker_seconds
         with suppress(OSError):  # the next checkpoint tries again
             self._write_run()

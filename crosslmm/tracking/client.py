@@ -35,7 +35,7 @@ REMEDIES = {
 RETRY_S = 2.0
 """Pause between two calls to a server that does not answer [s]."""
 RETRY_DEADLINE_S = 600.0
-"""How long a running sweep retries a call [s]."""
+"""How long a call is repeated before it fails [s]."""
 
 
 def quiet_mlflow() -> None:

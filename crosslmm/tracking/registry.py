@@ -35,8 +35,8 @@ WEIGHTS_TAG, BASE_TAG = "weights_sha256", "base"
 
 
 class _Pyfunc:
-    """MLflow's pyfunc flavor, which here also takes `validate_serving_input`. Unless it is False, MLflow loads a model
-    that has an input example and asks it, which takes the memory of its weights; pyfunc itself lacks that option."""
+    """MLflow's pyfunc flavor, which here also takes `validate_serving_input`. MLflow's own lacks that option, so that
+    `Model.log` would load the model to run its input example, which takes the memory of the weights."""
 
     @staticmethod
     def save_model(validate_serving_input: bool, **arguments: Any) -> None:
@@ -54,7 +54,7 @@ def register(run: MlflowRun, model_uri: str, tags: dict[str, str], training: str
         run: the MLflow run that the model is logged to.
         model_uri: folder of the exported model, path or URI.
         tags: tags of the version.
-        training: folder of the run that trained the model; the version gets its last validation.
+        training: folder of the run that trained the model; the version gets the last validation of that run.
     """
     name, alias = run.tracking.registered_model, run.tracking.alias
     number, model_id = _add_version(run, model_uri, tags)
@@ -133,7 +133,7 @@ def _add_validation(run: MlflowRun, training: str, number: str, model_id: str) -
     ])  # fmt: skip
     text = f"loss {metrics['validation/loss']:.4g}, step {step}"
     if ACCURACY in metrics:
-        text = f"accuracy {metrics[ACCURACY]:.4f} of {metrics[COUNT]:.0f}, {text}"
+        text = f"accuracy {metrics[ACCURACY]:.4f} ({metrics[COUNT]:.0f} questions), {text}"
     run.client.set_model_version_tag(run.tracking.registered_model, number, "validation", text)
 
 

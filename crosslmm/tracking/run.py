@@ -114,7 +114,7 @@ class MlflowRun:
                 self.leave_out(f"{field} {items[0].key}", error)
 
     def leave_out(self, what: str, error: MlflowException) -> None:
-        """Log that something is missing in the MLflow run."""
+        """Warn that MLflow refused an item, which the run will lack."""
         log.warning("MLflow: %s refuses %s, which is left out: %s", self.uri, what, in_brief(error))
 
     def log_text(self, name: str, text: str) -> None:

@@ -140,7 +140,7 @@ class RunSync(MlflowRun):
             path = f"{PICTURES_FOLDER}/{name}"
             cells[row] = {"type": "image", "filepath": path, "compressed_filepath": path}
             if row not in self._pictures_sent:
-                jpeg = storage.read_bytes(storage.inside(self.folder, f"{ANSWERS_FOLDER}/{name}"))
+                jpeg = storage.read_bytes(storage.safe_join(self.folder, f"{ANSWERS_FOLDER}/{name}"))
                 self.log_bytes(path, jpeg)
                 self._pictures_sent.add(row)
         return cells
@@ -148,7 +148,7 @@ class RunSync(MlflowRun):
     def end(self, run: dict[str, Any]) -> None:
         """Send the sample answers, the list of unreadable samples and, once the run has ended, its status."""
         self.log_answers()
-        quarantine = storage.inside(self.folder, QUARANTINE_FILE)
+        quarantine = storage.safe_join(self.folder, QUARANTINE_FILE)
         if storage.exists(quarantine):
             self.log_text(QUARANTINE_FILE, storage.read_bytes(quarantine).decode())
         if run["status"]:

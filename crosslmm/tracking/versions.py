@@ -48,7 +48,7 @@ class Version:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """What MLflow gets of an evaluation."""
+    """What is recorded in MLflow about an evaluation."""
 
     name: str
     key: str
@@ -118,7 +118,7 @@ def fetch_version(version: Version, config: TrackingConfig, folder: str) -> str:
     """Copy a version's files into a local folder; return the folder of the exported model among them.
 
     Raises:
-        BadConfig: it is no model of this project, or the server refuses.
+        BadConfig: it is not a model of this project, or the server refuses.
         ConnectionError: the server does not answer.
     """
     mlflow.set_tracking_uri(tracking_uri(config))
@@ -129,9 +129,9 @@ def fetch_version(version: Version, config: TrackingConfig, folder: str) -> str:
     try:
         flavors = yaml.safe_load((path / "MLmodel").read_text())["flavors"]
         relative = flavors["python_function"]["artifacts"]["model"]["path"]
-        return storage.inside(str(path), str(relative))
+        return storage.safe_join(str(path), str(relative))
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        raise BadConfig(f"{version.uri}: is no model that this project has registered") from None
+        raise BadConfig(f"{version.uri}: is not a model that this project has registered") from None
 
 
 def record_evaluation(record: EvaluationRecord, version: Version | None, config: TrackingConfig) -> str:
@@ -217,7 +217,7 @@ def _describe_version(client: Any, version: Version, record: EvaluationRecord, r
 
 
 def move_alias(version: Version, alias: str, tags: dict[str, str], config: TrackingConfig) -> None:
-    """Give a version an alias, which another one may have, and tags that say why. Raises like `find_version`."""
+    """Move an alias to a version, whichever has it now, and set tags that say why. Raises like `find_version`."""
     client = open_client(tracking_uri(config))
     try:
         for key, value in tags.items():

@@ -18,7 +18,7 @@ OF_RUN = {
     "waiting": ("crosslmm_steps_waiting_for_mlflow", "Steps whose metrics MLflow does not have yet."),
     "sealed_at": ("crosslmm_checkpoint_timestamp_seconds", "When the last checkpoint was sealed [unix time, s]."),
 }
-"""The same for what else is known of a run."""
+"""Other gauges of a run."""
 
 
 class RunGauges:

@@ -47,7 +47,7 @@ class Job:
     events: Any
     """Actor handle of the `EventChannel`."""
     utilisation: Utilisation | None
-    """Of the GPUs, by the run's speed; None on CPUs and unknown GPUs."""
+    """Computes MFU and HFU from the speed; None on CPUs and unknown GPUs."""
     fence: Fence
     """Tells whether the driver still owns the run's folder; asked before a seal or the exported model is written."""
 

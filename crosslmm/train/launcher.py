@@ -25,7 +25,8 @@ from crosslmm.preflight import hardware, placement
 from crosslmm.ray_runtime import QUIET_ENVIRONMENT, worker_group_errors
 from crosslmm.run_folder import RAY_FOLDER
 from crosslmm.text import in_brief
-from crosslmm.train import checkpoint_store, worker
+from crosslmm.train import worker
+from crosslmm.train.checkpoint import seals
 from crosslmm.train.distributed.rendezvous import PrivateTorchConfig
 from crosslmm.train.job import TRAIN, VALIDATION, DeferredDatasets, Job, placeholder_dataset
 from crosslmm.train.worker import Stopped
@@ -44,7 +45,7 @@ NON_RETRYABLE_ERRORS = (
 )
 """Errors that would end every further attempt in the same way."""
 ERRORS_OF_CODE_OR_DATA = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
-"""Errors that a restart from the same step meets again, unless the machine had a part in them: they get one restart."""
+"""Errors that are probably deterministic: one restart, and no further one if it ends in the same words."""
 PEER_FAILURE_MARKERS = ("gloo", "NCCL", "onnection", "socket", "ProcessGroup")
 """Words in the error of a rank that only lost a peer."""
 STOP_TIMEOUT_S = 45.0
@@ -75,18 +76,18 @@ def fit(job: Job, spent: Callable[[], str | None] = lambda: None) -> None:
 
     Restarts the workers after any failure of theirs or of Ray Train's controller: without limit as long as new
     checkpoints are made, and `scaling.max_failures` times in a row without a new one; once, if it is an error of code
-    or data that comes back in the same words.
+    or data that comes back with the same message.
 
     Args:
         job: what to train.
-        spent: returns what the run has spent, once a limit is reached.
+        spent: returns a message once a limit of the budget is reached, else None.
 
     Raises:
         OutOfBudget: finished steps are in a checkpoint, if the workers had begun.
         TrainingFailed: with the first worker's error.
         KeyboardInterrupt: the job was told to stop; finished steps are in a checkpoint, if there was time for it.
     """
-    latest_step, failures, waiting = checkpoint_store.latest_step(job.folder), 0, False
+    latest_step, failures, waiting = seals.latest_step(job.folder), 0, False
     previous = ""
     while True:
         try:
@@ -105,7 +106,7 @@ def fit(job: Job, spent: Callable[[], str | None] = lambda: None) -> None:
                 continue
             waiting = False
             try:
-                step = checkpoint_store.latest_step(job.folder)
+                step = seals.latest_step(job.folder)
             except OSError:  # the store is unreachable, which is why the workers ended
                 step = latest_step
             stopped = isinstance(cause, Stopped | PreemptionError)

@@ -96,7 +96,7 @@ def train(
     Raises:
         FloatingPointError: the gradient is not finite, and `train.not_finite` is stop.
         RuntimeError: the batches end before the steps.
-        TooManyUnreadable: several steps contain nothing readable.
+        TooManyUnreadable: `MAX_EMPTY_STEPS` steps in a row have no labelled token on any rank.
     """
     empty_steps, saving_s, began = 0, 0.0, time.perf_counter()
     for step in steps:
@@ -155,14 +155,16 @@ def _train_step(
     """
     device = _device_of(model)
     _seed(config.seed, step)
-    most = config.train.global_batch_size // dist.get_world_size()
-    labelled_tokens, frames_of_passes, stop = _exchange_counts(batch, callbacks.stop_requested(), most, device)
+    max_micro_batches = -(-config.train.global_batch_size // dist.get_world_size())
+    labelled_tokens, frames_of_passes, stop = _exchange_counts(
+        batch, callbacks.stop_requested(), max_micro_batches, device
+    )
     # FSDP needs every rank in every pass: ranks with fewer micro-batches repeat their last one, without labels.
     repeated = len(frames_of_passes) - len(batch.micro)
     micro_batches = [*batch.micro, *(_without_labels(batch.micro[-1]) for _ in range(repeated))]
     exchanges = [
-        FrameExchange.of_pass(of_ranks, dist.get_rank()) if config.train.balance_frames else None
-        for of_ranks in frames_of_passes
+        FrameExchange.of_pass(frames_by_rank, dist.get_rank()) if config.train.balance_frames else None
+        for frames_by_rank in frames_of_passes
     ]
     counts = _count(batch.micro, micro_batches, waited_s)
     loss = _accumulate_gradients(model, micro_batches, exchanges, labelled_tokens, device)
@@ -204,12 +206,13 @@ def _seed(seed: int, step: int) -> None:
 
 
 def _exchange_counts(
-    batch: StepBatch, stop_requested: bool, most: int, device: torch.device
+    batch: StepBatch, stop_requested: bool, max_micro_batches: int, device: torch.device
 ) -> tuple[int, list[tuple[int, ...]], bool]:
     """Exchange what all ranks have to know of the step; the host waits once.
 
     Args:
-        most: micro-batches of a rank, at most: what ranks exchange has the same size on all of them.
+        max_micro_batches: largest number of micro-batches of a rank, to which counts are padded: ranks exchange tensors
+            of one size.
 
     Returns:
         Labelled tokens of all ranks; for each pass, the frames that each rank has to encode (a pass is one micro-batch
@@ -217,18 +220,18 @@ def _exchange_counts(
     """
     labelled = sum(int((micro["labels"][:, 1:] != IGNORED).sum()) for micro in batch.micro)
     frames = [len(micro["pixel_values"]) if "pixel_values" in micro else 0 for micro in batch.micro]
-    frames += frames[-1:] * (most - len(frames))
+    frames += frames[-1:] * (max_micro_batches - len(frames))
     mine = _on_device(torch.tensor([[labelled, len(batch.micro), stop_requested, *frames]]), device)
     counts = torch.empty(dist.get_world_size(), mine.shape[1], dtype=torch.int64, device=device)
     dist.all_gather_single(counts, mine)
-    of_ranks, micro_batches, stops, *frames_of_passes = zip(*counts.tolist(), strict=True)
-    return sum(of_ranks), frames_of_passes[: max(micro_batches)], any(stops)
+    labelled_by_rank, micro_batches, stops, *frames_of_passes = zip(*counts.tolist(), strict=True)
+    return sum(labelled_by_rank), frames_of_passes[: max(micro_batches)], any(stops)
 
 
 def _imbalance(frames_of_passes: list[tuple[int, ...]], balanced: bool) -> Metrics:
     """Return the frames that the most loaded rank encodes over the mean: all ranks wait for it in each pass. Without
     frames to encode (text, stored features), nothing."""
-    loads = [even_loads(of_ranks) if balanced else of_ranks for of_ranks in frames_of_passes]
+    loads = [even_loads(frames_by_rank) if balanced else frames_by_rank for frames_by_rank in frames_of_passes]
     total = sum(map(sum, loads))
     return {"frame_imbalance": sum(map(max, loads)) * dist.get_world_size() / total} if total else {}
 
@@ -248,8 +251,8 @@ def _accumulate_gradients(
     loss = torch.zeros((), device=device)
     model.train()
     for i, (micro, exchange) in enumerate(zip(micro_batches, exchanges, strict=True), start=1):
-        # Gradients are reduced to shards after every micro-batch: without that, unsharded float32 gradients would be
-        # kept. Replicas of a shard add up their gradients with the last one.
+        # Gradients are reduced to shards after every micro-batch: otherwise each rank would keep the whole of them.
+        # With hybrid sharding, replicas add up their gradients after the last micro-batch only.
         if isinstance(model, FSDPModule):
             model.set_requires_all_reduce(i == len(micro_batches))
         # FSDP averages gradients over ranks, where the sum is needed: hence world_size.

@@ -227,13 +227,15 @@ class TrainingMonitor:
                 log.warning("%s cannot be written now: %s; trying again later", QUARANTINE_FILE, type(error).__name__)
 
     def _handle_short(self, items: list[tuple[str, int, str, list[str]]]) -> None:
-        """Log videos that gave fewer frames than asked, each once, with the first row that shows it."""
+        """Log videos with fewer frames than requested, each once, with the first row that shows it."""
         for manifest, line, row, shortfalls in items:
             room = max(0, MAX_SHORT_VIDEOS - len(self._short))
             new = [shortfall for shortfall in shortfalls if shortfall not in self._short]
             self._short.update(new)
             if new[:room]:
-                log.warning("kept: %s line %s (%s): %s", manifest, line, row, "; ".join(new[:room]))
+                log.warning(
+                    "fewer frames than requested, kept: %s line %s (%s): %s", manifest, line, row, "; ".join(new[:room])
+                )
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str, int]:
@@ -243,9 +245,9 @@ def _key(entry: dict[str, Any]) -> tuple[str, str, int]:
 def _validation_line(step: int, metrics: dict[str, float]) -> str:
     """Return loss, and accuracies with the number of questions that each is a share of."""
     kinds = [name.removeprefix(ACCURACY) for name in metrics if name.startswith(f"{ACCURACY}/")]
-    parts = [f"{kind[1:]} {metrics[ACCURACY + kind]:.2f} of {metrics[COUNT + kind]:.0f}" for kind in kinds[:MAX_KINDS]]
+    parts = [f"{kind[1:]} {metrics[ACCURACY + kind]:.2f} ({metrics[COUNT + kind]:.0f})" for kind in kinds[:MAX_KINDS]]
     if ACCURACY in metrics:
-        parts.insert(0, f"accuracy {metrics[ACCURACY]:.3f} of {metrics[COUNT]:.0f}")
+        parts.insert(0, f"accuracy {metrics[ACCURACY]:.3f} ({metrics[COUNT]:.0f} questions)")
     if len(kinds) > MAX_KINDS:
         parts.append(f"and {len(kinds) - MAX_KINDS} more kinds")
     if metrics[UNREADABLE]:

@@ -29,7 +29,8 @@ from crosslmm.progress import logging_to
 from crosslmm.storage import shipped_log
 from crosslmm.storage.shipped_log import ShippedLog
 from crosslmm.text import in_brief, one_printable_line, redacted
-from crosslmm.train import checkpoint_store, launcher
+from crosslmm.train import launcher
+from crosslmm.train.checkpoint import seals
 from crosslmm.train.events import open_channel
 from crosslmm.train.job import Job
 from crosslmm.train.monitor import TrainingMonitor
@@ -42,7 +43,7 @@ ENDED = "ended"
 MAX_LOGS = 200
 """Logs of drivers and ranks that a start leaves in the run's folder, the newest [files]."""
 TYPICAL_S = 100.0
-"""Time of a frame whose timestamp has a typical text length; token estimates use it for all frames [s]."""
+"""Time whose timestamp has a typical number of tokens; estimates of lengths use it for all frames [s]."""
 
 
 @dataclass
@@ -78,7 +79,8 @@ class TrialContext:
     server is unreachable)."""
     reported: int = 0
     """Last step that an earlier start reported. Later validations that are already in the run's folder (that start was
-    killed before it reported them) are reported first. Validations of steps that are repeated are reported twice."""
+    killed before it reported them) are reported first. Validations of steps that a resume repeats are reported
+    twice."""
 
 
 def run_training(config: RunConfig, trial: TrialContext | None = None, budget: Budget = NO_BUDGET) -> TrainingResult:
@@ -104,7 +106,7 @@ def run_training(config: RunConfig, trial: TrialContext | None = None, budget: B
     connect.connect()
     placement.check_placement(config)
     folder = storage.join(config.storage, str(config.name))
-    claim = trial or lease.look(folder, "training", "give another --name")
+    claim = trial or lease.claim(folder, "training", "give another --name")
     if trial is None:
         checks.require_ready(config, manifests)
     detected = hardware.detect(config)
@@ -192,7 +194,7 @@ def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None
     finally:
         _require_owner(job, record)
         if monitor.stopped:
-            # When Tune stops a trial, its workers end first, which looks like a failure; it is none.
+            # When Tune stops a trial, its workers end first, which looks like a failure, but is not.
             status, ended = "FINISHED", "stopped early by the sweep"
         log.info("%s", ended)
         record.tag({ENDED: one_printable_line(redacted(ended))})
@@ -214,15 +216,15 @@ def _resumes(job: Job) -> str:
     """Say where the next start of the run will begin."""
     same = f"the same --name {job.config.name}"
     try:
-        step = checkpoint_store.latest_step(job.folder)
+        step = seals.latest_step(job.folder)
     except OSError:
         return f"{same} resumes the run"
     return f"{same} resumes the run after step {step}" if step else f"{same} begins it anew: it has no checkpoint yet"
 
 
 def lineage(folder: str) -> dict[str, str]:
-    """Return the tags that say where a finished run's model comes from. Its configuration is no tag, which would fill
-    the version's page: `run.yaml` among the model's files has it, and the parameters of the MLflow run.
+    """Return the tags that say where a finished run's model comes from. The configuration is not a tag, which would
+    fill the version's page: `run.yaml` among the model's files has it, and the parameters of the MLflow run.
 
     Args:
         folder: of the run.
@@ -290,7 +292,7 @@ def _open_manifests(config: RunConfig) -> tuple[list[Manifest], Manifest | None]
 
 
 def _order_of(config: RunConfig, manifests: list[Manifest], features: FeatureCache | None) -> dict[str, Any]:
-    """Return what fixes the samples and their order; a resume must have the same."""
+    """Return all that determines the samples and their order; a resume must have the same."""
     return {
         "manifest": [manifest.digest for manifest in manifests],
         "shares": list(config.data.manifests.values()),

@@ -15,7 +15,7 @@ from crosslmm.run_folder import STACKS_FOLDER
 from crosslmm.train.loop import Phase
 
 GRACE_S = 5.0
-"""Pause before the first rank that detects a hang exits, so that the others detect it too and report [s]."""
+"""Pause between the report of a hang and the exit of the process, in which other ranks can report theirs [s]."""
 NATIVE_MARGIN_S = 60.0
 """How long after a phase's limit a C thread ends a process whose interpreter is stuck [s]."""
 

@@ -34,11 +34,12 @@ from crosslmm.data.collate import (
     collate,
     collate_for_validation,
     make_batch,
-    mask_unreadable,
+    mask_blank,
     micro_batches,
 )
 from crosslmm.data.dataset import BlockLayout, prefetch, unpack_block
 from crosslmm.data.quarantine import ErrorBudget
+from crosslmm.data.sampler import PADDING
 from crosslmm.encode.recipe import require_encoder
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.adapters.base import Base, open_base
@@ -48,9 +49,12 @@ from crosslmm.model.loading import build_model, build_processor
 from crosslmm.run_folder import MODEL_CONFIG_FILE, MODEL_FOLDER, NON_FINITE_FOLDER, log_uri
 from crosslmm.storage.shipped_log import ShippedLog, output_files
 from crosslmm.text import in_brief
-from crosslmm.train import checkpoint, loop
-from crosslmm.train.checkpoint import Saver
-from crosslmm.train.checkpoint_store import Checkpoint
+from crosslmm.train import loop
+from crosslmm.train.checkpoint.export import export, write_card
+from crosslmm.train.checkpoint.read import read_base, read_newest
+from crosslmm.train.checkpoint.save import Saver
+from crosslmm.train.checkpoint.seals import Checkpoint
+from crosslmm.train.checkpoint.state import load_state
 from crosslmm.train.distributed.collectives import broadcast_json, gather_json
 from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.events import forward_logs
@@ -102,7 +106,7 @@ def _train(job: Job, rank: int) -> None:
     process = functools.partial(processor, features=(job.recipe.patches, job.recipe.width) if job.recipe else None)
 
     shards = _count_shards(config.scaling)
-    newest, state = checkpoint.read_newest(job.folder, group, shards) or (None, {})
+    newest, state = read_newest(job.folder, group, shards) or (None, {})
     first_step = newest.step if newest else 0
     if rank == 0:
         ray.get(job.events.set_first_step.remote(first_step))
@@ -112,7 +116,7 @@ def _train(job: Job, rank: int) -> None:
     model, base = _build_sharded(job, processor, newest, ray.train.torch.get_device(), shards)
     optimizer = build_optimizer(model, config.train)
     if newest:
-        checkpoint.load(state, model, optimizer)
+        load_state(state, model, optimizer)
         state.clear()
     leave_out_closed_branches(model)
     if rank == 0:
@@ -134,12 +138,12 @@ def _train(job: Job, rank: int) -> None:
         raise Stopped(f"after step {done}")
     watchdog.enter("checkpoint")
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.export(Path(folder), model, processor, config.train.lora, base and base.located(job.folder))
+        export(Path(folder), model, processor, config.train.lora, base and base.located(job.folder))
         if rank == 0:
             job.fence.require()
             (Path(folder) / MODEL_CONFIG_FILE).write_text(to_yaml(config))
             if not config.train.adapted:
-                checkpoint.write_card(Path(folder), model, config, job.folder, done, callbacks.validation)
+                write_card(Path(folder), model, config, job.folder, done, callbacks.validation)
             storage.upload(folder, storage.join(job.folder, MODEL_FOLDER))
     dist.barrier(group)
     watchdog.close()
@@ -170,7 +174,7 @@ def _build_sharded(
     config, base, model_config = job.config, None, job.config.model
     with contextlib.ExitStack() as stack:
         if config.train.adapted and dist.get_rank() == 0:
-            recorded = checkpoint.read_base(newest) if newest else None
+            recorded = read_base(newest) if newest else None
             base, model_config = stack.enter_context(open_base(config, job.folder, processor, recorded))
 
         def build(weights: bool) -> CrossLMMForConditionalGeneration:
@@ -215,7 +219,7 @@ class StopListener:
 
     def _listen(self) -> None:
         while not self._closed.wait(self.interval_s):
-            # Waits for all ranks, so it is called in this thread, not between steps, and by every rank every time.
+            # A collective of all ranks: in this thread, no step waits for it.
             stop = self._check("preemption", ray.train.get_preemption_info)
             if self.rank == 0:
                 stop |= self._check("stop request", lambda: ray.get(self.events.stop_requested.remote()))
@@ -280,7 +284,7 @@ class _WorkerCallbacks(loop.Callbacks):
         if self.job.validation_rows is None:
             return {}
         new_tokens = self.job.config.train.max_new_tokens
-        assert new_tokens is not None, "run_training takes it from the references"
+        assert new_tokens is not None, "run_training sets it from the longest reference"
         layout = self.job.validation_layout(dist.get_world_size())
         require_room = functools.partial(self.processor.require_room, new_tokens=new_tokens)
         make = functools.partial(collate_for_validation, processor=self.process, require_room=require_room)
@@ -334,13 +338,14 @@ def _batches(job: Job, processor: CrossLMMProcessor, process: Any, first_step: i
     train, device = job.config.train, ray.train.torch.get_device()
 
     def length_of(sample: Sample) -> int:
-        (messages,), (videos,), (times,), _ = mask_unreadable([sample])
+        (messages,), (videos,), (times,), _ = mask_blank([sample])
         return processor.length(messages, [len(video) for video in videos], times=times)
 
     def collate_step(samples: list[Sample]) -> loop.StepBatch:
         micro = micro_batches(samples, train.micro_batch_size, train.micro_batch_tokens, length_of)
         return loop.StepBatch(
-            [loop.pinned(collate(part, process), device) for part in micro], [sample.id for sample in samples]
+            [loop.pinned(collate(part, process), device) for part in micro],
+            [sample.id for sample in samples if sample.position != PADDING],
         )
 
     layout = job.training_layout(first_step, dist.get_world_size())
@@ -366,7 +371,7 @@ def _prefetched(
         for sample in samples:
             if sample.shortfalls:
                 job.events.post.remote("short", (sample.manifest, sample.line, sample.id, sample.shortfalls))
-        budget.record([sample.manifest for sample in samples], unreadable)
+        budget.record([sample.manifest for sample in samples if sample.position != PADDING], unreadable)
         return made
 
     return prefetch(_samples(job, name, layout), make_step, depth)

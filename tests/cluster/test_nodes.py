@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from cluster.local.cluster import LocalCluster
 from cluster.local.nodes import ROLE_LABEL, NodeGroup
 from crosslmm.data.samples.shapes import write_sample_set
-from crosslmm.train import checkpoint_store
+from crosslmm.train.checkpoint import seals
 from tests.support.common import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -62,9 +62,9 @@ class Laboratory:
     def train(self, cluster: LocalCluster, name: str, *more: str) -> "Submitted":
         return self.submit(cluster, "jobs/train.py", *self.settings(cluster, name), *more)
 
-    def checkpoints(self, name: str) -> list[checkpoint_store.Checkpoint]:
+    def checkpoints(self, name: str) -> list[seals.Checkpoint]:
         """Return the run's sealed checkpoints, newest first."""
-        return checkpoint_store.list_sealed(str(self.folder / "runs" / name))
+        return seals.list_sealed(str(self.folder / "runs" / name))
 
     def recorded_steps(self, run_id: str) -> list[int]:
         """Return the steps of all points of the metric `loss`, sorted."""

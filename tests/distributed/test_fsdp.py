@@ -19,7 +19,11 @@ from crosslmm.data.collate import Sample, collate_for_validation
 from crosslmm.data.feature_format import to_bf16
 from crosslmm.model.compilation import compile_blocks
 from crosslmm.model.loading import build_model, build_processor
-from crosslmm.train import checkpoint, loop
+from crosslmm.train import loop
+from crosslmm.train.checkpoint.export import export
+from crosslmm.train.checkpoint.read import read_newest
+from crosslmm.train.checkpoint.save import Saver
+from crosslmm.train.checkpoint.state import load_state
 from crosslmm.train.distributed import parallel
 from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.optim import build_optimizer
@@ -116,11 +120,11 @@ def train(
     model, processor = sharded(config, 0.3, device)
     optimizer = build_optimizer(model, config.train)
     group, losses, first = dist.new_group(backend="gloo"), {}, 0
-    if resume and (found := checkpoint.read_newest(str(folder), group)):
+    if resume and (found := read_newest(str(folder), group)):
         newest, state = found
-        checkpoint.load(state, model, optimizer)
+        load_state(state, model, optimizer)
         first = newest.step
-    saver = checkpoint.Saver(str(folder), config, f"{ranks}{resume:d}", group)
+    saver = Saver(str(folder), config, f"{ranks}{resume:d}", group)
 
     class RecordingCallbacks(loop.Callbacks):
         def log(self, step, metrics):
@@ -143,7 +147,7 @@ def train(
     model.eval()
     with torch.no_grad():
         loss = float(model(**fixed_batch(processor, config).to(device)).loss)
-    checkpoint.export(folder / "export", model, processor)
+    export(folder / "export", model, processor)
     if rank == 0:
         (folder / "sharded-loss.json").write_text(json.dumps(loss))
         (folder / f"losses-{ranks}.json").write_text(json.dumps(losses))

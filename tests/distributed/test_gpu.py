@@ -32,7 +32,7 @@ def padded():
     videos = [[random_frames(4, 1)], [random_frames(2, 2)], [], [random_frames(1, 3)]]
     questions = ["Which shape is it?", "Which way does it move, and what colour is it?", "What is red?", "Why?"]
     talks = [conversation(q, "red circle", video=bool(v)) for q, v in zip(questions, videos, strict=True)]
-    prompts = processor([talk[:1] for talk in talks], videos, answer=True)
+    prompts = processor([talk[:1] for talk in talks], videos, for_generation=True)
     return model.eval(), processor(talks, videos), prompts
 
 
@@ -131,7 +131,7 @@ def test_bf16_with_checkpointing_trains(on_the_gpu, tmp_path):
 
 
 def test_float8_trains_like_bf16(tmp_path):
-    """The numbers of tokens are no multiples of 16, and some steps have no videos."""
+    """The numbers of tokens are not multiples of 16, and some steps have no videos."""
     pytest.importorskip("torchao")
     if not hardware.detect_local().float8:
         pytest.skip("the GPU has no FP8")

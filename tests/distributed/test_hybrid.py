@@ -18,7 +18,11 @@ from crosslmm.model.loading import build_model, build_processor
 from crosslmm.model.param_groups import fsdp_units
 from crosslmm.planning import cost
 from crosslmm.planning import hybrid as planning
-from crosslmm.train import checkpoint, checkpoint_store, loop, worker
+from crosslmm.train import loop, worker
+from crosslmm.train.checkpoint import seals
+from crosslmm.train.checkpoint.read import read_newest
+from crosslmm.train.checkpoint.save import Saver
+from crosslmm.train.checkpoint.state import load_state, state_of
 from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.optim import build_optimizer
 from tests.distributed.test_fsdp import BATCH, forbid_pickles, leave, run_config
@@ -34,7 +38,12 @@ FRAMES = (
 ARMS = {
     "whole": (),
     "frozen": ("--train.learning_rate.vision=0", "--train.learning_rate.decoder=0"),
+    "adapters": ("--train.lora.rank=4", "--train.lora.targets=[decoder,v2v,vision]"),
+    "recomputed": ("--train.activation_checkpointing=selective",),
+    "bf16": ("--train.precision=bf16",),
 }
+TOLERANCES = dict.fromkeys(ARMS, 1e-5) | {"bf16": 1e-2}
+"""Between two copies on two ranks each and one process: bf16 rounds the same samples differently in another batch."""
 HYBRID = "--scaling.workers_per_replica=2"
 OTHERS = {
     "4 ranks, 4 shards": (4, ()),
@@ -124,11 +133,11 @@ class Rank:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the whole weights and moments."""
-        state = checkpoint._state(self.model, self.optimizer)
+        state = state_of(self.model, self.optimizer)
         return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in state.items()}
 
     def save(self, folder: Path) -> None:
-        saver = checkpoint.Saver(str(folder), self.config, "test", self.group)
+        saver = Saver(str(folder), self.config, "test", self.group)
         saver.save(SAVE_AT, self.model, self.optimizer, {}, [])
         saver.close()
 
@@ -136,9 +145,9 @@ class Rank:
         """Return the whole state that the model and the optimizer have after they loaded a checkpoint."""
         for parameter in self.model.parameters():
             parameter.detach().to_local().zero_()
-        newest, state = checkpoint.read_newest(str(folder), self.group, self.shards)
+        newest, state = read_newest(str(folder), self.group, self.shards)
         assert newest.step == SAVE_AT
-        checkpoint.load(state, self.model, self.optimizer)
+        load_state(state, self.model, self.optimizer)
         return self.state()
 
 
@@ -203,13 +212,13 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_two_copies_on_two_ranks_learn_what_one_process_learns(folder, arm):
-    one, hybrid = seen(folder, "one")[arm], seen(folder, "hybrid")[arm]
+    one, hybrid, tolerance = seen(folder, "one")[arm], seen(folder, "hybrid")[arm], TOLERANCES[arm]
     assert len(one["metrics"]) == len(hybrid["metrics"]) == len(FRAMES)
     for step in range(len(FRAMES)):
-        assert hybrid["metrics"][step] == pytest.approx(one["metrics"][step], rel=1e-5)
+        assert hybrid["metrics"][step] == pytest.approx(one["metrics"][step], rel=tolerance)
         assert one["gradients"][step].keys() == hybrid["gradients"][step].keys()
         for name, gradient in one["gradients"][step].items():
-            torch.testing.assert_close(hybrid["gradients"][step][name], gradient, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(hybrid["gradients"][step][name], gradient, atol=tolerance, rtol=tolerance)
 
 
 def test_replicas_stay_equal_and_half_as_large_as_the_model(folder):
@@ -227,7 +236,7 @@ def test_gradients_pass_between_copies_once_a_step(folder):
     assert len(hybrid["reduced"]) == len(FRAMES) * hybrid["units"]
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", ["whole", "frozen", "bf16"])
 def test_the_planner_counts_what_fsdp_sends(folder, arm):
     """FSDP pads shards to equal sizes, and prefetches a layer of the frozen encoder that the backward pass does not
     reach."""
@@ -240,7 +249,7 @@ def test_the_planner_counts_what_fsdp_sends(folder, arm):
 
 
 def test_every_rank_saves_a_quarter(folder):
-    (sealed,) = checkpoint_store.list_sealed(str(folder / "whole, 4"))
+    (sealed,) = seals.list_sealed(str(folder / "whole, 4"))
     sizes = [size for name, (size, _) in sealed.files.items() if name.startswith("rank-")]
     assert len(sizes) == sealed.world_size == RANKS
     assert max(sizes) < 0.3 * sum(sizes)

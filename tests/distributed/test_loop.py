@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from crosslmm.train import checkpoint, checkpoint_store, loop
+from crosslmm.train import loop
+from crosslmm.train.checkpoint import seals
+from crosslmm.train.checkpoint.save import Saver
 from crosslmm.train.optim import build_optimizer
 from tests.distributed.test_fsdp import STEPS, batches, leave, run_config, sharded
 
@@ -25,7 +27,7 @@ def train(rank: int, folder: Path, not_finite: str) -> None:
     config = run_config(RANKS, f"--train.not_finite={not_finite}", "--train.checkpoint_every=100", *features)
     model, processor = sharded(config, gates=0.3)
     optimizer = build_optimizer(model, config.train)
-    saver = checkpoint.Saver(str(folder), config, "test", dist.new_group(backend="gloo"))
+    saver = Saver(str(folder), config, "test", dist.new_group(backend="gloo"))
     seen: dict = {"logged": {}, "saved": [], "not_finite": [], "raised": None}
     calls = itertools.count(1)
 
@@ -94,7 +96,7 @@ def test_a_non_finite_step_is_skipped_and_its_samples_reported(skipping):
 def test_a_stop_of_one_rank_stops_all_after_a_checkpoint(skipping):
     seen, folder = skipping
     assert [(s["done"], s["saved"], len(s["logged"])) for s in seen] == [(STOP_STEP, [STOP_STEP], STOP_STEP)] * 2
-    assert [one.step for one in checkpoint_store.list_sealed(str(folder))] == [STOP_STEP]
+    assert [one.step for one in seals.list_sealed(str(folder))] == [STOP_STEP]
 
 
 def test_a_non_finite_step_stops_every_rank(tmp_path):

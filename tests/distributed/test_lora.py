@@ -18,7 +18,12 @@ from crosslmm.model.loading import build_model, build_processor
 from crosslmm.planning.assumptions import Assumptions
 from crosslmm.planning.plan import plan
 from crosslmm.run_folder import BASE_FILE, BASE_FOLDER
-from crosslmm.train import checkpoint, checkpoint_store, loop, shards, worker
+from crosslmm.train import loop, worker
+from crosslmm.train.checkpoint import seals, shards
+from crosslmm.train.checkpoint.export import export_sealed
+from crosslmm.train.checkpoint.read import read_base, read_newest
+from crosslmm.train.checkpoint.save import Saver
+from crosslmm.train.checkpoint.state import load_state
 from crosslmm.train.optim import build_optimizer
 from tests.distributed.test_fsdp import BATCH, STEPS, STOP_AFTER, batches, fixed_batch, forbid_pickles, leave
 from tests.support.common import open_gates
@@ -42,14 +47,14 @@ def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrid
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=ranks)
     config, losses, first = run_config(ranks, *overrides), {}, 0
     processor, group = build_processor(config.model, config.data), dist.new_group(backend="gloo")
-    newest, state = checkpoint.read_newest(str(folder), group) or (None, {})
+    newest, state = read_newest(str(folder), group) or (None, {})
     job = types.SimpleNamespace(config=config, folder=str(folder), recipe=None)
     model, base = worker._build_sharded(job, processor, newest, torch.device("cpu"), ranks)
     optimizer = build_optimizer(model, config.train)
     if newest:
-        checkpoint.load(state, model, optimizer)
+        load_state(state, model, optimizer)
         first = newest.step
-    saver = checkpoint.Saver(str(folder), config, f"{ranks}{resume:d}", group, base)
+    saver = Saver(str(folder), config, f"{ranks}{resume:d}", group, base)
 
     class RecordingCallbacks(loop.Callbacks):
         def log(self, step, metrics):
@@ -71,7 +76,7 @@ def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrid
         logits = model(**without_labels(fixed_batch(processor, config))).logits
     export = folder / "export"
     export.mkdir(exist_ok=True)
-    checkpoint.export(export, model, processor, config.train.lora, base and base.located(str(folder)))
+    export(export, model, processor, config.train.lora, base and base.located(str(folder)))
     if rank == 0:
         torch.save(logits, folder / "logits.pt")
         learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -151,8 +156,8 @@ def test_peft_loads_the_export_with_the_same_logits(base, two_ranks):
 
 def test_a_merged_export_computes_the_same(two_ranks, tmp_path):
     _, folder = two_ranks
-    (newest, _) = checkpoint_store.list_sealed(str(folder))
-    assert checkpoint.export_sealed(newest, str(tmp_path / "whole"), merged=True) == []
+    (newest, _) = seals.list_sealed(str(folder))
+    assert export_sealed(newest, str(tmp_path / "whole"), merged=True) == []
     model = CrossLMMForConditionalGeneration.from_pretrained(tmp_path / "whole")
     assert not any("lora" in name for name in model.state_dict())
     expected = torch.load(folder / "logits.pt")
@@ -161,8 +166,8 @@ def test_a_merged_export_computes_the_same(two_ranks, tmp_path):
 
 def test_an_export_of_a_checkpoint_equals_the_run_s_own(two_ranks, tmp_path):
     _, folder = two_ranks
-    (newest, _) = checkpoint_store.list_sealed(str(folder))
-    assert checkpoint.export_sealed(newest, str(tmp_path / "adapter")) == []
+    (newest, _) = seals.list_sealed(str(folder))
+    assert export_sealed(newest, str(tmp_path / "adapter")) == []
     ours = {path.name: path.read_bytes() for path in (folder / "export").iterdir()}
     theirs = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
     assert "adapter_model.safetensors" in ours
@@ -170,10 +175,10 @@ def test_an_export_of_a_checkpoint_equals_the_run_s_own(two_ranks, tmp_path):
 
 
 def test_a_checkpoint_holds_what_learns_and_names_the_base(base, two_ranks):
-    newest, _ = checkpoint_store.list_sealed(str(two_ranks[1]))
+    newest, _ = seals.list_sealed(str(two_ranks[1]))
     assert not (two_ranks[1] / BASE_FOLDER).exists()
     assert BASE_FILE in newest.files
-    assert checkpoint.read_base(newest).uri == str(base)
+    assert read_base(newest).uri == str(base)
     weights = {name.removeprefix("model/") for name in shards.read_index(newest) if name.startswith("model/")}
     assert weights
     for name in weights:

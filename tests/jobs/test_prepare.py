@@ -29,7 +29,7 @@ ROWS, CLIPS = 4000, 6
 BAD = {2000: "{broken", 3001: json.dumps({"id": "row 1", "messages": conversation("?", "again", video=False)})}
 SOURCE, TARGET = "s3://videos/many", "s3://videos/prepared"
 # Small chunks, so that the kill comes between two of them.
-SMALL_CHUNKS = ("--piece_bytes", "150000")
+SMALL_CHUNKS = ("--chunk_bytes", "150000")
 
 
 def row(i):

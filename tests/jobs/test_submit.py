@@ -103,7 +103,7 @@ def test_of_two_preparations_at_once_exactly_one_converts_ten_times(cluster, tmp
         for delay in (0.0, offset):
             time.sleep(delay)
             twins.append(subprocess.Popen(
-                [*command, "--probe=false", "--piece_bytes=3000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                [*command, "--probe=false", "--chunk_bytes=3000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 text=True, env=cluster.environment | {"RAY_ADDRESS": cluster.gcs_address},
             ))  # fmt: skip
         outputs = [twin.communicate(timeout=200)[0] for twin in twins]

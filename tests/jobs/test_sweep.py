@@ -22,7 +22,7 @@ from tests.support.common import ROOT, processes
 # Five starts of jobs that train or encode, half a minute each where nothing else runs.
 pytestmark = pytest.mark.timeout(900)
 STEPS, EVERY = 8, 2
-# In this order, one at a time: a good one, one whose gradient is no number, one that does not learn and is stopped at
+# In this order, one at a time: a good one, one whose gradient is not finite, one that does not learn and is stopped at
 # the first rung.
 SPACE = """
 from ray import tune

@@ -60,7 +60,7 @@ def test_an_owner_survives_an_outage_of_the_store(store, monkeypatch, caplog):
         monkeypatch.setattr(module, name, value)
     with FlakyStore(int(store.endpoint.rsplit(":", 1)[1])) as flaky:
         use(monkeypatch, store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{flaky.port}"})
-        with lease.look("s3://runs/away", "training", "wait").take() as fence:
+        with lease.claim("s3://runs/away", "training", "wait").take() as fence:
             flaky.reads = flaky.writes = "503"
             time.sleep(6)
             fence.require_lately()

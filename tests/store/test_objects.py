@@ -276,7 +276,7 @@ def test_keys_that_look_like_addresses_lead_nowhere(store, wire, tmp_path):
     assert (tmp_path / "secret.json").exists()
     # Text: keys of these names.
     for name in ("s3://videos/other/secret.json", "file:///etc/passwd", "..\\x", "%2e%2e/x"):
-        uri = storage.inside("s3://videos/set", name)
+        uri = storage.safe_join("s3://videos/set", name)
         with pytest.raises(FileNotFoundError, match="no such object"):
             storage.read_bytes(uri)
         storage.write_bytes(uri, b"ours")
@@ -284,7 +284,7 @@ def test_keys_that_look_like_addresses_lead_nowhere(store, wire, tmp_path):
     assert len(storage.names_in("s3://videos/set")) == 4
     for name in ("/etc/passwd", "../other/secret.json", ".", ""):
         with pytest.raises(storage.BadLocation, match="is not a name inside"):
-            storage.inside("s3://videos/set", name)
+            storage.safe_join("s3://videos/set", name)
 
 
 def test_a_seal_in_the_store_names_nothing_in_another_bucket(wire):

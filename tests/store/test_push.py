@@ -16,7 +16,7 @@ from crosslmm.model import CrossLMMForConditionalGeneration
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.model.weights_source import WEIGHTS, WeightsSource
 from crosslmm.run_folder import CONFIG_FILE
-from crosslmm.train.checkpoint import Saver
+from crosslmm.train.checkpoint.save import Saver
 from crosslmm.train.optim import build_optimizer
 from tests.support.common import ROOT
 from tests.support.s3rver import running_store

@@ -85,7 +85,7 @@ def _say_letters(model: CrossLMMForConditionalGeneration, processor: CrossLMMPro
     handle = model.language_model.model.norm.register_forward_hook(lambda *call: hidden.append(call[-1][:, -1]))
     for _ in range(3):  # changed embeddings change the hidden states
         hidden.clear()
-        model(**processor(conversations, frames, answer=True), logits_to_keep=1)
+        model(**processor(conversations, frames, for_generation=True), logits_to_keep=1)
         states = hidden[0]
         directions = torch.linalg.svd(states - states.mean(0))[2][:2]
         mean = torch.nn.functional.normalize(states.mean(0), dim=0)

@@ -52,7 +52,7 @@ from crosslmm.data.video.decode import decode_video, probe_video
 from crosslmm.encode.recorder import EncodingRecorder
 from crosslmm.lease import lease
 from crosslmm.text import one_printable_line
-from crosslmm.train import checkpoint_store, shards
+from crosslmm.train.checkpoint import seals, shards
 from tests.support import fuzz_videos
 from tests.support.common import conversation
 from tests.support.fuzz_mutations import damaged, hostile_texts, mutated
@@ -267,18 +267,18 @@ def make_checkpoints(folder: Path) -> None:
         uri.mkdir()
         (uri / "shard").write_bytes(b"weights")
         files = {"shard": (7, "0" * 64)}
-        checkpoint = checkpoint_store.Checkpoint(str(uri), step, 1, 1.5, {"validation/loss": 0.5}, files)
-        checkpoint_store.write_seal(checkpoint)
-    checkpoint_store.break_seal(checkpoint, "dropped")
+        checkpoint = seals.Checkpoint(str(uri), step, 1, 1.5, {"validation/loss": 0.5}, files)
+        seals.write_seal(checkpoint)
+    seals.break_seal(checkpoint, "dropped")
 
 
 def read_checkpoints(folder: Path) -> None:
-    sealed = checkpoint_store.list_sealed(str(folder))
-    checkpoint_store.best_first(sealed, "validation/loss")
-    for uri in checkpoint_store.list_unsealed(str(folder), sealed):
-        checkpoint_store.unsealed_reason(uri)
+    sealed = seals.list_sealed(str(folder))
+    seals.best_first(sealed, "validation/loss")
+    for uri in seals.list_unsealed(str(folder), sealed):
+        seals.unsealed_reason(uri)
     for checkpoint in sealed:
-        checkpoint_store.verify(checkpoint)
+        seals.verify(checkpoint)
 
 
 def make_tensors(folder: Path) -> None:
@@ -296,7 +296,7 @@ def read_tensors(folder: Path) -> None:
         for path in folder.iterdir()
         if path.is_file() and not path.is_symlink()
     }
-    shards.read(checkpoint_store.Checkpoint(str(folder), 1, 1, 1.5, {}, files), 0, 2)
+    shards.read(seals.Checkpoint(str(folder), 1, 1, 1.5, {}, files), 0, 2)
 
 
 KINDS = {

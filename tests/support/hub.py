@@ -1,6 +1,6 @@
 """A stand-in for the model hub on this machine: its commit, LFS and download requests, with files in memory.
 
-It shows what is sent, and that a client reads it back. It is no proof of anything about the real hub.
+It shows what is sent, and that a client reads it back. It is not a proof of anything about the real hub.
 """
 
 import base64

@@ -53,7 +53,7 @@ def good(uri):
 
 
 def decode_without_sockets(uri, data):
-    """Decode a local file in a process that the kernel kills as soon as it asks for a socket that is no Unix one."""
+    """Decode a local file in a process that the kernel kills as soon as it asks for a socket that is not a Unix one."""
     # BPF: load the number of the system call; if it is socket(2) and its family is not AF_UNIX, kill the process.
     load, jump_if_equal, give = 0x20, 0x15, 0x06
     program = [

@@ -149,7 +149,7 @@ def contend(folder: str, offset_s: float, answer: str) -> None:
     time.sleep(offset_s)
     status, message, began, waited = 0, "", time.monotonic(), None
     try:
-        with lease.look(folder, "training", "give another --name").take() as fence:
+        with lease.claim(folder, "training", "give another --name").take() as fence:
             waited = time.monotonic() - began
             released = False
             while not released:

@@ -10,10 +10,10 @@ import yaml
 
 from crosslmm.cli import parse_run, preset_names
 from crosslmm.config import BadConfig, roles_of, settings_of, to_yaml
+from crosslmm.config.schema import FIXED, FREE
 from crosslmm.model.loading import build_config
 from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.param_groups import component_of
-from crosslmm.schema import FIXED, FREE
 from tests.support.common import ROOT
 
 JOB = Path(__file__).parents[2] / "jobs" / "train.py"

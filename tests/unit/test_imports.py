@@ -14,7 +14,7 @@ HEAVY = {"torch", "transformers", "mlflow", "decord", "torchcodec"}
     [
         ("crosslmm.config", set()),
         ("crosslmm.cli", set()),
-        ("crosslmm.train.checkpoint_store", set()),
+        ("crosslmm.train.checkpoint.seals", set()),
         ("crosslmm.train.events", set()),
         ("crosslmm.train.job", set()),
         ("crosslmm.data.dataset", set()),

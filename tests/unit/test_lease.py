@@ -17,7 +17,7 @@ NAME = "give another --name"
 
 
 def look(folder):
-    return lease.look(str(folder), "training", NAME)
+    return lease.claim(str(folder), "training", NAME)
 
 
 @pytest.fixture

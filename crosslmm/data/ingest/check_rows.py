@@ -63,7 +63,7 @@ class IngestJob:
     ignored_keys: tuple[str, ...] = ()
     """Keys of rows that are ignored."""
     fence: Fence | None = None
-    """Whether the driver still owns the target; None where rows are only checked."""
+    """Tells, before a write, whether the driver still owns the target; None if rows are only checked."""
 
     @property
     def memory_gib(self) -> float:

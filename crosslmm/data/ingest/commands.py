@@ -34,7 +34,7 @@ def convert(
     folder: str,
     probe: bool = True,
     skip_bad: bool = False,
-    piece_bytes: ChunkBytes | None = None,
+    chunk_bytes: ChunkBytes | None = None,
     ignore_keys: list[str] = NO_KEYS,
     data: DataConfig = DEFAULTS,
 ) -> Result:
@@ -53,7 +53,7 @@ def convert(
         probe: Read each video's header: duration (needed for --train.micro_batch_tokens), frames, size, codec,
             rotation, keyframes. false opens no video.
         skip_bad: Leave malformed rows out instead of refusing the manifest.
-        piece_bytes: Size of the part of the manifest that one task converts, and that is converted again if the task is
+        chunk_bytes: Size of the part of the manifest that one task converts, and that is converted again if the task is
             interrupted [bytes]. null is 32 MiB, or 4 MiB with --probe true.
         ignore_keys: Keys of rows that are known to say nothing about the conversation; any other unknown key makes its
             row malformed.
@@ -61,7 +61,7 @@ def convert(
     from crosslmm.data.ingest.convert import convert
     from crosslmm.data.ingest.report import print_converted
 
-    result = convert(manifest, folder, probe, skip_bad, piece_bytes, data, ignore_keys)
+    result = convert(manifest, folder, probe, skip_bad, chunk_bytes, data, ignore_keys)
     print_converted(result)
     return 0, json.dumps(result)
 
@@ -69,7 +69,7 @@ def convert(
 def validate(
     manifest: str,
     probe: bool = False,
-    piece_bytes: ChunkBytes | None = None,
+    chunk_bytes: ChunkBytes | None = None,
     ignore_keys: list[str] = NO_KEYS,
     data: DataConfig = DEFAULTS,
 ) -> Result:
@@ -77,19 +77,20 @@ def validate(
 
         python jobs/prepare.py validate s3://bucket/train.jsonl --probe true
 
-    Prints which form the rows have, the first three as the model will see them, and each reason why rows are malformed,
-    with the first of their lines. Exit status 1 if there are bad rows.
+    Prints which form the rows have, the first three as the model will see them (with the --data.num_frames and
+    --data.sampling that are given here; 64 frames otherwise), and each reason why rows are malformed, with the first of
+    their lines. Exit status 1 if there are bad rows.
 
     Args:
         manifest: Path or s3:// URI, in any form that docs/data.md lists, or a pattern such as train-*.parquet.
         probe: Read each video's header, too; rows with unreadable videos then count as bad.
-        piece_bytes: Size of the part that one task checks [bytes]. null is 32 MiB, or 4 MiB with --probe true.
+        chunk_bytes: Size of the part that one task checks [bytes]. null is 32 MiB, or 4 MiB with --probe true.
         ignore_keys: Keys of rows that are ignored, as for convert.
     """
     from crosslmm.data.ingest.convert import validate
     from crosslmm.data.ingest.report import print_validated
 
-    total = validate(manifest, probe, piece_bytes, data, ignore_keys)
+    total = validate(manifest, probe, chunk_bytes, data, ignore_keys)
     print_validated(manifest, total, probe, data)
     counts = {"rows": total.rows, "rejected": total.rejected, "quarantined": total.quarantined, "forms": total.forms}
     return int(bool(total.rejected or total.quarantined)), json.dumps({"manifest": manifest, **counts})

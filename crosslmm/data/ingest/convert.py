@@ -72,7 +72,7 @@ def convert(
     folder: str,
     probe: bool,
     skip_bad: bool,
-    piece_bytes: int | None,
+    chunk_bytes: int | None,
     data: DataConfig,
     ignored_keys: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def convert(
         folder: path or URI of the output; empty, or started by an earlier call.
         probe: read the headers of the videos.
         skip_bad: leave malformed rows out; otherwise they are an error.
-        piece_bytes: size of a chunk of the manifest; None for the default [bytes].
+        chunk_bytes: size of a chunk of the manifest; None for the default [bytes].
         data: limits of probing, and further folders that videos may lie in.
         ignored_keys: keys of rows that are ignored.
 
@@ -105,11 +105,11 @@ def convert(
     settings = {
         "manifest": uri,
         "probe": probe,
-        "piece_bytes": piece_bytes or default_chunk_bytes(probe),
+        "chunk_bytes": chunk_bytes or default_chunk_bytes(probe),
         "roots": data.roots,
         **({"ignored_keys": sorted(ignored_keys)} if ignored_keys else {}),
     }
-    with lease.look(target, "preparation", "give another folder").take() as fence:
+    with lease.claim(target, "preparation", "give another folder").take() as fence:
         return _convert(IngestJob(uri, target, "", probe, data, tuple(ignored_keys), fence), settings, skip_bad, began)
 
 
@@ -150,7 +150,7 @@ def _output_errors(target: str) -> Iterator[None]:
 
 
 def validate(
-    manifest: str, probe: bool, piece_bytes: int | None, data: DataConfig, ignored_keys: Sequence[str] = ()
+    manifest: str, probe: bool, chunk_bytes: int | None, data: DataConfig, ignored_keys: Sequence[str] = ()
 ) -> Summary:
     """Check the rows of a manifest, and the headers of its videos if `probe` is true; write nothing.
 
@@ -163,7 +163,7 @@ def validate(
     hashes, lines = {}, {}
     with manifest_errors(manifest):
         files = split.files_to_split(uri, job.data.roots)
-        chunk_bytes = piece_bytes or default_chunk_bytes(probe)
+        chunk_bytes = chunk_bytes or default_chunk_bytes(probe)
         chunks = split_in_tasks(files, chunk_bytes) if files else [Chunk(uri, "whole")]
         with _ChunkMonitor("validating", uri, len(chunks), data) as monitor:
             calls = {number: (job, chunk) for number, chunk in enumerate(chunks)}
@@ -250,7 +250,7 @@ def _read_summaries(target: str, plan: str) -> dict[int, Summary]:
 def _read_summary(target: str, name: str) -> Summary | None:
     """Read the summary of a chunk; None if it cannot be used, so that its chunk is converted again."""
     try:
-        return parse_summary(storage.read_at_most(storage.inside(target, name), storage.MAX_JSON_BYTES), target)
+        return parse_summary(storage.read_at_most(storage.safe_join(target, name), storage.MAX_JSON_BYTES), target)
     except storage.Unavailable:
         raise
     except (OSError, ValueError) as error:
@@ -331,7 +331,7 @@ def _require_owner(job: IngestJob) -> None:
 def _rejected_lines(target: str, summaries: list[Summary], duplicates: Duplicates) -> Iterator[bytes]:
     for number, summary in enumerate(summaries):
         name = summary.files.get("rejected")
-        lines = storage.read_bytes(storage.inside(target, name)) if name else b""
+        lines = storage.read_bytes(storage.safe_join(target, name)) if name else b""
         reasons = duplicate_reasons(duplicates.get(number, []))
         yield sort_by_line(lines + rejected_lines(reasons)) if reasons else lines
 

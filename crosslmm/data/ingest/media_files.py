@@ -24,7 +24,7 @@ class MediaWriter:
         Raises:
             OSError: it cannot be read or written.
         """
-        uri = storage.inside(self.target, f"{MEDIA_FOLDER}/{media.file_name}")
+        uri = storage.safe_join(self.target, f"{MEDIA_FOLDER}/{media.file_name}")
         if uri not in self._written and not storage.exists(uri):
             storage.write_bytes(uri, media.read())
         self._written.add(uri)

@@ -42,7 +42,7 @@ def run_tasks(
         memory_gib: memory that a task reserves, so that those of a node fit it together [GiB].
 
     Raises:
-        IngestError: the worker process of one task died `MAX_RETRIES` + 1 times.
+        IngestError: Ray could not run a task, for instance because its worker died `MAX_RETRIES` + 1 times.
         Exception: whatever a task raises.
     """
     if not calls:
@@ -52,8 +52,8 @@ def run_tasks(
     largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
     if memory > largest:
         log.warning(
-            "data.decode_memory_gib: a task reads videos in processes of up to %g GiB together, and no node has more "
-            "than %.1f GiB for processes; waiting for one, unless you stop and lower it", memory_gib, largest / 2**30,
+            "data.decode_memory_gib: the processes of a task reserve %g GiB together, and no node has more than %.1f "
+            "GiB; waiting for a larger node; to begin now, stop and lower it", memory_gib, largest / 2**30,
         )  # fmt: skip
     remote = ray.remote(num_cpus=1, memory=memory, max_retries=MAX_RETRIES)(function)
     pending = deque(calls.items())
@@ -72,7 +72,7 @@ def run_tasks(
                     raise error.cause from None
                 except RayError as error:
                     reason = f"{type(error).__name__}: {in_brief(error)}"
-                    raise IngestError(f"a worker died {MAX_RETRIES + 1} times on chunk {key}: {reason}") from error
+                    raise IngestError(f"task {key} was given up after {MAX_RETRIES + 1} attempts: {reason}") from error
                 yield key, result
     finally:
         for task in running:

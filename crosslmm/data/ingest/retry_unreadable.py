@@ -69,7 +69,8 @@ def requeue(place: str, data: DataConfig) -> dict[str, Any]:
 
     Raises:
         BadManifest, BadConfig: `place` is neither.
-        IngestError, storage.Unavailable: it stopped; nothing was changed.
+        IngestError, storage.Unavailable: it stopped; seal and quarantine.jsonl are unchanged, but attempts may be
+            counted.
         lease.Owned, lease.LeaseLost: a job that runs owns the folder, or has taken it over.
     """
     uri = storage.absolute(place.rstrip("/"))
@@ -80,7 +81,7 @@ def requeue(place: str, data: DataConfig) -> dict[str, Any]:
         if not prepared:
             storage.stamp_of(uri)  # raises if it is missing
         owned = uri if prepared else run_folder.owned_folder(storage.parent(uri))
-        with lease.look(owned, "requeue", "wait until it has ended").take() as fence:
+        with lease.claim(owned, "requeue", "wait until it has ended").take() as fence:
             results = (_requeue_folder if prepared else _requeue_quarantine)(uri, data, fence)
     readable = [row for result in results for row in result.readable]
     for manifest, line, name in readable[:MAX_LOGGED_ROWS]:

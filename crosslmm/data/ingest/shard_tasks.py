@@ -123,7 +123,7 @@ def drop_rows(job: IngestJob, number: int, summary: Summary, duplicates: list[tu
         if waiting.num_rows:
             result.files["waiting"] = f"waiting-{number:05d}_1.parquet"
             write_table(target, result.files["waiting"], waiting)
-    before = storage.read_bytes(storage.inside(target, summary.files["rejected"])) if summary.rejected else b""
+    before = storage.read_bytes(storage.safe_join(target, summary.files["rejected"])) if summary.rejected else b""
     result.files["rejected"] = f"pieces/{number:05d}-1.rejected.jsonl"
     data = sort_by_line(before + rejected_lines(rejected))
     storage.write_bytes(storage.join(target, result.files["rejected"]), data)
@@ -175,7 +175,7 @@ def waiting_table(rows: Sequence[Waiting], target: str) -> pa.Table:
 
 def write_table(target: str, name: str, table: pa.Table) -> None:
     """Write a table as the Parquet file `name` of the folder `target`."""
-    storage.write_bytes(storage.inside(target, name), manifest_shards.to_bytes(table))
+    storage.write_bytes(storage.safe_join(target, name), manifest_shards.to_bytes(table))
 
 
 def relative_to(video: str, folder: str) -> str:

@@ -32,7 +32,7 @@ class Chunk:
             end; "numbered": rows of such a manifest, as `split_whole_file` wrote them.
         begin, end: range [begin, end) of the file in bytes, or in row groups.
         first: line number of the first row, from 1, blank lines counted.
-        rows: number of rows, blank lines counted.
+        rows: number of lines, blank ones included, or of rows; 0 for "whole".
         sha256: hash of the chunk's bytes [hex].
     """
 
@@ -53,7 +53,7 @@ def files_to_split(uri: str, roots: Sequence[str] = ()) -> list[str]:
         roots: further folders that links in a folder may lead to.
 
     Raises:
-        OSError, ValueError: it cannot be read, or has no known kind.
+        OSError, ValueError: it cannot be read, or its compression or encoding is not supported.
     """
     parts = manifest_files(uri, roots)
     kinds = {files.kind_of(part) for part in parts}

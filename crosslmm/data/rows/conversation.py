@@ -81,7 +81,8 @@ def place_media(row: Conversation) -> list[Turn]:
     Raises:
         BadRow: there are more or fewer placeholders than media.
     """
-    # In parts, placeholders count only if the row names media outside of its messages and no part is their place.
+    # Placeholders in parts of text count only if the row names media outside of its messages, and no part stands for
+    # them.
     in_parts = any(row.unplaced.values()) and not any(_is_place(part) for turn in row.turns for part in turn.parts)
     turns = [turn if turn.role == "assistant" else Turn(turn.role, _split(row, turn, in_parts)) for turn in row.turns]
     for kind in KINDS:

@@ -1,7 +1,7 @@
 """Files of rows: what kind a file is, and its raw rows with their numbers.
 
 *.jsonl      one object a line
-*.json       a list of objects; which of the two it is, the first character says, whatever the name
+*.json       a list of objects; the first character, not the name, tells a list from JSON Lines
 *.csv, *.tsv the first row names the fields
 *.parquet    the fields are columns
 *.tar        WebDataset

@@ -23,7 +23,7 @@ MAX_FILES = 100_000
 
 
 def suffix_of(uri: str) -> str:
-    """Return the suffix of a file without that of its compression, in small letters."""
+    """Return the suffix of a file without that of its compression, in lower case."""
     name = uri.lower()
     for packed in PACKED_SUFFIXES:
         name = name.removesuffix(packed)
@@ -41,7 +41,7 @@ def is_folder(uri: str) -> bool:
 
 
 def manifest_files(uri: str, roots: Sequence[str] = ()) -> list[str]:
-    """Return the files of a manifest that is no folder of sidecars: itself, those that it matches, or the folder's
+    """Return the files of a manifest that is not a folder of sidecars: itself, those that it matches, or the folder's
     metadata file; empty for a folder of sidecars.
 
     Args:
@@ -59,7 +59,7 @@ def manifest_files(uri: str, roots: Sequence[str] = ()) -> list[str]:
     names = [name for name in METADATA_FILES if storage.exists(storage.join(uri, name))]
     if len(names) > 1:
         raise BadRow(f"has both {names[0]} and {names[1]}; name one of them")
-    return [storage.inside(uri, name, roots) for name in names]
+    return [storage.safe_join(uri, name, roots) for name in names]
 
 
 def _matching(uri: str, roots: Sequence[str]) -> list[str]:
@@ -71,7 +71,7 @@ def _matching(uri: str, roots: Sequence[str]) -> list[str]:
         raise BadRow(f"{len(names)} files match it, of at most {MAX_FILES}")
     if len({suffix_of(name) for name in names}) > 1:
         raise BadRow(f"files of several kinds match it, {names[0]!a} and {names[-1]!a} among them")
-    return [storage.inside(folder, name, roots) for name in names]
+    return [storage.safe_join(folder, name, roots) for name in names]
 
 
 def sidecars_as_jsonl(uri: str, roots: Sequence[str]) -> bytes:
@@ -106,7 +106,7 @@ def _refuse_other_manifests(names: list[str]) -> None:
 
 def _read_sidecar(folder: str, name: str, roots: Sequence[str]) -> dict[str, Any]:
     try:
-        sidecar = storage.read_json(storage.inside(folder, name, roots), MAX_ROW_BYTES)
+        sidecar = storage.read_json(storage.safe_join(folder, name, roots), MAX_ROW_BYTES)
     except storage.BadLocation:
         raise
     except ValueError as error:

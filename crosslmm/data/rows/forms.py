@@ -1,6 +1,6 @@
 """The forms of rows that this and other projects publish, each read into a `Conversation`.
 
-A row has the first form of `FORMS` whose marks are among its keys. Every key of a row is used, is one of `METADATA`,
+A row has the first form of `FORMS` whose `marks` are among its keys. Every key of a row is used, is one of `METADATA`,
 which say nothing about the conversation, or makes the row malformed. `docs/data.md` has an example of each form.
 """
 

@@ -16,11 +16,11 @@ def json_list(pieces: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
         pieces: UTF-8.
 
     Raises:
-        BadRow: the text is no list, or ends within it.
+        BadRow: the text is not a list, or ends within it.
     """
     text, number = _Text(pieces), 0
     if text.take() != "[":
-        raise BadRow("is no JSON list")
+        raise BadRow("is not a JSON list")
     if text.peek() == "]":
         text.take()
     else:

@@ -110,7 +110,7 @@ def with_time_range(media: Media, start: Any, end: Any) -> Media:
     """Return a video with the suffix `#t=START,END` for the part between two moments [s]; None is its start or end.
 
     Raises:
-        BadRow: they are no moments, or the video has such a suffix already.
+        BadRow: they are not moments, or the video has such a suffix already.
     """
     if start is None and end is None:
         return media

@@ -37,7 +37,7 @@ def messages_of(value: Any, unused: set[str], name: str = "messages") -> list[Tu
         name: what error messages call the list.
 
     Raises:
-        BadRow: it is no such list.
+        BadRow: it is not such a list.
     """
     return _each(value, name, "message", lambda message: _message(message, unused))
 
@@ -46,7 +46,7 @@ def turns_of(value: Any) -> list[Turn]:
     """Return the turns of LLaVA's conversations: {"from": ..., "value": text}.
 
     Raises:
-        BadRow: it is no such list.
+        BadRow: it is not such a list.
     """
     return _each(value, "conversations", "turn", _turn)
 
@@ -55,7 +55,7 @@ def pairs_of(value: Any, name: str, questions: str | int, answers: str | int) ->
     """Return the turns of a list of questions with answers, which are two keys of an object, or two places of a list.
 
     Raises:
-        BadRow: it is no such list.
+        BadRow: it is not such a list.
     """
     turns: list[Turn] = []
     for number, pair in enumerate(_list(value, name), start=1):

@@ -32,7 +32,7 @@ def tar_rows(uri: str, first: int = 1) -> Iterator[tuple[int, dict[str, Any] | B
     """Yield the rows of a tar, with their numbers from `first` on.
 
     Raises:
-        BadRow: it is no tar, or is compressed.
+        BadRow: it is not a tar, or is compressed.
         OSError: it cannot be read.
     """
     stamp = storage.stamp_of(uri)
@@ -74,7 +74,7 @@ def _members(file: BinaryIO) -> Iterator[Member]:
             if tar.offset < size and any(file.read(tarfile.BLOCKSIZE)):
                 raise BadRow(f"is damaged at byte {tar.offset}")
     except tarfile.TarError as error:
-        raise BadRow(f"is no tar, or a packed or damaged one: {error}") from None
+        raise BadRow(f"is not a tar, or a packed or damaged one: {error}") from None
 
 
 def _name_and_field(path: str) -> tuple[str, str]:
@@ -128,7 +128,7 @@ def _text(file: BinaryIO, start: int, end: int) -> str:
 def _object(text: str) -> dict[str, Any]:
     value = parse_json(text)
     if not isinstance(value, dict):
-        raise BadRow("its .json is no object")
+        raise BadRow("its .json is not an object")
     return value
 
 

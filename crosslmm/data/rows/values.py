@@ -6,7 +6,7 @@ from typing import Any
 MAX_ROW_BYTES = 4 * 2**20
 """Longest row as JSON: a line, an element of a list, or the sidecar of a video [bytes]."""
 MAX_ROW_VALUES = 10_000
-"""Most values of a row: texts, numbers, objects and lists. Each can be an error to report, of a kilobyte."""
+"""Most values of a row: texts, numbers, objects and lists. Each malformed value can cost an error of a kilobyte."""
 
 
 class BadRow(ValueError):
@@ -46,7 +46,7 @@ class StrictDecoder:
         return {key: value for key, value in pairs if value is not None}
 
     def _refuse(self, name: str) -> None:
-        self.problem = f"{name} is no JSON value; write null or a number"
+        self.problem = f"{name} is not a JSON value; write null or a number"
 
 
 def parse_json(text: str | bytes, prefix: str = "") -> Any:
@@ -57,7 +57,7 @@ def parse_json(text: str | bytes, prefix: str = "") -> Any:
         prefix: begins each message, as in "messages: ".
 
     Raises:
-        BadRow: it is no JSON, too long, or has too many values.
+        BadRow: it is not JSON, too long, or has too many values.
     """
     if len(text) > MAX_ROW_BYTES:
         raise BadRow(f"{prefix}{too_long(len(text))}")

@@ -1,7 +1,7 @@
 """The sample set for pretrained parts: two scenes of real films after each other, each with a handwritten digit in a
 corner, and answers of several words.
 
-Held-out clips show other minutes of the films and other images of digits, and half of their questions are worded as no
+Held-out clips show other parts of the films and other images of digits, and half of their questions are worded as no
 training question is. `blacked_out.jsonl` asks the same questions about black frames. The same seed gives the same
 bytes.
 """

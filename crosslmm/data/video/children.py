@@ -1,4 +1,4 @@
-"""Child processes for decoding: they know nothing of the program that uses this package, and do not outlive it."""
+"""Child processes for decoding: they do not import the main script, and do not outlive it."""
 
 import fcntl
 import functools

@@ -105,7 +105,9 @@ class VideoPool:
             result = future.result()
         except DeadlineExceeded:
             self._require_store_answers(uri)
-            return VideoFailure(f"decoding took over {self.data.decode_timeout_s:g} s and was killed", "deadline")
+            return VideoFailure(
+                f"it took over {self.data.decode_timeout_s:g} s (data.decode_timeout_s) to read", "deadline"
+            )
         except pebble.ProcessExpired as error:
             return VideoFailure(f"the decoder died (exit code {error.exitcode})", "crash")
         except MemoryError:

@@ -39,7 +39,7 @@ first), broadcast with error correction [bytes]."""
 SYNC_PACKETS = 5
 """Packets whose sync bytes are looked at."""
 SCRAMBLED_SHARE = 0.5
-"""Share of scrambled packets from which on a stream counts as encrypted."""
+"""A stream with at least this share of scrambled packets counts as encrypted."""
 VIDEO_TYPES = {0x01, 0x02, 0x10, 0x1B, 0x24, 0x33, 0x42, 0xEA}
 """Types of the streams in a transport stream's tables that are videos."""
 SCANNED_BYTES = 256 * 2**10

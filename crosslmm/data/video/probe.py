@@ -1,4 +1,4 @@
-"""Read the header of a video without decoding a frame."""
+"""Read the properties of a video without decoding a frame: from its header, its index, or all its packets."""
 
 from dataclasses import dataclass, replace
 from typing import BinaryIO

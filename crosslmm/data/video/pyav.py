@@ -229,7 +229,7 @@ class _Source:
         """Start decoding at a keyframe; return the frames up to the last moment, and whether they begin with the first
         frame of the file.
 
-        Indexes can be wrong: if the frame at this position is no keyframe, or is shown after the first moment, try the
+        Indexes can be wrong: if the frame at this position is not a keyframe, or comes after the first moment, try the
         keyframe before, and then the start of the file.
         """
         for candidate in (keyframe, keyframe and self._keyframe_at(keyframe.time - 1)):

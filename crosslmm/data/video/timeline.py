@@ -29,7 +29,7 @@ BYTE_FORMATS = ("mpegts", "mpeg", "h264", "hevc", "mpegvideo")
 RAW_FORMATS = ("h264", "hevc", "mpegvideo")
 """Streams without a container and so without times: one frame follows the other at the rate that the stream states."""
 ESTIMATED_FORMATS = ("mpegts", "mpeg", "ogg")
-"""Formats of which the last time stamps give an estimate, if the clock does not jump in between."""
+"""Formats whose duration can be estimated from the last time stamps, if the clock does not jump in between."""
 TS_DISCONT = 0x0200
 """AVFMT_TS_DISCONT: libav's flag of formats whose clock may jump."""
 JUMP_FORWARD_S, JUMP_BACK_S = 10.0, 0.1
@@ -55,7 +55,7 @@ class Keyframe:
     position: int
     """Offset of its packet in the file, or of one shortly before [bytes]."""
     shift: int = 0
-    """What jumps of the clock before it have added to its time stamps [ticks]."""
+    """Correction that is added to raw time stamps from here on, which removes the jumps of the clock before [ticks]."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Timeline:
     last: float | None = None
     """When the last frame appears, if known."""
     frames: int | None = None
-    """Number of frames; known if all packets were read."""
+    """Number of frames; known if all packets were read, or if the index lists a single one."""
     keyframes: list[Keyframe] | None = None
     """Keyframes; known if all packets were read. Otherwise libav's index has them, or nothing has."""
     jumps: int = 0

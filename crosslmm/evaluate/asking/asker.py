@@ -24,8 +24,8 @@ BATCH_TOKENS = 16_384
 BATCH_FRAMES = 1_024
 """Frames of a batch of questions, unless a single one has more [frames]."""
 SHARED_TOKENS = 1_024
-"""Where questions about a video begin with the same tokens, the decoder reads these once if that saves it at least so
-many. If it saves fewer, batches that also have questions about other videos save more [tokens]."""
+"""Questions about a video often begin with the same tokens. This common prefix is prefilled once, and its cache shared,
+if that saves at least so many tokens; otherwise, batches with questions about several videos are faster [tokens]."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ class Asker:
             features, seconds = self._timed(self._encode, watched)
             replies.append([])
             for question in questions:
-                ready = self._prepare(len(prepared), question, watched, features, seconds / len(questions))
-                if isinstance(ready, _Prepared):
-                    prepared.append(ready)
-                replies[-1].append(ready if isinstance(ready, Reply) else ready.reply)
+                outcome = self._prepare(len(prepared), question, watched, features, seconds / len(questions))
+                if isinstance(outcome, _Prepared):
+                    prepared.append(outcome)
+                replies[-1].append(outcome if isinstance(outcome, Reply) else outcome.reply)
         answered: dict[int, Reply] = {}
         for prefix, questions_of_prefix in self._by_prefix(prepared):
             for batch in _batches(questions_of_prefix):

@@ -75,7 +75,7 @@ def _subtitles(folder: Folder, row: dict) -> Subtitles:
         first = float(row["starting_timestamp_for_subtitles"])
         lines = [_line(entry, first, float(row["duration"])) for entry in storage.parse_json(data)]
     except (TypeError, ValueError, LookupError, AttributeError):
-        raise BadBenchmark(f"subtitles/{text(row, 'subtitle_path')} are no list of texts with times") from None
+        raise BadBenchmark(f"subtitles/{text(row, 'subtitle_path')} are not a list of texts with times") from None
     return Subtitles(tuple(lines), interleaved=True)
 
 
@@ -83,7 +83,7 @@ def _line(entry: dict[str, Any], first: float, duration: float) -> tuple[float, 
     """Return start and end from the start of the video [s], and the text, of either of the two forms of subtitles."""
     if "timestamp" in entry:
         start, end = entry["timestamp"]
-        # Where the end is no time, the subtitle stays to the end of the video.
+        # Where the end is not a time, the subtitle stays to the end of the video.
         return float(start) - first, (end if isinstance(end, float) else duration) - first, str(entry["text"])
     return clock_seconds(entry["start"]) - first, clock_seconds(entry["end"]) - first, str(entry["line"])
 

@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Found:
+class ScoredAnswer:
     """A question about needles, and the model's answer."""
 
     question: str
@@ -23,7 +23,7 @@ class Cell:
     depth: float
     """Of the first needle [%]."""
     hops: int
-    found: list[Found]
+    answers: list[ScoredAnswer]
     seconds: float
     """Per question, the encoding of the haystack left out [s]."""
     memory_bytes: int
@@ -34,19 +34,19 @@ class Cell:
     @property
     def share(self) -> float:
         """Share of right answers."""
-        return sum(found.right for found in self.found) / len(self.found)
+        return sum(answer.right for answer in self.answers) / len(self.answers)
 
     def __str__(self) -> str:
         what = f"{self.frames:,} frames, depth {self.depth:g} %, hops {self.hops}"
-        if not self.found:
+        if not self.answers:
             return f"{what}: {self.error}"
         return f"{what}: {self.share:.2f}, {self.seconds:.1f} s, {self.memory_bytes / 1e9:.2f} GB"
 
     def line(self) -> dict[str, Any]:
         """Return the cell without its answers."""
-        right = sum(found.right for found in self.found)
-        values = {key: value for key, value in asdict(self).items() if key != "found"}
-        return values | {"right": right, "asked": len(self.found)}
+        right = sum(answer.right for answer in self.answers)
+        values = {key: value for key, value in asdict(self).items() if key != "answers"}
+        return values | {"right": right, "asked": len(self.answers)}
 
     def to_json(self) -> bytes:
         """Return the content of the cell's file."""
@@ -56,4 +56,4 @@ class Cell:
     def from_json(cls, data: bytes) -> "Cell":
         """Return what `to_json` wrote."""
         values = json.loads(data)
-        return cls(**values | {"found": [Found(**found) for found in values["found"]]})
+        return cls(**values | {"answers": [ScoredAnswer(**answer) for answer in values["answers"]]})

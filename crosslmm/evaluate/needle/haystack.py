@@ -142,7 +142,7 @@ class Spliced:
 
 
 class _FrameFile:
-    """A file of arrays of one shape, one for each frame. It is read by the part: mapped, it would count as memory."""
+    """A file of arrays of one shape, one per frame. It is read a chunk at a time: mapped, it would count as memory."""
 
     def __init__(self, path: Path, dtype: type, shape: tuple[int, ...]) -> None:
         self.path, self.dtype, self.shape = path, np.dtype(dtype), shape

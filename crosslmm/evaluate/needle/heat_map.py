@@ -51,7 +51,7 @@ def _table(cells: Sequence[Cell], settings: NeedleSettings) -> str:
 
 
 def _table_cell(cell: Cell) -> str:
-    if not cell.found:
+    if not cell.answers:
         return f'<td title="{escaped(cell.error)}">too long</td>'
     mixed = [round(a + (b - a) * cell.share) for a, b in zip(LIGHT, DARK, strict=True)]
     colour = "#{:02x}{:02x}{:02x}".format(*mixed)
@@ -72,4 +72,4 @@ def print_map(cells: Sequence[Cell], settings: NeedleSettings) -> None:
 
 
 def _text(cell: Cell) -> str:
-    return f"{cell.share:.2f}  {cell.seconds:.2f}  {cell.memory_bytes / 1e9:.2f}" if cell.found else "too long"
+    return f"{cell.share:.2f}  {cell.seconds:.2f}  {cell.memory_bytes / 1e9:.2f}" if cell.answers else "too long"

@@ -20,7 +20,7 @@ from crosslmm.data.samples import needles
 from crosslmm.evaluate.asking.model_files import ModelFiles, fetch_model, open_files
 from crosslmm.evaluate.evaluation_folder import EvaluationFolder
 from crosslmm.evaluate.needle import heat_map
-from crosslmm.evaluate.needle.cell import Cell, Found
+from crosslmm.evaluate.needle.cell import Cell, ScoredAnswer
 from crosslmm.evaluate.needle.haystack import Haystack
 from crosslmm.evaluate.needle.settings import NeedleSettings
 from crosslmm.evaluate.scores import intervals
@@ -145,7 +145,7 @@ def _measure(
     settings: NeedleSettings, answerer: Answerer, haystack: Haystack, frames: int, depth: float, hops: int
 ) -> Cell:
     """Ask all questions of a cell."""
-    found: list[Found] = []
+    answers: list[ScoredAnswer] = []
     memory = PeakMemory(answerer.device)
     began = time.perf_counter()
     for number in range(settings.videos):
@@ -160,13 +160,13 @@ def _measure(
         try:
             answer = stream_answer(
                 answerer.model, answerer.processor, [{"role": "user", "content": content}], spliced, ANSWER_TOKENS,
-                settings.part,
+                settings.chunk_frames,
             )  # fmt: skip
         except ValueError as error:  # it is longer than the decoder's context
             return Cell(frames, depth, hops, [], 0.0, 0, str(error))
-        found.append(Found(text, answer, expected, scoring.is_right(answer, expected)))
+        answers.append(ScoredAnswer(text, answer, expected, scoring.is_right(answer, expected)))
     seconds = (time.perf_counter() - began) / settings.videos
-    return Cell(frames, depth, hops, found, round(seconds, 4), memory.bytes(), None)
+    return Cell(frames, depth, hops, answers, round(seconds, 4), memory.bytes(), None)
 
 
 def colours_of(number: int, hops: int, seed: int) -> list[str]:
@@ -216,8 +216,8 @@ def _accuracy(cells: list[Cell]) -> Estimate:
     Raises:
         BadConfig: no cell fits the decoder's context.
     """
-    right = [found.right for cell in cells for found in cell.found]
-    clusters = [f"{cell.hops} {i}" for cell in cells for i in range(len(cell.found))]
+    right = [answer.right for cell in cells for answer in cell.answers]
+    clusters = [f"{cell.hops} {i}" for cell in cells for i in range(len(cell.answers))]
     if not right:
         raise BadConfig(f"--frames: nothing fits: {cells[0].error}")
     return intervals.accuracy(right, clusters)
@@ -227,7 +227,7 @@ def _metrics(cells: list[Cell], estimate: Estimate) -> dict[str, float]:
     metrics = {"accuracy": estimate.value, "accuracy_low": estimate.low, "accuracy_high": estimate.high}
     for cell in cells:
         where = f"hops {cell.hops}/frames {cell.frames}/depth {cell.depth:g}"
-        if cell.found:
+        if cell.answers:
             metrics |= {
                 f"accuracy/{where}": cell.share,
                 f"seconds/{where}": cell.seconds,

@@ -8,8 +8,8 @@ from pydantic import Field, ValidationError
 
 from crosslmm.cli_help import print_help
 from crosslmm.config import BadConfig, TrackingConfig, require_no_credentials
+from crosslmm.config.schema import Count, Section
 from crosslmm.data.samples.needles import MOST_HOPS
-from crosslmm.schema import Count, Section
 from crosslmm.text import first_error, one_line
 
 COMMON = ("model", "frames", "depths", "hops", "videos", "haystack", "storage", "name", "tracking.uri")
@@ -31,21 +31,21 @@ class NeedleSettings(Section):
     hops: list[Hops] = Field(default=[1, 2])
     """Needles of a question; with several, it names the first one and asks for the last."""
     videos: Count = 12
-    """Questions of a cell, each about needles of its own; with 12, and one or two hops, each colour is the right answer
-    equally often [questions]."""
+    """Questions of a cell, each about a video with needles of its own; with 12, and one or two hops, each colour is the
+    right answer equally often [questions]."""
     haystack: list[str] = Field(default=[])
     """Video files, shown one after the other (paths or s3:// URIs); empty: generated noise."""
     v2v: bool = True
     """False closes the gates of V2V."""
     t2v: bool = True
     """False closes the gates of T2V."""
-    part: Count = 64
+    chunk_frames: Count = 64
     """Frames whose patches are on the device at once [frames]."""
     storage: str = "runs"
     """Folder of all runs (path or s3:// URI)."""
     scratch: str | None = None
-    """Local folder for the features of the longest video, which are deleted at the end; null: the system's temporary
-    folder."""
+    """Local folder for frames and features of the longest video, which are deleted at the end; null: the system's
+    temporary folder."""
     device: str | None = None
     """Device to compute on; null: a GPU if there is one, else the CPU."""
     seed: int = 0

@@ -88,7 +88,7 @@ class Folder:
         if name not in self.names:
             return None
         try:
-            data = storage.read_at_most(storage.inside(self.uri, name, self.roots), MAX_FILE_BYTES)
+            data = storage.read_at_most(storage.safe_join(self.uri, name, self.roots), MAX_FILE_BYTES)
         except storage.Unavailable:
             raise
         except (OSError, ValueError) as error:
@@ -138,7 +138,7 @@ def _parsed(raw: Any, number: int) -> dict[str, Any]:
         raise raw
     row = storage.parse_json(raw) if isinstance(raw, str | bytes) else raw
     if not isinstance(row, dict):
-        raise ValueError(f"row {number} is no object")
+        raise ValueError(f"row {number} is not an object")
     return row
 
 
@@ -185,7 +185,7 @@ def text(row: dict[str, Any], key: str) -> str:
     """
     value = row[key]
     if not isinstance(value, str | int | float):
-        raise BadBenchmark(f"its {key} is no text")
+        raise BadBenchmark(f"its {key} is not a text")
     return _writable(str(value), key)
 
 
@@ -193,7 +193,7 @@ def texts(row: dict[str, Any], key: str) -> list[str]:
     """Return a column of a row as a list of texts; raises like `text`."""
     value = row[key]
     if not isinstance(value, list) or not all(isinstance(item, str | int | float) for item in value):
-        raise BadBenchmark(f"its {key} is no list of texts")
+        raise BadBenchmark(f"its {key} is not a list of texts")
     return [_writable(str(item), key) for item in value]
 
 

@@ -132,7 +132,7 @@ def load_scorer(name: str | None) -> Scorer | None:
     except (ImportError, AttributeError) as error:
         raise BadConfig(f"--scorer {name}: {error}") from None
     if not callable(scorer):
-        raise BadConfig(f"--scorer {name}: is no function")
+        raise BadConfig(f"--scorer {name}: is not a function")
     return scorer
 
 

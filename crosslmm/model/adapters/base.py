@@ -167,7 +167,7 @@ def is_adapter(uri: str) -> bool:
 
 
 def require_no_adapter(config: ModelConfig) -> None:
-    """Raise BadConfig if `model.init_from` is the folder of an adapter, which is no whole model."""
+    """Raise BadConfig if `model.init_from` is the folder of an adapter, which is not a whole model."""
     if config.init_from and is_adapter(config.init_from):
         raise BadConfig(
             f"model.init_from: {config.init_from} is an adapter; make a whole model of it with "

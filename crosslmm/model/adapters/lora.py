@@ -5,8 +5,8 @@
     base.json                    the model that the adapter belongs to (`base`)
 
 PEFT alone reads the first two as well. We read and write them ourselves, because training has the weights in shards,
-and because an adapter may come from a stranger: PEFT's own loader also takes pickles, patterns that never end, and
-settings that make it open other files.
+and because an adapter may come from a stranger: PEFT's own loader also takes pickles, regular expressions that take
+exponential time, and settings that make it open other files.
 """
 
 import json
@@ -122,7 +122,8 @@ def load(model: CrossLMMForConditionalGeneration, folder: Path) -> None:
     ]
     if not layers:
         raise ValueError(f"{ADAPTER_CONFIG_FILE}: the model has none of the layers in target_modules")
-    # Without memory for weights: the rank is a stranger's number until the file turns out to have it.
+    # Without memory for weights: the rank is not trusted, and must not allocate memory, until the shapes in the file
+    # have been checked.
     _inject(model, layers, config["r"], config["lora_alpha"], rslora=config["use_rslora"], on_meta=True)
     expected = {
         _name_in_file(name): (name, parameter)
@@ -197,7 +198,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file.name} cannot be read: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ValueError(f"{file.name}: it is no adapter of the type LORA")
+        raise ValueError(f"{file.name}: it is not an adapter of the type LORA")
     defaults = PeftConfig().to_dict()
     config = {**defaults, **config}
     for key in sorted(config.keys() - PLAIN_LORA - WITHOUT_EFFECT):
@@ -214,5 +215,5 @@ def _read_config(file: Path) -> dict[str, Any]:
         if names is None and key == "modules_to_save":
             continue
         if not isinstance(names, list) or len(names) > MOST_MODULES or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{file.name}: {key} is no list of names")
+            raise ValueError(f"{file.name}: {key} is not a list of names")
     return config

@@ -65,7 +65,7 @@ def to_siglip(weights: Weights, image_size: int) -> SiglipVisionModel:
         image_size: side of the frames; position embeddings are resized to it [px].
 
     Raises:
-        BadConfig: the side is no multiple of a patch's.
+        BadConfig: the side is not a multiple of a patch's.
     """
     model = SiglipVisionModel(_config(weights, image_size)).eval()
     state = _embeddings(weights, model.config)
@@ -79,7 +79,7 @@ def to_siglip(weights: Weights, image_size: int) -> SiglipVisionModel:
 def _config(weights: Weights, image_size: int) -> SiglipVisionConfig:
     width, _, patch_size, _ = weights["embeddings.patch_embeddings.projection.weight"].shape
     if image_size % patch_size:
-        raise BadConfig(f"image_size {image_size}: is no multiple of the patch size {patch_size}")
+        raise BadConfig(f"image_size {image_size}: is not a multiple of the patch size {patch_size}")
     return SiglipVisionConfig(
         hidden_size=width,
         intermediate_size=len(weights["encoder.layer.0.mlp.fc1.bias"]),

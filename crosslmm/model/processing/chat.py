@@ -51,12 +51,12 @@ class ChatTokenizer:
         special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = special | set(tokenizer.all_special_ids)
 
-    def encode(self, conversation: list[dict[str, Any]], answer: bool) -> tuple[list[int], list[int]]:
+    def encode(self, conversation: list[dict[str, Any]], add_generation_prompt: bool) -> tuple[list[int], list[int]]:
         """Return token ids and loss mask of one conversation, with one token per video part.
 
         Args:
             conversation: messages; the content of each is text or, except for the assistant's, a list of parts.
-            answer: append the start of the assistant's turn.
+            add_generation_prompt: append the start of the assistant's turn.
 
         Raises:
             ValueError: the text spells a special token, which this tokenizer cannot write as text.
@@ -64,12 +64,12 @@ class ChatTokenizer:
         out = self.tokenizer.apply_chat_template(
             conversation,
             chat_template=self.template,
-            add_generation_prompt=answer,
+            add_generation_prompt=add_generation_prompt,
             return_assistant_tokens_mask=True,
             return_dict=True,
         )
         ids, targets = out["input_ids"], out["assistant_masks"]
-        pieces = list(self._pieces(conversation, answer))
+        pieces = list(self._pieces(conversation, add_generation_prompt))
         expected = [piece for piece, _ in pieces if isinstance(piece, int)]
         if [token for token in ids if token in self._special_ids] != expected:
             # The text, once joined, spells special tokens, or has characters that the tokenizer does not know.
@@ -79,7 +79,9 @@ class ChatTokenizer:
                 raise ValueError("the text contains a special token, which this tokenizer cannot write as text")
         return ids, targets
 
-    def _pieces(self, conversation: list[dict[str, Any]], answer: bool) -> Iterator[tuple[str | int, int]]:
+    def _pieces(
+        self, conversation: list[dict[str, Any]], add_generation_prompt: bool
+    ) -> Iterator[tuple[str | int, int]]:
         """Yield what `CHAT_TEMPLATE` makes of a conversation: (text or id of a special token, 1 if it is a target)."""
         for message in conversation:
             target, content = int(message["role"] == "assistant"), message["content"]
@@ -89,7 +91,7 @@ class ChatTokenizer:
                 yield (self.video_id if part["type"] in ("video", "image") else part["text"]), target
             yield self.end_id, target
             yield "\n", 0
-        if answer:
+        if add_generation_prompt:
             yield self.start_id, 0
             yield "assistant\n", 0
 

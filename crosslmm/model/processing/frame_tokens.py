@@ -27,7 +27,7 @@ class FrameTokens:
     def expand(
         self, ids: Sequence[int], targets: Sequence[int], num_frames: Sequence[int], times: Sequence[Times | None]
     ) -> tuple[list[int], list[int]]:
-        """Replace each placeholder by the tokens of its frames, and its entry in `targets` by as many.
+        """Replace each placeholder by the tokens of its frames, and repeat its entry in `targets` as often.
 
         Args:
             ids: token ids with one placeholder per video.

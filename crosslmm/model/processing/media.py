@@ -17,7 +17,8 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames of a video file are read; the fields are those of `data.sampling`."""
+    """Which frames of a video file are read; the fields are those of `data.num_frames`, `data.sampling` and
+    `data.fps`."""
 
     num_frames: int
     sampling: str
@@ -98,7 +99,7 @@ def times_of_part(part: dict[str, Any], frames: int) -> list[float] | None:
     """Return the times that a message's part gives: `times` [s], or `fps` (`sample_fps`), the rate of its frames [1/s].
 
     Raises:
-        ValueError: these are no numbers.
+        ValueError: these are not numbers.
     """
     times, fps = part.get("times"), part.get("fps", part.get("sample_fps"))
     try:

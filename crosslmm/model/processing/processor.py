@@ -77,7 +77,7 @@ class CrossLMMProcessor(ProcessorMixin):
         messages: Sequence[list[dict[str, Any]]] | None = None,
         videos: Any = None,
         weights: Sequence[float] | None = None,
-        answer: bool = False,
+        for_generation: bool = False,
         features: tuple[int, int] | None = None,
         *,
         times: Any = None,
@@ -92,7 +92,7 @@ class CrossLMMProcessor(ProcessorMixin):
             videos: with `messages`: videos of each sample in the order of these parts, each uint8 (frames, image_size,
                 image_size, 3); an image is a video of one frame. With `text`: see `process_text`.
             weights: 0 masks all labels of a sample (padding of the batch); default 1 for each.
-            answer: for `generate`: append the start of the assistant's turn and pad on the left.
+            for_generation: for `generate`: append the start of the assistant's turn and pad on the left.
             features: (patches, width): `videos` holds encoded features instead, each uint16 (frames, patches,
                 width) with the bits of bfloat16.
             times: with `messages`: when each frame of each video of each sample is shown [s]; needed with `timestamps`.
@@ -103,9 +103,9 @@ class CrossLMMProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `attention_mask` (B, L), `pixel_values` (F, 3, H, W) uint8 or else `features` (F, P, D)
-            bfloat16, `num_frames` (B, M) with zeros where a sample has fewer than M videos, `plan`, what the model
-            would otherwise compute from them on the device, and, unless `answer`, `labels` (B, L) with -100 outside
-            the assistant's answers.
+            bfloat16, `num_frames` (B, M) with zeros where a sample has fewer than M videos, `plan`, the indices of
+            attention, which the model would otherwise compute from them while the GPU waits, and, unless
+            `for_generation`, `labels` (B, L) with -100 outside the assistant's answers.
 
         Raises:
             ValueError: the numbers of video parts and videos differ, a video has no frames, or none of its times are
@@ -116,7 +116,8 @@ class CrossLMMProcessor(ProcessorMixin):
         if text is not None:
             return self.process_text(text, videos=videos, images=images, times=times, **options)
         if options or images is not None:
-            raise TypeError(f"{min([*options, 'images'])}: only with text=; messages have `apply_chat_template`")
+            first = min(options, default="images")
+            raise TypeError(f"{first}: only with text=; messages have `apply_chat_template`")
         if messages is None or isinstance(videos, str):
             raise TypeError("give text=..., with videos= or images= as keywords; or a list of conversations and videos")
         ids, labels = [], []
@@ -124,17 +125,17 @@ class CrossLMMProcessor(ProcessorMixin):
             for video in sample_videos:
                 require_frames(video, self.image_size, features)
             counts = [len(video) for video in sample_videos]
-            tokens, is_target = self._tokenize(conversation, counts, answer, times[i] if times else None)
+            tokens, is_target = self._tokenize(conversation, counts, for_generation, times[i] if times else None)
             self._check_length(len(tokens))
             dropped = weights is not None and weights[i] == 0
             ids.append(torch.tensor(tokens))
             labels.append(
                 torch.tensor([t if m and not dropped else IGNORED for t, m in zip(tokens, is_target, strict=True)])
             )
-        side = "left" if answer else "right"
+        side = "left" if for_generation else "right"
         batch = pad_tokens(ids, self.tokenizer.pad_token_id, side) | stack_frames(videos, self.image_size, features)
         batch["num_frames"] = count_frames(videos)
-        if not answer:
+        if not for_generation:
             batch["labels"] = pad_sequence(labels, True, IGNORED, side)
         is_video_BL = batch["input_ids"] == self.video_token_id
         plan = plan_videos(is_video_BL, batch["num_frames"], self.tokens_per_frame, batch["attention_mask"])
@@ -295,25 +296,25 @@ class CrossLMMProcessor(ProcessorMixin):
         self,
         conversation: list[dict[str, Any]],
         num_frames: Sequence[int],
-        answer: bool = False,
+        for_generation: bool = False,
         times: Sequence[Times] | None = None,
     ) -> int:
-        """Return the tokens of a conversation whose videos have `num_frames` frames each.
+        """Return the number of tokens of a conversation whose videos have `num_frames` frames each.
 
         Args:
             conversation: messages.
             num_frames: frames of each of its videos and images.
-            answer: as for a call.
+            for_generation: as for a call.
             times: when each frame is shown [s]; needed with `timestamps`.
         """
-        return len(self._tokenize(conversation, num_frames, answer, times)[0])
+        return len(self._tokenize(conversation, num_frames, for_generation, times)[0])
 
     def stamp_length(self, seconds: float) -> int:
-        """Return the tokens of the time of a frame; 0 without `timestamps`."""
+        """Return the number of tokens of the time of a frame; 0 without `timestamps`."""
         return len(self._frame_tokens.expand([self.video_token_id], [0], [1], [[seconds]])[0]) - self.tokens_per_frame
 
     def answer_length(self, text: str) -> int:
-        """Return the tokens of an answer, its end token included."""
+        """Return the number of tokens of an answer, its end token included."""
         return len(self._chat.encode_text(text)) + 1
 
     def require_room(
@@ -342,11 +343,11 @@ class CrossLMMProcessor(ProcessorMixin):
         self,
         conversation: list[dict[str, Any]],
         num_frames: Sequence[int],
-        answer: bool,
+        for_generation: bool,
         times: Sequence[Times] | None = None,
     ) -> tuple[list[int], list[int]]:
         """Return token ids and loss mask of one conversation, with the tokens of its frames in place of its videos."""
-        ids, targets = self._chat.encode(conversation, answer)
+        ids, targets = self._chat.encode(conversation, for_generation)
         kinds: list[Kind] = [part["type"] for part in visual_parts(conversation)]
         if len(kinds) != len(num_frames):
             raise ValueError(
@@ -354,7 +355,7 @@ class CrossLMMProcessor(ProcessorMixin):
             )
         written = self._frame_tokens.require_times(kinds, num_frames, times)
         tokens, is_target = self._frame_tokens.expand(ids, targets, num_frames, written)
-        if not answer and self.video_token_id not in tokens[self.max_length :]:
+        if not for_generation and self.video_token_id not in tokens[self.max_length :]:
             # Truncate long text rather than lose the row. Frames are never cut.
             tokens, is_target = tokens[: self.max_length], is_target[: self.max_length]
         return tokens, is_target

@@ -17,7 +17,7 @@ def convert_to_float8(model: CrossLMMForConditionalGeneration, emulate: bool) ->
 
     Inputs and weights are rounded to E4M3, gradients to E5M2, each with one scale for the whole tensor, taken from its
     largest value at each use. Parameters stay as they are, with their names and dtypes. Embeddings, output head,
-    projector, adapters (LoRA), and layers whose sizes are no multiples of `MULTIPLE` are left alone.
+    projector, adapters (LoRA), and layers whose sizes are not multiples of `MULTIPLE` are left alone.
 
     Args:
         model: on any device, the meta device included, not yet sharded or compiled.

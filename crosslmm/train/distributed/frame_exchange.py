@@ -113,7 +113,7 @@ class FrameExchange:
             pixels_FCHW: uint8 (F, 3, H, W), this rank's frames.
 
         Returns:
-            (F, P, D), differentiable if `encode` is: gradients take the way of the pixels.
+            (F, P, D), differentiable if `encode` is: gradients go back the way that the pixels went.
         """
         dealt_FCHW = _move(pixels_FCHW, self.kept, self.sent, self.received)
         return _Return.apply(encode(dealt_FCHW), self)

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslmm.data.collate import PLACEHOLDER_MESSAGES, Sample, mask_unreadable, micro_batches
+from crosslmm.data.collate import PLACEHOLDER_MESSAGES, Sample, mask_blank, micro_batches
 
 
 def samples(lengths):
@@ -31,4 +31,4 @@ def test_samples_of_similar_length_share_a_micro_batch():
 def test_unreadable_sample_becomes_placeholder_of_weight_0():
     messages = [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "a"}]
     unreadable = Sample(0, "m", 1, "a", messages, [], None, 1.0, "no such file")
-    assert mask_unreadable([unreadable]) == ([PLACEHOLDER_MESSAGES], [[]], [[]], [0.0])
+    assert mask_blank([unreadable]) == ([PLACEHOLDER_MESSAGES], [[]], [[]], [0.0])

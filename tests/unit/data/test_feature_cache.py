@@ -326,9 +326,9 @@ def test_loss_from_features_matches_loss_from_pixels(model, processor, samples):
 def test_answers_from_features_match_and_do_not_run_the_encoder(model, processor, samples):
     open_gates(model)
     conversations, media = [messages[:1] for messages in samples[0]], samples[1]
-    pixels = processor(conversations, media, answer=True)
+    pixels = processor(conversations, media, for_generation=True)
     unrounded = model.encode(pixels["pixel_values"])
-    from_features = with_features(processor, model, conversations, media, answer=True)
+    from_features = with_features(processor, model, conversations, media, for_generation=True)
     model.encode = None
     exact = {**from_features, "features": unrounded}
     for options in ({}, {"use_cache": False}):

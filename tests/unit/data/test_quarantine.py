@@ -10,7 +10,7 @@ from crosslmm.config import DataConfig
 from crosslmm.data.dataset import BlockLayout, ReadSamples, unpack_block
 from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.data.quarantine import ErrorBudget, QuarantineEntry, TooManyUnreadable
-from crosslmm.data.sampler import DeterministicSampler
+from crosslmm.data.sampler import PADDING, DeterministicSampler
 from crosslmm.data.video.decode import VideoFailure
 
 ROWS, BAD = 40, {3, 7, 8, 21}
@@ -105,6 +105,17 @@ def test_substitutes_do_not_depend_on_workers_blocks_or_resumes():
                 reference[position].line,
                 reference[position].quarantined,
             )
+
+
+def test_ranks_that_do_not_divide_the_batch_read_each_sample_once():
+    """Five workers and four samples: one of them gets what stands for no sample, of which nothing is read."""
+    order = DeterministicSampler((ROWS,), 4, seed=5)
+    reference, _ = read_all(order, ranks=1)
+    again, read = read_all(order, ranks=5)
+    blank = again.pop(PADDING)
+    assert (blank.weight, blank.videos, blank.quarantined, blank.is_blank) == (0.0, [], [], True)
+    assert {position: again[position].line for position in reference} == {p: s.line for p, s in reference.items()}
+    assert len(read.decoder.decoded) <= len(again) + 2 * len(BAD)
 
 
 def test_position_stays_empty_if_all_substitutes_are_unreadable():

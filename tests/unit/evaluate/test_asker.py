@@ -182,7 +182,7 @@ def test_likelihoods_order_the_choices(answerer):
         assert reply.text == max(reply.likelihoods, key=reply.likelihoods.__getitem__)
         assert set(reply.likelihoods) == {"A", "B", "C"}
         # Of one question alone, straight from the model.
-        prompt = answerer.processor([one.messages], [[random_frames(4, 0, SIDE)]], answer=True)
+        prompt = answerer.processor([one.messages], [[random_frames(4, 0, SIDE)]], for_generation=True)
         with torch.no_grad():
             logits = answerer.model(**prompt, logits_to_keep=1).logits[0, -1].log_softmax(-1)
         letter = answerer.processor.tokenizer.encode("B")[0]

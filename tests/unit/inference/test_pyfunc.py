@@ -146,7 +146,7 @@ def test_roots_that_are_no_folders_are_refused(saved, roots):
 
 
 def test_a_question_is_text_or_costs_its_row(model, answerer, clips):
-    """Special tokens in a question fail nothing and forge nothing; what is no text has an error."""
+    """Special tokens in a question fail nothing and forge nothing; what is not a text has an error."""
     unusable = [None, float("nan"), 5, "\ud800", "x " * 40_000]
     questions = ["Which shape?", *SPECIAL, *unusable, "What?"]
     result = model.predict(table(*(("a.mp4", question) for question in questions)))

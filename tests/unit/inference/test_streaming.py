@@ -38,7 +38,7 @@ def features_of(model, frames, seed=0):
 
 def whole(model, processor, features, tokens):
     """The answer of the model that has all features at once."""
-    prompts = processor([ASKED], [[np.zeros((len(features), 1, 1), np.uint16)]], answer=True, features=(1, 1))
+    prompts = processor([ASKED], [[np.zeros((len(features), 1, 1), np.uint16)]], for_generation=True, features=(1, 1))
     prompts["features"] = features
     return greedy_answers(model, processor, prompts, tokens)[0]
 
@@ -61,13 +61,13 @@ def test_streamed_logits_are_those_of_the_whole_model(variant):
     """Random weights answer alike for different logits."""
     model, processor = built(variant)
     features = features_of(model, FRAMES)
-    prompts = processor([ASKED], [[np.zeros((FRAMES, 1, 1), np.uint16)]], answer=True, features=(1, 1))
+    prompts = processor([ASKED], [[np.zeros((FRAMES, 1, 1), np.uint16)]], for_generation=True, features=(1, 1))
     prompts["features"] = features
     with torch.no_grad():
         expected = model(**prompts, logits_to_keep=1).logits[0, -1]
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda *call: seen.append(call[-1][0, -1]))
-    stream_answer(model, processor, ASKED, features, 1, part=3)
+    stream_answer(model, processor, ASKED, features, 1, chunk_frames=3)
     torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -98,7 +98,7 @@ def test_a_part_is_on_the_device_at_a_time(monkeypatch):
             return out
 
     with Sizes():
-        stream_answer(model, processor, ASKED, features, 2, part=2)
+        stream_answer(model, processor, ASKED, features, 2, chunk_frames=2)
     assert features.largest == 2
     patches = model.config.patches_per_frame * FRAMES
     width = model.config.text_config.hidden_size

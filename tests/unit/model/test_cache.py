@@ -24,7 +24,7 @@ def model(config, processor):
 @pytest.fixture
 def batch(processor):
     talks = [conversation(t, "red", video=bool(v))[:1] for t, v in zip(TEXTS, VIDEOS, strict=True)]
-    return processor(talks, VIDEOS, answer=True)
+    return processor(talks, VIDEOS, for_generation=True)
 
 
 def empty_caches(model):
@@ -94,7 +94,7 @@ def test_what_is_done_with_a_cache_reaches_its_videos(model, batch):
 
 @torch.no_grad()
 def test_text_alone_leaves_no_videos_in_a_cache(model, processor):
-    batch = processor([conversation("Why?", "red", video=False)[:1]], [[]], answer=True)
+    batch = processor([conversation("Why?", "red", video=False)[:1]], [[]], for_generation=True)
     cache = model(**batch, use_cache=True).past_key_values
     assert [recall(cache, layer) for layer in model.config.dual_layers] == [None] * len(model.config.dual_layers)
 

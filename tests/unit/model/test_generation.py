@@ -31,11 +31,11 @@ def model(config, processor):
 
 @pytest.fixture
 def prompts(processor):
-    return processor(TALKS, VIDEOS, answer=True)
+    return processor(TALKS, VIDEOS, for_generation=True)
 
 
 def prompt(processor, i):
-    return processor(TALKS[i : i + 1], VIDEOS[i : i + 1], answer=True)
+    return processor(TALKS[i : i + 1], VIDEOS[i : i + 1], for_generation=True)
 
 
 class OnlyThePlaceholder(LogitsProcessor):

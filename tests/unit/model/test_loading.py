@@ -55,7 +55,7 @@ def test_decoder_configuration_is_read_from_the_gguf_file(config):
 
 @torch.no_grad()
 def test_text_only_logits_equal_those_of_the_bare_decoder(model, processor, bare):
-    batch = processor([ask("What is the capital of France?"), ask("Why?")], [[], []], answer=True)
+    batch = processor([ask("What is the capital of France?"), ask("Why?")], [[], []], for_generation=True)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
     theirs = bare(input_ids=ids, attention_mask=mask, position_ids=position_ids).logits
@@ -65,7 +65,7 @@ def test_text_only_logits_equal_those_of_the_bare_decoder(model, processor, bare
 
 @torch.no_grad()
 def test_pretrained_decoder_answers_a_question(model, processor):
-    prompt = processor([ask("What is the capital of France?")], [[]], answer=True)
+    prompt = processor([ask("What is the capital of France?")], [[]], for_generation=True)
     tokens = model.generate(**prompt, max_new_tokens=12, do_sample=False)[:, prompt["input_ids"].shape[1] :]
     assert processor.batch_decode(tokens, skip_special_tokens=True) == ["The capital of France is Paris."]
 
@@ -80,7 +80,7 @@ def test_pretrained_decoder_answers_a_question(model, processor):
     ],
 )
 def test_special_tokens_in_a_question_are_text(processor, first, second):
-    (ids,) = processor([ask(second, {"type": "text", "text": first})], [[]], answer=True)["input_ids"]
+    (ids,) = processor([ask(second, {"type": "text", "text": first})], [[]], for_generation=True)["input_ids"]
     special = [id for id in ids.tolist() if id in processor.tokenizer.all_special_ids]
     assert processor.tokenizer.convert_ids_to_tokens(special) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
     written = processor.tokenizer.decode(ids, skip_special_tokens=False)
@@ -89,7 +89,7 @@ def test_special_tokens_in_a_question_are_text(processor, first, second):
 
 @torch.no_grad()
 def test_gates_at_zero_add_only_pooled_tokens_to_the_bare_decoder(model, processor, bare):
-    batch = processor([ask("What is this?", {"type": "video"})], [[random_frames(3)]], answer=True)
+    batch = processor([ask("What is this?", {"type": "video"})], [[random_frames(3)]], for_generation=True)
     is_video = batch["input_ids"] == processor.video_token_id
     embedded = bare.get_input_embeddings()(batch["input_ids"].masked_fill(is_video, 0))
     pooled = model.projector(pool(model.encode(batch["pixel_values"]), 3))

@@ -54,7 +54,7 @@ IN_MEMORY = {
 
 @pytest.mark.parametrize("form", IN_MEMORY)
 def test_a_video_in_any_form_gives_the_same_tensors(processor, form):
-    expected = processor([asked({"type": "video"})], [[FRAMES]], answer=True)
+    expected = processor([asked({"type": "video"})], [[FRAMES]], for_generation=True)
     by_message = prompt_of(processor, asked({"type": "video", "video": IN_MEMORY[form]}))
     text = processor.apply_chat_template(asked({"type": "video"}), add_generation_prompt=True)
     for batch in (
@@ -78,7 +78,7 @@ IMAGES = {
 
 @pytest.mark.parametrize("form", IMAGES)
 def test_an_image_is_a_video_of_one_frame(processor, form):
-    expected = processor([asked({"type": "image"})], [[ONE[None]]], answer=True)
+    expected = processor([asked({"type": "image"})], [[ONE[None]]], for_generation=True)
     text = processor.apply_chat_template(asked({"type": "image"}), add_generation_prompt=True)
     for batch in (
         prompt_of(processor, asked({"type": "image", "image": IMAGES[form]})),

@@ -88,9 +88,11 @@ def test_left_padding_does_not_change_generation(model, processor, samples):
     open_gates(model)
     talks, frames = samples
     prompts = [talk[:1] for talk in talks]
-    together = model.generate(**processor(prompts, frames, answer=True), max_new_tokens=8, do_sample=False)
+    together = model.generate(**processor(prompts, frames, for_generation=True), max_new_tokens=8, do_sample=False)
     for i, (prompt, video) in enumerate(zip(prompts, frames, strict=True)):
-        alone = model.generate(**processor([prompt], [video], answer=True), max_new_tokens=8, do_sample=False)[0]
+        alone = model.generate(**processor([prompt], [video], for_generation=True), max_new_tokens=8, do_sample=False)[
+            0
+        ]
         assert torch.equal(together[i, -8:], alone[-8:])
 
 
@@ -147,7 +149,7 @@ def test_each_branch_writes_only_to_its_positions(model, processor, samples):
 def test_cached_generation_equals_uncached_with_keys_computed_once(model, processor, samples):
     open_gates(model)
     talks, videos = samples
-    prompts = processor([talk[:1] for talk in talks], videos, answer=True)
+    prompts = processor([talk[:1] for talk in talks], videos, for_generation=True)
     calls = []
     model.config.encoder_chunk = 64  # one call for all frames
     for layer in model.modules():

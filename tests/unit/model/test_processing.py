@@ -91,7 +91,7 @@ def test_training_pads_on_the_right_without_labels(processor):
 
 
 def test_generation_prompts_are_padded_on_the_left(processor):
-    batch = processor([WORDS[:1], TALK[:2]], [[], [clip(1)]], answer=True)
+    batch = processor([WORDS[:1], TALK[:2]], [[], [clip(1)]], for_generation=True)
     assert "labels" not in batch
     assert batch["attention_mask"][0].tolist() == sorted(batch["attention_mask"][0].tolist())
     assert batch["attention_mask"][0, 0] == 0
@@ -128,7 +128,7 @@ def test_long_text_is_truncated_and_frames_are_not(processor):
 def test_a_prompt_leaves_room_for_new_tokens(processor):
     short = type(processor)(processor.tokenizer, image_size=SIDE, tokens_per_frame=PER_FRAME, max_length=30)
     prompt = [{"role": "user", "content": "up or down?"}]
-    length = short([prompt], [[]], answer=True)["input_ids"].shape[1]
+    length = short([prompt], [[]], for_generation=True)["input_ids"].shape[1]
     short.require_room(prompt, [], "up", 31 - length)
     with pytest.raises(ValueError, match="takes 31 positions, and the decoder has 30"):
         short.require_room(prompt, [], "up", 32 - length)
@@ -211,7 +211,7 @@ def test_text_that_spells_special_tokens_is_text(processor, conversation):
     assert labelled == [piece for answer in answers for piece in answer]
     assert processor.length(conversation, [1] * len(videos)) == len(ids)
     # Training and inference agree: the prompt is a prefix of the training conversation's tokens.
-    (prompt,) = processor([conversation[:-1]], [videos], answer=True)["input_ids"]
+    (prompt,) = processor([conversation[:-1]], [videos], for_generation=True)["input_ids"]
     assert torch.equal(prompt, ids[: len(prompt)])
 
 
@@ -242,20 +242,20 @@ def sentencepiece_like():
 @pytest.mark.parametrize(
     "conversation", [TALK, WORDS, one_turn(" \n up?", "\n\nup "), one_turn("<|video_pad |>", "<|>")]
 )
-@pytest.mark.parametrize("answer", [False, True])
-def test_ordinary_text_keeps_the_tokens_of_the_chat_template(tokenizer, conversation, answer):
+@pytest.mark.parametrize("for_generation", [False, True])
+def test_ordinary_text_keeps_the_tokens_of_the_chat_template(tokenizer, conversation, for_generation):
     processor = CrossLMMProcessor(tokenizer(), image_size=SIDE, tokens_per_frame=1)
     videos = [clip(1) for message in conversation for part in message["content"] if part == VIDEO]
-    batch = processor([conversation], [videos], answer=answer)
+    batch = processor([conversation], [videos], for_generation=for_generation)
     template = processor.tokenizer.apply_chat_template(
         conversation,
         chat_template=processor.chat_template,
-        add_generation_prompt=answer,
+        add_generation_prompt=for_generation,
         return_assistant_tokens_mask=True,
         return_dict=True,
     )
     assert batch["input_ids"][0].tolist() == template["input_ids"]
-    if not answer:
+    if not for_generation:
         assert (batch["labels"][0] != IGNORED).int().tolist() == template["assistant_masks"]
 
 

@@ -98,7 +98,7 @@ def test_branches_that_add_or_learn_something_stay(model, batch):
 def test_answers_without_the_branch_are_the_same(model, processor, samples):
     freeze_all_but_v2v(model)
     model.eval()
-    prompts = processor([talk[:1] for talk in samples[0]], samples[1], answer=True)
+    prompts = processor([talk[:1] for talk in samples[0]], samples[1], for_generation=True)
     expected = model.generate(**prompts, max_new_tokens=5, do_sample=False)
     leave_out_closed_branches(model)
     assert torch.equal(model.generate(**prompts, max_new_tokens=5, do_sample=False), expected)

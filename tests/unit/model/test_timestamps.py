@@ -52,7 +52,7 @@ def variant(config, stamped):
 
 def batch_of(processor, *samples, **options):
     talks, videos, times = zip(*samples, strict=True)
-    return processor(list(talks), list(videos), times=list(times), answer=True, **options)
+    return processor(list(talks), list(videos), times=list(times), for_generation=True, **options)
 
 
 def spell(processor, ids):
@@ -70,7 +70,7 @@ def test_the_time_of_each_frame_stands_before_its_tokens(stamped):
 
 
 def test_a_model_without_times_is_asked_without(processor):
-    with_times, without = batch_of(processor, SAMPLES[0]), processor([MIXED], [MIXED_VIDEOS], answer=True)
+    with_times, without = batch_of(processor, SAMPLES[0]), processor([MIXED], [MIXED_VIDEOS], for_generation=True)
     assert all(torch.equal(with_times[key], without[key]) for key in without if key != "plan")
     assert processor.stamp_length(12.0) == 0
 
@@ -84,7 +84,7 @@ def test_times_are_not_learned_and_count(stamped):
     assert stamped.length(talk, [2], times=[TIMES[:2]]) == (
         length - stamped.stamp_length(61.0) - stamped.tokens_per_frame
     )
-    (prompt,) = stamped([talk[:1]], [[FRAMES]], times=[[TIMES]], answer=True)["input_ids"]
+    (prompt,) = stamped([talk[:1]], [[FRAMES]], times=[[TIMES]], for_generation=True)["input_ids"]
     assert torch.equal(prompt, batch["input_ids"][0, : len(prompt)])
 
 
@@ -115,7 +115,7 @@ def sizes(processor):
 )
 def test_a_video_without_times_is_refused(stamped, times, message):
     with pytest.raises(ValueError, match=message):
-        stamped([PLAIN], [[FRAMES]], times=times, answer=True)
+        stamped([PLAIN], [[FRAMES]], times=times, for_generation=True)
 
 
 def test_the_option_is_saved_with_the_processor(stamped, tmp_path):
@@ -124,7 +124,7 @@ def test_the_option_is_saved_with_the_processor(stamped, tmp_path):
     assert loaded.timestamps is True
     assert torch.equal(batch_of(loaded, SAMPLES[0])["input_ids"], batch_of(stamped, SAMPLES[0])["input_ids"])
     with pytest.raises(ValueError, match="nothing says those of video 1"):
-        loaded([PLAIN], [[FRAMES]], answer=True)
+        loaded([PLAIN], [[FRAMES]], for_generation=True)
 
 
 @pytest.fixture(scope="module")

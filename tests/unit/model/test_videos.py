@@ -50,9 +50,9 @@ def variant(config, processor):
     return build
 
 
-def inputs(processor, *conversations, answer=True):
+def inputs(processor, *conversations, for_generation=True):
     talks, videos = zip(*conversations, strict=True)
-    batch = processor(list(talks), list(videos), answer=answer)
+    batch = processor(list(talks), list(videos), for_generation=for_generation)
     return {k: v for k, v in batch.items() if k != "labels"}
 
 
@@ -290,7 +290,7 @@ def test_second_question_reuses_the_cached_video_and_talk(variant, processor, co
     conversation.messages[-1]["content"] = "a square"
     second = conversation.ask("What colour is it?", max_new_tokens=6)
     assert encoded == []
-    prompt = processor([conversation.messages[:3]], [[conversation.video.images]], answer=True)
+    prompt = processor([conversation.messages[:3]], [[conversation.video.images]], for_generation=True)
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
     uncached = answerer.model.generate(**prompt, **options)
     expected = processor.batch_decode(uncached.sequences[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)

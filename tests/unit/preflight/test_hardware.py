@@ -24,8 +24,8 @@ from crosslmm.preflight.hardware import (
 )
 from crosslmm.preflight.placement import NodePool
 
-H100 = Hardware("NVIDIA H100", memory_bytes=85e9, bf16=True, float8=True, nccl="2.27.3")
-A100 = Hardware("NVIDIA A100-SXM4-80GB", memory_bytes=85e9, bf16=True, nccl="2.27.3")
+H100 = Hardware("NVIDIA H100", memory_bytes=85e9, bf16=True, float8=True, torchao=True, nccl="2.27.3")
+A100 = Hardware("NVIDIA A100-SXM4-80GB", memory_bytes=85e9, bf16=True, torchao=True, nccl="2.27.3")
 V100 = Hardware("Tesla V100", memory_bytes=16.9e9, bf16=False, nccl="2.27.3")
 AUTO = ("--train.precision=auto", "--model.attention=auto")
 
@@ -89,7 +89,7 @@ def torchao(monkeypatch):
 
 
 def test_float8_needs_torchao_and_a_gpu_that_has_it(torchao):
-    torchao(object())
+    torchao(None)  # on the driver, which needs none
     config = resolve_auto(run(*FP8), H100)
     require_float8(config, H100)
     assert "FP8 in training" in describe(config, H100)
@@ -97,9 +97,8 @@ def test_float8_needs_torchao_and_a_gpu_that_has_it(torchao):
         require_float8(config, A100)
     with pytest.raises(BadConfig, match=r"float8: it needs train\.precision bf16; .*train\.float8 to false$"):
         resolve_auto(run(*FP8), V100)
-    torchao(None)
-    with pytest.raises(BadConfig, match=r"^train\.float8: torchao is not installed; pip install torchao .*extra fp8"):
-        require_float8(config, H100)
+    with pytest.raises(BadConfig, match=r"^train\.float8: torchao is not installed beside the GPU; .*extra fp8"):
+        require_float8(config, dataclasses.replace(H100, torchao=False))
     without = resolve_auto(run("--train.precision=auto", "--scaling.use_gpu=true"), A100)
     require_float8(without, A100)
     assert "FP8" not in describe(without, A100)
@@ -110,10 +109,14 @@ def test_cpus_emulate_float8_and_say_that_it_is_slow(torchao, caplog):
     require_float8(run("--train.float8=true", "--train.precision=bf16"), Hardware())
     assert "CPUs emulate FP8" in caplog.text
     assert "slower" in caplog.text
+    torchao(None)
+    with pytest.raises(BadConfig, match=r"^train\.float8: torchao is not installed here; .*extra fp8"):
+        require_float8(run("--train.float8=true", "--train.precision=bf16"), Hardware())
 
 
 @pytest.mark.parametrize(("capability", "has"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
-def test_float8_is_detected_by_the_compute_capability(capability, has, monkeypatch):
+def test_float8_is_detected_by_the_compute_capability(capability, has, monkeypatch, torchao):
+    torchao(object())
     properties = SimpleNamespace(total_memory=85e9)
     for name, value in {
         "is_available": True, "get_device_capability": capability, "get_device_name": "a GPU",
@@ -121,7 +124,7 @@ def test_float8_is_detected_by_the_compute_capability(capability, has, monkeypat
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
-    assert detect_local() == Hardware("a GPU", memory_bytes=85e9, bf16=True, float8=has, nccl="2.27.3")
+    assert detect_local() == Hardware("a GPU", memory_bytes=85e9, bf16=True, float8=has, torchao=True, nccl="2.27.3")
 
 
 def test_a_resume_on_other_hardware_shows_the_changed_precision():

@@ -1,5 +1,6 @@
 """The probe of a node, without Ray; and what the driver sends to it."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -83,6 +84,28 @@ def test_only_nodes_that_run_drivers_check_mlflow(runs_drivers, config):
     request = {"checks": ["MLflow"], "config": unreachable, "runs_drivers": runs_drivers}
     results = node_probe.run_checks(request)
     assert [row and row[:2] for row in results] == ([("MLflow", "BadConfig")] if runs_drivers else [None])
+
+
+@pytest.mark.parametrize(
+    ("use_gpu", "label", "gpus", "trains"),
+    [(True, "train", 8, True), (True, "train", 0, False), (True, "head", 8, False), (False, "train", 0, True)],
+)
+def test_only_nodes_that_train_need_the_packages_of_settings(use_gpu, label, gpus, trains, config, monkeypatch):
+    """A head without a GPU has neither torchao nor flash-attn."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else find(name))
+    values = config.model_dump(mode="json")
+    values["scaling"] |= {"use_gpu": use_gpu, "train_on": {"role": "train"}}
+
+    def results(float8):
+        values["train"]["float8"] = float8
+        node = {"Resources": {"CPU": 1, "GPU": gpus}, "Labels": {"role": label}}
+        fields = cluster_probe.node_fields("a", node, {"config": values})
+        return node_probe.run_checks({"checks": ["packages"], "config": values} | fields)
+
+    missing = ("packages", "RuntimeError", "RuntimeError: torchao is not installed, and train.float8 needs it")
+    assert results(float8=True) == [missing if trains else None]
+    assert results(float8=False) == [None]
 
 
 def test_the_probe_checks_storage_manifest_decoder_and_video(tmp_path, config):

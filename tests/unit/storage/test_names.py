@@ -19,13 +19,13 @@ def test_a_name_that_leads_out_is_refused(folder, name):
     with pytest.raises(storage.BadLocation, match="is not a name inside"):
         storage.join(folder, name)
     with pytest.raises(storage.BadLocation, match="is not a name inside"):
-        storage.inside(folder, name)
+        storage.safe_join(folder, name)
 
 
 @pytest.mark.parametrize("folder", ["/data/train", "s3://bucket/train"])
 @pytest.mark.parametrize("name", [*LITERAL, "a/b", "file:a/b"])
 def test_any_other_name_is_text(folder, name):
-    assert storage.join(folder, name) == storage.inside(folder, name) == f"{folder}/{name}"
+    assert storage.join(folder, name) == storage.safe_join(folder, name) == f"{folder}/{name}"
 
 
 def test_a_scheme_in_a_name_is_text():
@@ -37,9 +37,9 @@ def test_a_scheme_in_a_name_is_text():
 
 @pytest.mark.parametrize("name", LITERAL)
 def test_what_is_written_under_a_literal_name_is_in_the_folder(tmp_path, name):
-    storage.write_bytes(storage.inside(str(tmp_path), name), b"x")
+    storage.write_bytes(storage.safe_join(str(tmp_path), name), b"x")
     assert storage.names_in(str(tmp_path)) == [name]
-    assert storage.read_bytes(storage.inside(str(tmp_path), name)) == b"x"
+    assert storage.read_bytes(storage.safe_join(str(tmp_path), name)) == b"x"
 
 
 @pytest.fixture
@@ -61,19 +61,19 @@ def folder(tmp_path):
 @pytest.mark.parametrize("name", ["out", "folder/file", "folder/new", "absolute", "chain", "nowhere", "up/secret/file"])
 def test_a_link_that_leads_out_is_refused(folder, name):
     with pytest.raises(storage.LeadsOut, match=r"a link leads out of its folder; replace it by what it links to"):
-        storage.inside(folder, name)
+        storage.safe_join(folder, name)
 
 
 def test_links_inside_and_into_the_roots_are_followed(folder, tmp_path):
     for name in ("file", "here", "up/data/file"):
-        assert storage.inside(folder, name) == f"{tmp_path}/data/file"
-    assert storage.inside(folder, "new/file") == f"{tmp_path}/data/new/file"
+        assert storage.safe_join(folder, name) == f"{tmp_path}/data/file"
+    assert storage.safe_join(folder, "new/file") == f"{tmp_path}/data/new/file"
     for roots in ([f"{tmp_path}/secret"], [f"file://{tmp_path}/secret"], ["s3://bucket", str(tmp_path)]):
-        assert storage.inside(folder, "chain", roots) == f"{tmp_path}/secret/file"
+        assert storage.safe_join(folder, "chain", roots) == f"{tmp_path}/secret/file"
     with pytest.raises(storage.LeadsOut):
-        storage.inside(folder, "out", ["s3://bucket", f"{tmp_path}/sec", "/nowhere"])
+        storage.safe_join(folder, "out", ["s3://bucket", f"{tmp_path}/sec", "/nowhere"])
     with pytest.raises(OSError, match="symbolic links"):
-        storage.read_bytes(storage.inside(folder, "loop"))
+        storage.read_bytes(storage.safe_join(folder, "loop"))
 
 
 def test_what_is_no_file_is_not_opened(tmp_path):
@@ -81,13 +81,13 @@ def test_what_is_no_file_is_not_opened(tmp_path):
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link"):
         with pytest.raises(storage.BadLocation, match="is neither a file nor a folder"):
-            storage.inside(str(tmp_path), name)
+            storage.safe_join(str(tmp_path), name)
     for name in ("zero\0byte", "half \ud800 a pair"):
         with pytest.raises(storage.BadLocation, match="no file can have this name"):
-            storage.inside(str(tmp_path), name)
-    assert storage.inside(str(tmp_path), "x" * 300)  # opening it fails
+            storage.safe_join(str(tmp_path), name)
+    assert storage.safe_join(str(tmp_path), "x" * 300)  # opening it fails
     with pytest.raises(OSError, match="too long"):
-        storage.read_bytes(storage.inside(str(tmp_path), "x" * 300))
+        storage.read_bytes(storage.safe_join(str(tmp_path), "x" * 300))
 
 
 def test_an_address_outside_of_the_roots_is_not_followed(tmp_path):

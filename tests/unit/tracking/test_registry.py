@@ -68,7 +68,7 @@ def leave_version(tmp_path, caplog, datasets):
 
 def test_a_version_has_the_last_validation_with_its_data(version):
     found, client = version
-    assert found.tags["validation"] == "accuracy 0.7500 of 8, loss 0.5, step 2"
+    assert found.tags["validation"] == "accuracy 0.7500 (8 questions), loss 0.5, step 2"
     model = client.get_logged_model(find_version("models:/crosslmm/1", tracking_of(client)).model_id)
     metrics = {m.key: (m.value, m.step, m.dataset_name, m.dataset_digest) for m in model.metrics}
     assert metrics == {key: (value, 2, "held_out.jsonl", DIGEST[:36]) for key, value in VALIDATION.items()}
@@ -79,7 +79,7 @@ def test_a_version_has_the_last_validation_with_its_data(version):
 
 def test_a_run_that_was_begun_without_validation_is_registered_with_the_one_it_got_later(tmp_path, caplog):
     found, client = leave_version(tmp_path, caplog, DATASETS[:1])
-    assert found.tags["validation"] == "accuracy 0.7500 of 8, loss 0.5, step 2"
+    assert found.tags["validation"] == "accuracy 0.7500 (8 questions), loss 0.5, step 2"
     model = client.get_logged_model(find_version("models:/crosslmm/1", tracking_of(client)).model_id)
     assert {m.key: m.value for m in model.metrics} == VALIDATION
 

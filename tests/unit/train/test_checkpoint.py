@@ -21,7 +21,11 @@ from crosslmm.cli import parse_run
 from crosslmm.config import to_yaml
 from crosslmm.lease import LeaseLost
 from crosslmm.model.loading import build_model, build_processor
-from crosslmm.train import checkpoint, checkpoint_store
+from crosslmm.train.checkpoint import seals
+from crosslmm.train.checkpoint.export import export
+from crosslmm.train.checkpoint.read import read_newest
+from crosslmm.train.checkpoint.save import Saver
+from crosslmm.train.checkpoint.state import load_state
 from crosslmm.train.distributed.parallel import parallelize
 from crosslmm.train.optim import build_optimizer
 from tests.support.common import ROOT, open_gates
@@ -30,7 +34,7 @@ from tests.support.hub import running_hub
 RANKS = 2
 VALUES = [0.5, 0.9, 0.7]
 """Values of a metric in three validations."""
-RETAIN = checkpoint_store.retain
+RETAIN = seals.retain
 ORPHANS = ["step-00000007-killed", "step-00000008-empty", "step-00000009-broken"]
 
 
@@ -58,8 +62,8 @@ class Group:
         self.model = parallelize(build, config.train, torch.device("cpu"))
         self.optimizer = build_optimizer(self.model, config.train)
 
-    def saver(self, name: str, *overrides: str) -> checkpoint.Saver:
-        return checkpoint.Saver(str(self.folder / name), run_config(*overrides), "test", self.group)
+    def saver(self, name: str, *overrides: str) -> Saver:
+        return Saver(str(self.folder / name), run_config(*overrides), "test", self.group)
 
     def learn(self) -> None:
         """Take a step, so that weights and moments change."""
@@ -93,7 +97,7 @@ def save(rank: int, folder: Path) -> None:
         if step == 2:
             second = ours.local()
     saver.close()
-    checkpoint.export(folder / "run" / "model", model, ours.processor)
+    export(folder / "run" / "model", model, ours.processor)
 
     for name, *overrides in [
         ("count", "--train.keep_checkpoints=2"),
@@ -101,7 +105,7 @@ def save(rank: int, folder: Path) -> None:
         ("loss", "--train.keep_checkpoints=1", "--train.keep_best=validation/loss"),
     ]:
         saver = ours.saver(name, *overrides)
-        checkpoint_store.retain = slow_retain  # the other rank must not begin the next checkpoint before it ends
+        seals.retain = slow_retain  # the other rank must not begin the next checkpoint before it ends
         for step, value in enumerate(VALUES, start=1):
             saver.save(step, model, optimizer, {"validation/loss": value, "validation/accuracy": value}, [])
         saver.close()
@@ -133,7 +137,7 @@ def save(rank: int, folder: Path) -> None:
         if lost:
             raise LeaseLost("taken over")
 
-    saver = checkpoint.Saver(str(folder / "lost"), run_config(), "test", ours.group, require_owner=require_owner)
+    saver = Saver(str(folder / "lost"), run_config(), "test", ours.group, require_owner=require_owner)
     for step in (1, 2):
         saver.save(step, model, optimizer, {}, [f"{step}\n"] if rank == 0 else [])
         with contextlib.suppress(LeaseLost):
@@ -142,7 +146,7 @@ def save(rank: int, folder: Path) -> None:
 
     if rank == 0:
         shutil.copytree(folder / "run", folder / "damaged")
-        damaged = checkpoint_store.list_sealed(str(folder / "damaged"))[0]
+        damaged = seals.list_sealed(str(folder / "damaged"))[0]
         flip_a_bit(Path(damaged.uri) / "rank-00001.safetensors")
         for unfinished in ("step-00000004-test", "step-00000005-test"):
             (folder / "damaged" / unfinished).mkdir()
@@ -150,14 +154,14 @@ def save(rank: int, folder: Path) -> None:
     dist.barrier()
     ours.messages.clear()
     ours.learn()
-    newest, state = checkpoint.read_newest(str(folder / "damaged"), ours.group)
-    checkpoint.load(state, model, optimizer)
+    newest, state = read_newest(str(folder / "damaged"), ours.group)
+    load_state(state, model, optimizer)
     facts = {
         "blocked": blocked,
         "newest": newest.step,
         "messages": list(ours.messages),
         "weights": all(map(torch.equal, ours.local(), second)),
-        "nowhere": checkpoint.read_newest(str(folder / "nowhere"), ours.group),
+        "nowhere": read_newest(str(folder / "nowhere"), ours.group),
     }
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
     dist.barrier()
@@ -190,11 +194,11 @@ def run(saved, tmp_path) -> Path:
 
 
 def steps(run: Path) -> list[int]:
-    return [one.step for one in checkpoint_store.list_sealed(str(run))]
+    return [one.step for one in seals.list_sealed(str(run))]
 
 
 def test_a_seal_names_every_file_and_the_world_size(saved):
-    newest = checkpoint_store.list_sealed(str(saved / "run"))[0]
+    newest = seals.list_sealed(str(saved / "run"))[0]
     folder = Path(newest.uri)
     assert (newest.step, newest.world_size) == (3, RANKS)
     assert newest.metrics == {"validation/loss": 0.7, "validation/accuracy": 0.7}
@@ -207,7 +211,7 @@ def test_a_seal_names_every_file_and_the_world_size(saved):
     }
     assert newest.size == sum(path.stat().st_size for path in folder.iterdir() if path.name != run_folder.SEAL_FILE)
     assert (folder / run_folder.CONFIG_FILE).read_text() == to_yaml(run_config())
-    assert [checkpoint_store.verify_file(newest, name) for name in newest.files] == [None] * len(newest.files)
+    assert [seals.verify_file(newest, name) for name in newest.files] == [None] * len(newest.files)
     history = sorted((saved / "run" / "history").iterdir())
     assert [path.read_text() for path in history] == ["1\n", "2\n", "3\n"]
 
@@ -239,10 +243,10 @@ def replace_by_folder(path: Path) -> None:
 )
 @pytest.mark.parametrize("name", ["rank-00001.safetensors", "index.json"])
 def test_verify_names_the_file_and_its_damage(run, harm, message, name):
-    newest = checkpoint_store.list_sealed(str(run))[0]
+    newest = seals.list_sealed(str(run))[0]
     harm(Path(newest.uri) / name)
     size = newest.files[name][0]
-    damage = {file: checkpoint_store.verify_file(newest, file) for file in newest.files}
+    damage = {file: seals.verify_file(newest, file) for file in newest.files}
     assert damage.pop(name) == message.format(name=name, size=size, less=size - 10)
     assert set(damage.values()) == {None}
 
@@ -259,11 +263,9 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_previous(saved, facts):
         f"checkpoint {begun} is skipped: it was never finished",
     ]
     assert facts[1]["messages"] == []
-    unsealed = checkpoint_store.list_unsealed(
-        str(saved / "damaged"), checkpoint_store.list_sealed(str(saved / "damaged"))
-    )
+    unsealed = seals.list_unsealed(str(saved / "damaged"), seals.list_sealed(str(saved / "damaged")))
     assert sorted(unsealed) == [uri, emptied, begun]
-    assert checkpoint_store.unsealed_reason(uri) == wrong
+    assert seals.unsealed_reason(uri) == wrong
     assert [fact["nowhere"] for fact in facts] == [None, None]
 
 
@@ -299,8 +301,8 @@ def test_an_unreadable_seal_seals_nothing(run):
     uri = run / "step-00000003-test"
     (uri / run_folder.SEAL_FILE).write_text("{")
     assert steps(run) == [2, 1]
-    assert checkpoint_store.list_unsealed(str(run), checkpoint_store.list_sealed(str(run))) == [str(uri)]
-    assert checkpoint_store.unsealed_reason(str(uri)) == "its seal.json cannot be read"
+    assert seals.list_unsealed(str(run), seals.list_sealed(str(run))) == [str(uri)]
+    assert seals.unsealed_reason(str(uri)) == "its seal.json cannot be read"
 
 
 @pytest.fixture
@@ -335,7 +337,7 @@ def test_help_names_every_command(job):
 
 def test_list_shows_what_is_sealed_and_what_is_not(job, run):
     (run / "step-00000001-test" / run_folder.SEAL_FILE).unlink()
-    checkpoint_store.break_seal(checkpoint_store.list_sealed(str(run))[0], "it was dropped")
+    seals.break_seal(seals.list_sealed(str(run))[0], "it was dropped")
     status, out, err = job("list", run)
     assert (status, err) == (0, "")
     (row,) = [line for line in out.splitlines() if "loss" in line]
@@ -348,7 +350,7 @@ def test_list_shows_what_is_sealed_and_what_is_not(job, run):
     assert status == 0
     (one,) = listing["checkpoints"]
     assert (one["step"], one["world_size"], one["metrics"]["validation/loss"]) == (2, 2, 0.9)
-    assert one["size"] == checkpoint_store.list_sealed(str(run))[0].size
+    assert one["size"] == seals.list_sealed(str(run))[0].size
     assert list(listing["unsealed"].values()) == ["unfinished", "it was dropped"]
 
 
@@ -395,7 +397,7 @@ def test_repair_leaves_what_a_run_resumes_from(job, run):
 
 
 def test_a_run_that_is_running_is_not_repaired(job, run):
-    with lease.look(str(run), "training", "wait").take():
+    with lease.claim(str(run), "training", "wait").take():
         (run / "step-00000009-test").mkdir()  # a checkpoint that is being written
         status, _, err = job("repair", run)
     assert status == 2
@@ -406,7 +408,7 @@ def test_a_run_that_is_running_is_not_repaired(job, run):
 def test_a_trial_whose_sweep_is_running_is_not_repaired(job, run):
     (run.parent / "sweep.json").write_text("{}")
     try:
-        with lease.look(str(run.parent), "sweep", "wait").take():
+        with lease.claim(str(run.parent), "sweep", "wait").take():
             status, _, err = job("repair", run)
     finally:
         (run.parent / "sweep.json").unlink()

@@ -136,8 +136,8 @@ def test_videos_with_few_frames_are_named_once(tmp_path, caplog, monkeypatch):
     with monitor(tmp_path, None, None, short[:2] + short + short):
         pass
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        "kept: m line 1 (row 1): a: why; b: why",
-        "kept: m line 3 (row 3): c: why",
+        "fewer frames than requested, kept: m line 1 (row 1): a: why; b: why",
+        "fewer frames than requested, kept: m line 3 (row 3): c: why",
         "4 videos gave fewer frames than asked; the first 3 are named above",
     ]
 
@@ -166,8 +166,8 @@ def test_a_validation_names_its_kinds_but_not_hundreds(tmp_path, caplog):
     with caplog.at_level(logging.INFO), monitor(tmp_path, None, None, [("step", (2, 2.0, VALIDATED | kinds))]):
         pass
     (line,) = [line for line in caplog.messages if "validation loss" in line]
-    assert "accuracy 0.500 of 8  what? 0.50 of 2  a\nb 0.50 of 2  0 0.50 of 2" in line
-    assert line.endswith("17 0.50 of 2  and 82 more kinds")
+    assert "accuracy 0.500 (8 questions)  what? 0.50 (2)  a\nb 0.50 (2)  0 0.50 (2)" in line
+    assert line.endswith("17 0.50 (2)  and 82 more kinds")
 
 
 def test_a_validation_tells_what_it_could_not_ask(tmp_path, caplog):
@@ -175,7 +175,7 @@ def test_a_validation_tells_what_it_could_not_ask(tmp_path, caplog):
     nothing = METRICS | {"validation/loss": 0.0, "validation/count": 0.0, "validation/unreadable": 4.0}
     with caplog.at_level(logging.INFO), monitor(tmp_path, None, None, [("step", (2, 2.0, some))]):
         pass
-    assert "step 2  validation loss 1.000  accuracy 0.500 of 8  unreadable 3" in caplog.messages
+    assert "step 2  validation loss 1.000  accuracy 0.500 (8 questions)  unreadable 3" in caplog.messages
     with caplog.at_level(logging.INFO), monitor(tmp_path, None, None, [("step", (4, 2.0, nothing))]):
         pass
     assert "step 4  validation loss 0.000  unreadable 4" in caplog.messages

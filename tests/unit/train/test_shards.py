@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from crosslmm import storage
-from crosslmm.train import shards
-from crosslmm.train.checkpoint_store import Checkpoint
+from crosslmm.train.checkpoint import shards
+from crosslmm.train.checkpoint.seals import Checkpoint
+from crosslmm.train.checkpoint.shards import Damaged, Part
 from crosslmm.train.distributed.parallel import shard_rows
-from crosslmm.train.shards import Damaged, Part
 
 WHOLE = {
     "weights": torch.arange(35, dtype=torch.float32).reshape(7, 5),

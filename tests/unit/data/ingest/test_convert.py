@@ -45,12 +45,12 @@ def tasks(monkeypatch):
 def convert(tasks, tmp_path, caplog):
     """Convert rows.jsonl in small chunks -> result, and the log."""
 
-    def convert(name="rows.jsonl", skip_bad=False, probe=False, piece_bytes=1000, **limits):
+    def convert(name="rows.jsonl", skip_bad=False, probe=False, chunk_bytes=1000, **limits):
         caplog.clear()
         caplog.set_level(logging.INFO, "crosslmm")
         tasks.called = []
         folder = str(tmp_path / "out")
-        result = conversion.convert(str(tmp_path / name), folder, probe, skip_bad, piece_bytes, DataConfig(**limits))
+        result = conversion.convert(str(tmp_path / name), folder, probe, skip_bad, chunk_bytes, DataConfig(**limits))
         return result, "\n".join(caplog.messages)
 
     return convert
@@ -168,7 +168,7 @@ def test_only_a_changed_manifest_is_converted_again(convert, tasks, tmp_path):
     assert ids(tmp_path) == [f"{i}" for i in range(20, 40)]
     assert (tmp_path / "out" / "clip.mp4").exists()
     with pytest.raises(BadConfig, match=r"out: was converted from another manifest or with other settings"):
-        convert(piece_bytes=2000)
+        convert(chunk_bytes=2000)
     assert ids(tmp_path) == [f"{i}" for i in range(20, 40)]
 
 

@@ -37,8 +37,8 @@ def tasks(monkeypatch):
     monkeypatch.setattr(ray_tasks, "run_tasks", run)
 
 
-def convert(uri, target, probe=False, piece_bytes=400, **options):
-    return conversion.convert(str(uri), str(target), probe, False, piece_bytes, DataConfig(), **options)
+def convert(uri, target, probe=False, chunk_bytes=400, **options):
+    return conversion.convert(str(uri), str(target), probe, False, chunk_bytes, DataConfig(), **options)
 
 
 def rows(start=0):

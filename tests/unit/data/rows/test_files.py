@@ -114,8 +114,8 @@ def test_other_files_are_refused_by_name(tmp_path, name):
 
 
 LINES = {
-    "NaN": ('{"id": NaN}', "Invalid JSON: NaN is no JSON value; write null or a number"),
-    "infinity": ('{"id": "a", "score": -Infinity}', "Invalid JSON: -Infinity is no JSON value"),
+    "NaN": ('{"id": NaN}', "Invalid JSON: NaN is not a JSON value; write null or a number"),
+    "infinity": ('{"id": "a", "score": -Infinity}', "Invalid JSON: -Infinity is not a JSON value"),
     "a key twice": ('{"video": "a.mp4", "video": "b.mp4"}', "Invalid JSON: the key 'video' occurs twice in one object"),
     "two objects": ('{"id": "a"} {"id": "b"}', "Invalid JSON: something follows the value, at character 13"),
     "cut off": ('{"id": "b", ', "Invalid JSON: .* at character"),
@@ -440,8 +440,8 @@ def test_a_damaged_tar_ends_with_a_reason(tmp_path):
         bytes(data): "is damaged at byte 4608",
         header[: 7 * 1536 + 700]: "is cut off within '003.txt'|unexpected end of data",
         header[: 6 * 1536 + 100]: "is damaged at byte|unexpected end",
-        gzip.compress(header): "is no tar, or a packed or damaged one",
-        b"": "is no tar",
+        gzip.compress(header): "is not a tar, or a packed or damaged one",
+        b"": "is not a tar",
     }.items():
         (tmp_path / "rows.tar").write_bytes(content)
         with pytest.raises(BadRow, match=reason):
@@ -469,6 +469,6 @@ def test_texts_of_a_tar_are_limited_and_two_values_are_refused(tmp_path):
         f"has {MAX_ROW_BYTES + 1} bytes, of at most {MAX_ROW_BYTES}",
         "'b' has two values of 'caption'",
         "'c' has two values of 'video'",
-        "its .json is no object",
+        "its .json is not an object",
         "its text is not UTF-8: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
     ]

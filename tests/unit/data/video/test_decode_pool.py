@@ -144,7 +144,7 @@ def test_uri_fragment_selects_part_of_video(tmp_path, backend, group, time_range
 
 
 def test_time_range_past_the_end_is_unreadable(tmp_path):
-    """A fragment that is no time range belongs to the file name."""
+    """A fragment that is not a time range belongs to the file name."""
     path = tmp_path / "clip#t=x.mp4"
     path.write_bytes(encode_clip(grey(*LEVELS)))
     assert len(decode_video(str(path), DataConfig(num_frames=3), SIDE)) == 3
@@ -300,7 +300,7 @@ def test_hanging_or_crashing_decoder_is_replaced(tmp_path):
         began = time.monotonic()
         first, spun, second, crashed, third = decoder([good, "spins", good, "crashes", good])
         assert time.monotonic() - began < 120  # generous: children start slowly on a busy machine
-    assert spun == VideoFailure("decoding took over 1.5 s and was killed", "deadline", attempts=2)
+    assert spun == VideoFailure("it took over 1.5 s (data.decode_timeout_s) to read", "deadline", attempts=2)
     assert crashed == VideoFailure("the decoder died (exit code -11)", "crash", attempts=2)
     assert np.array_equal(first.images, second.images)
     assert np.array_equal(first.images, third.images)

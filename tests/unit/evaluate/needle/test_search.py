@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 def search(model, folder, **given):
     settings = NeedleSettings.model_validate(
         {
-            "model": str(model), "frames": FRAMES, "depths": DEPTHS, "hops": [1], "videos": VIDEOS, "part": 3,
+            "model": str(model), "frames": FRAMES, "depths": DEPTHS, "hops": [1], "videos": VIDEOS, "chunk_frames": 3,
             "storage": str(folder / "runs"), "device": "cpu", **given,
         }
     )  # fmt: skip
@@ -102,8 +102,8 @@ def test_an_interrupted_search_goes_on(found, trained, folder):
     lost = json.loads(stored[-1].read_text())
     stored[-1].unlink()
     again = search(trained, folder)
-    assert {key: value for key, value in json.loads(stored[-1].read_text()).items() if key == "found"} == {
-        "found": lost["found"]
+    assert {key: value for key, value in json.loads(stored[-1].read_text()).items() if key == "answers"} == {
+        "answers": lost["answers"]
     }
     assert again.accuracy == found.accuracy
 

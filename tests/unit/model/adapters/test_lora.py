@@ -227,13 +227,13 @@ SETTINGS = [
     ({"r": 2**30}, r"is \(4, \d+\), and the model has \(1073741824, \d+\)"),
     ({"lora_alpha": float("nan")}, "r, lora_alpha or use_rslora"),
     ({"lora_alpha": "1"}, "r, lora_alpha or use_rslora"),
-    ({"target_modules": "(a+)+$"}, "target_modules is no list of names"),
-    ({"target_modules": [5]}, "target_modules is no list of names"),
-    ({"target_modules": ["x"] * 10_001}, "target_modules is no list of names"),
+    ({"target_modules": "(a+)+$"}, "target_modules is not a list of names"),
+    ({"target_modules": [5]}, "target_modules is not a list of names"),
+    ({"target_modules": ["x"] * 10_001}, "target_modules is not a list of names"),
     ({"target_modules": ["nonesuch"]}, "the model has none of the layers"),
     ({"target_modules": ["q_proj"]}, "its weights are not those of the model's layers"),
     ({"modules_to_save": ["projector", "v2v"]}, "its weights are not those of the model's layers"),
-    ({"modules_to_save": "projector"}, "modules_to_save is no list of names"),
+    ({"modules_to_save": "projector"}, "modules_to_save is not a list of names"),
 ]
 
 

@@ -70,7 +70,7 @@ def test_features_equal_those_of_the_original_without_its_class_token(original, 
 
 
 def test_a_size_that_is_no_multiple_of_a_patch_is_refused(weights):
-    with pytest.raises(BadConfig, match="image_size 100: is no multiple of the patch size 14"):
+    with pytest.raises(BadConfig, match="image_size 100: is not a multiple of the patch size 14"):
         to_siglip(weights, image_size=100)
 
 

@@ -37,7 +37,7 @@ from crosslmm.data.manifest import Manifest
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
-from crosslmm.evaluate.asking.asker import Asker, Watched
+from crosslmm.evaluate.asking.batch_answerer import BatchAnswerer, DecodedVideos
 from crosslmm.evaluate.asking.blocks import VideoRows, videos_per_block
 from crosslmm.evaluate.questions.manifest import read_manifest
 from crosslmm.evaluate.questions.question import Question, about
@@ -126,8 +126,8 @@ def eight_over_one(model: Path, detail: dict[str, Any]) -> float:
     answerer = Answerer(model, "cpu")
     side = answerer.processor.image_size
     frames = np.random.default_rng(0).integers(0, 256, (LONG_FRAMES, side, side, 3), dtype=np.uint8)
-    watched = Watched([frames], [np.arange(LONG_FRAMES, dtype=float)])
-    asker = Asker(answerer, max_new_tokens=2)
+    watched = DecodedVideos([frames], [np.arange(LONG_FRAMES, dtype=float)])
+    asker = BatchAnswerer(answerer, max_new_tokens=2)
     questions = [Question(str(i), **about("video", f"What happens in the video, {i}?"), answer="A") for i in range(8)]
     seconds: dict[int, list[float]] = {1: [], 8: []}
     for _ in range(TURNS + 1):
@@ -162,7 +162,7 @@ def over_plain(model: Path, manifest: Path, folder: Path, detail: dict[str, Any]
 def plain_rate(model: Path, manifest: Path) -> float:
     """Read and ask block by block in one process; return the rate after the first block [questions/s]."""
     answerer = Answerer(model, "cpu")
-    asker = Asker(answerer, max_new_tokens=2)
+    asker = BatchAnswerer(answerer, max_new_tokens=2)
     opened = Manifest(str(manifest))
     rows = VideoRows(read_manifest(opened), opened.uri, opened.roots)
     size = videos_per_block(answerer.config.data, answerer.processor.image_size)
@@ -172,7 +172,7 @@ def plain_rate(model: Path, manifest: Path) -> float:
             groups = rows.groups[start : start + size]
             videos = decoder([rows.questions[group[0]].videos[0] for group in groups])
             asked = [
-                (Watched([video.images], [video.times]), [rows.questions[i] for i in group])
+                (DecodedVideos([video.images], [video.times]), [rows.questions[i] for i in group])
                 for video, group in zip(videos, groups, strict=True)
                 if not isinstance(video, VideoFailure)
             ]

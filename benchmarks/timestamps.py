@@ -45,7 +45,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "timestamps": {"data.timestamps": True},
 }
 TRAIN_CLIPS, HELD_OUT_CLIPS, STEPS = 3000, 300, 300
-LEAST_WITH, MOST_WITHOUT = 0.9, moments.CHANCE + 0.1
+LEAST_WITH, MAX_WITHOUT = 0.9, moments.CHANCE + 0.1
 """Accuracy that the arm with times reaches, and that no arm without them exceeds."""
 
 
@@ -120,8 +120,8 @@ def _table(results: dict[str, dict[str, float]]) -> Table:
     table = Table("arm", "accuracy", "limit", "loss", title=f"When? Exact match on {HELD_OUT_CLIPS} held-out clips")
     for arm, result in results.items():
         value, stamped = result["accuracy"], arm == "timestamps"
-        missed = value < LEAST_WITH if stamped else value > MOST_WITHOUT
-        limit = f"{'>=' if stamped else '<='} {LEAST_WITH if stamped else MOST_WITHOUT:.3f}"
+        missed = value < LEAST_WITH if stamped else value > MAX_WITHOUT
+        limit = f"{'>=' if stamped else '<='} {LEAST_WITH if stamped else MAX_WITHOUT:.3f}"
         table.add_row(arm, f"{value:.3f}", f"{limit}{'  MISSED' if missed else ''}", f"{result['loss']:.3f}")
     table.caption = f"who knows the frame and guesses its time reaches {moments.CHANCE:.3f}"
     return table

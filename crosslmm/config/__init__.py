@@ -2,7 +2,7 @@
 
 from crosslmm.config.roles import changes, roles_of, settings_of
 from crosslmm.config.run import (
-    CREDENTIALS,
+    CREDENTIALS_ERROR,
     BadConfig,
     RunConfig,
     require_no_credentials,
@@ -26,7 +26,7 @@ from crosslmm.config.sections import (
 )
 
 __all__ = [
-    "CREDENTIALS",
+    "CREDENTIALS_ERROR",
     "BadConfig",
     "Checkpointing",
     "DataConfig",

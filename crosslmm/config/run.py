@@ -18,7 +18,7 @@ from crosslmm.config.sections import (
 )
 from crosslmm.text import holds_credentials, one_line
 
-CREDENTIALS = (
+CREDENTIALS_ERROR = (
     "holds credentials, which belong in the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (for a "
     "database, its whole URI in MLFLOW_TRACKING_URI), or AWS_*; an @ that belongs to a path is written %40"
 )
@@ -55,7 +55,7 @@ class RunConfig(Section):
     @property
     def accumulation(self) -> int:
         """Micro-batches per worker and optimizer step, where micro-batches are counted in samples."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * self.scaling.most_workers)
+        return -(-self.train.global_batch_size // (self.train.micro_batch_size * self.scaling.most_workers))
 
     @property
     def in_bf16(self) -> bool:
@@ -69,7 +69,7 @@ class RunConfig(Section):
         for key, value in flatten(values).items():
             for text in value if isinstance(value, list) else [value]:
                 if holds_credentials(str(text)):
-                    raise ValueError(f"{key}: {CREDENTIALS}")
+                    raise ValueError(f"{key}: {CREDENTIALS_ERROR}")
         return self
 
     @model_validator(mode="after")
@@ -92,15 +92,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
-        # With fewer workers than `most_workers`, some have fewer samples.
-        workers = self.scaling.most_workers
-        if self.train.micro_batch_tokens and self.train.global_batch_size % workers:
+        # With [min, max], some workers have fewer samples than others; with a fixed number, that would be a mistake.
+        workers, fixed = self.scaling.most_workers, isinstance(self.scaling.num_workers, int)
+        if fixed and self.train.micro_batch_tokens and self.train.global_batch_size % workers:
             raise ValueError(
                 f"train.global_batch_size is {self.train.global_batch_size}; it must be a multiple of "
                 f"scaling.num_workers {workers}"
             )
         samples = workers * self.train.micro_batch_size
-        if not self.train.micro_batch_tokens and self.train.global_batch_size % samples:
+        if fixed and not self.train.micro_batch_tokens and self.train.global_batch_size % samples:
             raise ValueError(
                 f"train.global_batch_size is {self.train.global_batch_size}; with {workers} workers "
                 f"of micro_batch_size {self.train.micro_batch_size} it must be a multiple of {samples}"
@@ -138,7 +138,7 @@ class BadConfig(Exception):
 def require_no_credentials(argument: str, uri: str | None) -> None:
     """Raise BadConfig if the value of a job's own argument holds credentials."""
     if uri and holds_credentials(uri):
-        raise BadConfig(f"{argument}: {CREDENTIALS}")
+        raise BadConfig(f"{argument}: {CREDENTIALS_ERROR}")
 
 
 def validate_run(values: dict[str, Any]) -> RunConfig:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from crosslmm import scoring
-from crosslmm.data.quarantine import QuarantineEntry, to_printable
+from crosslmm.data.quarantine import QuarantineEntry, escape_to_ascii
 from crosslmm.data.sampler import PADDING
 from crosslmm.data.video.decode import VideoFailure
 
@@ -127,7 +127,7 @@ def _quarantined_if_bad(sample: Sample, make: Callable[[list[Sample]], Any]) -> 
         raise
     except Exception as error:
         text = " ".join(str(error).split())
-        reason = to_printable(text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:300]
+        reason = escape_to_ascii(text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:300]
         entry = QuarantineEntry.from_row(vars(sample), "", VideoFailure(reason, "process"))
         return replace(sample, error=reason, quarantined=[*sample.quarantined, entry.to_dict()])
 

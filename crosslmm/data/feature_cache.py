@@ -28,7 +28,7 @@ from crosslmm import storage
 from crosslmm.config import BadConfig
 from crosslmm.data.feature_format import FORMAT, DType, FeatureRecipe, from_bf16, pack, unpack
 from crosslmm.data.frame_sampling import SampledFrames
-from crosslmm.data.quarantine import to_printable
+from crosslmm.data.quarantine import escape_to_ascii
 from crosslmm.data.video.decode import Stage, VideoFailure, video_version
 from crosslmm.data.video.frame_list import describe_video
 from crosslmm.storage.parquet import ParquetFile
@@ -258,7 +258,7 @@ class FeatureCache:
             )
         if entry.reason is not None:
             stage: Stage = entry.stage if entry.stage in get_args(Stage) else "decode"  # type: ignore[assignment]
-            return VideoFailure(to_printable(entry.reason), stage, entry.version, entry.attempts)
+            return VideoFailure(escape_to_ascii(entry.reason), stage, entry.version, entry.attempts)
         size = entry.frames * self.recipe.frame_bytes
         times = np.array(entry.times or [], np.float64)
         are_times = len(times) == entry.frames and (np.isfinite(times) & (times >= 0)).all()

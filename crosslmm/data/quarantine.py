@@ -42,8 +42,8 @@ class QuarantineEntry:
     @classmethod
     def from_row(cls, row: dict[str, Any], uri: str, video: VideoFailure) -> "QuarantineEntry":
         """Make the entry of a manifest's row whose video `uri` is unreadable."""
-        manifest, name, video_uri = (to_printable(text) for text in (row["manifest"], row["id"], uri))
-        reason = to_printable(video.reason)
+        manifest, name, video_uri = (escape_to_ascii(text) for text in (row["manifest"], row["id"], uri))
+        reason = escape_to_ascii(video.reason)
         return cls(manifest, row["line"], name, video_uri, video.version, video.stage, reason, video.attempts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class ErrorBudget:
         Raises:
             TooManyUnreadable: a source exceeds both limits.
         """
-        self.samples.update(to_printable(manifest) for manifest in sources)
+        self.samples.update(escape_to_ascii(manifest) for manifest in sources)
         for entry in entries:
             self.reasons[entry["manifest"]][f"{entry['stage']}: {entry['reason']}"] += 1
         for source, reasons in self.reasons.items():
@@ -127,6 +127,6 @@ class ErrorBudget:
                 )
 
 
-def to_printable(text: str) -> str:
+def escape_to_ascii(text: str) -> str:
     """Return text as printable ASCII: names from manifests may contain line breaks or escape sequences."""
     return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from crosslmm import ray_runtime
 from crosslmm.preflight.findings import Finding, format_bytes, nodes_label
 from crosslmm.text import in_brief
-from crosslmm.train.distributed.rendezvous import Meeting
+from crosslmm.train.distributed.rendezvous import Rendezvous
 
 DURATION_S = 2.0
 """Duration of the measurement [s]."""
@@ -38,14 +38,14 @@ class Rank:
         """Return the address of this rank's node, and a port at which the others can find it."""
         return ray.util.get_node_ip_address(), ray_runtime.free_port()
 
-    def measure(self, meeting: Meeting, rank: int, backend: str) -> float:
+    def measure(self, rendezvous: Rendezvous, rank: int, backend: str) -> float:
         """Reduce for `DURATION_S` and return the bytes of the tensor that this rank reduces per second [bytes/s].
 
         Raises:
             RuntimeError: a sum is wrong.
         """
-        world_size = len(meeting.addresses)
-        meeting.join(rank, backend, timedelta(seconds=RENDEZVOUS_TIMEOUT_S))
+        world_size = len(rendezvous.addresses)
+        rendezvous.join(rank, backend, timedelta(seconds=RENDEZVOUS_TIMEOUT_S))
         try:
             device = torch.device("cuda" if backend == "nccl" else "cpu")
             values = torch.full((TENSOR_SIZE[backend],), rank + 1.0, device=device)
@@ -101,9 +101,9 @@ def check_all_reduce(nodes: Mapping[str, Mapping[str, Any]], use_gpu: bool) -> l
             remedy = f"`ray status` shows what is reserved{'; other jobs may hold the GPUs' * use_gpu}"
             return [Finding("all-reduce", addresses[task], False, message, remedy) for task in late]
         hosts, ports = zip(*ray.get(list(addresses)), strict=True)
-        meeting = Meeting(None, ports[0], hosts)
+        rendezvous = Rendezvous(None, ports[0], hosts)
         tasks = {
-            rank.measure.remote(meeting, number, backend): name for number, (name, rank) in enumerate(ranks.items())
+            rank.measure.remote(rendezvous, number, backend): name for number, (name, rank) in enumerate(ranks.items())
         }
         return _findings(tasks, nodes_label(training), backend)
     finally:

@@ -12,7 +12,7 @@ from crosslmm import storage
 from crosslmm.config import DataConfig
 from crosslmm.data.feature_cache import QUARANTINE_FILE, IndexEntry, write_index
 from crosslmm.data.manifest import VideoReference
-from crosslmm.data.quarantine import ErrorBudget, read_quarantine, to_printable
+from crosslmm.data.quarantine import ErrorBudget, escape_to_ascii, read_quarantine
 from crosslmm.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class EncodingRecorder:
         self._budget = ErrorBudget(data.max_bad_share, data.bad_allowed)
         self._progress = Progress(log, "encoding", len(missing), "video")
         # Videos that this job tries get a new entry, unless they have become readable.
-        tried = {to_printable(uri) for uri in missing}
+        tried = {escape_to_ascii(uri) for uri in missing}
         self._earlier = [entry for entry in read_quarantine(folder) if entry["uri"] not in tried]
 
     def __enter__(self) -> Self:

@@ -156,7 +156,7 @@ def _log_estimate(
     """Log folder, number of videos, computation, size and price before the job begins."""
     sampling = FrameSampling.of(config.data)
     frames = int(sampling.count(np.array([video.seconds for video in missing.values()])).sum()) if missing else 0
-    macs = cost.macs(cost.empty_model(config.model), 1, 1).encoder * frames
+    macs = cost.macs(cost.meta_model(config.model), 1, 1).encoder * frames
     sizes = {dtype: frames * bytes_per_frame(recipe.patches, recipe.width, dtype) for dtype in ("bf16", "int8")}
     log.info("features  %s (%s)", folder, settings.dtype)
     log.info("videos    %s, %s of them already encoded", f"{videos:,}", f"{videos - len(missing):,}")

@@ -9,7 +9,7 @@ from crosslmm.tracking.versions import Version
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class ModelEvaluation:
     """The answers of one model to all questions."""
 
     model: str

@@ -15,7 +15,7 @@ from av.video.reformatter import VideoReformatter
 
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
-from crosslmm.evaluate.asking.asker import Asker, Watched
+from crosslmm.evaluate.asking.batch_answerer import BatchAnswerer, DecodedVideos
 from crosslmm.evaluate.questions.question import Messages, Question
 from crosslmm.inference.answerer import Answerer
 
@@ -63,14 +63,14 @@ class CrossLMM(lmms):
             questions.setdefault((key, limit), []).append((number, question))
         for (key, limit), of_visuals in questions.items():
             if (watched := self._watch(seen[key])) is not None:
-                (replies,) = Asker(self.answerer, limit)([(watched, [question for _, question in of_visuals])])
+                (replies,) = BatchAnswerer(self.answerer, limit)([(watched, [question for _, question in of_visuals])])
                 for (number, _), reply in zip(of_visuals, replies, strict=True):
                     answers[number] = reply.text
                     if reply.error:
                         log.warning("request %d is not asked: %s", number, reply.error)
         return answers
 
-    def _watch(self, visuals: Sequence[Any]) -> Watched | None:
+    def _watch(self, visuals: Sequence[Any]) -> DecodedVideos | None:
         """Return the frames of videos (paths) and images (PIL); None if one of them cannot be read."""
         videos, times = [], []
         for visual in visuals:
@@ -84,7 +84,7 @@ class CrossLMM(lmms):
             else:
                 videos.append(self._resized(np.asarray(visual.convert("RGB")))[None])
                 times.append(np.zeros(1))
-        return Watched(videos, times)
+        return DecodedVideos(videos, times)
 
     def _resized(self, image: np.ndarray) -> np.ndarray:
         side = self.answerer.processor.image_size

@@ -4,7 +4,7 @@ import json
 import logging
 
 from crosslmm.config import TrackingConfig
-from crosslmm.evaluate.evaluated import Evaluated
+from crosslmm.evaluate.evaluated import ModelEvaluation
 from crosslmm.evaluate.evaluation_folder import ANSWERS_FILE, PAGE_FILE, SCORES_FILE
 from crosslmm.evaluate.questions.source import Source
 from crosslmm.evaluate.scores.intervals import Estimate
@@ -15,7 +15,7 @@ from crosslmm.tracking.versions import EvaluationRecord, move_alias, record_eval
 log = logging.getLogger(__name__)
 
 
-def record(evaluated: Evaluated, source: Source, tracking: TrackingConfig) -> str:
+def record(evaluated: ModelEvaluation, source: Source, tracking: TrackingConfig) -> str:
     """Record an evaluation in MLflow, on a run of its own and on the version; return the id of the run.
 
     Raises:
@@ -43,7 +43,7 @@ def record(evaluated: Evaluated, source: Source, tracking: TrackingConfig) -> st
     return run_id
 
 
-def metrics(evaluated: Evaluated) -> dict[str, float]:
+def metrics(evaluated: ModelEvaluation) -> dict[str, float]:
     """Return the metrics of an evaluation; without accuracies if too many questions could not be asked."""
     counts = {str(status): float(count) for status, count in evaluated.score.counts.items()}
     if not evaluated.reliable:
@@ -63,8 +63,8 @@ def metrics(evaluated: Evaluated) -> dict[str, float]:
 
 
 def promote(
-    evaluated: Evaluated,
-    rival: Evaluated | None,
+    evaluated: ModelEvaluation,
+    rival: ModelEvaluation | None,
     difference: Estimate | None,
     settings: EvaluationSettings,
     tracking: TrackingConfig,

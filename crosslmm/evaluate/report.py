@@ -5,24 +5,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from crosslmm.evaluate.asking.blocks import VideoRows
-from crosslmm.evaluate.evaluated import Evaluated
+from crosslmm.evaluate.evaluated import ModelEvaluation
 from crosslmm.evaluate.evaluation_folder import ANSWERS_FILE, PAGE_FILE, SCORES_FILE
 from crosslmm.evaluate.questions.source import Source
 from crosslmm.evaluate.scores.intervals import Estimate
 from crosslmm.evaluate.scores.judging import STATUSES, Answer
 from crosslmm.html_page import document, escaped
 
-MOST_ANSWERS = 400
+MAX_ANSWERS = 400
 """Answers on the page, the wrong ones first; answers.jsonl has all of them."""
-MOST_STRIP_BYTES = 12 * 2**20
+MAX_STRIP_BYTES = 12 * 2**20
 """Pictures on the page [bytes of base64]."""
-MOST_CHARACTERS = 1_500
+MAX_CHARACTERS = 1_500
 """Characters of a question, an option or an answer on the page."""
-MOST_GROUPS = 100
+MAX_GROUPS = 100
 """Groups that the filter offers."""
 
 
-def write(evaluated: Evaluated, rival: Evaluated | None, difference: Estimate | None, source: Source) -> str:
+def write(
+    evaluated: ModelEvaluation, rival: ModelEvaluation | None, difference: Estimate | None, source: Source
+) -> str:
     """Write answers, scores and page of an evaluation, and answers and scores of the other model; return the page's
     path or URI."""
     for one in (evaluated, rival):
@@ -32,7 +34,7 @@ def write(evaluated: Evaluated, rival: Evaluated | None, difference: Estimate | 
     return evaluated.folder.write(PAGE_FILE, page(evaluated, rival, difference, source).encode())
 
 
-def page(evaluated: Evaluated, rival: Evaluated | None, difference: Estimate | None, source: Source) -> str:
+def page(evaluated: ModelEvaluation, rival: ModelEvaluation | None, difference: Estimate | None, source: Source) -> str:
     """Return the page."""
     score, count = evaluated.score, len(evaluated.answers)
     counts = ", ".join(f"{score.counts[status]:,} {status}" for status in STATUSES)
@@ -64,7 +66,7 @@ def _digests(source: Source, identity: dict[str, Any]) -> dict[str, str]:
     return {"data": source.digest, "prompts": identity["questions_sha256"], "model": identity["model_sha256"]}
 
 
-def _headline(evaluated: Evaluated) -> str:
+def _headline(evaluated: ModelEvaluation) -> str:
     score = evaluated.score
     if not evaluated.reliable:
         return (
@@ -74,7 +76,7 @@ def _headline(evaluated: Evaluated) -> str:
     return f"Accuracy {score.accuracy}, 95 % interval clustered by video."
 
 
-def _comparison(rival: Evaluated | None, difference: Estimate | None) -> str:
+def _comparison(rival: ModelEvaluation | None, difference: Estimate | None) -> str:
     if rival is None or difference is None:
         return ""
     theirs = str(rival.score.accuracy) if rival.reliable else "no score"
@@ -82,7 +84,7 @@ def _comparison(rival: Evaluated | None, difference: Estimate | None) -> str:
     return f"<p>Against {escaped(text)}</p>\n"
 
 
-def _groups(evaluated: Evaluated) -> str:
+def _groups(evaluated: ModelEvaluation) -> str:
     rows = "".join(
         f"<tr><td>{escaped(key)}</td><td>{escaped(value)}</td><td>{one.value:.3f}</td>"
         f"<td>{one.low:.3f} to {one.high:.3f}</td><td>{one.count:,}</td><td>{one.clusters:,}</td></tr>"
@@ -98,7 +100,7 @@ def _groups(evaluated: Evaluated) -> str:
 
 def _shown(answers: Sequence[Answer]) -> list[Answer]:
     """Return the answers of the page, in the order of the benchmark: up to the limit, wrong ones before right ones."""
-    chosen = sorted(answers, key=lambda answer: (answer.right, answer.number))[:MOST_ANSWERS]
+    chosen = sorted(answers, key=lambda answer: (answer.right, answer.number))[:MAX_ANSWERS]
     return sorted(chosen, key=lambda answer: answer.number)
 
 
@@ -112,14 +114,14 @@ def _selection(shown: int, count: int) -> str:
 
 def _filters(shown: Sequence[Answer]) -> str:
     statuses = "".join(f'<option value="{status}">{status}</option>' for status in STATUSES)
-    groups = sorted({f"{key}={value}" for answer in shown for key, value in answer.question.groups})[:MOST_GROUPS]
+    groups = sorted({f"{key}={value}" for answer in shown for key, value in answer.question.groups})[:MAX_GROUPS]
     options = "".join(f'<option value="{escaped(group)}">{escaped(group)}</option>' for group in groups)
     return f"""<p class="filters"><label>Show <select id="what"><option value="wrong">wrong</option>
 <option value="all">all</option><option value="right">right</option>{statuses}</select></label>
 <label>Group <select id="group"><option value="">all</option>{options}</select></label> <span id="number"></span></p>"""
 
 
-def _videos(shown: Sequence[Answer], evaluated: Evaluated, source: Source) -> str:
+def _videos(shown: Sequence[Answer], evaluated: ModelEvaluation, source: Source) -> str:
     """Return a card for each video, with its frames and the answers about it."""
     rows = VideoRows(source.questions, source.uri, source.roots)
     row_of = {number: row for row, numbers in enumerate(rows.groups) for number in numbers}
@@ -131,13 +133,13 @@ def _videos(shown: Sequence[Answer], evaluated: Evaluated, source: Source) -> st
     return "".join(_card(answers, strips.get(str(row))) for row, answers in cards.items())
 
 
-def _strips(evaluated: Evaluated, wanted: set[str]) -> dict[str, str]:
+def _strips(evaluated: ModelEvaluation, wanted: set[str]) -> dict[str, str]:
     """Return the pictures of these rows, as far as the page has room for them."""
     strips: dict[str, str] = {}
     size = 0
     for block in evaluated.folder.strips():
         for row, jpeg in block.items():
-            if row in wanted and size + len(jpeg) <= MOST_STRIP_BYTES:
+            if row in wanted and size + len(jpeg) <= MAX_STRIP_BYTES:
                 strips[row] = jpeg
                 size += len(jpeg)
     return strips
@@ -187,7 +189,7 @@ def _option(answer: Answer, number: int, option: str) -> str:
 
 
 def _clipped(text: str) -> str:
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ..."
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ..."
 
 
 STYLE = """

@@ -13,12 +13,12 @@ from crosslmm.config import BadConfig
 from crosslmm.evaluate import record, report
 from crosslmm.evaluate.asking.model_files import ModelFiles, fetch_model
 from crosslmm.evaluate.asking.pipeline import EvaluationFailed, Job, ask_all
-from crosslmm.evaluate.evaluated import Evaluated
+from crosslmm.evaluate.evaluated import ModelEvaluation
 from crosslmm.evaluate.evaluation_folder import EvaluationFolder
 from crosslmm.evaluate.questions.source import Source, read_source
 from crosslmm.evaluate.scores.intervals import Estimate
 from crosslmm.evaluate.scores.judging import Scorer, compare, judge, load_scorer, score
-from crosslmm.evaluate.settings import Asking, EvaluationSettings, Overrides
+from crosslmm.evaluate.settings import AnswerSettings, EvaluationSettings, Overrides
 from crosslmm.preflight import connect
 from crosslmm.preflight.resolve import require_durable
 from crosslmm.text import safe_name
@@ -128,11 +128,11 @@ def _rival(settings: EvaluationSettings, overrides: Overrides) -> str | None:
 
 def _evaluate(
     model: ModelFiles, source: Source, settings: EvaluationSettings, overrides: Overrides, scorer: Scorer | None
-) -> Evaluated:
+) -> ModelEvaluation:
     """Ask a model all questions that its folder has no replies to, and score all replies."""
     config = overrides.apply(model.config, settings.num_frames, source.roots)
     limit = settings.max_new_tokens or source.benchmark.max_new_tokens or model.answer_limit(source.questions)
-    asking = Asking(limit, settings.likelihood)
+    asking = AnswerSettings(limit, settings.likelihood)
     identity = {
         "model": model.uri,
         "model_sha256": model.digest,
@@ -154,18 +154,18 @@ def _evaluate(
     ]
     scored = score(answers, source.benchmark)
     reliable = scored.unreadable <= settings.max_unreadable
-    return Evaluated(
+    return ModelEvaluation(
         model.uri, model.version, folder, begun, answers, scored, reliable, asked.asked_now, asked.questions_per_s
     )
 
 
-def _scores(evaluated: Evaluated) -> dict[str, Any]:
+def _scores(evaluated: ModelEvaluation) -> dict[str, Any]:
     """Return the fields of a result that have scores; no accuracy where too many questions could not be asked."""
     values = evaluated.score.as_json()
     return values if evaluated.reliable else values | {"accuracy": None, "by_group": {}}
 
 
-def _against(rival: Evaluated | None, difference: Estimate | None) -> dict[str, Any] | None:
+def _against(rival: ModelEvaluation | None, difference: Estimate | None) -> dict[str, Any] | None:
     if rival is None or difference is None:
         return None
     return {"model": rival.model, **_scores(rival), "difference": asdict(difference)}

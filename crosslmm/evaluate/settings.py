@@ -13,7 +13,7 @@ from crosslmm import storage
 from crosslmm.cli import resolve_preset
 from crosslmm.cli_help import print_help
 from crosslmm.config import (
-    CREDENTIALS,
+    CREDENTIALS_ERROR,
     BadConfig,
     DataConfig,
     RunConfig,
@@ -27,7 +27,7 @@ from crosslmm.text import first_error, holds_credentials, one_line
 
 COMMON = ("model", "data", "storage", "name", "scaling.num_workers", "scaling.use_gpu", "tracking.uri")
 """Keys that a short --help shows besides those of an evaluation alone."""
-REGISTERED = re.compile(r"models:/[^/@]+(@[\w-]+|/\d+)")
+REGISTERED_MODEL = re.compile(r"models:/[^/@]+(@[\w-]+|/\d+)")
 
 
 class EvaluationSettings(Section):
@@ -82,18 +82,18 @@ class EvaluationSettings(Section):
             raise BadConfig("--data: give the folder of a --benchmark; a --manifest names its videos itself")
         if self.write_manifest and self.manifest:
             raise BadConfig("--write_manifest: --manifest is one already")
-        if self.promote and not REGISTERED.fullmatch(self.model):
+        if self.promote and not REGISTERED_MODEL.fullmatch(self.model):
             raise BadConfig(f"--promote {self.promote}: only a registered model (models:/...) can get an alias")
         if self.promote and (self.limit or self.only):
             raise BadConfig(f"--promote {self.promote}: takes all questions; leave out --limit and --only")
         for key, value in flatten(self.model_dump()).items():
             for text in value if isinstance(value, list) else [value]:
                 if holds_credentials(str(text)):
-                    raise BadConfig(f"--{key}: {CREDENTIALS}")
+                    raise BadConfig(f"--{key}: {CREDENTIALS_ERROR}")
 
 
 @dataclass(frozen=True)
-class Asking:
+class AnswerSettings:
     """How answers are made."""
 
     max_new_tokens: int

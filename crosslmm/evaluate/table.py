@@ -8,7 +8,7 @@ from rich.table import Table
 from crosslmm.evaluate.run import EvaluationResult
 from crosslmm.progress import cell
 
-MOST_VALUES = 40
+MAX_VALUES = 40
 """Values of a group's key that are listed; a key with more is left out."""
 
 
@@ -20,7 +20,7 @@ def print_table(result: EvaluationResult) -> None:
         table.add_row(*map(cell, (label, value, *_figures(estimate))))
 
     for key, values in result.by_group.items():
-        for value, estimate in values.items() if len(values) <= MOST_VALUES else ():
+        for value, estimate in values.items() if len(values) <= MAX_VALUES else ():
             add(key, value, estimate)
     add("all", "", result.accuracy)
     if result.against:

@@ -20,7 +20,7 @@ from crosslmm.model.cross_attention import DualCrossAttentionLayer, _rotate
 from crosslmm.model.pooling import pool
 from crosslmm.model.processing import CrossLMMProcessor
 
-MOST_SCORES = 2**24
+MAX_SCORES = 2**24
 """Scores of queries and keys that are in memory at once."""
 
 
@@ -224,7 +224,7 @@ class _OnlineSoftmax:
     def add(self, key_HSC: Tensor, value_HSC: Tensor) -> None:
         """Add a chunk of the keys, float32, for some queries at a time: not all scores fit into memory."""
         heads, patches = key_HSC.shape[:2]
-        at_once = max(1, MOST_SCORES // (heads * patches))
+        at_once = max(1, MAX_SCORES // (heads * patches))
         for start in range(0, self.query_HQC.shape[1], at_once):
             queries = slice(start, start + at_once)
             scores_HQS = self.query_HQC[:, queries] @ key_HSC.mT

@@ -6,7 +6,7 @@
 An owner makes its file if nobody else has made it, then rewrites it every `BEAT_S`: no two processes ever write one
 file. Files are never removed, so a number is a fencing token: whoever finds the next number taken, or another token in
 its own file, has lost the folder. Stores that ignore If-None-Match keep the last of two writers; there, both wait
-`SETTLE_S` and read who it was.
+`DELIVERY_TIMEOUT_S` and read who it was.
 
 The rule by which a folder changes hands:
 
@@ -40,15 +40,15 @@ BEAT_S = 5.0
 """Pause between two writes of an owner's file [s]."""
 LEASE_S = 30.0
 """How long an owner is watched without a beat before it counts as dead [s]."""
-ASK_S = 2 * BEAT_S
+RECHECK_S = 2 * BEAT_S
 """Age at which an owner's knowledge that it owns the folder is renewed, where beats have not done so [s]."""
-LOOK_S = 1.0
+POLL_S = 1.0
 """Pause between two looks at an owner that is watched [s]."""
 RELEASE = storage.RetryPolicy(deadline_s=5.0)
 """How long a job that ends tries to say so."""
 
 
-class Owned(BadConfig):
+class FolderInUse(BadConfig):
     """Somebody else owns the folder."""
 
 
@@ -70,7 +70,7 @@ class Claim:
         """Own the folder; the lease is a context manager, which gives the `Fence`.
 
         Raises:
-            Owned: somebody else took it since.
+            FolderInUse: somebody else took it since.
         """
         newest = owners.newest(self.folder)
         if newest and newest != self.last and not newest.free:
@@ -91,7 +91,7 @@ def claim(folder: str, work: str, instead: str) -> Claim:
         instead: what a refused caller can do besides stopping the owner; the end of the error's message.
 
     Raises:
-        Owned: it has an owner, which lives.
+        FolderInUse: it has an owner, which lives.
     """
     newest = owners.newest(folder)
     silent_s, looked = 0.0, _clock()
@@ -100,11 +100,11 @@ def claim(folder: str, work: str, instead: str) -> Claim:
     if newest and not newest.free:
         log.info("%s belongs to %s; watching for %g s to see whether it is alive", folder, newest, LEASE_S)
     while newest and not newest.free and silent_s < LEASE_S:
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
         before, newest = newest, owners.newest(folder, newest.number)
         if newest and newest != before and not newest.free:
             raise _owned(folder, newest, instead)
-        silent_s += min(_clock() - looked, 2 * LOOK_S)  # longer only if the store did not answer
+        silent_s += min(_clock() - looked, 2 * POLL_S)  # longer only if the store did not answer
         looked = _clock()
     return Claim(folder, work, instead, newest)
 
@@ -141,14 +141,14 @@ class Fence:
             raise LeaseLost(f"{self.folder}: {reason}; this start has stopped, and leaves it alone")
         self._asked = asked
 
-    def require_lately(self, within_s: float | None = None) -> None:
+    def require_unless_recent(self, within_s: float | None = None) -> None:
         """Like `require`, for records: asks only if the last answer is old, and goes on if the store cannot be asked.
 
         Args:
-            within_s: age up to which the last answer suffices [s]; 0 always asks. None is `ASK_S`, for records that are
-                written all the time.
+            within_s: age up to which the last answer suffices [s]; 0 always asks. None is `RECHECK_S`, for records that
+                are written all the time.
         """
-        if _clock() - self._asked < (ASK_S if within_s is None else within_s):
+        if _clock() - self._asked < (RECHECK_S if within_s is None else within_s):
             return
         try:
             with storage.retrying(storage.NO_RETRIES):
@@ -216,10 +216,10 @@ class _Lease:
             signal.pthread_kill(threading.main_thread().ident or 0, ends)
 
 
-def _owned(folder: str, entry: Entry | None, instead: str) -> Owned:
+def _owned(folder: str, entry: Entry | None, instead: str) -> FolderInUse:
     submission = entry.owner.submission if entry and entry.owner else ""
     stop = f"stop it (ray job stop {submission})" if submission else "stop it"
-    return Owned(f"{folder}: belongs to {entry}, which is running; {stop}, or {instead}")
+    return FolderInUse(f"{folder}: belongs to {entry}, which is running; {stop}, or {instead}")
 
 
 def _clock() -> float:

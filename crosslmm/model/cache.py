@@ -16,7 +16,7 @@ from transformers import Cache
 
 
 @dataclass(frozen=True)
-class SeenVideos:
+class CachedVideos:
     """The videos of a conversation as one T2V branch sees them."""
 
     key_BHSC: Tensor
@@ -26,17 +26,17 @@ class SeenVideos:
     num_frames_B: Tensor
     """int64: frames of each sample."""
 
-    def select(self, samples: Tensor) -> "SeenVideos":
+    def select(self, samples: Tensor) -> "CachedVideos":
         """Return the videos of these samples (int64 indices), in this order."""
         tensors: list[Any] = [getattr(self, field.name) for field in fields(self)]
         selected: list[Any] = [x if x is None else x.index_select(0, samples.to(x.device)) for x in tensors]
-        return SeenVideos(*selected)
+        return CachedVideos(*selected)
 
 
 class _RemembersVideos:
     """Mixin for a class of cache layers. Positions may be cropped: the videos are always before them."""
 
-    videos: SeenVideos | None = None
+    videos: CachedVideos | None = None
 
     def reset(self) -> None:
         self.videos = None
@@ -67,7 +67,7 @@ def _remembering(layer_class: Any) -> type:
     return type(layer_class.__name__, (_RemembersVideos, layer_class), {"_layer_type": None})
 
 
-def remember(cache: Cache, layer_idx: int, videos: SeenVideos | None) -> None:
+def remember(cache: Cache, layer_idx: int, videos: CachedVideos | None) -> None:
     """Store the videos of a decoder layer; the layer's self-attention is in the cache already."""
     layer: Any = cache.layers[layer_idx]
     if not isinstance(layer, _RemembersVideos):
@@ -79,11 +79,11 @@ def remember(cache: Cache, layer_idx: int, videos: SeenVideos | None) -> None:
     layer.videos = videos
 
 
-def recall(cache: Cache | None, layer_idx: int) -> SeenVideos | None:
+def recall(cache: Cache | None, layer_idx: int) -> CachedVideos | None:
     """Return the videos that `remember` stored."""
     if cache is None or layer_idx >= len(cache.layers):
         return None
-    return cast(SeenVideos | None, getattr(cache.layers[layer_idx], "videos", None))
+    return cast(CachedVideos | None, getattr(cache.layers[layer_idx], "videos", None))
 
 
 def fork(cache: Cache, length: int) -> Cache:

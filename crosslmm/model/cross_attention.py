@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward, rotate_half
 
 from crosslmm.model.attention_plan import AttentionPlan, DensePlan
-from crosslmm.model.cache import SeenVideos, recall, remember
+from crosslmm.model.cache import CachedVideos, recall, remember
 from crosslmm.model.vision_encoder import in_chunks
 
 ROTARY_BASE = 10_000.0
@@ -103,7 +103,7 @@ class GatedCrossAttention(nn.Module):
         out_BLD.flatten(0, 1).index_add_(0, plan.rows_N, added_ND)
         return out_BLD
 
-    def _attend_to_seen(self, x_BLD: Tensor, videos: SeenVideos) -> Tensor:
+    def _attend_to_seen(self, x_BLD: Tensor, videos: CachedVideos) -> Tensor:
         """Let every position attend to all cached videos of its sample; no shape depends on the data."""
         frames_BL = videos.num_frames_B[:, None].expand(x_BLD.shape[:2])
         query_BHLC = self._query(x_BLD, frames_BL)
@@ -124,7 +124,7 @@ class GatedCrossAttention(nn.Module):
         if cache is not None:
             sample_B = torch.arange(samples, device=x_BLD.device)
             own_BS = (plan.sample_F == sample_B[:, None]).repeat_interleave(patches, dim=1)
-            remember(cache, self.layer_idx, SeenVideos(key_BHSC, value_BHSC, own_BS, visual.num_frames_B))
+            remember(cache, self.layer_idx, CachedVideos(key_BHSC, value_BHSC, own_BS, visual.num_frames_B))
         mask = plan.visible_BLF.repeat_interleave(patches, dim=2)[:, None]
         attended_BLC = self._run_kernel(self._query(x_BLD, plan.query_frame_BL), key_BHSC, value_BHSC, mask)
         return self._add(x_BLD, attended_BLC, plan.visible_BLF.any(dim=2))
@@ -149,7 +149,7 @@ class GatedCrossAttention(nn.Module):
             key_SHC = _rotate(key_SHC.transpose(0, 1)[None], frame_S[None])[0].transpose(0, 1)
         return key_SHC, value_SHC
 
-    def _seen(self, key_SHC: Tensor, value_SHC: Tensor, patches: int, visual: VisualContext) -> SeenVideos | None:
+    def _seen(self, key_SHC: Tensor, value_SHC: Tensor, patches: int, visual: VisualContext) -> CachedVideos | None:
         """Return the videos of each sample, padded to the longest; None if there are none."""
         lengths = [frames * patches for frames in visual.samples]
         if not sum(lengths):
@@ -163,7 +163,7 @@ class GatedCrossAttention(nn.Module):
             mask_BS = positions_S < visual.num_frames_B[:, None] * patches
         # Contiguous for each head: every generated token reads all of them, and strided ones are read more slowly.
         key_BHSC, value_BHSC = (x.transpose(1, 2).contiguous() for x in (key_BSHC, value_BSHC))
-        return SeenVideos(key_BHSC, value_BHSC, mask_BS, visual.num_frames_B)
+        return CachedVideos(key_BHSC, value_BHSC, mask_BS, visual.num_frames_B)
 
     def _project(self, tokens_FPD: Tensor) -> Tensor:
         """Keys and values, concatenated along the channels."""

@@ -16,7 +16,7 @@ VIDEO, TEXT = 0, 1
 """Token ids of the traced sample: video placeholder and text. Any two different ids work."""
 
 
-def empty_model(config: ModelConfig) -> CrossLMMForConditionalGeneration:
+def meta_model(config: ModelConfig) -> CrossLMMForConditionalGeneration:
     """Build the model on the meta device, without weights.
 
     Raises:
@@ -38,7 +38,7 @@ def training_model(config: RunConfig) -> CrossLMMForConditionalGeneration:
     Raises:
         BadConfig: the model cannot be built.
     """
-    model = empty_model(config.model)
+    model = meta_model(config.model)
     prepare_training(model, config.train)
     return model
 
@@ -54,7 +54,7 @@ def positions(config: RunConfig, frames: int, text_tokens: int, stamp_tokens: in
     Raises:
         BadConfig: the model cannot be built.
     """
-    return positions_of(empty_model(config.model), frames, text_tokens, stamp_tokens)
+    return positions_of(meta_model(config.model), frames, text_tokens, stamp_tokens)
 
 
 def check_lengths(
@@ -85,7 +85,7 @@ def longest_sample(config: RunConfig, text_tokens: int, stamp_tokens: int) -> tu
     Raises:
         BadConfig: the model cannot be built.
     """
-    model = empty_model(config.model)
+    model = meta_model(config.model)
     stamp_tokens = stamp_tokens if config.data.timestamps else 0
     room, of_frame = model.config.text_config.max_position_embeddings, model.config.tokens_per_frame + stamp_tokens
     frames = max(1, min(config.data.num_frames, (room - 1) // of_frame))

@@ -14,7 +14,7 @@ from crosslmm.model.modeling import CrossLMMForConditionalGeneration
 from crosslmm.model.param_groups import fsdp_units
 from crosslmm.model.recomputation import checkpoint_activations
 from crosslmm.model.vision_encoder import ChunkedEncoderLayer
-from crosslmm.planning.cost import TEXT, VIDEO, check_lengths, empty_model, training_model
+from crosslmm.planning.cost import TEXT, VIDEO, check_lengths, meta_model, training_model
 from crosslmm.planning.meta_trace import Trace, trace
 
 FLOAT32 = 4
@@ -96,7 +96,7 @@ def answering_memory(config: RunConfig, frames: int, text_tokens: int, stamp_tok
     Raises:
         BadConfig: see `training_trace`.
     """
-    model = empty_model(config.model)
+    model = meta_model(config.model)
     check_lengths(model, frames, text_tokens, stamp_tokens)
     model.eval()
     batch = _batch(model, 1, frames, text_tokens, stamp_tokens)

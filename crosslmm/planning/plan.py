@@ -15,7 +15,7 @@ from crosslmm.planning.assumptions import GPUS, Assumptions, Range
 from crosslmm.planning.hybrid import Hybrid, recommend
 from crosslmm.planning.meta_trace import Trace
 
-MOST_GPUS = 1024
+MAX_GPUS = 1024
 """Largest number of GPUs that the search for a fitting setting tries."""
 
 HOURS_PER_MONTH = 730
@@ -124,7 +124,7 @@ def plan(config: RunConfig, frames: Sequence[int], assumptions: Assumptions) -> 
     Raises:
         BadConfig: the model cannot be built, or a sample exceeds its context.
     """
-    model = cost.empty_model(config.model)
+    model = cost.meta_model(config.model)
     for count in frames:
         cost.check_lengths(model, count, *_text(config, assumptions))
     components = cost.parameters(model)
@@ -159,7 +159,7 @@ def _text(config: RunConfig, assumptions: Assumptions) -> tuple[int, int]:
 
 
 def _row(config: RunConfig, frames: int, assumptions: Assumptions) -> Row:
-    model, text = cost.empty_model(config.model), _text(config, assumptions)
+    model, text = cost.meta_model(config.model), _text(config, assumptions)
     positions = cost.positions_of(model, frames, *text)
     available = usable_memory(assumptions)
     if config.train.activation_checkpointing == "auto":
@@ -281,7 +281,7 @@ def _changes(config: RunConfig, frames: int, gpu: str) -> Iterator[tuple[str, Ru
         yield from _changed(config, {**sharded, "train.activation_checkpointing": "full"}, frames, gpu)
         settings = {**settings, "train.activation_checkpointing": "full"}
         yield from _changed(config, settings, frames, gpu)
-    while (workers := workers * 2) <= MOST_GPUS:
+    while (workers := workers * 2) <= MAX_GPUS:
         yield from _changed(config, {**settings, "scaling.num_workers": workers}, frames, gpu)
     for larger in sorted(GPUS, key=lambda name: GPUS[name].memory_bytes):
         if GPUS[larger].memory_bytes > GPUS[gpu].memory_bytes:

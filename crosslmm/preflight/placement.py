@@ -90,7 +90,8 @@ def check_driver(config: RunConfig, labels: dict[str, str]) -> None:
 
 
 def check_resources(config: RunConfig, pools: Sequence[NodePool]) -> None:
-    """Check that the nodes have room for a run with its minimum number of workers.
+    """Check that the nodes have room for a run with its minimum number of workers, and for its decoders beside as many
+    workers as Ray Train will place.
 
     Raises:
         BadConfig: naming the keys, what they need and what the nodes have.
@@ -99,6 +100,9 @@ def check_resources(config: RunConfig, pools: Sequence[NodePool]) -> None:
     run_demands = demands(config, scaling.least_workers)
     for demand in run_demands:
         _check_demand(demand, pools)
+    # Ray Train takes the room that it finds before any decoder has started, which would then wait for ever.
+    room = sum(pool.capacity(run_demands[0].resources) for pool in pools if pool.has_labels(scaling.train_on))
+    run_demands = demands(config, min(room, scaling.most_workers))
     usable = [pool for pool in pools if any(pool.has_labels(demand.labels) for demand in run_demands)]
     needed, available = sum(demand.count * demand.resources["CPU"] for demand in run_demands), _cpus(usable)
     if needed > available + 1e-6:

@@ -13,7 +13,7 @@ from crosslmm.storage.files import (
     read_bytes,
     read_json,
     remove,
-    stamp_of,
+    size_and_version,
     upload_file,
     version,
     version_of,
@@ -49,6 +49,6 @@ __all__ = [
     "arrow_filesystem", "create_bytes", "download", "download_file", "exists", "files_in", "folders_in", "follow",
     "is_empty", "is_folder", "join", "keep_policy", "local_path", "names_in", "open_read", "parent", "parse_json",
     "read_at_most", "read_bytes", "read_json", "remove", "remove_folder", "resolve", "retrying", "safe_join",
-    "scheme_of", "stamp_of", "upload", "upload_file", "version", "version_of", "will_read", "with_retries", "within",
-    "write_bytes", "write_chunks",
+    "scheme_of", "size_and_version", "upload", "upload_file", "version", "version_of", "will_read", "with_retries",
+    "within", "write_bytes", "write_chunks",
 ]  # fmt: skip

@@ -213,7 +213,7 @@ def _write_object(uri: str, chunks: Iterable[bytes], part_bytes: int) -> None:
             call("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": tags})
         except FileNotFoundError:
             # An earlier attempt completed the upload and its response was lost: the store no longer knows the upload.
-            if stamp_of(uri)[0] != size:
+            if size_and_version(uri)[0] != size:
                 raise
     except BaseException:
         with suppress(Exception):
@@ -246,7 +246,7 @@ def _remove(uri: str) -> None:
     call_with_retries(uri, lambda fs, path: fs.rm_file(path + slash))
 
 
-def stamp_of(uri: str) -> tuple[int, str]:
+def size_and_version(uri: str) -> tuple[int, str]:
     """Return an object's size [bytes] and its ETag, or a local file's size and modification time.
 
     Raises:

@@ -26,7 +26,7 @@ from crosslmm.sweep import report, trials
 from crosslmm.sweep.progress import SweepProgress
 from crosslmm.sweep.promote import promote
 from crosslmm.sweep.resume import begin_sweep
-from crosslmm.sweep.search import Candidates, Search
+from crosslmm.sweep.search import Search, TrialFactory
 from crosslmm.sweep.settings import SweepSettings
 from crosslmm.sweep.space import Space, changes_features, distribution, grid, is_grid
 from crosslmm.sweep.trials import Trial
@@ -135,7 +135,7 @@ def _search(request: _Request, machine: hardware.Hardware, fence: lease.Fence, b
         base = _trial_base(config, folder, begun["features"])
         placement.check_placement(base)
         _require_shared_record(record)
-        candidates = Candidates(base, sweep, space, record, hardware.usable_memory(machine))
+        candidates = TrialFactory(base, sweep, space, record, hardware.usable_memory(machine))
         search = Search(space, base, trials.read(folder), candidates, request.max_trials)
         concurrent = sweep.concurrent or max_concurrent_trials(base)
         text = "trials    %s, %s at a time, of %s steps at most"
@@ -156,7 +156,7 @@ def _search(request: _Request, machine: hardware.Hardware, fence: lease.Fence, b
         status = "KILLED"
         raise
     finally:
-        fence.require_lately(0)  # the record, too, belongs to the sweep's owner
+        fence.require_unless_recent(0)  # the record, too, belongs to the sweep's owner
         record.finish(status)
     return _result(config, record, search, page, promoted, time.monotonic() - began)
 

@@ -1,6 +1,6 @@
 """Which trial comes next: first those an earlier start left unfinished, then the grid or Optuna's next point.
 
-`Search` is the searcher that Tune asks; `Candidates` makes a trial of a point, with its costs, or rejects it.
+`Search` is the searcher that Tune asks; `TrialFactory` makes a trial of a point, with its costs, or rejects it.
 """
 
 import math
@@ -151,7 +151,7 @@ TEXT_TOKENS, STAMP_TOKENS = Assumptions().text_tokens, Assumptions().stamp_token
 [tokens]."""
 
 
-class Candidates:
+class TrialFactory:
     """Makes trials, each with an MLflow run below the sweep's.
 
     Args:
@@ -176,7 +176,7 @@ class Candidates:
         """
         values = settings(self.space, self.base, point)
         config = apply(self.base, values)
-        model = cost.empty_model(config.model)
+        model = cost.meta_model(config.model)
         macs, encoder_macs = prefill_macs(config)
         if self.sweep.max_macs and macs > self.sweep.max_macs:
             limit = f"--max_macs allows {self.sweep.max_macs:,.0f}"
@@ -216,7 +216,7 @@ class Candidates:
 def prefill_macs(config: RunConfig) -> tuple[int, int]:
     """Count the MACs of one sample's prefill, attention products included -> (without the vision encoder, of the
     encoder)."""
-    model, frames = cost.empty_model(config.model), config.data.num_frames
+    model, frames = cost.meta_model(config.model), config.data.num_frames
     macs = cost.macs(model, frames, TEXT_TOKENS, STAMP_TOKENS * config.data.timestamps)
     encoder_macs = cost.encoder_macs(model, frames)
     return macs.linear + macs.attention_products - encoder_macs, encoder_macs

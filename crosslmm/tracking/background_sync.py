@@ -134,19 +134,19 @@ class BackgroundSync:
             self._tagged = False
             self._changed.notify_all()
 
-    def answered(self) -> None:
+    def queue_answers(self) -> None:
         """Send the sample answers in the run's folder, which has new ones."""
         with self._changed:
             self._answers_sent = False
             self._changed.notify_all()
 
-    def keep(self, worker_seconds: float) -> None:
+    def save_worker_seconds(self, worker_seconds: float) -> None:
         """Write into run.json how long the workers have run so far [s]; the budget of the next start begins with it."""
         self._run["worker_seconds"] = worker_seconds
         with suppress(OSError):  # the next checkpoint tries again
             self._write_run()
 
-    def settle(self, timeout_s: float) -> None:
+    def wait_delivered(self, timeout_s: float) -> None:
         """Wait until all queued steps are delivered, for at most `timeout_s` [s]."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting, timeout_s)

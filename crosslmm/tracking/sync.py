@@ -36,8 +36,8 @@ ANSWERS_TABLE, SHOWN_VALIDATIONS = "answers.json", 50
 """Artifact with the sample answers, and of how many validations it has them."""
 PICTURES_FOLDER = "table_images/answers"
 """Artifacts with the pictures that the table shows, where MLflow's own `log_table` would have them."""
-REGISTERED = "crosslmm.inference.pyfunc"
-"""Tag: end time of the run whose model is registered."""
+REGISTERED_END_TIME = "crosslmm.registered_end_time"
+"""Tag: end time that the run had when its model was registered; the model of another end is registered again."""
 
 
 class RunSync(MlflowRun):
@@ -160,13 +160,13 @@ class RunSync(MlflowRun):
             return None
         # A run that is resumed after its end gets another model at its next end.
         end = str(run["end_time"])
-        if self.client.get_run(self.run_id).data.tags.get(REGISTERED) == end:
+        if self.client.get_run(self.run_id).data.tags.get(REGISTERED_END_TIME) == end:
             return f"models:/{self.tracking.registered_model}@{self.tracking.alias}"
         try:
             registered = register(self, storage.join(self.folder, MODEL_FOLDER), run["lineage"], self.folder)
         finally:
             self.end(run)  # logging a model sets the status of its run
-        self.client.log_batch(self.run_id, tags=[RunTag(REGISTERED, end)])
+        self.client.log_batch(self.run_id, tags=[RunTag(REGISTERED_END_TIME, end)])
         return registered
 
     def registered_version(self) -> str | None:

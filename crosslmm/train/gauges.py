@@ -2,7 +2,7 @@
 
 from ray.util.metrics import Gauge
 
-OF_STEP = {
+STEP_GAUGES = {
     "loss": ("crosslmm_loss", "Training loss of the last step."),
     "step_s": ("crosslmm_step_seconds", "Duration of the last step, without its wait for data [s]."),
     "frames_per_s": ("crosslmm_frames_per_second", "Frames of all ranks [1/s]."),
@@ -11,7 +11,7 @@ OF_STEP = {
     "data_wait_share": ("crosslmm_data_wait_share", "Share of the last step's time that ranks waited for data."),
 }
 """Gauge, and its description, of each metric of a step that is exported."""
-OF_RUN = {
+RUN_GAUGES = {
     "step": ("crosslmm_step", "Optimizer steps done."),
     "total_steps": ("crosslmm_total_steps", "Optimizer steps of the whole run."),
     "unreadable": ("crosslmm_unreadable_rows", "Rows in the run's quarantine.jsonl."),
@@ -33,7 +33,7 @@ class RunGauges:
 
     def __init__(self, run: str) -> None:
         self._labels = {"run": run}
-        self._gauges = {key: Gauge(name, text, ("run",)) for key, (name, text) in {**OF_STEP, **OF_RUN}.items()}
+        self._gauges = {key: Gauge(name, text, ("run",)) for key, (name, text) in {**STEP_GAUGES, **RUN_GAUGES}.items()}
         self._values: dict[str, float] = {}
 
     def set(self, **values: float) -> None:

@@ -58,7 +58,7 @@ BUDGET_POLL_S = 1.0
 MAX_PAUSE_S = 30.0
 """Longest pause before a restart [s]."""
 
-NO_ROOM, WORKER_DIED = worker_group_errors()
+WorkerGroupStartupTimeout, WorkerDied = worker_group_errors()
 _NO_RETRIES = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)  # type: ignore[call-arg]
 """Turns off Ray Train's retries: `fit` retries, and counts the attempts that brought no new checkpoint."""
 
@@ -99,7 +99,7 @@ def fit(job: Job, spent: Callable[[], str | None] = lambda: None) -> None:
             cause, line = _root_cause(error)
             if isinstance(cause, NON_RETRYABLE_ERRORS):
                 raise TrainingFailed(line) from error
-            if isinstance(cause, NO_ROOM):  # nodes may come back, or be added
+            if isinstance(cause, WorkerGroupStartupTimeout):  # nodes may come back, or be added
                 if not waiting:
                     log.warning("the cluster has no room for the workers now; the run waits until it has")
                 waiting = True
@@ -186,7 +186,7 @@ def _root_cause(error: Exception) -> tuple[Exception, str]:
     rank = min(failures, key=priority)
     where = f"worker {rank}: " if rank >= 0 else "Ray Train: "
     cause = failures[rank]
-    if isinstance(cause, (WORKER_DIED, RayActorError)):
+    if isinstance(cause, (WorkerDied, RayActorError)):
         return cause, f"{where}its process ended: it was killed, ran out of memory, or its node is gone"
     return cause, f"{where}{type(cause).__name__}: {in_brief(cause, 500)}"
 

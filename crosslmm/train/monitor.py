@@ -29,7 +29,7 @@ MAX_KINDS = 20
 """Kinds of questions whose accuracy a log line names at most."""
 MAX_SHORT_VIDEOS = 1000
 """Most videos with too few frames that the log names; further ones are only counted [videos]."""
-SETTLE_S = 10.0
+DELIVERY_TIMEOUT_S = 10.0
 """How long a validation's report waits for its metrics to be in the MLflow record [s]."""
 
 StepEvent = tuple[int, float, dict[str, float]]
@@ -104,7 +104,7 @@ class TrainingMonitor:
         while True:
             last_round = self._stop.wait(POLL_S)
             try:
-                self.job.fence.require_lately()
+                self.job.fence.require_unless_recent()
                 self.handle(self._drain())
                 self._gauges.repeat()
             except (SystemExit, LeaseLost):
@@ -162,7 +162,7 @@ class TrainingMonitor:
             log.debug("checkpoint sealed", extra={"step": step})
             self._gauges.set(sealed_at=when)
         if items and self.meter:
-            self.record.keep(self.meter.worker_seconds)
+            self.record.save_worker_seconds(self.meter.worker_seconds)
 
     def _handle_answers(self, items: list[tuple[int, list[dict[str, Any]], dict[int, bytes]]]) -> None:
         for step, answers, _ in items:
@@ -170,7 +170,7 @@ class TrainingMonitor:
         for _, _, pictures in items:
             write_pictures(self.job.folder, pictures)
         if items:
-            self.record.answered()
+            self.record.queue_answers()
 
     def _handle_steps(self, steps: list[StepEvent]) -> None:
         if not steps:
@@ -199,11 +199,11 @@ class TrainingMonitor:
             log.error(text, step, int(metrics[UNREADABLE]), QUARANTINE_FILE, extra={"step": step})
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
-        """Report a validation once the record has it, or after `SETTLE_S` without it."""
+        """Report a validation once the record has it, or after `DELIVERY_TIMEOUT_S` without it."""
         if self.report is None:
             return
         try:
-            self.record.settle(SETTLE_S)
+            self.record.wait_delivered(DELIVERY_TIMEOUT_S)
             self.report(step, metrics)
         except SystemExit:  # Tune stops a trial with it; only this thread gets it
             self.stopped = True

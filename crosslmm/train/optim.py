@@ -46,12 +46,12 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> fl
 
 
 def warmup_warning(total_steps: int, config: TrainConfig) -> str | None:
-    """Return a warning for a run that ends before its learning rates have reached their peak; None for others."""
-    if config.warmup_steps <= total_steps:
+    """Return a warning for a run that ends within the warm-up of its learning rates; None for others."""
+    if config.warmup_steps < total_steps:
         return None
     return (
-        f"train.warmup_steps is {config.warmup_steps}, and the run has {total_steps} steps: the learning rates never "
-        "reach their peak; lower it, or take more steps with a lower train.global_batch_size"
+        f"train.warmup_steps is {config.warmup_steps}, and the run has {total_steps} steps: it ends within the "
+        "warm-up of its learning rates; lower it, or take more steps with a lower train.global_batch_size"
     )
 
 

@@ -42,7 +42,7 @@ ENDED = "ended"
 """Tag of a run: why its last start ended, in one line."""
 MAX_LOGS = 200
 """Logs of drivers and ranks that a start leaves in the run's folder, the newest [files]."""
-TYPICAL_S = 100.0
+TYPICAL_TIMESTAMP_S = 100.0
 """Time whose timestamp has a typical number of tokens; estimates of lengths use it for all frames [s]."""
 
 
@@ -163,7 +163,7 @@ def _begin(
     datasets = [_describe(manifest, "training") for manifest in manifests]
     datasets += [_describe(validation, "validation")] if validation else []
     run_folder.begin_run(job.config, job.folder, order, datasets, trial.run_id if trial else None)
-    return tracking.BackgroundSync(job.folder, job.config.tracking, require_owner=job.fence.require_lately)
+    return tracking.BackgroundSync(job.folder, job.config.tracking, require_owner=job.fence.require_unless_recent)
 
 
 def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None, meter: Meter) -> TrainingMonitor:
@@ -198,7 +198,7 @@ def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None
             status, ended = "FINISHED", "stopped early by the sweep"
         log.info("%s", ended)
         record.tag({ENDED: one_printable_line(redacted(ended))})
-        record.keep(meter.worker_seconds)
+        record.save_worker_seconds(meter.worker_seconds)
         record.finish(status, model_tags)
     return monitor
 
@@ -206,7 +206,7 @@ def _train(job: Job, record: tracking.BackgroundSync, trial: TrialContext | None
 def _require_owner(job: Job, record: tracking.BackgroundSync) -> None:
     """Raise LeaseLost if the run has another owner: the record belongs to it, too."""
     try:
-        job.fence.require_lately(0)
+        job.fence.require_unless_recent(0)
     except lease.LeaseLost:
         record.abandon()
         raise
@@ -279,7 +279,7 @@ def build_job(
 def _estimate_lengths(config: RunConfig, manifests: list[Manifest]) -> np.ndarray:
     """Estimate the tokens of every row, float32 (rows of all manifests,)."""
     processor = build_processor(config.model, config.data)
-    tokens_per_frame = processor.tokens_per_frame + processor.stamp_length(TYPICAL_S)
+    tokens_per_frame = processor.tokens_per_frame + processor.stamp_length(TYPICAL_TIMESTAMP_S)
     sampling = FrameSampling.of(config.data)
     return np.concatenate([manifest.estimate_tokens(sampling, tokens_per_frame) for manifest in manifests])
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from crosslmm.ray_runtime import free_port
 from crosslmm.train.distributed.collectives import gather_json
-from crosslmm.train.distributed.rendezvous import LOOPBACK, Meeting, interface_of
+from crosslmm.train.distributed.rendezvous import LOOPBACK, Rendezvous, interface_of
 
 pytestmark = pytest.mark.attack
 
@@ -38,10 +38,10 @@ def listening() -> set[str]:
     return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
 
 
-def attend(rank: int, meeting: Meeting, folder: Path) -> None:
+def attend(rank: int, rendezvous: Rendezvous, folder: Path) -> None:
     """Join as an honest rank, exchange values, and write down where this process listens."""
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
-    meeting.join(rank, "gloo", TIMEOUT)
+    rendezvous.join(rank, "gloo", TIMEOUT)
     dist.new_group(backend="gloo")
     values = gather_json({"rank": rank})
     (folder / f"rank-{rank}").write_text(f"{values} {sorted(listening())}")
@@ -52,16 +52,16 @@ def attend(rank: int, meeting: Meeting, folder: Path) -> None:
 def test_ranks_on_one_machine_meet_at_a_private_file_and_listen_on_loopback(tmp_path):
     private = Path(tempfile.mkdtemp(prefix="crosslmm-"))
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
-    meeting = Meeting(str(private / "store"), 0, (LOOPBACK, LOOPBACK))
-    torch.multiprocessing.spawn(attend, (meeting, tmp_path), nprocs=2)
+    rendezvous = Rendezvous(str(private / "store"), 0, (LOOPBACK, LOOPBACK))
+    torch.multiprocessing.spawn(attend, (rendezvous, tmp_path), nprocs=2)
     expected = f"{[{'rank': 0}, {'rank': 1}]} ['127.0.0.1']"
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == [expected, expected]
 
 
 def test_ranks_on_several_machines_listen_on_their_own_address_only(tmp_path):
     address = next((a for a in addresses_of_this_machine() if a != LOOPBACK), LOOPBACK)
-    meeting = Meeting(None, free_port(), (address, address))
-    torch.multiprocessing.spawn(attend, (meeting, tmp_path), nprocs=2)
+    rendezvous = Rendezvous(None, free_port(), (address, address))
+    torch.multiprocessing.spawn(attend, (rendezvous, tmp_path), nprocs=2)
     expected = f"{[{'rank': 0}, {'rank': 1}]} {[address]}"
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == [expected, expected]
 
@@ -71,8 +71,8 @@ def addresses_of_this_machine() -> list[str]:
     return [a.address for a in all_addresses if a.family == socket.AF_INET]
 
 
-def victim(meeting: Meeting, folder: Path) -> None:
-    meeting.join(0, "gloo", TIMEOUT)
+def victim(rendezvous: Rendezvous, folder: Path) -> None:
+    rendezvous.join(0, "gloo", TIMEOUT)
     try:
         gather_json("plain")
         outcome = "nothing happened"
@@ -82,10 +82,10 @@ def victim(meeting: Meeting, folder: Path) -> None:
     os._exit(0)
 
 
-def stranger(meeting: Meeting, folder: Path) -> None:
+def stranger(rendezvous: Rendezvous, folder: Path) -> None:
     """Take the place of rank 1, and answer the collective with a pickle."""
     os.environ["GLOO_SOCKET_IFNAME"] = interface_of(LOOPBACK)
-    store = dist.TCPStore(meeting.addresses[0], meeting.port, 2, False, TIMEOUT)
+    store = dist.TCPStore(rendezvous.addresses[0], rendezvous.port, 2, False, TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=TIMEOUT)
     payload = torch.frombuffer(bytearray(pickle.dumps(Evil(folder / "mark"))), dtype=torch.uint8)
     sizes = torch.empty(2, dtype=torch.int64)
@@ -96,12 +96,12 @@ def stranger(meeting: Meeting, folder: Path) -> None:
     os._exit(0)
 
 
-def take_part(rank: int, meeting: Meeting, folder: Path) -> None:
-    (stranger if rank else victim)(meeting, folder)
+def take_part(rank: int, rendezvous: Rendezvous, folder: Path) -> None:
+    (stranger if rank else victim)(rendezvous, folder)
 
 
 def test_a_pickle_from_a_stranger_in_the_place_of_a_rank_is_not_unpickled(tmp_path):
-    torch.multiprocessing.spawn(take_part, (Meeting(None, free_port(), (LOOPBACK, LOOPBACK)), tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(take_part, (Rendezvous(None, free_port(), (LOOPBACK, LOOPBACK)), tmp_path), nprocs=2)
     assert (tmp_path / "outcome").read_text() in {"JSONDecodeError", "UnicodeDecodeError"}
     assert not (tmp_path / "mark").exists()
     pickle.loads(pickle.dumps(Evil(tmp_path / "mark")))

@@ -28,7 +28,7 @@ from crosslmm.data.samples.shapes import write_sample_set
 from crosslmm.inference.answerer import NO_VIDEO
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.scoring import MARGIN_TOKENS
-from crosslmm.train.gauges import OF_RUN, OF_STEP
+from crosslmm.train.gauges import RUN_GAUGES, STEP_GAUGES
 from tests.support.common import ROOT, conversation, processes
 
 STEPS, CHECKPOINT_EVERY = 10, 4
@@ -275,7 +275,7 @@ def test_adapters_are_trained_over_the_model_of_a_run(cluster, undisturbed, mani
     assert job.returncode == 0, output
     result = json.loads(next(line for line in output.splitlines() if line.startswith('{"name"')))
     assert result["model_uri"] == "models:/crosslmm@adapted"
-    assert exported == {f"ray_{name}" for name, _ in [*OF_STEP.values(), *OF_RUN.values()]}
+    assert exported == {f"ray_{name}" for name, _ in [*STEP_GAUGES.values(), *RUN_GAUGES.values()]}
     files = names("s3://videos/runs/adapted/model")
     assert {"adapter_config.json", "adapter_model.safetensors", "base.json", "run.yaml"} <= files
     assert "model.safetensors" not in files

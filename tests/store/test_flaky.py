@@ -69,7 +69,7 @@ def test_reads_survive_an_outage(flaky, tmp_path, mode):
         lambda: storage.names_in("s3://runs/r"): ["a/data", "b"],
         lambda: storage.exists("s3://runs/r/b"): True,
         lambda: storage.exists("s3://runs/r/c"): False,
-        lambda: storage.stamp_of("s3://runs/r/b")[0]: 1,
+        lambda: storage.size_and_version("s3://runs/r/b")[0]: 1,
         lambda: storage.download("s3://runs/r", str(tmp_path / "r")): None,
     }.items():
         recovery = break_store(flaky, 1.5, reads=mode)

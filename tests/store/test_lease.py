@@ -56,14 +56,14 @@ def test_an_owner_that_was_stopped_and_continued_ends_without_having_written(sto
 
 
 def test_an_owner_survives_an_outage_of_the_store(store, monkeypatch, caplog):
-    for name, value in {"BEAT_S": 0.3, "LEASE_S": 2.0, "LOOK_S": 0.1}.items():
+    for name, value in {"BEAT_S": 0.3, "LEASE_S": 2.0, "POLL_S": 0.1}.items():
         monkeypatch.setattr(module, name, value)
     with FlakyStore(int(store.endpoint.rsplit(":", 1)[1])) as flaky:
         use(monkeypatch, store.environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{flaky.port}"})
         with lease.claim("s3://runs/away", "training", "wait").take() as fence:
             flaky.reads = flaky.writes = "503"
             time.sleep(6)
-            fence.require_lately()
+            fence.require_unless_recent()
             flaky.heal()
             time.sleep(1)
             fence.require()

@@ -8,7 +8,7 @@ from crosslmm.config import RunConfig, to_yaml
 from crosslmm.data.thumbnails import strip
 from crosslmm.evaluate.asking.blocks import VideoRows
 from crosslmm.evaluate.benchmarks import BENCHMARKS
-from crosslmm.evaluate.evaluated import Evaluated
+from crosslmm.evaluate.evaluated import ModelEvaluation
 from crosslmm.evaluate.evaluation_folder import EvaluationFolder
 from crosslmm.evaluate.questions.folder import Folder
 from crosslmm.evaluate.questions.source import Source
@@ -44,7 +44,7 @@ def replies(source: Source, texts=PREDICTIONS, unreadable=()) -> list[Reply]:
 
 def evaluated(
     source: Source, storage: Path, given: list[Reply], name: str = "evaluation", limit: float = 0.005
-) -> Evaluated:
+) -> ModelEvaluation:
     """Return an evaluation with these replies, with strips of frames in its folder."""
     folder = EvaluationFolder(str(storage), name)
     begun = folder.begin(IDENTITY | {"benchmark": source.benchmark.name}, 32)
@@ -56,7 +56,7 @@ def evaluated(
         for i, (question, reply) in enumerate(zip(source.questions, given, strict=True))
     ]
     scored = score(answers, source.benchmark)
-    return Evaluated(
+    return ModelEvaluation(
         "models:/crosslmm/7", None, folder, begun, answers, scored, scored.unreadable <= limit, asked=len(answers)
     )
 

@@ -154,11 +154,11 @@ def contend(folder: str, offset_s: float, answer: str) -> None:
             released = False
             while not released:
                 released = Path(answer).with_suffix(".release").exists()
-                fence.require_lately()
+                fence.require_unless_recent()
                 with Path(answer).with_name(f"written.{os.getpid()}").open("a") as file:
                     file.write(f"{time.monotonic()}\n")
                 time.sleep(WRITE_S)
-    except lease.Owned as error:
+    except lease.FolderInUse as error:
         status, message = 2, str(error)
     except lease.LeaseLost as error:
         status, message = 1, str(error)
@@ -172,7 +172,7 @@ def main() -> None:
     from crosslmm.lease import lease as module
 
     module.BEAT_S, module.LEASE_S, elsewhere = json.loads(sys.argv[1])
-    module.ASK_S, module.LOOK_S = 2 * module.BEAT_S, module.BEAT_S / 3
+    module.ASK_S, module.POLL_S = 2 * module.BEAT_S, module.BEAT_S / 3
     for line in iter(sys.stdin.readline, ""):
         if pid := os.fork():
             print(pid, flush=True)

@@ -22,7 +22,7 @@ def look(folder):
 
 @pytest.fixture
 def quick(monkeypatch):
-    for name, value in {"BEAT_S": 0.2, "LEASE_S": 1.0, "LOOK_S": 0.1, "ASK_S": 0.4}.items():
+    for name, value in {"BEAT_S": 0.2, "LEASE_S": 1.0, "POLL_S": 0.1, "RECHECK_S": 0.4}.items():
         monkeypatch.setattr(module, name, value)
 
 
@@ -41,7 +41,7 @@ def test_whoever_is_refused_is_told_who_owns_it_and_what_to_do(tmp_path, monkeyp
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     monkeypatch.setattr("getpass.getuser", lambda: "alice")
     began = time.monotonic()
-    with look(tmp_path).take(), pytest.raises(lease.Owned) as refused:
+    with look(tmp_path).take(), pytest.raises(lease.FolderInUse) as refused:
         look(tmp_path)
     assert time.monotonic() - began < 4  # before the first beat
     assert str(refused.value).startswith(f"{tmp_path}: belongs to the training of alice on ")
@@ -141,7 +141,7 @@ def test_records_go_on_while_the_store_cannot_be_asked(tmp_path, monkeypatch, er
     """The monitor's thread asks twice a second: an error of the store must not end it."""
     with look(tmp_path).take() as fence, monkeypatch.context() as patched:
         patched.setattr(owners, "read", lambda *_: (_ for _ in ()).throw(error))
-        fence.require_lately(0)
+        fence.require_unless_recent(0)
         with pytest.raises(type(error)):
             fence.require()
 
@@ -194,7 +194,7 @@ def test_a_store_that_does_not_answer_is_no_silence_of_the_owner(tmp_path, quick
         return real(folder, known)
 
     monkeypatch.setattr(owners, "newest", newest)
-    with pytest.raises(lease.Owned):
+    with pytest.raises(lease.FolderInUse):
         look(tmp_path)
 
 
@@ -216,7 +216,7 @@ def test_a_question_without_an_answer_yet_is_no_answer(tmp_path, monkeypatch):
         asked.wait(10)
         monkeypatch.setattr(owners, "read", lambda folder, number: None)
         with pytest.raises(lease.LeaseLost):
-            fence.require_lately()
+            fence.require_unless_recent()
         monkeypatch.setattr(owners, "read", real)
         answered.set()
         first.join()
@@ -224,7 +224,7 @@ def test_a_question_without_an_answer_yet_is_no_answer(tmp_path, monkeypatch):
 
 def test_a_twin_that_looked_at_the_same_time_is_refused(tmp_path):
     first, second = look(tmp_path), look(tmp_path)
-    with first.take(), pytest.raises(lease.Owned):
+    with first.take(), pytest.raises(lease.FolderInUse):
         second.take()
 
 
@@ -233,13 +233,13 @@ def test_of_two_that_take_the_same_number_one_owns_it(tmp_path, monkeypatch):
     claims = look(tmp_path), look(tmp_path)
     monkeypatch.setattr(owners, "newest", lambda *_: None)
     with claims[0].take() as fence:
-        with pytest.raises(lease.Owned):
+        with pytest.raises(lease.FolderInUse):
             claims[1].take()
         assert entry(tmp_path).token == fence.token
 
 
 def test_a_store_that_ignores_conditions_keeps_the_last_writer(tmp_path, monkeypatch):
-    monkeypatch.setattr(owners, "SETTLE_S", 0.5)
+    monkeypatch.setattr(owners, "DELIVERY_TIMEOUT_S", 0.5)
     monkeypatch.setattr(storage, "create_bytes", lambda uri, data: storage.write_bytes(uri, data) is None)
     results = {}
 
@@ -248,7 +248,7 @@ def test_a_store_that_ignores_conditions_keeps_the_last_writer(tmp_path, monkeyp
         time.sleep(delay)
         try:
             results[name] = claim.take()
-        except lease.Owned:
+        except lease.FolderInUse:
             results[name] = None
 
     threads = [threading.Thread(target=take, args=arguments) for arguments in (("a", 0.1), ("b", 0.2))]

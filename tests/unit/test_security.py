@@ -382,7 +382,7 @@ def test_no_file_and_no_line_of_a_run_shows_the_tracking_server_s_password(passw
 
 def test_credentials_in_a_job_s_own_argument_are_refused():
     uri = f"http://user:{SECRET}@host:5000"
-    for job, argument in (("track.py replay --storage x", "--tracking.uri"), ("answer.py --video x", "--tracking_uri")):
+    for job, argument in (("track.py replay --storage x", "--tracking.uri"), ("answer.py --video x", "--tracking.uri")):
         command = [sys.executable, *f"jobs/{job}".split(), f"{argument}={uri}"]
         refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)

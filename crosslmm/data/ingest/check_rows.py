@@ -20,7 +20,7 @@ from crosslmm.data.ingest.split import Chunk
 from crosslmm.data.ingest.summary import Summary
 from crosslmm.data.manifest import manifest_errors
 from crosslmm.data.manifest_shards import LENGTH_COLUMNS, SCHEMA
-from crosslmm.data.quarantine import QuarantineEntry, to_printable
+from crosslmm.data.quarantine import QuarantineEntry, escape_to_ascii
 from crosslmm.data.row_schema import parse_rows
 from crosslmm.data.rows.media import Embedded
 from crosslmm.data.video.container import UnreadableVideo
@@ -112,7 +112,7 @@ def check_batches(job: IngestJob, chunk: Chunk, batch_rows: int = BATCH_ROWS) ->
             records, rejected = parse_rows(
                 rows, job.data.roots, first_line, manifest=job.manifest, ignored=job.ignored_keys, store=store
             )
-            batch = CheckedBatch(records, [(line, to_printable(reason)) for line, reason in rejected], [], {})
+            batch = CheckedBatch(records, [(line, escape_to_ascii(reason)) for line, reason in rejected], [], {})
             if header_reader:
                 uris = dict.fromkeys(split_time_range(uri)[0] for record in records for uri in record["videos"])
                 new = [uri for uri in uris if uri not in probed and not uri.startswith(IN_MANIFEST)]

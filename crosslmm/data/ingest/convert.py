@@ -53,7 +53,7 @@ from crosslmm.data.ingest.split import Chunk
 from crosslmm.data.ingest.summary import Summary, parse_summary
 from crosslmm.data.manifest import BadManifest, base_folder, manifest_errors
 from crosslmm.data.manifest_shards import LENGTH_COLUMNS, read_table
-from crosslmm.data.quarantine import ErrorBudget, to_printable
+from crosslmm.data.quarantine import ErrorBudget, escape_to_ascii
 from crosslmm.data.rows.problems import problem_table, unused_lines
 from crosslmm.progress import Progress
 from crosslmm.text import first_error, printable
@@ -195,7 +195,7 @@ class _ChunkMonitor:
 
     def __init__(self, description: str, uri: str, chunks: int, data: DataConfig) -> None:
         self.total = Summary()
-        self._source = to_printable(uri)
+        self._source = escape_to_ascii(uri)
         self._completed = 0
         self._budget = ErrorBudget(data.max_bad_share, data.bad_allowed)
         self._progress = Progress(log, description, chunks, "chunk")

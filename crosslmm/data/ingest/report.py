@@ -15,7 +15,7 @@ from crosslmm.data.ingest.summary import Summary
 from crosslmm.data.rows.problems import problem_table, rows, unused_lines
 from crosslmm.progress import cell
 
-MOST_FREQUENT = 5
+MAX_FREQUENT = 5
 """Number of codecs, sizes and reasons that a table shows."""
 SHOWN_TIMES = 6
 """Most moments of a video that are shown; the last one is always among them."""
@@ -103,4 +103,4 @@ def _moments(times: np.ndarray) -> str:
 
 
 def _most_frequent(counts: dict[str, int]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: -item[1])[:MOST_FREQUENT]
+    return sorted(counts.items(), key=lambda item: -item[1])[:MAX_FREQUENT]

@@ -22,7 +22,7 @@ from crosslmm.data.ingest.shard_tasks import WAITING, probes_table, records_tabl
 from crosslmm.data.ingest.split import Chunk
 from crosslmm.data.manifest import BadManifest, manifest_errors
 from crosslmm.data.manifest_shards import LENGTH_COLUMNS
-from crosslmm.data.quarantine import QuarantineEntry, parse_entry, to_printable
+from crosslmm.data.quarantine import QuarantineEntry, escape_to_ascii, parse_entry
 from crosslmm.data.row_schema import resolve_video
 from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder, HeaderReader
@@ -71,7 +71,7 @@ def requeue(place: str, data: DataConfig) -> dict[str, Any]:
         BadManifest, BadConfig: `place` is neither.
         IngestError, storage.Unavailable: it stopped; seal and quarantine.jsonl are unchanged, but attempts may be
             counted.
-        lease.Owned, lease.LeaseLost: a job that runs owns the folder, or has taken it over.
+        lease.FolderInUse, lease.LeaseLost: a job that runs owns the folder, or has taken it over.
     """
     uri = storage.absolute(place.rstrip("/"))
     with manifest_errors(place):
@@ -79,7 +79,7 @@ def requeue(place: str, data: DataConfig) -> dict[str, Any]:
         if not prepared and storage.is_folder(uri):
             raise BadManifest(f"{place}: is not a prepared folder; if a conversion was interrupted, run it again")
         if not prepared:
-            storage.stamp_of(uri)  # raises if it is missing
+            storage.size_and_version(uri)  # raises if it is missing
         owned = uri if prepared else run_folder.owned_folder(storage.parent(uri))
         with lease.claim(owned, "requeue", "wait until it has ended").take() as fence:
             results = (_requeue_folder if prepared else _requeue_quarantine)(uri, data, fence)
@@ -148,7 +148,9 @@ def retry_waiting(job: IngestJob, number: int, name: str) -> RetryResult:
     readable, waiting = add_durations(records, probed, job.manifest)
     waiting = [(row, replace(entry, attempts=entry.attempts + attempts.get(entry.line, 0))) for row, entry in waiting]
     result = RetryResult(
-        readable=[(to_printable(job.manifest), record["line"], to_printable(record["id"])) for record in readable],
+        readable=[
+            (escape_to_ascii(job.manifest), record["line"], escape_to_ascii(record["id"])) for record in readable
+        ],
         entries=b"".join(json.dumps(entry.to_dict()).encode() + b"\n" for _, entry in waiting),
         unreadable=len(waiting),
     )
@@ -220,6 +222,8 @@ def retry_entries(data: DataConfig, chunk: Chunk) -> RetryResult:
                 updated = {**entry, **QuarantineEntry.from_row(row, entry["uri"], failure).to_dict()}
                 remaining.append(json.dumps(updated).encode() + b"\n")
             else:
-                result.readable.append((to_printable(str(row["manifest"])), row["line"], to_printable(str(row["id"]))))
+                result.readable.append(
+                    (escape_to_ascii(str(row["manifest"])), row["line"], escape_to_ascii(str(row["id"])))
+                )
     result.entries, result.unreadable = b"".join(remaining), len(remaining)
     return result

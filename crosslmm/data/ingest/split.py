@@ -68,7 +68,7 @@ def change_stamp(uri: str, roots: Sequence[str] = ()) -> list[Any]:
     Raises:
         OSError: it cannot be read.
     """
-    return [value for part in manifest_files(uri, roots) for value in storage.stamp_of(part)]
+    return [value for part in manifest_files(uri, roots) for value in storage.size_and_version(part)]
 
 
 def split_file(uri: str, chunk_bytes: int) -> list[Chunk]:
@@ -82,8 +82,8 @@ def split_file(uri: str, chunk_bytes: int) -> list[Chunk]:
     if kind == "parquet":
         return _split_parquet(uri, chunk_bytes)
     if kind == "tar":
-        return [Chunk(uri, "tar", sha256=hashlib.sha256(f"{uri} {storage.stamp_of(uri)}".encode()).hexdigest())]
-    size, _ = storage.stamp_of(uri)
+        return [Chunk(uri, "tar", sha256=hashlib.sha256(f"{uri} {storage.size_and_version(uri)}".encode()).hexdigest())]
+    size, _ = storage.size_and_version(uri)
     return [Chunk(uri, "lines", begin, min(begin + chunk_bytes, size)) for begin in range(0, size, chunk_bytes)]
 
 
@@ -211,7 +211,7 @@ def _next_line_start(uri: str, offset: int, size: int, search_bytes: int, max_li
 def _split_parquet(uri: str, chunk_bytes: int) -> list[Chunk]:
     """Return runs of row groups of about `chunk_bytes` uncompressed bytes."""
     metadata = _open_parquet(uri).footer
-    identity = f"{storage.stamp_of(uri)} {metadata.created_by} {metadata.schema}"
+    identity = f"{storage.size_and_version(uri)} {metadata.created_by} {metadata.schema}"
     chunks: list[Chunk] = []
     begin, size, rows, first = 0, 0, 0, 1
     for group in range(metadata.num_row_groups):
@@ -226,7 +226,7 @@ def _split_parquet(uri: str, chunk_bytes: int) -> list[Chunk]:
 
 
 def _open_parquet(uri: str) -> ParquetFile:
-    return ParquetFile.from_uri(uri, storage.stamp_of(uri)[0])
+    return ParquetFile.from_uri(uri, storage.size_and_version(uri)[0])
 
 
 def _write_lines(folder: str, name: str, lines: list[bytes], first: int) -> Chunk:

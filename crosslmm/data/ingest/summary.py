@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from crosslmm import storage
 from crosslmm.data.ingest.preview import first_rows
 from crosslmm.data.manifest_shards import Part
-from crosslmm.data.quarantine import to_printable
+from crosslmm.data.quarantine import escape_to_ascii
 from crosslmm.data.rows.problems import MAX_EXAMPLES, MAX_KINDS, OTHER_KINDS, add_reasons, count_reason
 
 
@@ -87,7 +87,7 @@ class Summary:
         """Return the number of malformed rows and the first of them, in one line."""
         line, reason = self.named[0]
         total = self.rows + self.rejected + self.quarantined
-        return f"{to_printable(manifest)}: line {line}: {reason}; {self.rejected:,} of {total:,} rows are malformed"
+        return f"{escape_to_ascii(manifest)}: line {line}: {reason}; {self.rejected:,} of {total:,} rows are malformed"
 
 
 _SUMMARY, _PARTS = TypeAdapter(Summary), TypeAdapter(list[Part])

@@ -49,7 +49,7 @@ def kind_of(uri: str) -> FileKind:
     suffix = suffix_of(uri)
     if suffix in (".parquet", ".tar"):
         return "parquet" if suffix == ".parquet" else "tar"
-    size = storage.stamp_of(uri)[0]
+    size = storage.size_and_version(uri)[0]
     head = storage.read_bytes(uri, 0, min(HEAD_BYTES, size)) if size else b""
     if compression_of(head) or suffix in (".csv", ".tsv", ".json"):
         return "text"
@@ -79,7 +79,7 @@ def read_rows(uri: str, roots: Sequence[str] = ()) -> tuple[str, NumberedRows]:
         return hashlib.sha256(data).hexdigest(), numbered_lines(cut(data))
     if suffix_of(files[0]) == ".tar":
         raise BadRow(f"a tar holds its videos; {PREPARE_HINT.format(uri=uri)}")
-    size = sum(storage.stamp_of(file)[0] for file in files)
+    size = sum(storage.size_and_version(file)[0] for file in files)
     if size > MAX_FILE_BYTES:
         raise BadRow(f"has {size / 1e9:.1f} GB; {_how_to_prepare(uri, files)}")
     contents = [storage.read_bytes(file) for file in files]

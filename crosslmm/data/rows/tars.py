@@ -35,7 +35,7 @@ def tar_rows(uri: str, first: int = 1) -> Iterator[tuple[int, dict[str, Any] | B
         BadRow: it is not a tar, or is compressed.
         OSError: it cannot be read.
     """
-    stamp = storage.stamp_of(uri)
+    stamp = storage.size_and_version(uri)
     with storage.open_read(uri) as file:
         for number, (name, members) in enumerate(_samples(file), start=first):
             try:

@@ -19,7 +19,7 @@ CELLS, PLATE = 6, 2
 TINT, NOISE = (85, 165), 15
 """Range of the tint of a frame, and how far a cell may be from it, in each channel: no cell is as saturated as a plate,
 but the mean of a frame says more about its tint than about a plate in it."""
-MOST_HOPS = len(NEEDLES)
+MAX_HOPS = len(NEEDLES)
 
 
 def haystack(seed: int, frames: Sequence[int], side: int) -> np.ndarray:

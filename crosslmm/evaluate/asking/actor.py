@@ -13,15 +13,15 @@ from crosslmm.config import RunConfig
 from crosslmm.data import thumbnails
 from crosslmm.data.collate import Sample
 from crosslmm.data.dataset import unpack_block
-from crosslmm.evaluate.asking.asker import Asker, Watched
+from crosslmm.evaluate.asking.batch_answerer import BatchAnswerer, DecodedVideos
 from crosslmm.evaluate.asking.blocks import VideoRows
 from crosslmm.evaluate.asking.model_files import load
 from crosslmm.evaluate.questions.question import Question
 from crosslmm.evaluate.scores.judging import Reply
-from crosslmm.evaluate.settings import Asking
+from crosslmm.evaluate.settings import AnswerSettings
 
 
-class Ask:
+class AnswerActor:
     """Asks all questions about the videos of a block. Runs as a Ray Data actor.
 
     Args:
@@ -33,11 +33,16 @@ class Ask:
     """
 
     def __init__(
-        self, files: dict[str, ray.ObjectRef], rows: ray.ObjectRef, block_videos: int, asking: Asking, config: RunConfig
+        self,
+        files: dict[str, ray.ObjectRef],
+        rows: ray.ObjectRef,
+        block_videos: int,
+        asking: AnswerSettings,
+        config: RunConfig,
     ) -> None:
         torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
         answerer = load(files, "cuda" if config.scaling.use_gpu else "cpu")
-        self.ask = Asker(answerer, asking.max_new_tokens, asking.likelihood)
+        self.answer = BatchAnswerer(answerer, asking.max_new_tokens, asking.likelihood)
         self.rows: VideoRows = ray.get(rows)
         self.block_videos = block_videos
 
@@ -52,9 +57,9 @@ class Ask:
         """
         samples = [sample for sample in unpack_block(block) if sample.weight]
         readable = [sample for sample in samples if sample.error is None]
-        asked = [(Watched.of(sample), self._questions(sample)) for sample in readable]
+        asked = [(DecodedVideos.of(sample), self._questions(sample)) for sample in readable]
         replies: list[tuple[int, Reply]] = []
-        for sample, of_video in zip(readable, self.ask(asked), strict=True):
+        for sample, of_video in zip(readable, self.answer(asked), strict=True):
             replies += zip(self.rows.groups[sample.position], of_video, strict=True)
         for sample in samples:
             if sample.error is not None:

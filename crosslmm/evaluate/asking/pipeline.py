@@ -12,22 +12,22 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from crosslmm.config import RunConfig
 from crosslmm.data.dataset import build_dataset
-from crosslmm.data.quarantine import to_printable
+from crosslmm.data.quarantine import escape_to_ascii
 from crosslmm.evaluate.asking import model_files
-from crosslmm.evaluate.asking.actor import Ask
+from crosslmm.evaluate.asking.actor import AnswerActor
 from crosslmm.evaluate.asking.blocks import VideoRows, block_sizes, layout, videos_per_block
 from crosslmm.evaluate.asking.model_files import ModelFiles
 from crosslmm.evaluate.evaluation_folder import EvaluationFolder
 from crosslmm.evaluate.questions.question import Question
 from crosslmm.evaluate.scores.judging import Reply
-from crosslmm.evaluate.settings import Asking
+from crosslmm.evaluate.settings import AnswerSettings
 from crosslmm.preflight import placement
 from crosslmm.progress import Progress
 from crosslmm.text import in_brief
 
 log = logging.getLogger(__name__)
 
-MOST_LOGGED = 20
+MAX_LOGGED = 20
 """Questions that cannot be asked and are logged one by one; the others are counted."""
 
 
@@ -43,7 +43,7 @@ class Job:
     questions: Sequence[Question]
     source: str
     """Folder or manifest of the questions, for messages."""
-    asking: Asking
+    asking: AnswerSettings
     config: RunConfig
     folder: EvaluationFolder
 
@@ -54,7 +54,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Replies:
     """Replies to all questions."""
 
     replies: list[Reply]
@@ -65,7 +65,7 @@ class Asked:
     the first block to the end of the last [1/s]; None with fewer than two blocks."""
 
 
-def ask_all(job: Job, block_videos: int) -> Asked:
+def ask_all(job: Job, block_videos: int) -> Replies:
     """Ask all questions that the folder has no reply to.
 
     Args:
@@ -90,14 +90,14 @@ def ask_all(job: Job, block_videos: int) -> Asked:
         new, rate = _ask(job, rows, block_videos, pending, known)
         replies |= new
     _log_unreadable(job, replies)
-    return Asked([replies[number] for number in range(len(job.questions))], len(replies) - known, rate)
+    return Replies([replies[number] for number in range(len(job.questions))], len(replies) - known, rate)
 
 
 def _ask(
     job: Job, rows: VideoRows, block_videos: int, pending: Sequence[int], known: int
 ) -> tuple[dict[int, Reply], float | None]:
     """Ask the questions of the pending blocks, and write each block when it is done; return the replies and the rate,
-    see `Asked`."""
+    see `Replies`."""
     replies: dict[int, Reply] = {}
     ends: list[tuple[float, int]] = []
     began = time.monotonic()
@@ -119,7 +119,7 @@ def _ask(
 
 
 def _build_dataset(job: Job, rows: VideoRows, block_videos: int, pending: Sequence[int]) -> Dataset:
-    """Build the dataset: videos in blocks, decoded, asked about; each block ends as one row, see `Ask`."""
+    """Build the dataset: videos in blocks, decoded, asked about; each block ends as one row, see `AnswerActor`."""
     config, reference = job.config, ray.put(rows)
     scaling = config.scaling
     decoded = build_dataset(
@@ -134,7 +134,7 @@ def _build_dataset(job: Job, rows: VideoRows, block_videos: int, pending: Sequen
     # EvaluationFailed reports the first cause in one line; Ray Data would log its tracebacks as well.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     return decoded.map_batches(
-        Ask,
+        AnswerActor,
         batch_size=None,
         compute=ActorPoolStrategy(min_size=scaling.least_workers, max_size=scaling.most_workers),
         num_cpus=scaling.cpus_per_worker,
@@ -150,12 +150,12 @@ def _build_dataset(job: Job, rows: VideoRows, block_videos: int, pending: Sequen
 
 def _log_unreadable(job: Job, replies: dict[int, Reply]) -> None:
     failed = [(number, reply.error) for number, reply in sorted(replies.items()) if reply.error is not None]
-    for number, error in failed[:MOST_LOGGED]:
+    for number, error in failed[:MAX_LOGGED]:
         question = job.questions[number]
-        videos = ", ".join(to_printable(video)[:200] for video in question.videos)
-        log.warning("not asked: %s (%s): %s", to_printable(question.id), videos, error)
-    if len(failed) > MOST_LOGGED:
-        log.warning("not asked: %s more questions", f"{len(failed) - MOST_LOGGED:,}")
+        videos = ", ".join(escape_to_ascii(video)[:200] for video in question.videos)
+        log.warning("not asked: %s (%s): %s", escape_to_ascii(question.id), videos, error)
+    if len(failed) > MAX_LOGGED:
+        log.warning("not asked: %s more questions", f"{len(failed) - MAX_LOGGED:,}")
 
 
 def _first_cause(error: BaseException) -> str:

@@ -47,7 +47,7 @@ LETTER_AND_TEXT = re.compile(r"([A-E])\.\s*.+", re.IGNORECASE)
 LETTER_ALONE = re.compile(r"\b([A-E])\b", re.IGNORECASE)
 NUMBER_WITH_COMMA = re.compile(r"\d,\d")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-MOST_STOPS = 32
+MAX_STOPS = 32
 """Full stops that lmms-eval removes from an answer."""
 
 
@@ -123,7 +123,7 @@ def _without_punctuation(text: str) -> str:
     for mark in PUNCTUATION:
         beside_space = f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if beside_space or every else " ")
-    return re.sub(r"\.(?!\d)", "", out, count=MOST_STOPS)
+    return re.sub(r"\.(?!\d)", "", out, count=MAX_STOPS)
 
 
 BENCHMARKS = [Benchmark("mvbench", read, extract, mean_of="task")]

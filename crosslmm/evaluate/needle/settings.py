@@ -9,14 +9,14 @@ from pydantic import Field, ValidationError
 from crosslmm.cli_help import print_help
 from crosslmm.config import BadConfig, TrackingConfig, require_no_credentials
 from crosslmm.config.schema import Count, Section
-from crosslmm.data.samples.needles import MOST_HOPS
+from crosslmm.data.samples.needles import MAX_HOPS
 from crosslmm.text import first_error, one_line
 
 COMMON = ("model", "frames", "depths", "hops", "videos", "haystack", "storage", "name", "tracking.uri")
 """Keys that a short --help shows."""
 
 Depth = Annotated[float, Field(ge=0, le=100)]
-Hops = Annotated[int, Field(ge=1, le=MOST_HOPS)]
+Hops = Annotated[int, Field(ge=1, le=MAX_HOPS)]
 
 
 class NeedleSettings(Section):

@@ -13,9 +13,9 @@ from crosslmm.evaluate.questions.manifest import MANIFEST, read_manifest
 from crosslmm.evaluate.questions.question import BadBenchmark, Question
 from crosslmm.evaluate.settings import EvaluationSettings
 
-MOST_QUESTIONS = 200_000
+MAX_QUESTIONS = 200_000
 """Most questions of an evaluation; each process holds them all."""
-MOST_LISTED = 50
+MAX_LISTED = 50
 """Groups that an error lists."""
 
 
@@ -66,12 +66,10 @@ def _label(name: str, settings: EvaluationSettings) -> str:
 
 def _read_manifest(settings: EvaluationSettings) -> Source:
     manifest = Manifest(str(settings.manifest), settings.roots)
-    most = (
-        min(settings.limit or MOST_QUESTIONS + 1, MOST_QUESTIONS + 1) if settings.only is None else MOST_QUESTIONS + 1
-    )
+    most = min(settings.limit or MAX_QUESTIONS + 1, MAX_QUESTIONS + 1) if settings.only is None else MAX_QUESTIONS + 1
     questions = read_manifest(manifest, most)
-    if len(questions) > MOST_QUESTIONS:
-        raise BadConfig(f"--manifest {settings.manifest}: has more than {MOST_QUESTIONS} questions; give --limit")
+    if len(questions) > MAX_QUESTIONS:
+        raise BadConfig(f"--manifest {settings.manifest}: has more than {MAX_QUESTIONS} questions; give --limit")
     name = PurePosixPath(manifest.uri).stem
     return Source(name, questions, MANIFEST, manifest.uri, manifest.digest, manifest.roots)
 
@@ -93,7 +91,7 @@ def _selected(questions: list[Question], settings: EvaluationSettings) -> list[Q
     selected = [question for question in questions if (key, value) in question.groups]
     if not selected:
         groups = sorted({f"{k}={v}" for question in questions for k, v in question.groups})
-        more = f" and {len(groups) - MOST_LISTED} more" if len(groups) > MOST_LISTED else ""
-        listed = ", ".join(groups[:MOST_LISTED]) or "none at all"
+        more = f" and {len(groups) - MAX_LISTED} more" if len(groups) > MAX_LISTED else ""
+        listed = ", ".join(groups[:MAX_LISTED]) or "none at all"
         raise BadConfig(f"--only {settings.only}: there is no such group; there are {listed}{more}")
     return selected

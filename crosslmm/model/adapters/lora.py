@@ -36,7 +36,7 @@ WITHOUT_EFFECT = {
     "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type",
 }  # fmt: skip
 """Keys that do not change what a trained adapter computes."""
-MOST_MODULES = 10_000
+MAX_MODULES = 10_000
 """Largest number of names in a list of adapter_config.json."""
 
 
@@ -214,6 +214,6 @@ def _read_config(file: Path) -> dict[str, Any]:
         names = config[key]
         if names is None and key == "modules_to_save":
             continue
-        if not isinstance(names, list) or len(names) > MOST_MODULES or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, list) or len(names) > MAX_MODULES or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{file.name}: {key} is not a list of names")
     return config

@@ -129,13 +129,13 @@ class Saver:
             if rank == 0:
                 files = {SHARD_FILE.format(of): entry for of, (entry, _) in enumerate(written)}
                 files[CHECKPOINT_INDEX_FILE] = shards.write_index(
-                    uri, [shards.from_json(index) for _, index in written]
+                    uri, [shards.index_from_json(index) for _, index in written]
                 )
                 files[CONFIG_FILE] = _write_small(uri, CONFIG_FILE, to_yaml(self.config).encode())
                 if self.base:
                     files[BASE_FILE] = _write_small(uri, BASE_FILE, self.base.to_json())
                 self._seal(Checkpoint(uri, step, dist.get_world_size(), time.time(), metrics, files))
-                self._retain()
+                self._prune()
         except OSError as error:
             if rank == 0:
                 log.warning(
@@ -175,9 +175,9 @@ class Saver:
         self._history = []
         self.sealed(checkpoint.step, checkpoint.sealed_at)
 
-    def _retain(self) -> None:
+    def _prune(self) -> None:
         try:
-            seals.retain(self.run, self.config.train)
+            seals.prune(self.run, self.config.train)
         except OSError as error:
             log.warning("superfluous checkpoints were not removed: %s; the next checkpoint tries again", error)
 

@@ -1,4 +1,4 @@
-"""Sealed checkpoints in a run's storage: list, seal, verify, retain, repair. Imports neither torch nor the model.
+"""Sealed checkpoints in a run's storage: list, seal, verify, prune, repair. Imports neither torch nor the model.
 
     runs/NAME/step-00000200-3f9c21aa/
         rank-00000.safetensors, rank-00001.safetensors, index.json    weights, optimizer (`shards`)
@@ -240,7 +240,7 @@ def remove(uri: str) -> None:
     storage.remove_folder(uri)
 
 
-def retain(run: str, train: TrainConfig) -> None:
+def prune(run: str, train: TrainConfig) -> None:
     """Remove all unsealed checkpoints, and the sealed ones except the newest `keep_checkpoints` and the best one."""
     sealed = list_sealed(run)
     retained = sealed[: train.keep_checkpoints] + best_first(sealed, train.keep_best)[:1]

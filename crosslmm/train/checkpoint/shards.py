@@ -182,7 +182,7 @@ def index_to_json(index: Index) -> object:
     return _INDEX.dump_python(index, mode="json")
 
 
-def from_json(data: object) -> Index:
+def index_from_json(data: object) -> Index:
     """Return the index that `index_to_json` made into plain data."""
     return _INDEX.validate_python(data)
 

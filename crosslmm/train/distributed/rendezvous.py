@@ -28,7 +28,7 @@ REMOVAL_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where the ranks of one process group find one another."""
 
     file: str | None
@@ -91,7 +91,7 @@ def _listen(host: str, port: int) -> int:
 
 
 class PrivateTorchConfig(TorchConfig):
-    """Ray Train's set-up of torch.distributed, with a `Meeting` for its rendezvous."""
+    """Ray Train's set-up of torch.distributed, with a `Rendezvous` for its rendezvous."""
 
     @property
     def backend_cls(self) -> Any:
@@ -111,14 +111,14 @@ class _Backend(torch_backend()):  # type: ignore[misc]
         local = all(worker_group.execute(os.path.isdir, self.folder))
         addresses = tuple(worker_group.execute(ray.util.get_node_ip_address))
         if local and len(set(addresses)) == 1:
-            meeting = Meeting(str(Path(self.folder) / "store"), 0, (LOOPBACK,) * len(addresses))
+            rendezvous = Rendezvous(str(Path(self.folder) / "store"), 0, (LOOPBACK,) * len(addresses))
         else:
-            meeting = Meeting(None, worker_group.execute_single(0, free_port), addresses)
+            rendezvous = Rendezvous(None, worker_group.execute_single(0, free_port), addresses)
         worker_group.execute(set_rank_variables)
         timeout = timedelta(seconds=backend_config.timeout_s)
         ray.get(
             [
-                worker_group.execute_single_async(rank, meeting.join, rank, str(backend_config.backend), timeout)
+                worker_group.execute_single_async(rank, rendezvous.join, rank, str(backend_config.backend), timeout)
                 for rank in range(len(worker_group))
             ]
         )

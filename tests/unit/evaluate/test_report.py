@@ -55,8 +55,8 @@ def test_comparison_is_shown(videomme, tmp_path):
 
 def test_page_is_limited(videomme, tmp_path, monkeypatch):
     one = evaluated(videomme, tmp_path, [Reply("A" * 10_000)] * 24)
-    monkeypatch.setattr(report, "MOST_ANSWERS", 10)
-    monkeypatch.setattr(report, "MOST_STRIP_BYTES", 30_000)
+    monkeypatch.setattr(report, "MAX_ANSWERS", 10)
+    monkeypatch.setattr(report, "MAX_STRIP_BYTES", 30_000)
     text = page(one, videomme)
     assert text.count('class="question ') == 10
     assert 0 < text.count("data:image/jpeg;base64,") < 4
@@ -65,7 +65,7 @@ def test_page_is_limited(videomme, tmp_path, monkeypatch):
 
 
 def test_wrong_answers_come_before_right_ones(videomme, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "MOST_ANSWERS", 12)
+    monkeypatch.setattr(report, "MAX_ANSWERS", 12)
     text = page(evaluated(videomme, tmp_path, replies(videomme, ["A", "B", "C", "A"])), videomme)
     assert text.count('data-verdict="wrong"') == 6
     assert text.count('data-verdict="right"') == 6

@@ -152,7 +152,7 @@ def test_the_job_answers_with_an_adapter(registry, place, expected, monkeypatch,
 
     def run(adapter: Path, model: str = "models:/adapted/1") -> tuple[str, str]:
         argv = ["answer.py", "--video", str(place / "clips" / "a.mp4"), "--question", QUESTIONS[0], "--model", model]
-        monkeypatch.setattr(sys, "argv", [*argv, "--tracking_uri", str(tracking.uri), "--adapter", str(adapter)])
+        monkeypatch.setattr(sys, "argv", [*argv, "--tracking.uri", str(tracking.uri), "--adapter", str(adapter)])
         runpy.run_path(str(ROOT / "jobs" / "answer.py"))["main"]()
         return capsys.readouterr()
 

@@ -74,7 +74,7 @@ def test_streamed_logits_are_those_of_the_whole_model(variant):
 def test_a_part_is_on_the_device_at_a_time(monkeypatch):
     """No tensor of the patches of all frames is ever made."""
 
-    class Watched:
+    class DecodedVideos:
         def __init__(self, features):
             self.features, self.largest = features, 0
 
@@ -86,9 +86,9 @@ def test_a_part_is_on_the_device_at_a_time(monkeypatch):
             self.largest = max(self.largest, len(part))
             return part
 
-    monkeypatch.setattr(streaming, "MOST_SCORES", 4096)
+    monkeypatch.setattr(streaming, "MAX_SCORES", 4096)
     model, processor = built("video")
-    features = Watched(features_of(model, FRAMES))
+    features = DecodedVideos(features_of(model, FRAMES))
     sizes = []
 
     class Sizes(torch.overrides.TorchFunctionMode):

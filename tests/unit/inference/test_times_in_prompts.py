@@ -16,7 +16,7 @@ from crosslmm.data.manifest import Manifest, Rows
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples import moments
 from crosslmm.data.video.decode_pool import Decoder
-from crosslmm.evaluate.asking.asker import Asker, Watched
+from crosslmm.evaluate.asking.batch_answerer import BatchAnswerer, DecodedVideos
 from crosslmm.evaluate.questions.question import Question, Subtitles
 from crosslmm.inference.answerer import Answerer
 from crosslmm.inference.evaluate import evaluate
@@ -172,9 +172,9 @@ def test_an_image_has_no_time(answerer, manifest, prompts, tmp_path):
 
 
 def test_evaluation_asks_with_times(answerer, from_videos, prompts):
-    watched = [Watched.of(sample) for sample in from_videos]
+    watched = [DecodedVideos.of(sample) for sample in from_videos]
     questions = [Question(sample.id, ("v",), sample.messages[:1], "1") for sample in from_videos]
-    replies = Asker(answerer, 2)([(one, [question]) for one, question in zip(watched, questions, strict=True)])
+    replies = BatchAnswerer(answerer, 2)([(one, [question]) for one, question in zip(watched, questions, strict=True)])
     assert sorted(prompts) == sorted(EXPECTED)
     lengths = [reply.prompt_tokens for (reply,) in replies]
     assert lengths == [
@@ -185,7 +185,7 @@ def test_evaluation_asks_with_times(answerer, from_videos, prompts):
 def test_a_video_that_subtitles_split_keeps_its_times(answerer, from_videos, prompts):
     subtitles = Subtitles(((1.5, 4.5, "now"),), interleaved=True)
     asked = Question("1", ("v",), from_videos[1].messages[:1], "1", subtitles=subtitles)
-    Asker(answerer, 2)([(Watched.of(from_videos[1]), [asked])])
+    BatchAnswerer(answerer, 2)([(DecodedVideos.of(from_videos[1]), [asked])])
     frame = "<|video_pad|>" * 4
     parts = [f"<0.0 seconds>{frame}<2.0 seconds>{frame}", "now", f"<4.0 seconds>{frame}<6.0 seconds>{frame}"]
     assert prompts == [ASKED.format("\n".join(parts) + "\n", moments.QUESTION)]

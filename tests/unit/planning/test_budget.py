@@ -13,7 +13,7 @@ from crosslmm.planning.budget import NO_BUDGET, Budget, Meter
         (Budget(hours=2), 7199, 1e9, None),
         (Budget(hours=2), 7200, 0, "the 2 hours of --hours are spent"),
         (Budget(dollars=6, price=3), 1e9, 7199, None),
-        (Budget(dollars=6, price=3), 0, 7200, "the 6 dollars of --dollars are spent: 2.00 hours of a worker"),
+        (Budget(dollars=6, price=3), 0, 7200, "the 6 dollars of --dollars are spent: 2.00 worker-hours"),
         (Budget(price=3), 1e9, 1e9, None),
     ],
 )

@@ -128,7 +128,7 @@ def test_the_driver_s_name_of_a_gpu_is_known(device, name):
 def test_the_longest_sample_is_within_the_decoder_s_context():
     config = run("--data.num_frames=100000")
     frames, text, stamp = cost.longest_sample(config, 512, 7)
-    model = cost.empty_model(config.model)
+    model = cost.meta_model(config.model)
     cost.check_lengths(model, frames, text, stamp)
     with pytest.raises(BadConfig):
         cost.check_lengths(model, frames + 1, text, stamp)

@@ -53,7 +53,7 @@ def changed(config, section, **values):
 
 
 def test_parameter_counts_match_the_built_model(config, model):
-    counts = cost.parameters(cost.empty_model(config.model))
+    counts = cost.parameters(cost.meta_model(config.model))
     for component, count in counts.items():
         assert count == sum(p.numel() for name, p in model.named_parameters() if component_of(name) == component)
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
@@ -69,7 +69,7 @@ def test_components_with_a_learning_rate_are_trainable():
 @pytest.mark.parametrize("stamp_tokens", [0, 3])
 def test_macs_are_half_the_flops_torch_counts_in_a_prefill(config, model, processor, stamp_tokens):
     frames, text_tokens = 5, 7
-    macs = cost.macs(cost.empty_model(config.model), frames, text_tokens, stamp_tokens)
+    macs = cost.macs(cost.meta_model(config.model), frames, text_tokens, stamp_tokens)
     frame = [5] * stamp_tokens + [processor.video_token_id] * model.config.tokens_per_frame
     model.set_attn_implementation("eager")  # its products are plain matrix products, which the counter knows
     with FlopCounterMode(display=False) as counter:
@@ -101,14 +101,14 @@ def test_macs_are_half_the_flops_torch_counts_in_a_prefill(config, model, proces
     ],
 )
 def test_linear_macs_match_the_paper_within_5_percent(preset, paper, derived):
-    model = cost.empty_model(parse_run(["--config", preset], "").model)
+    model = cost.meta_model(parse_run(["--config", preset], "").model)
     result = [cost.macs(model, frames, 60).linear / 1e12 for frames in FRAMES]
     assert result == pytest.approx(paper, rel=0.05)
     assert result == pytest.approx(derived, abs=0.005)
 
 
 def test_macs_with_attention_products_of_the_2b():
-    model = cost.empty_model(parse_run(["--config", "paper-2b"], "").model)
+    model = cost.meta_model(parse_run(["--config", "paper-2b"], "").model)
     macs = [cost.macs(model, frames, 60) for frames in FRAMES]
     total = [(m.linear + m.attention_products) / 1e12 for m in macs]
     assert total == pytest.approx((11.7, 23.6, 48.3, 101.3), abs=0.05)
@@ -143,7 +143,7 @@ def test_trace_is_exact_to_the_byte():
 
 def test_traced_prefill_flops_match_the_counted_macs():
     config = parse_run(["--config", "paper-2b"], "")
-    model = cost.empty_model(config.model)
+    model = cost.meta_model(config.model)
     macs = cost.macs(model, 32, 60)
     batch = peak_memory._batch(model, 1, 32, 60, 0)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_checkpointing_saves_memory_and_adds_compute(measured):
 def test_frozen_components_have_no_gradients_or_moments(measured):
     rates = LearningRates(projector=1e-3, v2v=0, t2v=0, decoder=0, vision=0)
     config = changed(measured, "train", learning_rate=rates)
-    projector = cost.parameters(cost.empty_model(config.model))["projector"]
+    projector = cost.parameters(cost.meta_model(config.model))["projector"]
     result = memory(config, sharded=False)
     assert result.gradients <= 4 * projector
     assert 8 * projector <= result.optimizer <= 12 * projector
@@ -189,7 +189,7 @@ def test_adapters_take_the_memory_of_what_learns(measured):
     assert 8 * learning <= result.optimizer <= 12 * learning
     assert result.gradients <= 4 * learning
     assert result.weights == pytest.approx(
-        whole.weights + 4 * (learning - cost.parameters(cost.empty_model(config.model))["projector"])
+        whole.weights + 4 * (learning - cost.parameters(cost.meta_model(config.model))["projector"])
     )
     stored = [
         plan(one, [4], Assumptions(samples=1, video_seconds=1e-6)).rows[0].storage_bytes for one in (config, measured)
@@ -225,7 +225,7 @@ def test_twice_the_workers_halve_the_shards(measured):
         config = changed(changed(measured, "scaling", num_workers=workers), "train", global_batch_size=workers)
         return memory(config)
 
-    two, four, total = shards(2), shards(4), sum(cost.parameters(cost.empty_model(measured.model)).values())
+    two, four, total = shards(2), shards(4), sum(cost.parameters(cost.meta_model(measured.model)).values())
     assert two.weights - four.weights == pytest.approx(total, rel=0.01)  # 4 bytes each, a half less a quarter
     assert two.gradients - four.gradients == pytest.approx(total, rel=0.01)
     assert two.activations == four.activations
@@ -251,7 +251,7 @@ def test_hybrid_shards_are_those_of_a_node(on_nodes):
 def test_a_copy_in_each_node_is_recommended_where_it_fits(on_nodes, monkeypatch, capsys):
     """Weights of the frozen encoder are gathered once, those of the root too, and those of T2V, whose gates are closed,
     never."""
-    model = cost.empty_model(on_nodes.model)
+    model = cost.meta_model(on_nodes.model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layers = {name: size for name, size in sizes.items() if ".layers." in name}
     t2v, encoder = (sum(size for name, size in layers.items() if part in name) for part in (".t2v.", "vision_tower."))
@@ -445,7 +445,7 @@ def test_bad_arguments_give_one_line_and_status_2(run_job, argv, words):
 
 
 def test_zero_frames_or_text_tokens_are_refused(config):
-    model = cost.empty_model(config.model)
+    model = cost.meta_model(config.model)
     for frames, text_tokens in ((0, 5), (5, 0)):
         with pytest.raises(BadConfig, match="at least 1"):
             cost.macs(model, frames, text_tokens)

@@ -53,6 +53,15 @@ def test_workers_and_decoders_on_shared_nodes_must_fit_together():
         check_resources(run(*both, "--scaling.decode_workers=5"), shared)
 
 
+def test_elastic_workers_leave_room_for_decoders():
+    """Ray Train would place four workers, and the decoder would wait for ever."""
+    laptop = [NodePool(1, {"CPU": 2.0}, {})]
+    check_resources(run("--scaling.num_workers=[1, 3]"), laptop)
+    check_resources(run("--scaling.num_workers=[1, 4]", "--scaling.cpus_per_worker=0.7"), laptop)
+    with pytest.raises(BadConfig, match=r"4 workers x cpus_per_worker 0.5 \+ 1 decoders x .* = 2.25 CPUs.*are 2;"):
+        check_resources(run("--scaling.num_workers=[1, 4]"), laptop)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -222,8 +222,14 @@ def group(columns):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (file_with([node(1)] * 100_000 + [LEAF]), "its schema has more than 1000 fields"),  # Arrow's stack would end
-        (file_with([node(1)] * 600 + [LEAF], more=field(15, 9, items([node(1)] * 1001))), "more than 1000 fields"),
+        (
+            file_with([node(1)] * 100_000 + [LEAF]),
+            "its footer has a list of more than 1,000 items",
+        ),  # Arrow's stack would end
+        (
+            file_with([node(1)] * 600 + [LEAF], more=field(15, 9, items([node(1)] * 1001))),
+            "a list of more than 1,000 items",
+        ),
         (file_with([node(900)] + [LEAF] * 900), "it has 900 columns"),
         (file_with([node(1), LEAF], [group(20_000)] * 30), "its lists have more than 500000 items"),
         (file_with([node(1), LEAF], more=field(1, 9, b"\xfc" + b"\xff" * 9)), "items|ends early"),

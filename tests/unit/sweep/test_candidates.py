@@ -1,4 +1,4 @@
-"""Candidates and their costs, rejections, budgets, rungs, and the checks of a resume."""
+"""TrialFactory and their costs, rejections, budgets, rungs, and the checks of a resume."""
 
 import json
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from crosslmm.config import BadConfig, validate_run
 from crosslmm.planning import cost
 from crosslmm.sweep import trials, tuner
 from crosslmm.sweep.resume import begin_sweep
-from crosslmm.sweep.search import Candidates, Search, prefill_macs
+from crosslmm.sweep.search import Search, TrialFactory, prefill_macs
 from crosslmm.sweep.settings import UNSUPPORTED_SCHEDULERS, SweepSettings
 from crosslmm.sweep.trials import Trial, Validation
 from crosslmm.sweep.tuner import BudgetStopper, build_scheduler
@@ -34,12 +34,12 @@ def record(base):
 
 
 def candidates(base, record, **changed):
-    return Candidates(base, SweepSettings(**changed), SPACE, record)
+    return TrialFactory(base, SweepSettings(**changed), SPACE, record)
 
 
 def test_trial_has_planned_costs_and_a_child_run(base, record):
     trial = candidates(base, record)(7, {"model.pool_stride": 4})
-    model = cost.empty_model(base.model.model_copy(update={"pool_stride": 4}))
+    model = cost.meta_model(base.model.model_copy(update={"pool_stride": 4}))
     macs = cost.macs(model, 4, 60)
     assert trial.macs + trial.encoder_macs == macs.linear + macs.attention_products
     # Each of the two layers: scores and values of 64 patches with one another, 64 wide, in each of the four frames.
@@ -70,7 +70,7 @@ def test_invalid_or_too_costly_points_are_rejected(base, record):
         "",
     )
     with pytest.raises(BadConfig, match=r"training needs [\d.]+ GB, more than is usable of the 24 GB of --gpu l4"):
-        Candidates(paper, SweepSettings(gpu="l4"), SPACE, record)(0, {"model.pool_stride": 9})
+        TrialFactory(paper, SweepSettings(gpu="l4"), SPACE, record)(0, {"model.pool_stride": 9})
 
 
 def test_a_trials_run_is_named_by_its_point(base, record):

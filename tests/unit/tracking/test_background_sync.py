@@ -153,10 +153,10 @@ def test_server_away_at_start_and_hanging_later(one_server, client, begin, impat
     assert messages == [waits]
     assert json.loads((folder / "run.json").read_text())["run_id"] is None
     run.log(steps(1, 2))
-    run.settle(0.1)
+    run.wait_delivered(0.1)
     run.log(steps(3))
     one_server.start()
-    run.settle(60)
+    run.wait_delivered(60)
     assert recorded(client, run.run_id) == times(1, 2, 3)
     assert messages[1:] == [f"MLflow: {one_server.uri} answers; run {run.run_id} has the steps that waited"]
     assert json.loads((folder / "run.json").read_text())["run_id"] == run.run_id
@@ -178,7 +178,7 @@ def test_server_away_at_start_and_hanging_later(one_server, client, begin, impat
         assert not hung.delivered
     finally:
         one_server.signal(signal.SIGCONT)
-    run.settle(60)
+    run.wait_delivered(60)
     run.finish("FINISHED")
     assert run.delivered, repr(run._error)  # failed twice on a loaded machine, without a message
     assert recorded(client, run.run_id) == times(*range(1, 104))
@@ -188,15 +188,15 @@ def test_server_away_at_start_and_hanging_later(one_server, client, begin, impat
 def test_server_away_during_the_run(server, client, begin, impatient):
     run, _, messages = begin("gap")
     run.log(steps(1, 2))
-    run.settle(60)
+    run.wait_delivered(60)
     server.kill()
     run.log(steps(3))
-    run.settle(1)
+    run.wait_delivered(1)
     run.log(steps(4, 3, 4, began=2e9))  # workers that started again
-    run.settle(0.1)
+    run.wait_delivered(0.1)
     server.start()
     run.log(steps(5, began=2e9))
-    run.settle(60)
+    run.wait_delivered(60)
     run.finish("FINISHED")
     assert recorded(client, run.run_id) == [*times(1, 2, 3), *times(4, 5, began=2e9)]
     assert messages == [
@@ -209,7 +209,7 @@ def test_server_away_at_the_end_then_replay(server, client, begin, impatient, tm
     """The last one has a model, which the replay registers; and its driver never knew the MLflow run."""
     ended, ended_in, messages = begin("ended")
     ended.log(steps(1, 2))
-    ended.settle(60)
+    ended.wait_delivered(60)
     run_id = ended.run_id
     server.kill()
     ended.log(steps(3))
@@ -277,7 +277,7 @@ def test_resume_after_a_killed_driver_has_each_step_once(server, client, begin, 
         run_folder.begin_run(config, "{tmp_path}/killed", {{}}, [])
         run = tracking.BackgroundSync("{tmp_path}/killed", config.tracking)
         run.log([(step, 1e9 + step, {{"loss": 1 / step, "lr": 0.1}}) for step in (1, 2, 3, 4)])
-        run.settle(60)
+        run.wait_delivered(60)
         print(run.run_id, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
@@ -318,7 +318,7 @@ def test_replays_during_a_run_repeat_no_step(server, client, begin):
         replay.start()
     for number in range(1, 401):
         run.log(steps(number))
-    run.settle(60)
+    run.wait_delivered(60)
     for replay in replays:
         replay.join()
     assert client.get_run(run.run_id).info.status == "RUNNING"

@@ -80,7 +80,7 @@ def test_any_kind_of_question_is_recorded_and_the_run_ends_with_a_model(config, 
     (tmp_path / "model" / "weights").write_text("these")
     run = BackgroundSync(str(tmp_path), config.tracking)
     run.log([validated(1)])
-    run.settle(60)
+    run.wait_delivered(60)
     run.log([validated(2)])
     run.finish("FINISHED", {"data_sha256": "abc"})
     assert run.delivered
@@ -134,7 +134,7 @@ def test_one_refused_item_is_left_out_and_the_rest_is_delivered(config, client, 
         run = BackgroundSync(str(tmp_path), config.tracking)
         for step in (1, 2):
             run.log([(step, 1e9, {"loss": 1.0, f"{PREFIX}a:b": 0.1, f"{PREFIX}c": 0.2, f"{PREFIX}d:e": 0.3})])
-            run.settle(60)
+            run.wait_delivered(60)
         run.finish("FINISHED")
     assert run.delivered
     recorded = client.get_run(run.run_id)
@@ -161,7 +161,7 @@ def test_a_registration_that_fails_each_time_does_not_keep_the_run_from_ending(c
     (folder / "model" / "weights").write_text("these")
     run = BackgroundSync(str(folder), config.tracking, SyncTimeouts(end_s=1.0, retry_s=0.1))
     run.log([validated(1)])
-    run.settle(60)
+    run.wait_delivered(60)
     run_id = run.run_id
     run.finish("FINISHED", {"data_sha256": "abc"})
     assert not run.delivered

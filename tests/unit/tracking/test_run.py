@@ -268,10 +268,10 @@ def fail_once(monkeypatch, error):
 def test_the_thread_goes_on_after_an_exception(client, config, tmp_path, monkeypatch, caplog):
     run = start(tmp_path, config.model_copy(update={"name": "unlucky"}), retry_s=0.01)
     run.log(steps(1))
-    run.settle(30)
+    run.wait_delivered(30)
     fail_once(monkeypatch, TypeError("unexpected"))
     run.log(steps(2))
-    run.settle(30)
+    run.wait_delivered(30)
     run.finish("FINISHED")
     assert run.delivered
     assert [m.step for m in client.get_metric_history(run.run_id, "loss")] == [1, 2]
@@ -283,7 +283,7 @@ def test_a_thread_that_cannot_go_on_ends_with_an_error(client, config, tmp_path,
     run = start(tmp_path, config.model_copy(update={"name": "doomed"}))
     run_id = run.run_id
     run.log(steps(1))
-    run.settle(30)
+    run.wait_delivered(30)
     fail_once(monkeypatch, MlflowPanic("lost its lock"))
     run.log(steps(2))
     began = time.monotonic()
@@ -299,7 +299,7 @@ def test_a_trial_uses_the_mlflow_run_of_its_sweep(client, config, tmp_path):
     made = tracking.MlflowRun.create(config.tracking, "trial", "a test")
     trial = start(tmp_path, config.model_copy(update={"name": "trial"}), made.run_id)
     trial.log(steps(1))
-    trial.settle(30)
+    trial.wait_delivered(30)
     assert [m.step for m in client.get_metric_history(made.run_id, "loss")] == [1]
     trial.finish("FINISHED")
     assert trial.run_id == made.run_id
@@ -323,7 +323,7 @@ def test_flatten_joins_keys_with_dots():
 def test_nothing_is_delivered_for_a_run_that_has_another_owner(tmp_path, config, client):
     run = start(tmp_path, config, retry_s=0.1, stopped_end_s=1.0)
     run.log(steps(1))
-    run.settle(60)
+    run.wait_delivered(60)
 
     def lost():
         raise RuntimeError("taken over")
@@ -341,7 +341,7 @@ def test_the_run_says_who_runs_it_where_and_what_it_trains(tmp_path, config, cli
     run = start(tmp_path, config)
     run.tag({"mlflow.user": "alice", "host": "node-1", "ray_job": "first-try-1"})
     run.log(steps(1))
-    run.settle(60)
+    run.wait_delivered(60)
     run.finish("FAILED")
     assert client.get_run(run.run_id).data.tags.items() >= {"mlflow.user": "alice", "host": "node-1"}.items()
     resumed = start(tmp_path, config)
@@ -363,7 +363,7 @@ def test_sample_answers_are_a_table_that_grows_during_the_run(tmp_path, config, 
 
     for step in (5, 10):
         run_folder.write_answers(str(tmp_path), step, [{"row": 0, "kind": None, **texts, "right": False}])
-        run.answered()
+        run.queue_answers()
         wait_for(lambda: (rows() or {"data": []})["data"][:1], lambda data, step=step: data and data[0][0] == step)
     table = rows()
     assert table["columns"] == ["step", "row", "kind", "question", "reference", "answer", "right"]
@@ -409,7 +409,7 @@ def test_what_a_run_took_survives_its_driver(tmp_path, config):
     config = config.model_copy(update={"name": "costly"})
     run = start(tmp_path, config)
     assert run_file(tmp_path)["worker_seconds"] == 0
-    run.keep(7.5)
+    run.save_worker_seconds(7.5)
     assert run_file(tmp_path)["worker_seconds"] == 7.5
     run.tag({"ended": "failed: worker 0: no"})
     run.finish("FAILED")

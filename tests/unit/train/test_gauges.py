@@ -3,7 +3,7 @@
 import json
 import re
 
-from crosslmm.train.gauges import OF_RUN, OF_STEP, RunGauges
+from crosslmm.train.gauges import RUN_GAUGES, STEP_GAUGES, RunGauges
 from tests.support.common import ROOT
 
 DASHBOARD = json.loads((ROOT / "cluster/grafana.json").read_text())
@@ -12,7 +12,7 @@ TARGETS = [target for panel in DASHBOARD["panels"] for target in panel["targets"
 
 def test_the_dashboard_draws_every_gauge_and_no_other():
     drawn = {name for target in TARGETS for name in re.findall(r"ray_(crosslmm_\w+)", target["expr"])}
-    assert drawn == {name for name, _ in [*OF_STEP.values(), *OF_RUN.values()]}
+    assert drawn == {name for name, _ in [*STEP_GAUGES.values(), *RUN_GAUGES.values()]}
 
 
 def test_the_dashboard_selects_and_names_by_labels_that_the_gauges_have():

@@ -51,10 +51,10 @@ class Record:
     def tag(self, tags) -> None:
         self.calls.append(tags)
 
-    def answered(self) -> None:
+    def queue_answers(self) -> None:
         self.calls.append("answered")
 
-    def settle(self, seconds) -> None:
+    def wait_delivered(self, seconds) -> None:
         self.calls.append("settled")
 
 
@@ -64,7 +64,7 @@ def _local_ray(monkeypatch):
 
 
 def monitor(folder, record=None, report=None, *batches):
-    config, fence = SimpleNamespace(name="run"), SimpleNamespace(require_lately=lambda: None)
+    config, fence = SimpleNamespace(name="run"), SimpleNamespace(require_unless_recent=lambda: None)
     job = SimpleNamespace(config=config, total_steps=4, folder=str(folder), events=Events(*batches), fence=fence)
     return TrainingMonitor(job, record or Record(), report)
 
@@ -197,7 +197,7 @@ def test_a_monitor_whose_run_has_another_owner_records_nothing_more(tmp_path):
     def lost():
         raise LeaseLost("taken over")
 
-    follower.job.fence.require_lately = lost
+    follower.job.fence.require_unless_recent = lost
     with follower:
         pass
     assert not record.calls

@@ -34,7 +34,7 @@ def write(folder, world_size: int) -> Checkpoint:
             parts["step"] = Part(STEP, 0, (), sharded=False)
         entry, index = shards.write_shard(str(folder), rank, parts)
         files[f"rank-{rank:05d}.safetensors"] = entry
-        indexes.append(shards.from_json(json.loads(json.dumps(shards.to_json(index)))))
+        indexes.append(shards.index_from_json(json.loads(json.dumps(shards.index_to_json(index)))))
     files["index.json"] = shards.write_index(str(folder), indexes)
     return Checkpoint(str(folder), 1, world_size, 0.0, {}, files)
 

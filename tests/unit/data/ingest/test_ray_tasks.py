@@ -30,4 +30,4 @@ def test_waiting_for_a_node_with_enough_memory_is_said(nodes, monkeypatch, caplo
     with pytest.raises(Submitted):
         next(ray_tasks.run_tasks(len, {0: ("a",)}, memory_gib=4))
     largest = "3.0" if nodes else "0.0"
-    assert f"up to 4 GiB together, and no node has more than {largest} GiB for processes; waiting" in caplog.text
+    assert f"reserve 4 GiB together, and no node has more than {largest} GiB; waiting" in caplog.text

@@ -94,9 +94,9 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path):
         storage.write_chunks(uri, breaks())
     assert storage.read_bytes(uri) == b"ab"
     assert storage.names_in(str(tmp_path)) == ["folder/file"]
-    size, stamp = storage.stamp_of(uri)
+    size, stamp = storage.size_and_version(uri)
     storage.write_bytes(uri, b"cd")
-    assert storage.stamp_of(uri)[0] == size == 2
-    assert storage.stamp_of(uri)[1] != stamp
+    assert storage.size_and_version(uri)[0] == size == 2
+    assert storage.size_and_version(uri)[1] != stamp
     assert not storage.is_empty(str(tmp_path))
     assert storage.is_empty(str(tmp_path / "nowhere"))

@@ -211,8 +211,8 @@ def test_we_load_what_peft_alone_has_trained(processor, base, folder, tmp_path, 
 
 
 SETTINGS = [
-    ({"peft_type": "IA3"}, "no adapter of the type LORA"),
-    ({"peft_type": None}, "no adapter of the type LORA"),
+    ({"peft_type": "IA3"}, "not an adapter of the type LORA"),
+    ({"peft_type": None}, "not an adapter of the type LORA"),
     ({"use_dora": True}, "use_dora is not supported"),
     ({"rank_pattern": {"(a+)+$": 5}}, "rank_pattern is not supported"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices is not supported"),

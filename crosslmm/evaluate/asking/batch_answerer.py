@@ -29,7 +29,7 @@ if that saves at least so many tokens; otherwise, batches with questions about s
 
 
 @dataclass(frozen=True)
-class Watched:
+class DecodedVideos:
     """The videos of some questions."""
 
     videos: Sequence[np.ndarray]
@@ -40,7 +40,7 @@ class Watched:
     """Which videos gave fewer frames than asked, and why."""
 
     @classmethod
-    def of(cls, sample: Sample) -> "Watched":
+    def of(cls, sample: Sample) -> "DecodedVideos":
         """Return the videos of a sample."""
         return cls(sample.videos, [np.array(times) for times in sample.times], sample.shortfalls)
 
@@ -72,7 +72,7 @@ class _Prefix:
     cache: Cache
 
 
-class Asker:
+class BatchAnswerer:
     """Asks an exported model.
 
     Args:
@@ -89,7 +89,7 @@ class Asker:
         self._end_ids = torch.tensor(ends, device=answerer.device)
 
     @torch.no_grad()
-    def __call__(self, asked: Sequence[tuple[Watched, Sequence[Question]]]) -> list[list[Reply]]:
+    def __call__(self, asked: Sequence[tuple[DecodedVideos, Sequence[Question]]]) -> list[list[Reply]]:
         """Return the replies to the questions about each of some videos.
 
         Batches are made of all questions by length, and depend on nothing else: the same call gives the same replies.
@@ -111,7 +111,7 @@ class Asker:
         left = iter(range(len(prepared)))
         return [[reply if reply.error else answered[next(left)] for reply in of_video] for of_video in replies]
 
-    def _encode(self, watched: Watched) -> Tensor:
+    def _encode(self, watched: DecodedVideos) -> Tensor:
         """Encode videos: (frames of all of them, patches, width)."""
         config = self.model.config
         if not watched.videos:
@@ -121,7 +121,7 @@ class Asker:
         return self.model.encode(pixels.to(self.answerer.device))
 
     def _prepare(
-        self, number: int, question: Question, watched: Watched, features: Tensor, seconds: float
+        self, number: int, question: Question, watched: DecodedVideos, features: Tensor, seconds: float
     ) -> _Prepared | Reply:
         """Make the prompt of a question; return a reply with the error if it cannot be asked."""
         times = [[round(float(time), 3) for time in of_video] for of_video in watched.times]

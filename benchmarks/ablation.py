@@ -42,7 +42,7 @@ from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples import digits, shapes
 from crosslmm.data.video.decode import decode_video
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
-from crosslmm.model.answering import greedy_answers
+from crosslmm.model.generation import greedy_answers
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.model.param_groups import freeze
 from crosslmm.preflight.answer_length import answer_limit

@@ -25,7 +25,7 @@ from crosslmm.data.manifest import Manifest
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples import shapes
 from crosslmm.data.video.decode import decode_video
-from crosslmm.model.answering import greedy_answers
+from crosslmm.model.generation import greedy_answers
 from crosslmm.model.loading import build_encoder, build_model, build_processor
 from crosslmm.model.param_groups import freeze
 from crosslmm.model.vision_encoder import encode

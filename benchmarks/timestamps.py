@@ -34,7 +34,7 @@ from crosslmm.data.manifest import Manifest
 from crosslmm.data.sampler import DeterministicSampler
 from crosslmm.data.samples import moments
 from crosslmm.data.video.decode import decode_video
-from crosslmm.model.answering import greedy_answers
+from crosslmm.model.generation import greedy_answers
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.preflight.answer_length import answer_limit
 from crosslmm.train.optim import build_optimizer, set_learning_rate

@@ -58,15 +58,15 @@ def replay(args: argparse.Namespace) -> int:
 def logs(args: argparse.Namespace) -> int:
     """Print why a run ended, which logs it has, and one of them."""
     ((name, folder),) = run_folder.list_runs(args.storage, [args.name])
-    found = run_folder.logs_of(folder)
-    if not found:
+    logs = run_folder.logs_of(folder)
+    if not logs:
         raise BadConfig(f"{name}: {folder} has no logs: the version of crosslmm that ran it kept none")
     table = Table("started", "of", "file", title=f"{name}: {run_folder.read_run(folder)['tags'].get('ended', '')}")
-    for log in found:
+    for log in logs:
         table.add_row(*map(cell, (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(log.time)), log.who, log.file)))
-    shown = [log for log in found if args.of in (log.who, log.file)]
+    shown = [log for log in logs if args.of in (log.who, log.file)]
     if not shown:
-        there = ", ".join(sorted({log.who for log in found}))
+        there = ", ".join(sorted({log.who for log in logs}))
         raise BadConfig(f"--of {args.of}: {name} has no such log; there are {there}")
     _console().print(table)
     for log in shown:

@@ -162,16 +162,16 @@ def _question(answer: Answer) -> str:
     verdict = "right" if answer.right else "wrong"
     options = "".join(_option(answer, i, option) for i, option in enumerate(question.options))
     expected = "" if options else f"<dt>expected</dt><dd>{escaped(_clipped(question.answer))}</dd>"
-    said = reply.error if reply.error is not None else reply.text
+    reply_text = reply.error if reply.error is not None else reply.text
     label = "not asked" if reply.error is not None else "answer"
-    found = f" &rarr; {escaped(answer.extracted)}" if answer.extracted and answer.extracted != reply.text else ""
+    extracted = f" &rarr; {escaped(answer.extracted)}" if answer.extracted and answer.extracted != reply.text else ""
     groups = escaped(json.dumps([f"{key}={value}" for key, value in question.groups]))
     shown = "".join(f", {value}" for _, value in question.groups)
     data = f'data-verdict="{verdict}" data-status="{answer.status}" data-groups="{groups}"'
     return f"""<div class="question {verdict}" {data}>
 <p class="id"><span class="mark">{verdict}</span> {escaped(question.id)}, {answer.status}{escaped(shown)}</p>
 <p class="text">{escaped(_clipped(question.text))}</p><ul>{options}</ul>
-<dl>{expected}<dt>{label}</dt><dd>{escaped(_clipped(said))}{found}</dd></dl></div>"""
+<dl>{expected}<dt>{label}</dt><dd>{escaped(_clipped(reply_text))}{extracted}</dd></dl></div>"""
 
 
 def _option(answer: Answer, number: int, option: str) -> str:

@@ -21,8 +21,8 @@ from crosslmm.data.video.frame_list import describe_video, map_files
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.adapters import lora
 from crosslmm.model.adapters.base import absolute, is_adapter, open_adapter
-from crosslmm.model.answering import greedy_answers
 from crosslmm.model.cache import fork
+from crosslmm.model.generation import greedy_answers
 from crosslmm.model.weights_source import TOKENIZER, WEIGHTS, WeightsSource
 from crosslmm.run_folder import MODEL_CONFIG_FILE
 

@@ -13,7 +13,7 @@ from crosslmm.data.video.decode import VideoFailure
 from crosslmm.data.video.decode_pool import Decoder
 from crosslmm.data.video.frame_list import describe_video
 from crosslmm.inference.answerer import Answerer
-from crosslmm.model.answering import greedy_answers
+from crosslmm.model.generation import greedy_answers
 from crosslmm.preflight.answer_length import answer_limit
 from crosslmm.progress import Progress
 from crosslmm.scoring import Score

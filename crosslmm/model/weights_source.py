@@ -71,14 +71,14 @@ class WeightsSource:
         def fetch(name: str) -> bool:
             return _fetch(_without_scheme(self.uri), name, folder / name, self.revision)
 
-        found = [name for name in names if fetch(name)]
-        if not found:
+        present = [name for name in names if fetch(name)]
+        if not present:
             raise ValueError(f"there is no file named {names[0]}")
-        if "tokenizer_config.json" in found:
+        if "tokenizer_config.json" in present:
             # Tokenizers for other versions of Transformers.
             for name in _names_in(folder / "tokenizer_config.json", "fast_tokenizer_files", "tokenizer*.json"):
                 fetch(name)
-        if "model.safetensors" in names and "model.safetensors" not in found:
+        if "model.safetensors" in names and "model.safetensors" not in present:
             if not fetch(INDEX):
                 raise ValueError(f"there is no file named model.safetensors or {INDEX}; other formats are not read")
             shards = _names_in(folder / INDEX, "weight_map", "*.safetensors")

@@ -96,21 +96,21 @@ def _find(uri: str, config: TrackingConfig) -> Version | None:
     client = open_client(tracking_uri(config))
     try:
         if match["alias"]:
-            found = client.get_model_version_by_alias(match["name"], match["alias"])
+            entry = client.get_model_version_by_alias(match["name"], match["alias"])
         else:
-            found = client.get_model_version(match["name"], match["version"])
+            entry = client.get_model_version(match["name"], match["version"])
     except MlflowException as error:
         if error.error_code in MISSING:
             return None
         raise _failure(config, error) from error
     # MLflow's own registry leaves the field `model_id` empty.
-    source = LOGGED.fullmatch(found.source or "")
+    source = LOGGED.fullmatch(entry.source or "")
     return Version(
-        found.name,
-        str(found.version),
-        found.run_id or None,
-        source[1] if source else found.model_id or None,
-        found.tags.get(BASE_TAG),
+        entry.name,
+        str(entry.version),
+        entry.run_id or None,
+        source[1] if source else entry.model_id or None,
+        entry.tags.get(BASE_TAG),
     )
 
 

@@ -19,8 +19,8 @@ from crosslmm.config import RunConfig
 from crosslmm.data.collate import Question, ValidationBatch
 from crosslmm.data.quarantine import TooManyUnreadable
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
-from crosslmm.model.answering import greedy_answers
 from crosslmm.model.attention_plan import IGNORED
+from crosslmm.model.generation import greedy_answers
 from crosslmm.train.distributed.collectives import gather_json
 from crosslmm.train.distributed.frame_exchange import FrameExchange, even_loads
 from crosslmm.train.optim import set_learning_rate

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.support.common import ROOT
+
 HEAVY = {"torch", "transformers", "mlflow", "decord", "torchcodec"}
 
 
@@ -64,3 +66,11 @@ def test_importing_the_package_changes_nothing_in_the_program():
     command = [sys.executable, "-c", SIDE_EFFECTS.format(imports=third_party)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == {}
+
+
+FOLDERS = sorted({path.parent.relative_to(ROOT) for path in ROOT.glob("crosslmm/**/*.py")})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=str)
+def test_no_folder_has_more_modules_than_one_sees_at_once(folder):
+    assert len([path for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]) <= 13

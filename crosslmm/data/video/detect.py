@@ -78,10 +78,12 @@ def detect_format(file: BinaryIO, max_bytes: int) -> str:
     if _packet_size(head):
         return "mpegts"
     raw = RAW_STREAM.match(head)
-    found = raw.lastgroup if raw else next((name for first, name in SIGNATURES.items() if head.startswith(first)), None)
-    if found is None:
+    container = (
+        raw.lastgroup if raw else next((name for first, name in SIGNATURES.items() if head.startswith(first)), None)
+    )
+    if container is None:
         raise UnreadableVideo(f"not {SUPPORTED}: it begins with {head[:12]!r}")
-    return "apng" if found == "png_pipe" and _is_animated_png(file) else found
+    return "apng" if container == "png_pipe" and _is_animated_png(file) else container
 
 
 def require_unencrypted(file: BinaryIO, format_name: str) -> None:
@@ -186,8 +188,8 @@ def _encrypted_matroska(file: BinaryIO) -> str | None:
         at, _ = _first(file, kind, entry)
         file.seek(at)
         if file.read(1) == b"\1":
-            found = _first(file, encryption, _first(file, encoding, _first(file, encodings, entry)))
-            return "ContentEncryption" if found[1] else None
+            element = _first(file, encryption, _first(file, encoding, _first(file, encodings, entry)))
+            return "ContentEncryption" if element[1] else None
     return None
 
 

@@ -16,8 +16,8 @@ from crosslmm.data.collate import Sample
 from crosslmm.evaluate.questions.question import Messages, Question, conversation
 from crosslmm.evaluate.scores.judging import Reply
 from crosslmm.inference.answerer import Answerer
-from crosslmm.model.answering import as_text, greedy_tokens
 from crosslmm.model.cache import fork
+from crosslmm.model.generation import as_text, greedy_tokens
 
 BATCH_TOKENS = 16_384
 """Tokens of a batch of questions, padding included, unless a single one has more [tokens]."""
@@ -245,9 +245,13 @@ class BatchAnswerer:
         log_probabilities = out.logits[0].float().log_softmax(dim=-1).cpu()
         replies = []
         for item, row in zip(batch, log_probabilities, strict=True):
-            found = {choice: float(row[token]) for choice, token in self._choice_tokens(item.question).items()}
-            best = max(found, key=found.__getitem__)
-            replies.append(replace(item.reply, text=best, likelihoods={k: round(v, 4) for k, v in found.items()}))
+            log_likelihoods = {
+                choice: float(row[token]) for choice, token in self._choice_tokens(item.question).items()
+            }
+            best = max(log_likelihoods, key=log_likelihoods.__getitem__)
+            replies.append(
+                replace(item.reply, text=best, likelihoods={k: round(v, 4) for k, v in log_likelihoods.items()})
+            )
         return replies
 
     def _choice_tokens(self, question: Question) -> dict[str, int]:

@@ -35,12 +35,12 @@ def extract(answer: str, question: Question) -> str:
     """Take the last mention of each letter, in each way of writing it, and return the letter of the earliest of these.
     If no letter is mentioned, do the same with the options' texts."""
     letters = letters_of(question.options)
-    text, found = staged_letters(answer, [option.strip() for option in question.options], letters)
+    text, matches = staged_letters(answer, [option.strip() for option in question.options], letters)
     shapes = {"bracket": "({})", "space": "{} ", "stop": "{}."}
-    mentions = [(text.rfind(shape.format(x)), x) for name, shape in shapes.items() for x in found[name]]
+    mentions = [(text.rfind(shape.format(x)), x) for name, shape in shapes.items() for x in matches[name]]
     if not mentions:
         lower, option_of = text.lower(), dict(zip(letters, question.options, strict=True))
-        mentions = [(lower.rfind(option_of[x].strip().lower()), x) for x in found["content"]]
+        mentions = [(lower.rfind(option_of[x].strip().lower()), x) for x in matches["content"]]
     return min(mentions, key=lambda mention: mention[0])[1] if mentions else NOTHING
 
 

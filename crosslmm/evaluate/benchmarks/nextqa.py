@@ -36,7 +36,7 @@ def extract(answer: str, question: Question) -> str:
     """Return the letter that is mentioned last in the first of these forms that occurs: (A), A and a space, A and a
     full stop, the option's text."""
     letters = letters_of(question.options)
-    text, found = staged_letters(answer, question.options, letters)
+    text, matches = staged_letters(answer, question.options, letters)
     lower, option_of = text.lower(), dict(zip(letters, question.options, strict=True))
     place = {
         "bracket": lambda x: text.rfind(f"({x})"),
@@ -45,8 +45,8 @@ def extract(answer: str, question: Question) -> str:
         "content": lambda x: lower.rfind(option_of[x].lower()),
     }
     for stage, at in place.items():
-        if found[stage]:
-            return max(found[stage], key=at)
+        if matches[stage]:
+            return max(matches[stage], key=at)
     return NOTHING
 
 

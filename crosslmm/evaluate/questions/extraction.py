@@ -30,24 +30,24 @@ def strongest_letter(answer: str, letters: Sequence[str]) -> str:
     padded = f" {bare} "
     at = [(strength, place, letter) for letter in letters for strength, place in _positions(letter, padded)]
     at = at or [(0, padded.rfind(letter), letter) for letter in letters if letter in padded]
-    return max(at, key=lambda found: found[:2])[2] if at else NOTHING
+    return max(at, key=lambda mention: mention[:2])[2] if at else NOTHING
 
 
 def _positions(letter: str, padded: str) -> list[tuple[int, int]]:
     """Return (strength, place) of each way in which a letter stands in a text between two spaces."""
     shapes = {f"({letter})": 6, f"{letter}.": 5, f"{letter}:": 4, f"{letter})": 3, f"{letter} ": 2}
-    found = [(strength, padded.rfind(shape)) for shape, strength in shapes.items() if shape in padded]
+    mentions = [(strength, padded.rfind(shape)) for shape, strength in shapes.items() if shape in padded]
     lower = padded.lower()
     for phrase in PHRASES:
         announced = lower.find(phrase)
         if announced >= 0 and (place := padded.find(letter, announced + len(phrase))) >= 0:
-            found.append((7, place))
+            mentions.append((7, place))
     text = padded.strip()
     if text.startswith(letter) and not text[1:2].isalpha():
-        found.append((10, 0))
+        mentions.append((10, 0))
     if text.endswith(letter) and not text[-2:-1].isalpha():
-        found.append((9, len(padded) - 1))
-    return found
+        mentions.append((9, len(padded) - 1))
+    return mentions
 
 
 def _without_marks(text: str, marks: str) -> str:
@@ -66,18 +66,18 @@ def staged_letters(answer: str, options: Sequence[str], letters: Sequence[str]) 
         letters: letter of each option.
 
     Returns:
-        (text, found): the answer between spaces and without marks at its ends, and the letters that stand in it, by
+        (text, matches): the answer between spaces and without marks at its ends, and the letters that stand in it, by
         how they do: `bracket` "(A)", `space` "A ", `stop` "A.". If there are none and the answer has more than five
         words, `content`: the options whose text the answer contains, in any case.
     """
     text = f" {_without_marks(answer, ',.!?;:' + chr(39))} "
     shapes = {"bracket": "({})", "space": "{} ", "stop": "{}."}
-    found = {name: [x for x in letters if shape.format(x) in text] for name, shape in shapes.items()}
-    found["content"] = []
-    if not any(found.values()) and len(text.split()) > 5:
+    matches = {name: [x for x in letters if shape.format(x) in text] for name, shape in shapes.items()}
+    matches["content"] = []
+    if not any(matches.values()) and len(text.split()) > 5:
         lower = text.lower()
-        found["content"] = [x for x, option in zip(letters, options, strict=True) if option.lower() in lower]
-    return text, found
+        matches["content"] = [x for x, option in zip(letters, options, strict=True) if option.lower() in lower]
+    return text, matches
 
 
 def first_letter(answer: str, pattern: str) -> str:

@@ -205,13 +205,13 @@ def groups(row: dict[str, Any], *keys: str, **renamed: str) -> tuple[tuple[str, 
         keys: columns.
         renamed: key of the group -> column.
     """
-    found = []
+    pairs = []
     for key, column in {**{key: key for key in keys}, **renamed}.items():
         values = row.get(column, [])
         for value in values if isinstance(values, list) else [values]:
             if isinstance(value, str | int | float) and str(value):
-                found.append((key, _writable(str(value), column)))
-    return tuple(dict.fromkeys(found))
+                pairs.append((key, _writable(str(value), column)))
+    return tuple(dict.fromkeys(pairs))
 
 
 def _writable(value: str, key: str) -> str:

@@ -7,7 +7,7 @@ import torch
 from crosslmm.cli import parse_run
 from crosslmm.inference import streaming
 from crosslmm.inference.streaming import stream_answer
-from crosslmm.model.answering import greedy_answers
+from crosslmm.model.generation import greedy_answers
 from crosslmm.model.loading import build_model, build_processor
 from tests.support.common import open_gates
 

@@ -98,8 +98,8 @@ def convert(
         raise BadConfig(f"{folder}: lies in this job's uploaded copy of the code; give an absolute path or a URI")
     if manifest_shards.is_prepared(uri):
         raise BadManifest(f"{manifest}: is already prepared")
-    previous = read_plan(target)
-    if previous is None and not run_folder.is_unused(target):
+    # In this order: a call that begins meanwhile writes its plan first; this one is then refused below, by its name.
+    if not run_folder.is_unused(target) and read_plan(target) is None:
         raise BadConfig(f"{folder}: is not empty, and no earlier call started it; give another folder")
     data = _with_manifest_root(uri, data)
     settings = {

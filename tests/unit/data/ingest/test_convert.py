@@ -1,5 +1,6 @@
 """The driver of a conversion, with its tasks run one after another in this process."""
 
+import contextlib
 import json
 import logging
 import re
@@ -9,10 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from crosslmm import storage
+from crosslmm import lease, storage
 from crosslmm.config import BadConfig, DataConfig
 from crosslmm.data.ingest import convert as conversion
 from crosslmm.data.ingest import ray_tasks
+from crosslmm.data.ingest.plan import PLAN_FILE, Plan
 from crosslmm.data.ingest.ray_tasks import IngestError
 from crosslmm.data.manifest import BadManifest, Manifest
 from crosslmm.data.quarantine import TooManyUnreadable
@@ -270,3 +272,25 @@ def test_the_job_writes_a_sample_set(tmp_path):
     done = run("sample", tmp_path, "--train", "4", "--held_out", "4")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(Manifest(str(tmp_path / "train.jsonl"))) == 4
+
+
+def test_a_call_that_begins_between_two_checks_of_another_owns_the_folder(convert, tmp_path, monkeypatch):
+    """The other is refused by its name, and not told that the folder is somebody else's."""
+    write(tmp_path / "rows.jsonl", map(text, range(5)))
+    folder = str(tmp_path / "out")
+    with contextlib.ExitStack() as owner:
+
+        def begin_after(check):
+            def check_and_begin(*arguments):
+                result = check(*arguments)
+                if not (tmp_path / "out").exists():
+                    owner.enter_context(lease.claim(folder, "preparation", "wait").take())
+                    storage.write_bytes(storage.join(folder, PLAN_FILE), Plan({}, [], []).to_json())
+                return result
+
+            return check_and_begin
+
+        monkeypatch.setattr(conversion, "read_plan", begin_after(conversion.read_plan))
+        monkeypatch.setattr(conversion.run_folder, "is_unused", begin_after(conversion.run_folder.is_unused))
+        with pytest.raises(lease.FolderInUse, match="belongs to the preparation of"):
+            convert()

@@ -99,6 +99,11 @@ class RunConfig(Section):
                 f"train.global_batch_size is {self.train.global_batch_size}; it must be a multiple of "
                 f"scaling.num_workers {workers}"
             )
+        if not fixed and self.train.global_batch_size < workers:
+            raise ValueError(
+                f"train.global_batch_size is {self.train.global_batch_size}; with up to {workers} workers it must be "
+                f"at least {workers}, or lower the maximum of scaling.num_workers"
+            )
         samples = workers * self.train.micro_batch_size
         if fixed and not self.train.micro_batch_tokens and self.train.global_batch_size % samples:
             raise ValueError(

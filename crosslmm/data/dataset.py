@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 # A block costs Ray Data 30 to 50 ms whatever its size, so small samples share one.
 MAX_BLOCK_BYTES = 16 * 2**20
-"""Size of the frames or features of a block, at most, if each sample has one video [bytes]."""
+"""Size of the frames or features of a block, at most, if each sample has one video and none is larger [bytes]."""
 MAX_BLOCK_ROWS = 128
 """Largest number of samples in a block."""
 
@@ -99,16 +99,20 @@ class BlockLayout:
         return positions
 
     def _deal(self, step: int) -> np.ndarray:
-        """Deal the positions of a step to ranks, int64 (ranks, samples_per_rank), with `PADDING` where they run out.
+        """Deal the positions of a step to ranks, int64 (ranks, samples_per_rank): equally many, or one
+        fewer and `PADDING`.
 
         With `lengths`, the longest samples go to ranks 0, 1, ..., W-1, the next ones to W-1, ..., 1, 0, and so on.
         """
         positions = step * self.sampler.global_batch_size + np.arange(self.sampler.global_batch_size)
-        padding = np.full(self.ranks * self.samples_per_rank - len(positions), PADDING)
         if self.lengths is None:
-            return np.append(positions, padding).reshape(self.ranks, self.samples_per_rank)
+            shares = np.full((self.ranks, self.samples_per_rank), PADDING)
+            for rank, share in enumerate(np.array_split(positions, self.ranks)):
+                shares[rank, : len(share)] = share
+            return shares
         rows, weights = self.sampler.rows_at(positions)
         longest_first = positions[np.argsort(-self.lengths[rows] * weights, kind="stable")]
+        padding = np.full(self.ranks * self.samples_per_rank - len(positions), PADDING)
         rounds = np.append(longest_first, padding).reshape(self.samples_per_rank, self.ranks)
         rounds[1::2] = rounds[1::2, ::-1]
         return np.sort(rounds.T, axis=1)

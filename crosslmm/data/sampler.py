@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 PADDING = -1
-"""Stands for a position where a rank has no sample, because the ranks do not divide the batch."""
+"""Stands for a position where a rank has no sample, because their number does not divide the batch."""
 
 
 @dataclass(frozen=True)

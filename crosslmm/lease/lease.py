@@ -6,7 +6,7 @@
 An owner makes its file if nobody else has made it, then rewrites it every `BEAT_S`: no two processes ever write one
 file. Files are never removed, so a number is a fencing token: whoever finds the next number taken, or another token in
 its own file, has lost the folder. Stores that ignore If-None-Match keep the last of two writers; there, both wait
-`DELIVERY_TIMEOUT_S` and read who it was.
+`SETTLE_S` and read who it was.
 
 The rule by which a folder changes hands:
 
@@ -16,7 +16,7 @@ The rule by which a folder changes hands:
 - An owner with a heartbeat in that time is alive, and the newcomer is refused. It is refused at once if the owner is a
   running process of the same machine.
 - An owner that cannot send heartbeats (the store is unreachable, the process was stopped) goes on until it finds that
-it was replaced.
+  it was replaced.
 """
 
 import logging

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from crosslmm import ray_runtime, storage
 from crosslmm.run_folder import OWNER_FILE, OWNERS_FOLDER
 
-DELIVERY_TIMEOUT_S = 2.0
+SETTLE_S = 2.0
 """Where the store cannot refuse a second writer, the time after which both read who came last [s]."""
 MAX_FILE_BYTES = 2**14
 
@@ -153,7 +153,7 @@ def create(folder: str, number: int, owner: Owner) -> bool:
     uri, content = _file(folder, number), _content(owner)
     # A store that ignores If-None-Match lets the second call succeed, too: it cannot tell owners apart.
     if storage.create_bytes(uri, content) and storage.create_bytes(uri, content):
-        time.sleep(DELIVERY_TIMEOUT_S)
+        time.sleep(SETTLE_S)
     entry = read(folder, number)
     return bool(entry and entry.owner and entry.owner.token == owner.token)
 

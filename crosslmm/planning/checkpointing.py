@@ -79,6 +79,6 @@ def in_samples(config: RunConfig, positions: int) -> RunConfig:
     if not config.train.micro_batch_tokens:
         return config
     samples = config.train.micro_batch_tokens // positions
-    samples = max(1, min(samples, config.train.global_batch_size // config.scaling.most_workers))
+    samples = max(1, min(samples, -(-config.train.global_batch_size // config.scaling.least_workers)))
     train = config.train.model_copy(update={"micro_batch_size": samples, "micro_batch_tokens": None})
     return config.model_copy(update={"train": train})

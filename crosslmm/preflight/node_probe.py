@@ -286,7 +286,8 @@ def _packages(request: dict[str, Any]) -> Check | None:
 
     def check() -> str:
         for package, setting in needed.items():
-            if importlib.util.find_spec(package) is None:
+            # Transformers asks for the metadata, too, before it uses flash-attn.
+            if importlib.util.find_spec(package) is None or _installed_version(package) == NOT_INSTALLED:
                 raise RuntimeError(f"{package} is not installed, and {setting} needs it")
         return ", ".join(needed)
 

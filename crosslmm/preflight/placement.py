@@ -100,6 +100,7 @@ def check_resources(config: RunConfig, pools: Sequence[NodePool]) -> None:
     run_demands = demands(config, scaling.least_workers)
     for demand in run_demands:
         _check_demand(demand, pools)
+    elastic = scaling.least_workers < scaling.most_workers
     # Ray Train takes the room that it finds before any decoder has started, which would then wait for ever.
     room = sum(pool.capacity(run_demands[0].resources) for pool in pools if pool.has_labels(scaling.train_on))
     run_demands = demands(config, min(room, scaling.most_workers))
@@ -110,9 +111,9 @@ def check_resources(config: RunConfig, pools: Sequence[NodePool]) -> None:
             f"{demand.count} {demand.processes} x {demand.keys[1]} {demand.resources['CPU']:g}"
             for demand in run_demands
         )
-        raise BadConfig(f"scaling: {terms} = {needed:g} CPUs, and there are {available:g}; lower one of them")
+        range_ = f" (num_workers [{scaling.least_workers}, {scaling.most_workers}] takes all the room)" * elastic
+        raise BadConfig(f"scaling: {terms} = {needed:g} CPUs{range_}, and there are {available:g}; lower one of them")
     train = run_demands[0]
-    elastic = scaling.least_workers < scaling.most_workers
     if elastic and any(pool.capacity(train.resources) for pool in pools if not pool.has_labels(train.labels)):
         raise BadConfig(
             f"scaling.worker_resources: with num_workers [{scaling.least_workers}, {scaling.most_workers}] Ray Train "

@@ -227,14 +227,14 @@ class TrainingMonitor:
                 log.warning("%s cannot be written now: %s; trying again later", QUARANTINE_FILE, type(error).__name__)
 
     def _handle_short(self, items: list[tuple[str, int, str, list[str]]]) -> None:
-        """Log videos with fewer frames than requested, each once, with the first row that shows it."""
+        """Log videos with fewer frames than asked, each once, with the first row that shows it."""
         for manifest, line, row, shortfalls in items:
             room = max(0, MAX_SHORT_VIDEOS - len(self._short))
             new = [shortfall for shortfall in shortfalls if shortfall not in self._short]
             self._short.update(new)
             if new[:room]:
                 log.warning(
-                    "fewer frames than requested, kept: %s line %s (%s): %s", manifest, line, row, "; ".join(new[:room])
+                    "fewer frames than asked, kept: %s line %s (%s): %s", manifest, line, row, "; ".join(new[:room])
                 )
 
 

@@ -20,7 +20,7 @@ from crosslmm.planning.plan import plan
 from crosslmm.run_folder import BASE_FILE, BASE_FOLDER
 from crosslmm.train import loop, worker
 from crosslmm.train.checkpoint import seals, shards
-from crosslmm.train.checkpoint.export import export_sealed
+from crosslmm.train.checkpoint.export import export, export_sealed
 from crosslmm.train.checkpoint.read import read_base, read_newest
 from crosslmm.train.checkpoint.save import Saver
 from crosslmm.train.checkpoint.state import load_state
@@ -74,9 +74,9 @@ def train(rank: int, ranks: int, folder: Path, resume: bool, stop: bool, overrid
     model.eval()
     with torch.no_grad():
         logits = model(**without_labels(fixed_batch(processor, config))).logits
-    export = folder / "export"
-    export.mkdir(exist_ok=True)
-    export(export, model, processor, config.train.lora, base and base.located(str(folder)))
+    exported = folder / "export"
+    exported.mkdir(exist_ok=True)
+    export(exported, model, processor, config.train.lora, base and base.located(str(folder)))
     if rank == 0:
         torch.save(logits, folder / "logits.pt")
         learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

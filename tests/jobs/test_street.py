@@ -205,7 +205,7 @@ def test_answers_are_scored_as_in_validation(undisturbed, tracking_uri):
     metrics = {name: value for name, value in undisturbed[0]["metrics"].items() if name.startswith("validation/")}
     script = [sys.executable, "jobs/answer.py", "--manifest=s3://videos/data/held_out.jsonl"]
     asked = subprocess.run(
-        [*script, f"--tracking_uri={tracking_uri}"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
+        [*script, f"--tracking.uri={tracking_uri}"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
     )
     scored = json.loads(asked.stdout.splitlines()[-1])
     assert scored["count"] == metrics["validation/count"] == len(scored["asked"]) == 8

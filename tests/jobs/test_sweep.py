@@ -231,7 +231,7 @@ def test_best_trial_is_promoted_with_its_lineage(server, swept, known):
     assert version["run_id"] == best.run_id
     assert (tags["sweep"], tags["trial"], tags["promoted_as"]) == (swept[3]["run_id"], str(best.number), "best")
     assert len(tags["data_sha256"]) == 64
-    assert tags["validation"].startswith(f"accuracy {best.last.accuracy:.4f} of ")
+    assert tags["validation"].startswith(f"accuracy {best.last.accuracy:.4f} (")
     # The page of a version shows its tags in full.
     assert all(len(value) < 100 for value in tags.values())
 

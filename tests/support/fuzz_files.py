@@ -459,7 +459,7 @@ def main() -> None:
     kinds = kinds or list(KINDS)
     logging.disable()
     ray_tasks.run_tasks = run_here
-    lease.LEASE_S, lease.LOOK_S = 0.5, 0.1  # how long a start waits beside a damaged file of an owner
+    lease.LEASE_S, lease.POLL_S = 0.5, 0.1  # how long a start waits beside a damaged file of an owner
     retry_unreadable.Decoder = HereDecoder
     retry_unreadable.HeaderReader = check_rows.HeaderReader = HereProber
     watch, counts = Watch(), {}

@@ -172,7 +172,7 @@ def main() -> None:
     from crosslmm.lease import lease as module
 
     module.BEAT_S, module.LEASE_S, elsewhere = json.loads(sys.argv[1])
-    module.ASK_S, module.POLL_S = 2 * module.BEAT_S, module.BEAT_S / 3
+    module.RECHECK_S, module.POLL_S = 2 * module.BEAT_S, module.BEAT_S / 3
     for line in iter(sys.stdin.readline, ""):
         if pid := os.fork():
             print(pid, flush=True)

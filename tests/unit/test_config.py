@@ -122,6 +122,7 @@ def test_later_files_and_overrides_win(tmp_path):
         ("--train.weight_decay=inf", r"train\.weight_decay.*finite"),
         ("--train.learning_rate.vision=-1", r"train\.learning_rate\.vision.*greater than or equal to 0"),
         ("--train.global_batch_size=33 --train.micro_batch_size=8", r"train\.global_batch_size is 33.*multiple of 16"),
+        ("--scaling.num_workers=[1,64] --train.global_batch_size=8", r"global_batch_size is 8; with up to 64 workers"),
         ("--model.attention=flash_attention_2", r"model\.attention.*scaling\.use_gpu true.*train\.precision bf16"),
         ("--scaling.workers_per_replica=0", r"scaling\.workers_per_replica.*greater than or equal to 1"),
         ("--train.float8=true", r"train: float8.*train\.precision bf16"),

@@ -239,7 +239,7 @@ def test_of_two_that_take_the_same_number_one_owns_it(tmp_path, monkeypatch):
 
 
 def test_a_store_that_ignores_conditions_keeps_the_last_writer(tmp_path, monkeypatch):
-    monkeypatch.setattr(owners, "DELIVERY_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(owners, "SETTLE_S", 0.5)
     monkeypatch.setattr(storage, "create_bytes", lambda uri, data: storage.write_bytes(uri, data) is None)
     results = {}
 

@@ -98,14 +98,14 @@ def convert(
         raise BadConfig(f"{folder}: lies in this job's uploaded copy of the code; give an absolute path or a URI")
     if manifest_shards.is_prepared(uri):
         raise BadManifest(f"{manifest}: is already prepared")
-    # In this order: a call that begins meanwhile writes its plan first; this one is then refused below, by its name.
     if not run_folder.is_unused(target) and read_plan(target) is None:
+        lease.claim(target, "preparation", "give another folder")  # fails, with its name, if a call has begun meanwhile
         raise BadConfig(f"{folder}: is not empty, and no earlier call started it; give another folder")
     data = _with_manifest_root(uri, data)
     settings = {
         "manifest": uri,
         "probe": probe,
-        "chunk_bytes": chunk_bytes or default_chunk_bytes(probe),
+        "piece_bytes": chunk_bytes or default_chunk_bytes(probe),  # a stored name
         "roots": data.roots,
         **({"ignored_keys": sorted(ignored_keys)} if ignored_keys else {}),
     }

@@ -114,10 +114,10 @@ def make_plan(uri: str, target: str, settings: dict[str, Any], previous: Plan | 
             return previous
         if files := split.files_to_split(uri, settings["roots"]):
             log.info("splitting a manifest of %s MB and counting its rows", f"{sum(stamp[::2]) / 1e6:,.1f}")
-            chunks = split_in_tasks(files, settings["chunk_bytes"])
+            chunks = split_in_tasks(files, settings["piece_bytes"])
         else:
             log.info("splitting a manifest that one process has to read from start to end")
-            arguments = (uri, storage.join(target, "pieces"), settings["chunk_bytes"], settings["roots"])
+            arguments = (uri, storage.join(target, "pieces"), settings["piece_bytes"], settings["roots"])
             ((_, chunks),) = ray_tasks.run_tasks(split.split_whole_file, {0: arguments})
     if not chunks:
         raise BadManifest(f"{uri}: is empty")

@@ -72,7 +72,7 @@ def run_tasks(
                     raise error.cause from None
                 except RayError as error:
                     reason = f"{type(error).__name__}: {in_brief(error)}"
-                    raise IngestError(f"task {key} was given up after {MAX_RETRIES + 1} attempts: {reason}") from error
+                    raise IngestError(f"Ray could not run the task of chunk {key}: {reason}") from error
                 yield key, result
     finally:
         for task in running:

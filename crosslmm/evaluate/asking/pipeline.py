@@ -84,7 +84,9 @@ def ask_all(job: Job, block_videos: int) -> Replies:
     replies |= {number: reply for block in done.values() for number, reply in block}
     known, rate = len(replies), None
     if pending:
-        placement.check_placement(job.config)
+        # Actors are added where there is room; only Ray Train takes all of it.
+        scaling = job.config.scaling.model_copy(update={"num_workers": job.config.scaling.least_workers})
+        placement.check_placement(job.config.model_copy(update={"scaling": scaling}))
         if done:
             log.info("resumed   %s of %s questions have been asked", f"{known:,}", f"{len(job.questions):,}")
         new, rate = _ask(job, rows, block_videos, pending, known)

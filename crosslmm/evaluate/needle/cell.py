@@ -56,4 +56,5 @@ class Cell:
     def from_json(cls, data: bytes) -> "Cell":
         """Return what `to_json` wrote."""
         values = json.loads(data)
-        return cls(**values | {"answers": [ScoredAnswer(**answer) for answer in values["answers"]]})
+        answers = values.pop("answers", None) or values.pop("found", [])  # the name in files of earlier versions
+        return cls(**values, answers=[ScoredAnswer(**answer) for answer in answers])

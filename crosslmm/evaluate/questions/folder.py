@@ -185,7 +185,7 @@ def text(row: dict[str, Any], key: str) -> str:
     """
     value = row[key]
     if not isinstance(value, str | int | float):
-        raise BadBenchmark(f"its {key} is not a text")
+        raise BadBenchmark(f"its {key} is not text")
     return _writable(str(value), key)
 
 

@@ -108,7 +108,7 @@ def test_substitutes_do_not_depend_on_workers_blocks_or_resumes():
 
 
 def test_ranks_that_do_not_divide_the_batch_read_each_sample_once():
-    """Five workers and four samples: one of them gets what stands for no sample, of which nothing is read."""
+    """Five workers and four samples: one of them gets padding, for which nothing is read."""
     order = DeterministicSampler((ROWS,), 4, seed=5)
     reference, _ = read_all(order, ranks=1)
     again, read = read_all(order, ranks=5)

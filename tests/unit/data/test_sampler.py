@@ -61,7 +61,7 @@ def test_ranks_divide_each_step_for_any_block_size(ranks, batch, rows_in_block, 
     for number, step in enumerate(range(first, first + steps)):
         together = np.concatenate([share[number] for share in shares])
         assert sorted(together[together != PADDING]) == list(range(step * batch, (step + 1) * batch))
-        assert len(together) - batch == -batch % ranks, "no more padding than one sample a rank"
+        assert all((share[number] == PADDING).sum() <= 1 for share in shares), "some ranks have one sample fewer"
 
 
 def test_ranks_have_equally_many_blocks_even_without_steps():

@@ -74,7 +74,7 @@ def test_streamed_logits_are_those_of_the_whole_model(variant):
 def test_a_part_is_on_the_device_at_a_time(monkeypatch):
     """No tensor of the patches of all frames is ever made."""
 
-    class DecodedVideos:
+    class WatchedFeatures:
         def __init__(self, features):
             self.features, self.largest = features, 0
 
@@ -88,7 +88,7 @@ def test_a_part_is_on_the_device_at_a_time(monkeypatch):
 
     monkeypatch.setattr(streaming, "MAX_SCORES", 4096)
     model, processor = built("video")
-    features = DecodedVideos(features_of(model, FRAMES))
+    features = WatchedFeatures(features_of(model, FRAMES))
     sizes = []
 
     class Sizes(torch.overrides.TorchFunctionMode):

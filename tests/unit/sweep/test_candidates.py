@@ -1,4 +1,4 @@
-"""TrialFactory and their costs, rejections, budgets, rungs, and the checks of a resume."""
+"""Points become trials: their costs, rejections, budgets, rungs, and the checks of a resume."""
 
 import json
 from types import SimpleNamespace

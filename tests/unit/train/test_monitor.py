@@ -136,8 +136,8 @@ def test_videos_with_few_frames_are_named_once(tmp_path, caplog, monkeypatch):
     with monitor(tmp_path, None, None, short[:2] + short + short):
         pass
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        "fewer frames than requested, kept: m line 1 (row 1): a: why; b: why",
-        "fewer frames than requested, kept: m line 3 (row 3): c: why",
+        "fewer frames than asked, kept: m line 1 (row 1): a: why; b: why",
+        "fewer frames than asked, kept: m line 3 (row 3): c: why",
         "4 videos gave fewer frames than asked; the first 3 are named above",
     ]
 

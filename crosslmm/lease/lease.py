@@ -160,7 +160,7 @@ class Fence:
 class _Lease:
     """Context manager: beats in a thread, and says at the end that the owner has ended.
 
-    When the folder is lost, it interrupts the main thread, and the block ends with `LeaseLost`.
+    When the folder is lost, the block ends with `LeaseLost`. If it was entered in the main thread, that is interrupted.
     """
 
     def __init__(self, fence: Fence, owner: Owner) -> None:
@@ -210,7 +210,8 @@ class _Lease:
         owners.write(self.fence.folder, self.fence.number, self._owner)
 
     def _interrupt(self) -> None:
-        """Raise KeyboardInterrupt in the main thread, as Ctrl-C does; a shell's background job ignores SIGINT."""
+        """Send the main thread SIGTERM, or SIGINT where nothing handles SIGTERM: a shell's background job ignores
+        SIGINT."""
         ends = signal.SIGTERM if callable(signal.getsignal(signal.SIGTERM)) else signal.SIGINT
         if self._interruptible and not self._closed.is_set():
             signal.pthread_kill(threading.main_thread().ident or 0, ends)

@@ -146,6 +146,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
             frame_exchange: encodes the frames together with other ranks: called with `encode` and `pixel_values`, it
                 returns what `encode` alone would. Without it, the frames are encoded here.
             attention_mask: int64 or bool (B, L or longer with a cache), zero at padding.
+            position_ids: int64 (1 or B, L), rotary positions of the decoder; by default they follow those in the cache.
             past_key_values: cache of the decoder, of any class; it also remembers the videos.
             inputs_embeds: (B, L, D), instead of the embeddings of `input_ids`. With both, `input_ids` only say where
                 the placeholders are; without `input_ids`, the placeholders are the positions that have the embedding of

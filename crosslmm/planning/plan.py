@@ -48,8 +48,8 @@ class Prices:
 
 @dataclass(frozen=True)
 class Row:
-    """The plan for one number of frames. Bytes and counts are per GPU unless stated otherwise. Ranges come from that of
-    the utilisation."""
+    """The plan for one number of frames. Memory and speeds are those of one GPU, counts of operations those of one
+    sample, storage and traffic those of the run. Ranges come from that of the utilisation."""
 
     frames: int
     positions: int

@@ -33,7 +33,8 @@ class Chunk:
         begin, end: range [begin, end) of the file in bytes, or in row groups.
         first: line number of the first row, from 1, blank lines counted.
         rows: number of lines, blank ones included, or of rows; 0 for "whole".
-        sha256: hash of the chunk's bytes [hex].
+        sha256: of the bytes ("lines", "numbered"), or of the file's change stamp and the range ("parquet", "tar");
+            empty for "whole" [hex].
     """
 
     uri: str

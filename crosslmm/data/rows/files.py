@@ -35,8 +35,8 @@ Raw = str | bytes | dict[str, Any] | BadRow
 """A row as JSON or parsed, or why it cannot be read."""
 NumberedRows = Iterator[tuple[int, Raw]]
 FileKind = Literal["lines", "text", "parquet", "tar"]
-"""How a file can be split: at any line; not at all, since only a reader of the whole text knows its rows; at its row
-groups; not at all, but its videos stay where they are."""
+"""How a file can be split. lines: at any line. text: not at all, since only a reader of the whole text knows its rows.
+parquet: at its row groups. tar: not at all, but its videos stay where they are."""
 
 
 def kind_of(uri: str) -> FileKind:

@@ -13,15 +13,15 @@ from crosslmm.config import DataConfig
 from crosslmm.data.video import mp4
 
 DISCARD: Any = getattr(av.stream, "Discard", None)
-"""What can be done with the packets of a stream. PyAV 15, which lmms-eval needs, has no such choice: it reads those of
-all streams, which costs time alone."""
+"""What can be done with the packets of a stream. PyAV 15, which lmms-eval needs, lacks it and reads the packets of all
+streams: slower, but right."""
 
 CODECS = (
     "h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "msmpeg4v2", "msmpeg4v3", "h263", "mjpeg",
     "prores", "dnxhd", "dvvideo", "flv1", "vp6f", "wmv1", "wmv2", "wmv3", "vc1", "theora", "gif", "apng",
 )  # fmt: skip
 """Codecs of videos that are decoded, by libav's names: what cameras, phones and the web make or made. libav has some
-250 more, most of them old formats of games, which few people test and a file could name."""
+250 more, most of them old formats of games: hardly tested, and a hostile file could choose one."""
 OTHER_NAMES = ("libdav1d", "flv", "msmpeg4")
 """Names of decoders that differ from those of their codecs: av1, flv1, msmpeg4v3."""
 MAX_ANIMATION_PIXELS = 2**33

@@ -41,8 +41,8 @@ CONCURRENT_FRAMES = 4
 """Frame files of a list that are read at the same time; each may take as much memory as a video's frame."""
 
 Stage = Literal["read", "check", "decode", "deadline", "crash", "process"]
-"""Stage at which a row failed: getting a video's bytes; its type and limits; decoding; deadline; death of the decoder's
-process; making the model's input of conversation and frames, or features of frames."""
+"""Stage at which a row failed. read: getting a video's bytes. check: its type and limits. decode, deadline: decoding,
+or the time for it. crash: death of the decoder. process: making the model's input, or features."""
 
 
 @dataclass(frozen=True)

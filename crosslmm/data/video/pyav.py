@@ -284,7 +284,7 @@ class _Source:
         """
         stream, data = self.stream, self.data
         clock = self._seek(keyframe)
-        # A stream may begin between two keyframes, and a position in bytes be that of an earlier packet.
+        # A stream may begin between two keyframes, and a position in bytes may be that of an earlier packet.
         by_bytes = self.container.format.name in BYTE_FORMATS
         damaged, awaited = by_bytes and self.timeline.keyframes != [], keyframe.time if by_bytes and keyframe else None
         broken, next_time = False, None

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 LONGEST_PARENT = 25
 """Longest path of the folder for Ray's files that leaves room for the names of its sockets [bytes]."""
+LONGEST_TMPDIR = 75
+"""Longest path of the temporary folder that leaves room for the sockets of Python's multiprocessing [bytes]."""
 QUIET_ENVIRONMENT = {
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -59,6 +61,8 @@ def start_ray(**options: Any) -> None:
             os.environ.pop("RAY_ADDRESS", None)
             _create_token()
             options["_temp_dir"] = private_folder()
+            variables = options["runtime_env"]["env_vars"] | short_tmpdir()
+            options["runtime_env"] = {**options["runtime_env"], "env_vars": variables}
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     if callable(handler) and threading.current_thread() is threading.main_thread():
@@ -119,6 +123,13 @@ def short_parent() -> str:
         log.warning("the path %s is too long for Ray's sockets; Ray's files are in /tmp", parent)
         parent = "/tmp"
     return parent
+
+
+def short_tmpdir() -> dict[str, str]:
+    """Return the environment of processes that make sockets in their temporary folder: TMPDIR, if its path is too long.
+    Ray's dashboard and decoders do, and fail or hang otherwise."""
+    parent = os.environ.get("TMPDIR", "")
+    return {"TMPDIR": "/tmp"} if len(os.fsencode(parent)) > LONGEST_TMPDIR else {}
 
 
 def private_folder() -> str:

@@ -71,7 +71,7 @@ class LocalCluster:
         groups: Sequence[NodeGroup] = (),
         idle_s: float | None = None,
     ) -> None:
-        from crosslmm.ray_runtime import short_parent  # imports Ray, which --help need not wait for
+        from crosslmm.ray_runtime import short_parent, short_tmpdir  # import Ray, which --help need not wait for
 
         # A short path, since the paths of sockets are below it; private, since Ray makes its own folders readable.
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir=short_parent()))
@@ -82,7 +82,7 @@ class LocalCluster:
         gcs, dashboard, client = free_ports(3)
         self.address = f"http://127.0.0.1:{dashboard}"
         self.gcs_address = f"127.0.0.1:{gcs}"  # RAY_ADDRESS of a driver that is not a submitted job
-        self.environment = self._environment(environment or {})
+        self.environment = self._environment((environment or {}) | short_tmpdir())
         self.groups, self.nodes = list(groups), dict[str, list[LocalNode]]()
         self._autoscaled = idle_s is not None
         if groups:

@@ -117,3 +117,10 @@ def test_a_home_that_cannot_hold_the_token_is_named(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(BadConfig, match=r"\.ray/auth_token: .* Set RAY_AUTH_TOKEN_PATH"):
         ray_runtime.start_ray()
+
+
+@pytest.mark.parametrize(("length", "expected"), [(75, {}), (76, {"TMPDIR": "/tmp"})])
+def test_a_temporary_folder_leaves_room_for_the_sockets_in_it(length, expected, monkeypatch):
+    """Python's multiprocessing adds 32 bytes, and Linux allows 107: beyond, a run waited for its decoders for ever."""
+    monkeypatch.setenv("TMPDIR", "/" + "x" * (length - 1))
+    assert ray_runtime.short_tmpdir() == expected

@@ -273,13 +273,17 @@ class Lab:
         return self.release()
 
     def run_id(self, name: str) -> str:
-        """Return the MLflow run id of a run, by its key: a replay stores the id nowhere else."""
-        key = json.loads(storage.read_bytes(f"{self.folder_of(name)}/run.json"))["key"]
+        """Return the MLflow run id of a run: a trial's is in its folder; that of another run is looked up by its key,
+        since a replay stores the id nowhere else."""
+        run = json.loads(storage.read_bytes(f"{self.folder_of(name)}/run.json"))
+        key = run["key"]
+        if self.folder_of(name) != f"s3://lab/runs/{name}":
+            return str(run["run_id"])
         (experiment,) = MlflowClient(self.tracking).search_experiments(filter_string="name = 'crosslmm'")
-        (run,) = MlflowClient(self.tracking).search_runs(
+        (found,) = MlflowClient(self.tracking).search_runs(
             [experiment.experiment_id], f"tags.`crosslmm.key` = '{key}'", run_view_type=ViewType.ALL
         )
-        return str(run.info.run_id)
+        return str(found.info.run_id)
 
     def history(self, name: str) -> list[tuple[int, float]]:
         """Return (step, loss) of all points in MLflow, sorted."""

@@ -18,8 +18,8 @@ from crosslmm.progress import Progress
 log = logging.getLogger(__name__)
 
 INDEX_INTERVAL_S = 5.0
-"""Time between two index files, at least [s]. A killed job loses what was encoded since the last one. Each index file
-costs readers a request."""
+"""Shortest time between two index files [s]. A killed job loses the features encoded after its last index file. Readers
+need one request per index file."""
 SOURCE = "the videos"
 """Source in the error budget: all manifests together, as blocks do not say which one a readable video belongs to."""
 

@@ -24,8 +24,8 @@ BATCH_TOKENS = 16_384
 BATCH_FRAMES = 1_024
 """Frames of a batch of questions, unless a single one has more [frames]."""
 SHARED_TOKENS = 1_024
-"""Questions about a video often begin with the same tokens. This common prefix is prefilled once, and its cache shared,
-if that saves at least so many tokens; otherwise, batches with questions about several videos are faster [tokens]."""
+"""Smallest saving for which a common prefix is prefilled once [tokens]. Questions about one video share the prefix to
+the end of the video, and so its cache. Below this saving, batching questions about several videos is faster."""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def write_card(
 
     Args:
         folder: local folder.
-        model: what was exported.
+        model: the exported model.
         config: of the run.
         run: the run's folder.
         step: training steps.

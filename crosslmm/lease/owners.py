@@ -20,6 +20,8 @@ from crosslmm.run_folder import OWNER_FILE, OWNERS_FOLDER
 SETTLE_S = 2.0
 """Where the store cannot refuse a second writer, the time after which both read who came last [s]."""
 MAX_FILE_BYTES = 2**14
+REREAD_PAUSES_S = (0.05, 0.1, 0.2)
+"""Pauses before an owner's file that cannot be parsed is read again [s]."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,19 @@ def newest(folder: str, known: int | None = None) -> Entry | None:
 
 
 def read(folder: str, number: int) -> Entry | None:
-    """Return an owner's file; None if there is no such number."""
+    """Return an owner's file; None if there is no such number.
+
+    A store that overwrites files in place may return part of one that its owner is writing: such a file is read again.
+    """
+    for pause_s in (*REREAD_PAUSES_S, None):
+        entry = _read_once(folder, number)
+        if entry is None or entry.owner or pause_s is None:
+            break
+        time.sleep(pause_s)
+    return entry
+
+
+def _read_once(folder: str, number: int) -> Entry | None:
     try:
         return Entry(number, storage.read_at_most(storage.safe_join(folder, _name(number)), MAX_FILE_BYTES))
     except FileNotFoundError:

@@ -269,6 +269,17 @@ def test_an_owner_whose_file_is_damaged_is_watched_like_any_other(tmp_path, quic
     assert time.monotonic() - began >= 1.0
 
 
+def test_an_owner_s_file_that_is_being_written_is_read_again(tmp_path):
+    """Stores that overwrite in place (s3rver, some gateways) show it cut off."""
+    with look(tmp_path).take() as fence:
+        file = tmp_path / "owners/00000001.json"
+        whole = file.read_bytes()
+        for question in (lambda: entry(tmp_path).pid == os.getpid(), lambda: fence.require() is None):
+            file.write_bytes(whole[:1])
+            threading.Timer(0.1, file.write_bytes, [whole]).start()
+            assert question()
+
+
 @pytest.mark.parametrize("kind", ["folder", "link", "pipe", "too large"])
 def test_what_is_no_owner_s_file_is_not_opened_and_blocks_nobody(tmp_path, quick, kind):
     path, outside = tmp_path / "run/owners/00000001.json", tmp_path / "outside.json"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from crosslmm.config import RunConfig, to_yaml
+from crosslmm.config import RunConfig
 from crosslmm.data.thumbnails import strip
 from crosslmm.evaluate.asking.blocks import VideoRows
 from crosslmm.evaluate.benchmarks import BENCHMARKS
@@ -15,9 +15,9 @@ from crosslmm.evaluate.questions.source import Source
 from crosslmm.evaluate.scores.judging import Reply, judge, score
 from crosslmm.model import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from crosslmm.model.loading import build_model
-from crosslmm.run_folder import MODEL_CONFIG_FILE
 from tests.support.benchmark_folders import FOLDERS, PREDICTIONS
 from tests.support.common import open_gates, random_frames
+from tests.support.exports import save_exported
 
 IDENTITY = {
     "model": "models:/crosslmm/7", "model_sha256": "ab" * 32, "benchmark": "", "data_sha256": "cd" * 32,
@@ -66,9 +66,7 @@ def export_model(config: RunConfig, processor: CrossLMMProcessor, folder: Path, 
     model = build_model(config.model, processor, seed=seed)
     open_gates(model)
     _say_letters(model, processor)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    (folder / MODEL_CONFIG_FILE).write_text(to_yaml(config))
+    save_exported(folder, model, processor, config)
     return folder
 
 

@@ -6,12 +6,11 @@ import numpy as np
 import torch
 
 from crosslmm.cli import parse_run
-from crosslmm.config import to_yaml
 from crosslmm.data.samples import needles
 from crosslmm.model.loading import build_model, build_processor
 from crosslmm.model.param_groups import freeze
-from crosslmm.run_folder import MODEL_CONFIG_FILE
 from crosslmm.train.optim import build_optimizer, set_learning_rate
+from tests.support.exports import save_exported
 
 STEPS, BATCH, FRAMES = 300, 32, 4
 SETTINGS = {
@@ -41,9 +40,7 @@ def train_and_export(folder: Path, cross_attention: bool) -> Path:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    model.eval().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    (folder / MODEL_CONFIG_FILE).write_text(to_yaml(config))
+    save_exported(folder, model.eval(), processor, config)
     return folder
 
 

@@ -14,12 +14,12 @@ import warnings
 import numpy as np
 import pytest
 
-from crosslmm.config import TrackingConfig, to_yaml
+from crosslmm.config import TrackingConfig
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.model.loading import build_model
-from crosslmm.run_folder import MODEL_CONFIG_FILE
 from crosslmm.tracking import MlflowRun, register
 from tests.support.common import ROOT, random_frames
+from tests.support.exports import save_exported
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(?:python|py)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -56,9 +56,7 @@ def reader(config, processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     (folder / "clip.mp4").write_bytes(encode_clip(np.repeat(random_frames(1), 8, axis=0)))
     model = folder / "exported"
-    build_model(config.model, processor, seed=0).save_pretrained(model)
-    processor.save_pretrained(model)
-    (model / MODEL_CONFIG_FILE).write_text(to_yaml(config))
+    save_exported(model, build_model(config.model, processor, seed=0), processor, config)
     tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", artifacts=str(folder / "artifacts"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow misses an example of the input

@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from crosslmm.config import to_yaml
 from crosslmm.data.frame_sampling import SampledFrames
 from crosslmm.evaluate.asking import batch_answerer as asking
 from crosslmm.evaluate.asking.batch_answerer import BatchAnswerer, DecodedVideos
 from crosslmm.evaluate.questions.question import Question, Subtitles, about
 from crosslmm.inference.answerer import Answerer
 from crosslmm.model.loading import build_model
-from crosslmm.run_folder import MODEL_CONFIG_FILE
 from tests.support.common import open_gates, random_frames
+from tests.support.exports import save_exported
 
 SIDE = 48
 
@@ -23,9 +22,7 @@ def answerer(config, processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     model = build_model(config.model, processor, seed=0)
     open_gates(model)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    (folder / MODEL_CONFIG_FILE).write_text(to_yaml(config))
+    save_exported(folder, model, processor, config)
     return Answerer(folder, "cpu")
 
 

@@ -7,14 +7,13 @@ import pytest
 import torch
 from transformers import cache_utils
 
-from crosslmm.config import to_yaml
 from crosslmm.data.samples.clips import encode_clip
 from crosslmm.inference import answerer as answerer_module
 from crosslmm.inference.answerer import Answerer
 from crosslmm.model import cache
 from crosslmm.model.loading import build_model
-from crosslmm.run_folder import MODEL_CONFIG_FILE
 from tests.support.common import open_gates, random_frames
+from tests.support.exports import save_exported
 
 QUESTIONS = ["Which shape is it?", "What colour?", "Why?"]
 TOKENS = 5
@@ -25,9 +24,7 @@ def folder(config, processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     model = build_model(config.model, processor, seed=0)
     open_gates(model)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    (folder / MODEL_CONFIG_FILE).write_text(to_yaml(config))
+    save_exported(folder, model, processor, config)
     (folder / "clip.mp4").write_bytes(encode_clip(np.repeat(random_frames(4, 5), 8, axis=0)))
     return folder
 
@@ -148,9 +145,7 @@ def test_an_answer_ends_at_the_last_position(config, processor, folder, tmp_path
     short = config.model_copy(update={"model": config.model.model_copy(update={"language": language})})
     model = build_model(short.model, processor, seed=0)
     model.generation_config.eos_token_id = None
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    (tmp_path / MODEL_CONFIG_FILE).write_text(to_yaml(short))
+    save_exported(tmp_path, model, processor, short)
     answerer = Answerer(tmp_path, device="cpu")
     answerer.model.generation_config.eos_token_id = None
     talk = answerer.start_conversation(str(folder / "clip.mp4"))

@@ -21,6 +21,7 @@ from crosslmm.preflight.answer_length import answer_limit
 from crosslmm.run_folder import MODEL_CONFIG_FILE
 from crosslmm.train import loop
 from tests.support.common import random_frames
+from tests.support.exports import save_exported
 
 CLIP = {"type": "video", "video": "a.mp4"}
 OTHER = {"type": "video", "video": "b.mp4"}
@@ -97,9 +98,7 @@ def answerer(config, samples, tmp_path_factory):
         if loss < 0.01:
             break
     folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    (folder / MODEL_CONFIG_FILE).write_text(to_yaml(config))
+    save_exported(folder, model, processor, config)
     return Answerer(folder, device="cpu")
 
 

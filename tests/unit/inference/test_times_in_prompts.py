@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from crosslmm import storage
-from crosslmm.config import to_yaml
 from crosslmm.data.collate import collate, collate_for_validation, collate_questions
 from crosslmm.data.dataset import BlockLayout, ReadSamples, unpack_block
 from crosslmm.data.feature_cache import FeatureCache, create_feature_folder, write_index, write_shard
@@ -21,8 +20,8 @@ from crosslmm.evaluate.questions.question import Question, Subtitles
 from crosslmm.inference.answerer import Answerer
 from crosslmm.inference.evaluate import evaluate
 from crosslmm.model.loading import build_model, build_processor
-from crosslmm.run_folder import MODEL_CONFIG_FILE
 from tests.support.common import random_frames
+from tests.support.exports import save_exported
 
 ASKED = "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -48,9 +47,7 @@ def manifest(tmp_path_factory):
 @pytest.fixture(scope="module")
 def answerer(stamped, processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    build_model(stamped.model, processor, seed=0).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    (folder / MODEL_CONFIG_FILE).write_text(to_yaml(stamped))
+    save_exported(folder, build_model(stamped.model, processor, seed=0), processor, stamped)
     return Answerer(folder, device="cpu")
 
 

@@ -7,11 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from crosslmm.config import to_yaml
 from crosslmm.model import modeling
 from crosslmm.model.cross_attention import DualCrossAttentionLayer, _rotate
 from crosslmm.model.loading import build_model
 from tests.support.common import open_gates, random_frames
+from tests.support.exports import save_exported
 
 VIDEO, IMAGE = {"type": "video"}, {"type": "image", "image": "x.png"}
 
@@ -270,13 +270,10 @@ def test_cross_attention_layers_can_be_listed(variant):
 def test_second_question_reuses_the_cached_video_and_talk(variant, processor, config, tmp_path, monkeypatch):
     from crosslmm.data.samples.clips import encode_clip
     from crosslmm.inference.answerer import Answerer
-    from crosslmm.run_folder import MODEL_CONFIG_FILE
 
     model = variant()
     model.generation_config.max_length = None
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    (tmp_path / MODEL_CONFIG_FILE).write_text(to_yaml(config))
+    save_exported(tmp_path, model, processor, config)
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(encode_clip(np.repeat(random_frames(1, 5), 8, axis=0)))
     answerer = Answerer(tmp_path, device="cpu")

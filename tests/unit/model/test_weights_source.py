@@ -13,11 +13,11 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from crosslmm.config import BadConfig, to_yaml
+from crosslmm.config import BadConfig
 from crosslmm.inference.answerer import Answerer
 from crosslmm.model.loading import build_config, build_model, build_processor
 from crosslmm.model.weights_source import WEIGHTS, WeightsSource
-from crosslmm.run_folder import MODEL_CONFIG_FILE
+from tests.support.exports import save_exported
 
 CODE = """
 from pathlib import Path
@@ -44,9 +44,7 @@ def exported(config, processor, tmp_path_factory):
     model.vision_tower.save_pretrained(folder / "vision")
     model.language_model.save_pretrained(folder / "language", max_shard_size="1MB")
     processor.tokenizer.save_pretrained(folder / "language")
-    model.save_pretrained(folder / "whole")
-    processor.save_pretrained(folder / "whole")
-    (folder / "whole" / MODEL_CONFIG_FILE).write_text(to_yaml(config))
+    save_exported(folder / "whole", model, processor, config)
     return folder
 
 

@@ -1,5 +1,5 @@
-"""The sample set for pretrained parts: two scenes of real films after each other, each with a handwritten digit in a
-corner, and answers of several words.
+"""The sample set for pretrained parts: two scenes of real films after each other, each with a card in a corner that shows
+a handwritten digit, and answers in words.
 
 Held-out clips show other parts of the films and other images of digits, and half of their questions are worded as no
 training question is. `blacked_out.jsonl` asks the same questions about black frames. The same seed gives the same
@@ -10,19 +10,21 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from crosslmm.data.samples.clips import FPS, Clip, write_split
-from crosslmm.data.samples.films import DIGIT_SIDE, FILMS, read_digits, read_film
+from crosslmm.data.samples.films import FILMS, read_digits, read_film
 
 SIDE, SCENE_FRAMES = 224, 4
 """Side of a frame [px]; frames of each of the two scenes."""
-SCALE, MARGIN = 4, 6
-"""Enlargement of a digit, and its distance from the corner [px]."""
+CARD_SIDE = 112
+"""Side of a card [px]. Its digit is dark on light, and smooth: DINOv2 tells such digits apart, and hardly those that are
+smaller, light on dark or made of blocks (docs/small.md)."""
 CROP = (0.75, 1.0)
 """Side of the part of a film's frame that a clip shows, over the frame's height."""
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CORNERS = ("upper left", "upper right", "lower left", "lower right")
-CHANCE = {"scene": 1 / 6, "order": 1 / 30, "digit": 1 / 40}
+CHANCE = {"scene": 1 / 6, "order": 1 / 30, "digit": 1 / 10, "corner": 1 / 4}
 """Accuracy of an answer that does not depend on the clip, by kind of question."""
 REWORDED = "reworded "
 """Begins the kind of a question in words that no training question has."""
@@ -34,8 +36,12 @@ ASKED = {
     ),
     "order": (("What happens in the video?", "Describe the video.", "What does the video show, one after the other?"),),
     "digit": (
-        ("Which digit is written at the beginning, and where?", "What is the first digit, and in which corner is it?"),
-        ("Which digit is written at the end, and where?", "What is the last digit, and in which corner is it?"),
+        ("Which digit is written at the beginning?", "What is the first digit?"),
+        ("Which digit is written at the end?", "What is the last digit?"),
+    ),
+    "corner": (
+        ("Where is the card at the beginning?", "In which corner is the first card?"),
+        ("Where is the card at the end?", "In which corner is the last card?"),
     ),
 }
 """Questions of training: kind -> about the first scene, about the last one -> wordings."""
@@ -43,8 +49,12 @@ ASKED_ANEW = {
     "scene": ("What is visible at the start of this clip?", "What is visible at the end of this clip?"),
     "order": ("Tell me what happens in this clip.",),
     "digit": (
-        "Which number is shown at the start of this clip, and in which corner?",
-        "Which number is shown at the end of this clip, and in which corner?",
+        "Which number can be read at the start of this clip?",
+        "Which number can be read at the end of this clip?",
+    ),
+    "corner": (
+        "Which corner has the card in it at the start of this clip?",
+        "Which corner has the card in it at the end of this clip?",
     ),
 }
 """The same in other words, for held-out clips."""
@@ -90,12 +100,16 @@ def _frames(rng: np.random.Generator, films: Sequence[np.ndarray], digits: np.nd
     scenes = []
     for film, digit, corner in zip(*drawn, strict=True):
         frames = _scene(rng, films[film], FILMS[film].rate)
-        card = np.kron(digits[digit, rng.integers(digits.shape[1])], np.ones((SCALE, SCALE), np.uint8))
-        side = DIGIT_SIDE * SCALE
-        y, x = (MARGIN if near else SIDE - MARGIN - side for near in (corner < 2, corner % 2 == 0))
-        frames[:, y : y + side, x : x + side] = card[:, :, None]
+        card = _card(digits[digit, rng.integers(digits.shape[1])])
+        y, x = (0 if near else SIDE - CARD_SIDE for near in (corner < 2, corner % 2 == 0))
+        frames[:, y : y + CARD_SIDE, x : x + CARD_SIDE] = card[:, :, None]
         scenes.append(frames)
     return np.concatenate(scenes)
+
+
+def _card(digit: np.ndarray) -> np.ndarray:
+    """Enlarge a light digit and make it dark on light, uint8 (CARD_SIDE, CARD_SIDE)."""
+    return np.asarray(Image.fromarray(255 - digit).resize((CARD_SIDE, CARD_SIDE), Image.Resampling.BICUBIC))
 
 
 def _scene(rng: np.random.Generator, film: np.ndarray, rate: float) -> np.ndarray:
@@ -113,7 +127,7 @@ def _scene(rng: np.random.Generator, film: np.ndarray, rate: float) -> np.ndarra
 
 def _conversation(rng: np.random.Generator, drawn: Drawn) -> list[tuple[str, str]]:
     """Return the turns of a training clip, in random order. No answer gives away another one's."""
-    kinds = ["digit", str(rng.choice(["scene", "order"]))]
+    kinds = ["digit", "corner", str(rng.choice(["scene", "order"]))]
     turns = [
         (str(rng.choice(wordings)), answer)
         for kind in kinds
@@ -142,7 +156,6 @@ def _answers(kind: str, drawn: Drawn) -> list[str]:
         return shown
     if kind == "order":
         return [f"first {shown[0]}, then {shown[1]}"]
-    return [
-        f"{'an' if digit == 8 else 'a'} {WORDS[digit]} in the {CORNERS[corner]} corner"
-        for digit, corner in zip(digits, corners, strict=True)
-    ]
+    if kind == "digit":
+        return [f"{'an' if digit == 8 else 'a'} {WORDS[digit]}" for digit in digits]
+    return [f"in the {CORNERS[corner]} corner" for corner in corners]

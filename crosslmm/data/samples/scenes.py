@@ -17,14 +17,13 @@ from crosslmm.data.samples.films import FILMS, read_digits, read_film
 
 SIDE, SCENE_FRAMES = 224, 4
 """Side of a frame [px]; frames of each of the two scenes."""
-CARD_SIDE = 112
+CARD_SIDE = 98
 """Side of a card [px]. Its digit is dark on light, and smooth: DINOv2 tells such digits apart, and hardly those that are
 smaller, light on dark or made of blocks (docs/small.md)."""
 CROP = (0.75, 1.0)
 """Side of the part of a film's frame that a clip shows, over the frame's height."""
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-CORNERS = ("upper left", "upper right", "lower left", "lower right")
-CHANCE = {"scene": 1 / 6, "order": 1 / 30, "digit": 1 / 10, "corner": 1 / 4}
+CHANCE = {"scene": 1 / 6, "order": 1 / 30, "digit": 1 / 10}
 """Accuracy of an answer that does not depend on the clip, by kind of question."""
 REWORDED = "reworded "
 """Begins the kind of a question in words that no training question has."""
@@ -39,10 +38,6 @@ ASKED = {
         ("Which digit is written at the beginning?", "What is the first digit?"),
         ("Which digit is written at the end?", "What is the last digit?"),
     ),
-    "corner": (
-        ("Where is the card at the beginning?", "In which corner is the first card?"),
-        ("Where is the card at the end?", "In which corner is the last card?"),
-    ),
 }
 """Questions of training: kind -> about the first scene, about the last one -> wordings."""
 ASKED_ANEW = {
@@ -52,15 +47,11 @@ ASKED_ANEW = {
         "Which number can be read at the start of this clip?",
         "Which number can be read at the end of this clip?",
     ),
-    "corner": (
-        "Which corner has the card in it at the start of this clip?",
-        "Which corner has the card in it at the end of this clip?",
-    ),
 }
 """The same in other words, for held-out clips."""
 
 Drawn = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-"""Numbers of the films of a clip, of its digits and of their corners; of the first and the last scene each."""
+"""Numbers of the films of a clip, its digits and their corners; of the first and the last scene each."""
 
 
 def write_scenes(folder: str, train: int = 1000, held_out: int = 120, seed: int = 0) -> None:
@@ -84,7 +75,7 @@ def write_scenes(folder: str, train: int = 1000, held_out: int = 120, seed: int 
 
 
 def _draw(rng: np.random.Generator, count: int) -> list[Drawn]:
-    """Draw what clips show, all pairs of films equally often, and all digits in all corners."""
+    """Draw what clips show, all pairs of films equally often, and all digits in all four corners."""
     pairs = _balanced(rng, list(itertools.permutations(range(len(FILMS)), 2)), count)
     first, last = (_balanced(rng, list(itertools.product(range(10), range(4))), count) for _ in range(2))
     return [(pair, (first[i][0], last[i][0]), (first[i][1], last[i][1])) for i, pair in enumerate(pairs)]
@@ -127,7 +118,7 @@ def _scene(rng: np.random.Generator, film: np.ndarray, rate: float) -> np.ndarra
 
 def _conversation(rng: np.random.Generator, drawn: Drawn) -> list[tuple[str, str]]:
     """Return the turns of a training clip, in random order. No answer gives away another one's."""
-    kinds = ["digit", "corner", str(rng.choice(["scene", "order"]))]
+    kinds = ["digit", str(rng.choice(["scene", "order"]))]
     turns = [
         (str(rng.choice(wordings)), answer)
         for kind in kinds
@@ -150,12 +141,10 @@ def _questions(number: int, drawn: Drawn) -> tuple[list[tuple[str, str]], list[s
 
 
 def _answers(kind: str, drawn: Drawn) -> list[str]:
-    films, digits, corners = drawn
+    films, digits, _ = drawn
     shown = [FILMS[film].shows for film in films]
     if kind == "scene":
         return shown
     if kind == "order":
         return [f"first {shown[0]}, then {shown[1]}"]
-    if kind == "digit":
-        return [f"{'an' if digit == 8 else 'a'} {WORDS[digit]}" for digit in digits]
-    return [f"in the {CORNERS[corner]} corner" for corner in corners]
+    return [f"{'an' if digit == 8 else 'a'} {WORDS[digit]}" for digit in digits]

@@ -1,5 +1,5 @@
-"""The sample set for pretrained parts: two scenes of real films after each other, each with a card in a corner that shows
-a handwritten digit, and answers in words.
+"""The sample set for pretrained parts: two scenes of real films after each other, each with a handwritten digit on a
+card in a corner, and answers in words.
 
 Held-out clips show other parts of the films and other images of digits, and half of their questions are worded as no
 training question is. `blacked_out.jsonl` asks the same questions about black frames. The same seed gives the same
@@ -18,8 +18,8 @@ from crosslmm.data.samples.films import FILMS, read_digits, read_film
 SIDE, SCENE_FRAMES = 224, 4
 """Side of a frame [px]; frames of each of the two scenes."""
 CARD_SIDE = 98
-"""Side of a card [px]. Its digit is dark on light, and smooth: DINOv2 tells such digits apart, and hardly those that are
-smaller, light on dark or made of blocks (docs/small.md)."""
+"""Side of a card [px]. Its digit is dark on light, and smooth: DINOv2 tells such digits apart better than smaller,
+light or blocky ones (docs/small.md)."""
 CROP = (0.75, 1.0)
 """Side of the part of a film's frame that a clip shows, over the frame's height."""
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

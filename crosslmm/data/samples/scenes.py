@@ -18,8 +18,8 @@ from crosslmm.data.samples.films import FILMS, read_digits, read_film
 SIDE, SCENE_FRAMES = 224, 4
 """Side of a frame [px]; frames of each of the two scenes."""
 CARD_SIDE = 98
-"""Side of a card [px]. Its digit is dark on light, and smooth: DINOv2 tells such digits apart better than smaller,
-light or blocky ones (docs/small.md)."""
+"""Side of a card [px], in whole patches. Its digit is dark on light, and smooth: DINOv2 tells small, light, blocky
+digits apart less well (docs/small.md)."""
 CROP = (0.75, 1.0)
 """Side of the part of a film's frame that a clip shows, over the frame's height."""
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

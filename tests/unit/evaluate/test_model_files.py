@@ -9,7 +9,7 @@ from crosslmm.config import BadConfig, TrackingConfig
 from crosslmm.evaluate.asking.model_files import fetch_model, open_files
 from crosslmm.inference.answerer import Answerer
 from crosslmm.tracking import MlflowRun, register
-from tests.support.adapters import export_adapter, export_model
+from tests.support.exports import export_adapter, export_model
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from crosslmm.run_folder import BASE_FILE
 from crosslmm.text import printable
 from crosslmm.tracking import MlflowRun, load_answerer, register
 from crosslmm.tracking.client import MLFLOW_ENVIRONMENT
-from tests.support.adapters import export_adapter, export_model
 from tests.support.common import ROOT, random_frames
+from tests.support.exports import export_adapter, export_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*(input example|type hint):UserWarning")
 QUESTIONS = ["Which shape?", "What?", "Which way does it move?"]

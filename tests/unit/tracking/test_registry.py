@@ -19,8 +19,8 @@ from crosslmm.model import modeling
 from crosslmm.model.loading import build_processor
 from crosslmm.tracking import BackgroundSync, MlflowRun, register
 from crosslmm.tracking.versions import find_version
-from tests.support.adapters import export_model
 from tests.support.common import random_frames
+from tests.support.exports import export_model
 
 DIGEST = "0123456789abcdef" * 4
 DATASETS = [

@@ -19,7 +19,8 @@ TRAIN, HELD_OUT = 16, 120
 
 @pytest.fixture(scope="module", autouse=True)
 def made_up_films():
-    """Films of one grey level each, that rises with time, and digits that are 18 levels darker one after the other."""
+    """Films and digits of one grey level each; those of films rise with time, those of digits by 18 from one to the
+    next."""
 
     def film(film: Film, split: str) -> np.ndarray:
         number = FILMS.index(film)
@@ -90,6 +91,7 @@ def test_no_answer_of_a_training_clip_gives_away_another(folder):
 
 def test_frames_show_what_the_answers_say(folder):
     """The grey level of each half tells its film; that of the card in a corner, its digit."""
+    seen = set()
     for row in Manifest(str(folder / "train.jsonl")).rows:
         frames = decode_video(row["videos"][0], DataConfig(num_frames=8), scenes.SIDE).images
         assert frames.shape == (8, scenes.SIDE, scenes.SIDE, 3)
@@ -99,6 +101,7 @@ def test_frames_show_what_the_answers_say(folder):
             corners = [frame[y : y + 60, x : x + 60].mean() for y in (20, 144) for x in (20, 144)]
             ordinary = np.median(corners)
             card = max(corners, key=lambda level: abs(level - ordinary))
+            seen.add(corners.index(card))
             film = FILMS[int((ordinary - 20 + 5) // 30)]
             digit = scenes.WORDS[round((255 - card) / 18)]
             for question, answer in zip(row["messages"][::2], answers, strict=True):
@@ -106,8 +109,19 @@ def test_frames_show_what_the_answers_say(folder):
                 if answer.startswith("first "):
                     assert answer.removeprefix("first ").split(", then ")[place] == film.shows
                 elif ("first" in text or "beginning" in text) == (half == "first"):
-                    expected = digit if "digit" in text else film.shows
-                    assert answer.endswith(expected)
+                    article = "an" if digit == "eight" else "a"
+                    assert answer == (f"{article} {digit}" if "digit" in text else film.shows)
+    assert len(seen) == 4
+
+
+def test_a_card_is_dark_on_light_and_smooth():
+    stroke = np.zeros((20, 20), np.uint8)
+    stroke[:, 8:12] = 255
+    card = scenes._card(stroke).astype(int)
+    assert card.shape == (scenes.CARD_SIDE, scenes.CARD_SIDE)
+    assert card[:, 0].min() == 255
+    assert card[:, scenes.CARD_SIDE // 2].max() == 0
+    assert np.abs(np.diff(card, axis=1)).max() < 80  # 255 in blocks
 
 
 def test_blacked_out_clips_have_the_same_questions(folder):

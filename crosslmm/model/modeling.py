@@ -4,7 +4,8 @@ Axis suffixes: B sample, M video of a sample, F frame (of all samples, concatena
 L position in the sequence, D width, N labelled position, C H W channel, height and width of a frame.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -218,17 +219,21 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
                 # Causal attention never sees what comes later, so padding on the right needs no mask.
                 attention_mask = None
 
-        decoded = self._decode(
-            x_BLD,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            tokens_FPD,
-            visual,
-            output_hidden_states=output_hidden_states,
-            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
-            return_dict=True,
-        )
+        # A single query gains nothing by flash attention, which would look for padding in each layer and wait for it.
+        is_token = past_key_values is not None and length == 1 and attention_mask is not None
+        text = self.config.text_config
+        with _kernels(text, "sdpa") if is_token and "flash" in text._attn_implementation else nullcontext():
+            decoded = self._decode(
+                x_BLD,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                tokens_FPD,
+                visual,
+                output_hidden_states=output_hidden_states,
+                output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+                return_dict=True,
+            )
         loss = logits = None
         if labels is not None or shift_labels is not None:
             loss = self._loss(decoded.last_hidden_state, labels, shift_labels, loss_rows, num_items_in_batch)
@@ -463,3 +468,14 @@ def _select(states: list[Tensor], chosen: Any) -> Any:
         return tuple(states) if chosen else None
     indices = {i % len(states) for i in ([chosen] if isinstance(chosen, int) else chosen)}
     return tuple(state if i in indices else None for i, state in enumerate(states))
+
+
+@contextmanager
+def _kernels(config: Any, implementation: str) -> Iterator[None]:
+    """Let the layers of the decoder attend by other kernels for a while."""
+    usual = config._attn_implementation
+    config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual

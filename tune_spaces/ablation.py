@@ -3,31 +3,16 @@ single branches."""
 
 from ray import tune
 
-from crosslmm.config import BadConfig, RunConfig
-from crosslmm.sweep.space import OnlyIf, Space
-from tune_spaces import depth
-
-SEEDS = (0, 1, 2)
+from crosslmm.config import RunConfig
+from crosslmm.sweep.space import Space
+from tune_spaces import branches, depth
 
 
 def space(config: RunConfig) -> Space:
-    """Return grids; three seeds if the encoder has published weights, since a seed would change a random encoder."""
-    configured = config.model.cross_attention_every
-    if not (configured and config.model.v2v and config.model.t2v):
-        raise BadConfig(
-            "--space ablation: needs model.v2v true, model.t2v true and model.cross_attention_every of at least 1"
+    """Return the grids of `branches`, with more depths."""
+    at_k = branches.space(config)
+    return at_k | {
+        "model.cross_attention_every": tune.grid_search(
+            sorted({*depth.depths(config), config.model.cross_attention_every})
         )
-    has_weights = config.model.vision_weights or config.model.init_from
-    return {
-        "model.cross_attention_every": tune.grid_search(sorted({*depth.depths(config), configured})),
-        "model.v2v": OnlyIf(
-            lambda values: values["model.cross_attention_every"] == configured, tune.grid_search([True, False]), True
-        ),
-        # With neither branch it would be K = 0 again.
-        "model.t2v": OnlyIf(
-            lambda values: values["model.cross_attention_every"] == configured and values["model.v2v"],
-            tune.grid_search([True, False]),
-            True,
-        ),
-        "seed": tune.grid_search(list(SEEDS) if has_weights else [config.seed]),
     }

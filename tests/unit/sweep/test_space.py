@@ -1,5 +1,6 @@
 """Search spaces: the stock ones with every preset, conditions, grids, and rejected spaces."""
 
+from collections import Counter
 from pathlib import Path
 
 import optuna
@@ -11,9 +12,10 @@ from crosslmm.config import BadConfig
 from crosslmm.sweep import space as spaces
 from crosslmm.sweep.space import OnlyIf
 from tests.support.common import ROOT
+from tune_spaces import branches
 
 SPACES = ROOT / "tune_spaces"
-NAMES = ["ablation", "depth", "joint", "learning_rate", "pooling", "tokens"]
+NAMES = ["ablation", "branches", "depth", "joint", "learning_rate", "pooling", "tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,21 @@ def test_ablation_has_the_arms_of_tables_2a_and_2b(tiny):
     every = tiny.model.cross_attention_every
     assert arms == {(0, True, True), (1, True, True), (4, True, True), (every, True, True),
                     (every, True, False), (every, False, True)}  # fmt: skip
+
+
+def test_branches_are_those_of_table_2a_with_three_seeds(tiny, tmp_path):
+    pretrained = tiny.model_copy(update={"model": tiny.model.model_copy(update={"vision_weights": str(tmp_path)})})
+    space = spaces.load("branches", SPACES, pretrained)
+    every = tiny.model.cross_attention_every
+    arms = Counter(
+        (p["model.cross_attention_every"], p.get("model.v2v"), p.get("model.t2v"))
+        for p in spaces.grid(space, pretrained)
+    )
+    assert arms == dict.fromkeys(
+        [(0, None, None), (every, True, True), (every, True, False), (every, False, None)], len(branches.SEEDS)
+    )
+    with pytest.raises(BadConfig, match=r"model\.v2v true"):
+        branches.space(tiny.model_copy(update={"model": tiny.model.model_copy(update={"t2v": False})}))
 
 
 @pytest.mark.parametrize(

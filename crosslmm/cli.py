@@ -3,6 +3,7 @@
 Also what an entry point does to its own process: logging, SIGTERM, one line for an error.
 """
 
+import argparse
 import contextlib
 import io
 import re
@@ -30,6 +31,17 @@ from crosslmm.text import in_brief, one_line, one_printable_line, printable, red
 PRESETS = resources.files("crosslmm") / "presets"
 MAX_CONFIG_BYTES = 2**20
 """Largest configuration file [bytes]."""
+
+
+class VerbParser(argparse.ArgumentParser):
+    """Command line of a job without a configuration: one line for an error, and no abbreviated options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with 2."""
+        fail(BadConfig(f"{message}; --help lists the arguments"))
 
 
 class _PresetOrFile(ActionConfigFile):

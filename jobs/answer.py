@@ -82,7 +82,10 @@ def _read_question() -> str:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--video", help="path or s3:// URI of a video or image to ask about")
     parser.add_argument(

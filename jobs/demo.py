@@ -8,7 +8,6 @@ score on the version. The last line is one JSON object.
 Exit status: 0 the model has learnt, 1 it has not, or a job failed, 130 stopped.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -21,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the folder `cluster` is not installed
 
 from cluster.local.cluster import JobFailed, LocalCluster  # noqa: E402
+from crosslmm.cli import VerbParser  # noqa: E402
 from crosslmm.text import printable  # noqa: E402
 
 STORAGE = ROOT / "runs"
@@ -34,7 +34,7 @@ EXAMPLES = 4
 
 def main() -> int:
     """Run the demo; return the exit status."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    VerbParser(description=__doc__).parse_args()
     began = time.time()
     print("[1/3] starting a Ray cluster on this machine: about 15 seconds", flush=True)
     try:

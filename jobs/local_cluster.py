@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the folder `cluster` is
 
 from cluster.local.cluster import LocalCluster
 from cluster.local.nodes import NodeGroup, ray_command
+from crosslmm.cli import VerbParser
 
 DEFAULT_GROUPS = ("decode=1x1", "train=2x1")
 """Groups of `--nodes` without a value."""
@@ -43,7 +44,7 @@ def _group(text: str) -> NodeGroup:
 
 def main() -> None:
     """Run a cluster until Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument(
         "--nodes",
         nargs="*",

@@ -167,7 +167,10 @@ def parse(argv: list[str], description: str) -> tuple[Callable[..., Result], dic
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        description=description, exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subcommands(dest="command", metavar="COMMAND", title="commands")
     for name, function in COMMANDS.items():
@@ -187,6 +190,7 @@ def _command_parser(function: Callable[..., Result]) -> ArgumentParser:
     parser = ArgumentParser(
         description=_help_text(function),
         exit_on_error=False,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip={"data"})

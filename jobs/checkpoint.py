@@ -138,7 +138,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = VerbParser(description=__doc__)
+    parser = VerbParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     run = VerbParser(add_help=False)
     run.add_argument("run", metavar="RUN", help="folder of the run, path or s3:// URI")

@@ -5,7 +5,7 @@
 The demo starts a Ray cluster with token authentication, submits jobs/train.py to it, and then jobs/evaluate.py, which
 loads the model that the first job has registered in MLflow, asks it about clips that it has not seen, and writes the
 score on the version. The last line is one JSON object.
-Exit status: 0 the model has learnt, 1 it has not, or a job failed, 130 stopped.
+Exit status: 0 the model has learnt, 1 it has not, or a job failed, 2 an argument is refused, 130 stopped.
 """
 
 import json
@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ EXAMPLES = 4
 
 def main() -> int:
     """Run the demo; return the exit status."""
-    VerbParser(description=__doc__).parse_args()
+    VerbParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
     began = time.time()
     print("[1/3] starting a Ray cluster on this machine: about 15 seconds", flush=True)
     try:

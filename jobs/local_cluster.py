@@ -44,7 +44,7 @@ def _group(text: str) -> NodeGroup:
 
 def main() -> None:
     """Run a cluster until Ctrl-C."""
-    parser = VerbParser(description=__doc__)
+    parser = VerbParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--nodes",
         nargs="*",

@@ -124,7 +124,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = VerbParser(description=__doc__)
+    parser = VerbParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="command", required=True)
     verb = verbs.add_parser("replay", help="deliver to MLflow what it does not have yet")
     verb.add_argument("--storage", required=True, help="folder of all runs, path or s3:// URI")

@@ -4,15 +4,20 @@ from ray import tune
 
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.sweep.space import OnlyIf, Space
+from tune_spaces import depth
 
 SEEDS = (0, 1, 2)
 
 
 def space(config: RunConfig) -> Space:
     """Return grids; three seeds if the encoder has published weights, since a seed would change a random encoder."""
+    depth.require_every(config)
     configured = config.model.cross_attention_every
     if not (configured and config.model.v2v and config.model.t2v):
-        raise BadConfig("--space: needs model.v2v true, model.t2v true and model.cross_attention_every of at least 1")
+        raise BadConfig(
+            "--space branches and ablation: need model.v2v true, model.t2v true and model.cross_attention_every of at "
+            "least 1"
+        )
     has_weights = config.model.vision_weights or config.model.init_from
     return {
         "model.cross_attention_every": tune.grid_search([0, configured]),

@@ -18,7 +18,16 @@ def depths(config: RunConfig) -> list[int]:
     Raises:
         BadConfig: the configuration lists its layers, which makes K meaningless.
     """
-    if config.model.cross_attention_layers is not None:
-        raise BadConfig("--space: model.cross_attention_layers is given, so K has no effect; set it to null")
+    require_every(config)
     layers = build_config(config.model).text_config.num_hidden_layers
     return [every for every in (0, 1, 2, 4, 8) if every <= layers]
+
+
+def require_every(config: RunConfig) -> None:
+    """Check that K decides which layers have cross-attention.
+
+    Raises:
+        BadConfig: the configuration lists them.
+    """
+    if config.model.cross_attention_layers is not None:
+        raise BadConfig("--space: model.cross_attention_layers is given, so K has no effect; set it to null")

@@ -5,7 +5,7 @@ from ray import tune
 from crosslmm.config import BadConfig, RunConfig
 from crosslmm.model.loading import build_config
 from crosslmm.sweep.space import Space
-from tune_spaces import pooling
+from tune_spaces import depth, pooling
 
 MAX_TOKENS = 16
 """Largest number of tokens per frame in the paper."""
@@ -13,6 +13,7 @@ MAX_TOKENS = 16
 
 def space(config: RunConfig) -> Space:
     """Return a grid over the pooling strides that leave up to `MAX_TOKENS` tokens, and K = 0 or as configured."""
+    depth.require_every(config)
     every = config.model.cross_attention_every
     if not every:
         raise BadConfig("--space tokens: needs model.cross_attention_every of at least 1")

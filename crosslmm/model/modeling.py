@@ -219,7 +219,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
                 # Causal attention never sees what comes later, so padding on the right needs no mask.
                 attention_mask = None
 
-        # A single query gains nothing by flash attention, which would look for padding in each layer and wait for it.
+        # flash-attn takes no mask: Transformers would look for padding in each layer, and the host would wait.
         is_token = past_key_values is not None and length == 1 and attention_mask is not None
         text = self.config.text_config
         with _kernels(text, "sdpa") if is_token and "flash" in text._attn_implementation else nullcontext():

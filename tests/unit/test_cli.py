@@ -187,3 +187,20 @@ def test_every_job_refuses_and_helps_at_once(job):
             assert ended.stderr.count("\n") == 1
         used = after.children_user + after.children_system - before.children_user - before.children_system
         assert used < 4, f"{argv} took {used} s of a processor"
+
+
+def test_a_verb_refuses_and_helps_as_its_job_does():
+    def run(*argv):
+        command = [sys.executable, ROOT / "jobs" / "checkpoint.py", *argv]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "80"}, check=False
+        )
+
+    refused = run("export", "runs/a")
+    assert refused.returncode == 2
+    required = "error: the following arguments are required: FOLDER; checkpoint.py export --help lists the arguments\n"
+    assert refused.stderr == required
+    assert run("list", "runs/a", "--js").returncode == 2
+    helped = run("repair", "--help")
+    assert helped.returncode == 0
+    assert max(map(len, helped.stdout.splitlines())) <= 80

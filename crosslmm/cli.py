@@ -33,7 +33,7 @@ MAX_CONFIG_BYTES = 2**20
 """Largest configuration file [bytes]."""
 
 
-class VerbParser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """Command line of a job without a configuration: one line for an error, and no abbreviated options.
 
     A description of several paragraphs needs `formatter_class=RawDescriptionHelpFormatter`.

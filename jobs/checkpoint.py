@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crosslmm import run_folder, storage
-from crosslmm.cli import VerbParser, fail, print_error
+from crosslmm.cli import CommandParser, fail, print_error
 from crosslmm.config import BadConfig
 from crosslmm.progress import set_up_logging
 from crosslmm.text import one_printable_line
@@ -138,9 +138,9 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = VerbParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    run = VerbParser(add_help=False)
+    run = CommandParser(add_help=False)
     run.add_argument("run", metavar="RUN", help="folder of the run, path or s3:// URI")
 
     text = "list checkpoints, newest first, with their validation metrics; and folders without a valid seal, and why"

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the folder `cluster` is not installed
 
 from cluster.local.cluster import JobFailed, LocalCluster  # noqa: E402
-from crosslmm.cli import VerbParser  # noqa: E402
+from crosslmm.cli import CommandParser  # noqa: E402
 from crosslmm.text import printable  # noqa: E402
 
 STORAGE = ROOT / "runs"
@@ -35,7 +35,7 @@ EXAMPLES = 4
 
 def main() -> int:
     """Run the demo; return the exit status."""
-    VerbParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
+    CommandParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
     began = time.time()
     print("[1/3] starting a Ray cluster on this machine: about 15 seconds", flush=True)
     try:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the folder `cluster` is
 
 from cluster.local.cluster import LocalCluster
 from cluster.local.nodes import NodeGroup, ray_command
-from crosslmm.cli import VerbParser
+from crosslmm.cli import CommandParser
 
 DEFAULT_GROUPS = ("decode=1x1", "train=2x1")
 """Groups of `--nodes` without a value."""
@@ -44,7 +44,7 @@ def _group(text: str) -> NodeGroup:
 
 def main() -> None:
     """Run a cluster until Ctrl-C."""
-    parser = VerbParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--nodes",
         nargs="*",

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crosslmm import run_folder, storage
-from crosslmm.cli import VerbParser, fail, print_error
+from crosslmm.cli import CommandParser, fail, print_error
 from crosslmm.config import BadConfig, TrackingConfig, require_no_credentials
 from crosslmm.progress import cell, set_up_logging
 from crosslmm.storage import BadLocation
@@ -124,7 +124,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = VerbParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="command", required=True)
     verb = verbs.add_parser("replay", help="deliver to MLflow what it does not have yet")
     verb.add_argument("--storage", required=True, help="folder of all runs, path or s3:// URI")

@@ -222,7 +222,7 @@ class CrossLMMForConditionalGeneration(PreTrainedModel, VideoGenerationMixin):
         # flash-attn takes no mask: Transformers would look for padding in each layer, and the host would wait.
         is_token = past_key_values is not None and length == 1 and attention_mask is not None
         text = self.config.text_config
-        with _kernels(text, "sdpa") if is_token and "flash" in text._attn_implementation else nullcontext():
+        with _attention_by(text, "sdpa") if is_token and "flash" in text._attn_implementation else nullcontext():
             decoded = self._decode(
                 x_BLD,
                 attention_mask,
@@ -471,8 +471,11 @@ def _select(states: list[Tensor], chosen: Any) -> Any:
 
 
 @contextmanager
-def _kernels(config: Any, implementation: str) -> Iterator[None]:
-    """Let the layers of the decoder attend by other kernels for a while."""
+def _attention_by(config: Any, implementation: str) -> Iterator[None]:
+    """Let the decoder's layers use another attention implementation within the block.
+
+    They read it from the configuration that they share, so two threads must not generate with one model at once.
+    """
     usual = config._attn_implementation
     config._attn_implementation = implementation
     try:

